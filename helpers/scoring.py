@@ -1,0 +1,221 @@
+"""Scoring: log-probs of pairs under a model, the reference's kept in a cache, and what follows from the two."""
+
+import hashlib
+import json
+import math
+import os
+from statistics import NormalDist
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import add_fused_lm_head
+
+from helpers.files import write_atomic
+from helpers.models import cache_folder
+from helpers.shared_prompt import share_prompts
+
+
+class PairLogps(NamedTuple):
+    """Summed log-probs of each completion given its prompt, in nats, and their lengths; each of shape (pairs,)."""
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    chosen_tokens: torch.Tensor
+    rejected_tokens: torch.Tensor
+
+
+def tokenize_pairs(pairs: Dataset, tokenizer) -> Dataset:
+    """Token ids as DPOTrainer makes them: columns prompt_ids, chosen_ids, rejected_ids (lists of int).
+
+    The completion is what follows the prompt in the text of prompt and completion together.
+    """
+
+    def tokenize(row: dict) -> dict:
+        options = {k: v for k, v in (row.get("chat_template_kwargs") or {}).items() if v is not None}
+
+        def ids(messages: list, **more) -> list[int]:
+            return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options, **more)[
+                "input_ids"
+            ]
+
+        prompt = ids(row["prompt"], add_generation_prompt=True)
+        chosen, rejected = ids(row["prompt"] + row["chosen"]), ids(row["prompt"] + row["rejected"])
+        shared = min(len(os.path.commonprefix([prompt, chosen])), len(os.path.commonprefix([prompt, rejected])))
+        return {"prompt_ids": prompt[:shared], "chosen_ids": chosen[shared:], "rejected_ids": rejected[shared:]}
+
+    return Dataset.from_list([tokenize(row) for row in pairs])
+
+
+def pair_logps(model, tokenizer, pairs: Dataset, *, max_length: int | None = None, batch_size: int = 8) -> PairLogps:
+    """Log-probs of chosen and rejected under `model`, as in the DPO loss (Rafailov et al. 2023, eq. 7).
+
+    Pairs of like length share a batch, which leaves little padding; the result is in the order of `pairs`.
+
+    Args:
+        pairs: rows in the form that `load_pairs` gives, or already tokenised by `tokenize_pairs`.
+        max_length: longer sequences are cut at their end, as the trainer cuts them.
+        batch_size: pairs in a forward pass.
+    """
+    if "prompt_ids" not in pairs.column_names:
+        pairs = tokenize_pairs(pairs, tokenizer)
+    rows = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).to_list()
+    lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=max_length)
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not getattr(inner, "_scores_pairs", False):
+        add_fused_lm_head(inner)
+        share_prompts(inner)
+        inner._scores_pairs = True
+    result = torch.empty(4, len(rows), dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    # The trainer's own precision, so that the policy and its reference are rounded alike.
+    autocast = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=inner.dtype == torch.bfloat16)
+    with torch.no_grad(), autocast:
+        for start in range(0, len(rows), batch_size):
+            index = order[start : start + batch_size]
+            batch = {name: tensor.to(model.device) for name, tensor in collate([rows[i] for i in index]).items()}
+            mask = batch["completion_mask"]
+            labels = batch["input_ids"].masked_fill(mask == 0, -100)
+            logps = model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                labels=labels,
+                use_cache=False,
+                fused_lm_head=True,
+            ).log_probs.sum(dim=1)
+            result[:2, index] = torch.stack(logps.double().cpu().chunk(2))
+            result[2:, index] = torch.stack(mask.sum(dim=1).double().cpu().chunk(2))
+    model.train(was_training)
+    return PairLogps(*result)
+
+
+def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval for a share of `n` (Wilson 1927), which keeps within 0 and 1 also near them.
+
+    >>> [round(end, 3) for end in wilson_interval(90, 120)]
+    [0.666, 0.819]
+    """
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    share, spread = successes / n, z * z / n
+    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return (share + spread / 2 - half) / (1 + spread), (share + spread / 2 + half) / (1 + spread)
+
+
+def _hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()[:20]
+
+
+def adapter_hash(model) -> str:
+    """The same for every fresh adapter: as long as each B matrix is zero, the adapter changes nothing."""
+    state = get_peft_model_state_dict(model)
+    if all(not tensor.any() for name, tensor in state.items() if "lora_B" in name):
+        return "fresh"
+    return _hash_tensors(state)
+
+
+def model_hash(model) -> str:
+    """What decides the model's log-probs: its weights, and its adapter where it is not fresh."""
+    base = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
+    names = _hash_tensors(
+        {name.removeprefix("base_model.model.").replace(".base_layer", ""): t for name, t in base.items()}
+    )
+    return names + "-" + (adapter_hash(model) if isinstance(model, PeftModel) else "fresh")
+
+
+def data_hash(tokenised: Dataset) -> str:
+    digest = hashlib.sha256()
+    for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        for ids in tokenised[column]:
+            digest.update(json.dumps(ids).encode())
+    return digest.hexdigest()[:20]
+
+
+def _tokenizer_hash(tokenizer) -> str:
+    parts = [tokenizer.get_vocab(), tokenizer.chat_template, tokenizer.pad_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def reference_logps(model, tokenizer, pairs: Dataset, *, max_length: int, batch_size: int = 8) -> PairLogps:
+    """`pair_logps` of the reference, kept in the cache folder: computed once, read for every later run.
+
+    The key holds all that decides the result: the weights (and the adapter's, where it is not fresh), tokenizer,
+    chat template, token ids of the pairs, and max_length. Beta, seed, learning rate and loss are no part of it.
+    TRL keeps such a cache too (`precompute_ref_log_probs`), but its key changes with every setting, and data that
+    is in memory never meets it.
+    """
+    tokenised = tokenize_pairs(pairs, tokenizer) if "prompt_ids" not in pairs.column_names else pairs
+    parts = [model_hash(model), _tokenizer_hash(tokenizer), data_hash(tokenised), str(max_length), str(model.dtype)]
+    key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
+    path = cache_folder() / "reference" / f"{key}.safetensors"
+    if path.is_file():
+        try:
+            stored = load_file(path)
+            if len(stored["chosen"]) == len(tokenised):
+                return PairLogps(**stored)
+            raise ValueError("wrong number of pairs")
+        except Exception as error:  # safetensors has an exception type of its own for a file that is cut short
+            print(f"The cached reference log-probs are damaged ({type(error).__name__}); computing them again.")
+    logps = pair_logps(model, tokenizer, tokenised, max_length=max_length, batch_size=batch_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, lambda part: save_file({k: v.contiguous() for k, v in logps._asdict().items()}, part))
+    return logps
+
+
+def with_reference(pairs: Dataset, logps: PairLogps) -> Dataset:
+    """The pairs with the two columns in which DPOTrainer looks for the reference's log-probs."""
+    for name, values in (("ref_chosen_logps", logps.chosen), ("ref_rejected_logps", logps.rejected)):
+        pairs = pairs.add_column(name, values.float().tolist())
+    return pairs
+
+
+def held_out_table(test: Dataset, reference: PairLogps, policy: PairLogps) -> pd.DataFrame:
+    table = pd.DataFrame({name: test[name] for name in ("origin", "topic", "flaw") if name in test.column_names})
+    for side in ("chosen", "rejected"):
+        table[f"{side}_reference"] = getattr(reference, side).numpy()
+        table[f"{side}_policy"] = getattr(policy, side).numpy()
+        table[f"{side}_tokens"] = getattr(policy, f"{side}_tokens").numpy().astype(int)
+    table["log_ratio_gap"] = (table.chosen_policy - table.chosen_reference) - (
+        table.rejected_policy - table.rejected_reference
+    )
+    return table
+
+
+def preference_metrics(table: pd.DataFrame, beta: float) -> dict:
+    """Held-out figures from a table as in `Run.held_out`.
+
+    Returns:
+        reference_accuracy: share of pairs whose chosen has the higher log-prob per token under the reference alone:
+            what is there before any training.
+        accuracy: share of pairs whose chosen has the higher implicit reward (log-ratio) after training.
+        margin: mean of beta * log-ratio gap (Rafailov et al. 2023, section 5.1); depends on beta.
+        log_ratio_gap: mean of margin / beta, in nats; comparable across betas.
+    """
+    n, gap = len(table), torch.tensor(table.log_ratio_gap.to_numpy())
+    before = int(
+        (table.chosen_reference / table.chosen_tokens > table.rejected_reference / table.rejected_tokens).sum()
+    )
+    after = int((gap > 0).sum())
+    return {
+        "pairs": n,
+        "reference_accuracy": before / n,
+        "reference_accuracy_interval": wilson_interval(before, n),
+        "accuracy": after / n,
+        "accuracy_interval": wilson_interval(after, n),
+        "loss": float(-torch.nn.functional.logsigmoid(beta * gap).mean()),
+        "margin": float(beta * gap.mean()),
+        "log_ratio_gap": float(gap.mean()),
+        "chosen_change": float((table.chosen_policy - table.chosen_reference).mean()),
+        "rejected_change": float((table.rejected_policy - table.rejected_reference).mean()),
+    }

@@ -1,0 +1,555 @@
+"""Training: settings with their reasons, reference log-probs computed once, and a run folder that resumes.
+
+`train_dpo` is what `03_train` shows step by step: it checks the pairs, takes the reference's log-probs once, trains
+with TRL's DPOTrainer, and leaves a run folder. Called again after an interruption it goes on where it stopped.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import math
+import platform
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import torch
+import trl
+import unsloth
+from datasets import Dataset
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.utils.notebook import NotebookProgressCallback
+
+from helpers.errors import UserError
+from helpers.files import write_atomic, write_json
+from helpers.models import Profile, current_profile, public_name
+from helpers.scoring import (
+    adapter_hash,
+    data_hash,
+    held_out_table,
+    model_hash,
+    pair_logps,
+    preference_metrics,
+    reference_logps,
+    tokenize_pairs,
+    with_reference,
+)
+from helpers.session import setting
+from helpers.shared_prompt import share_prompts
+
+# ---------------------------------------------------------------------------------------------- settings
+
+# Arguments of older TRL versions that much teaching material still passes, and what to do instead.
+GONE = {
+    "max_prompt_length": "prompts are capped by check_pairs(max_prompt_length=256)",
+    "max_completion_length": "max_length caps prompt and completion together",
+    "rpo_alpha": 'use loss_type=["sigmoid", "sft"] with loss_weights',
+    "reference_free": "leave it out; DPO always needs its reference",
+    "generate_during_eval": "see 06_inspect, which compares replies before and after",
+    "ref_adapter_name": "the reference is the policy before its first step",
+}
+
+
+def check_settings(names) -> None:
+    """Raise UserError for a name that DPOConfig does not know, with the nearest one that it does.
+
+    TRL itself raises a TypeError here, but on a GPU Unsloth's DPOConfig prints a line and goes on without the
+    setting, so that a misspelt beta trains with the default.
+    """
+    known = [field.name for field in dataclasses.fields(trl.DPOConfig)]
+    for name in names:
+        if name in known:
+            continue
+        near = difflib.get_close_matches(name, known, n=1)
+        cure = GONE.get(name) or (f"did you mean {near[0]!r}?" if near else "see help(trl.DPOConfig)")
+        raise UserError(f"DPOConfig has no setting {name!r} in TRL {trl.__version__}: {cure}")
+
+
+class DPOConfig(trl.DPOConfig):
+    """TRL's DPOConfig, which refuses settings that it does not know on a CPU and a GPU alike."""
+
+    def __init__(self, *args, **settings):
+        check_settings(settings)
+        super().__init__(*args, **settings)
+
+
+def dpo_settings(profile: Profile | None = None, *, thinking: bool = False) -> dict:
+    """The settings that `train_dpo` starts from on this kind of machine; each stands beside its reason."""
+    profile = profile or current_profile()
+    common = {
+        "beta": 0.1,  # the paper's value for dialogue (section 6) and TRL's default
+        "max_length": profile.thinking_max_length if thinking else profile.max_length,
+        "num_train_epochs": 1,  # preferences overfit fast: more epochs raise the margin before they raise accuracy
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,  # of all steps: the first gradients are the largest, as every pair still weighs a half
+        "weight_decay": 0.0,  # the reference already pulls the policy back
+        "logging_steps": 5,
+        "report_to": "none",
+        "seed": 0,
+    }
+    if profile.name == "gpu":
+        return common | {
+            "learning_rate": 5e-6,  # ten times below SFT: a larger one drives both log-probs down
+            "optim": "adamw_8bit",  # optimizer state in a quarter of the memory
+            "per_device_train_batch_size": 8,  # effective batch 8 in one piece: the GPU is busy only then
+            "gradient_accumulation_steps": 1,
+            "per_device_eval_batch_size": 8,
+            "gradient_checkpointing": True,
+            "bf16": unsloth.is_bfloat16_supported(),
+            "fp16": not unsloth.is_bfloat16_supported(),  # GPUs before Ampere
+        }
+    return common | {
+        "learning_rate": 1e-4,  # a small model and few steps: 5e-6 moves nothing in 45 steps
+        "optim": "adamw_torch_fused",  # bitsandbytes' 8-bit optimizer needs a GPU
+        "per_device_train_batch_size": 2,  # effective batch 8 in four pieces: less padding, and a CPU loses nothing
+        "gradient_accumulation_steps": 4,
+        "per_device_eval_batch_size": 4,
+        "gradient_checkpointing": False,  # memory is no concern here, recomputing costs a third
+        "bf16": unsloth.is_bfloat16_supported(),
+    }
+
+
+# ---------------------------------------------------------------------------------------------- the trainer
+
+
+class TextProgress(TrainerCallback):
+    """One line of text for each logging step: no bar, no widget, readable in a saved notebook."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begin, self.first = time.monotonic(), state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        seconds = time.monotonic() - self.begin
+        left = seconds / max(state.global_step - self.first, 1) * (state.max_steps - state.global_step)
+        print(
+            f"step {state.global_step:4d} of {state.max_steps}   loss {float(logs['loss']):.3f}   "
+            f"margin {float(logs['rewards/margins']):+.3f}   accuracy {float(logs['rewards/accuracies']):.2f}   "
+            f"{left / 60:.1f} min left",
+            flush=True,
+        )
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if state.is_world_process_zero and "eval_rewards/accuracies" in metrics:
+            print(
+                f"held out at step {state.global_step}:   loss {metrics['eval_loss']:.3f}   "
+                f"margin {metrics['eval_rewards/margins']:+.3f}   accuracy {metrics['eval_rewards/accuracies']:.2f}",
+                flush=True,
+            )
+
+
+def text_progress(trainer) -> None:
+    """Replace the trainer's bars and printed dictionaries by `TextProgress`."""
+    for callback in (ProgressCallback, NotebookProgressCallback, PrinterCallback, TextProgress):
+        trainer.remove_callback(callback)
+    trainer.add_callback(TextProgress())
+
+
+def make_trainer(model, tokenizer, train: Dataset, test: Dataset | None, config, callbacks=()) -> trl.DPOTrainer:
+    """A DPOTrainer whose reference log-probs stand in the data (`with_reference`), so it needs no reference model."""
+    trainer = trl.DPOTrainer(
+        model=model,
+        args=config,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
+    trainer.precompute_ref_logps = True
+    share_prompts(model.get_base_model())
+    # TRL copies the adapter as a frozen one named "ref". It is not needed here, and where it stands beside the
+    # policy, transformers' resume loads neither: the policy would silently restart from zero.
+    if "ref" in model.peft_config:
+        model.delete_adapter("ref")
+    text_progress(trainer)
+    return trainer
+
+
+# ---------------------------------------------------------------------------------------------- the run folder
+
+
+@dataclasses.dataclass
+class Run:
+    """What a training run left in its folder: all that later notebooks need, and nothing that ties it to a machine.
+
+    Attributes:
+        folder: holds `adapter/` (LoRA weights and tokenizer), the files below, and a model card.
+        info: settings, model, versions, machine, data fingerprints, seeds, status.
+        history: one dict for each logging and evaluation step, as TRL logs them.
+        metrics: held-out figures before and after, seconds.
+        held_out: one row for each held-out pair: origin, topic, flaw, log-probs under reference and policy.
+    """
+
+    folder: Path
+    info: dict
+    history: list[dict]
+    metrics: dict
+    held_out: pd.DataFrame | None
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Run":
+        """Read a run folder. Raises UserError where it is none, is unfinished, or was edited so it can't be read."""
+        folder = Path(folder)
+        info = _read_info(folder)
+        if info is None:
+            raise UserError(f"{folder.name} is no run folder: it has no run.json. 03_train makes one.")
+        if info.get("status") != "finished":
+            raise UserError(f"The run in {folder.name} is {info.get('status')}. Call train_dpo again to finish it.")
+        try:
+            history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+            metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"The run in {folder.name} cannot be read ({error}). Train it again.") from error
+        table = folder / "held_out.jsonl"
+        held_out = pd.read_json(table, lines=True) if table.is_file() else None
+        return cls(folder, info, history, metrics, held_out)
+
+
+def _read_info(folder: Path) -> dict | None:
+    path = folder / "run.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{folder.name}/run.json is not valid JSON ({error}). Restore it, or use a new folder."
+        ) from error
+
+
+def output_folder(*parts: str) -> Path:
+    """A folder below `DPO_OUTPUT_DIR`, which is `outputs/` of the project where it is not set."""
+    root = setting("DPO_OUTPUT_DIR")
+    return (Path(root).expanduser() if root else Path(__file__).parent.parent / "outputs").joinpath(*parts)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    return {"python": platform.python_version()} | {
+        name: version(name) for name in ("torch", "transformers", "trl", "peft", "datasets", "unsloth")
+    }
+
+
+def machine() -> str:
+    """The kind of machine in a few words, without its name."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+_PRIVATE_SETTINGS = ("output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id", "push_to_hub_token")
+
+
+def _describe(config) -> dict:
+    """The settings of a config, without paths and tokens, as plain JSON."""
+    values = {name: value for name, value in config.to_dict().items() if name not in _PRIVATE_SETTINGS}
+    return json.loads(json.dumps(values, default=str))
+
+
+_CARD = """---
+library_name: peft
+base_model: {model}
+tags: [dpo, trl, unsloth, lora]
+---
+# LoRA adapter trained with DPO
+
+Trained on {train} preference pairs, {test} held out, with TRL's DPOTrainer (beta {beta}, loss {loss}, learning rate
+{lr}, effective batch {batch}, {steps} steps, seed {seed}).
+
+| held out | value |
+|---|---|
+{rows}
+
+Measured on {machine} with {versions}.
+
+A preference accuracy says how often the policy moved towards the chosen of a pair it has not seen. It does not say
+that its replies are right: read some of them (notebook 06) before you use the adapter.
+"""
+
+
+def _model_card(info: dict, metrics: dict) -> str:
+    config = info["config"]
+
+    def show(value) -> str:
+        return " to ".join(f"{v:.3f}" for v in value) if isinstance(value, (list, tuple)) else f"{value:.4g}"
+
+    return _CARD.format(
+        model=info["model"],
+        train=info["train_pairs"],
+        test=info["test_pairs"],
+        beta=config["beta"],
+        loss=", ".join(config["loss_type"]),
+        lr=config["learning_rate"],
+        batch=config["per_device_train_batch_size"] * config["gradient_accumulation_steps"],
+        steps=info["steps"],
+        seed=config["seed"],
+        rows="\n".join(f"| {name.replace('_', ' ')} | {show(value)} |" for name, value in metrics.items()),
+        machine=info["machine"],
+        versions=", ".join(f"{name} {value}" for name, value in info["versions"].items()),
+    )
+
+
+# ---------------------------------------------------------------------------------------------- interruption
+
+
+class _Checkpoints(TrainerCallback):
+    """Marks each checkpoint as complete, with its files' sizes; one without such a mark was cut short."""
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_json(folder / "complete.json", {f.name: f.stat().st_size for f in folder.iterdir() if f.is_file()})
+
+
+def _last_complete(checkpoints: Path) -> Path | None:
+    """The newest checkpoint whose files all have the size they were written with; broken ones are removed."""
+    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for folder in reversed(found):
+        try:
+            sizes = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
+            if all((folder / name).stat().st_size == size for name, size in sizes.items()):
+                return folder
+        except (OSError, ValueError):
+            pass
+        print(f"{folder.name} is incomplete (it was being written when the run ended); it is not used.")
+        shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+class _StopAtStep(TrainerCallback):
+    """Ctrl-C or the stop button ends the step in progress, saves it and stops; a second one stops at once."""
+
+    asked = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = signal.getsignal(signal.SIGINT)
+
+        def stop(number, frame):
+            self.asked = True
+            signal.signal(signal.SIGINT, previous)
+            print("Stopping after this step; press again to stop at once.", flush=True)
+
+        signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+def _check_pairs(train, test, tokenizer, max_length): ...
+
+
+def _steps(pairs: int, values: dict) -> int:
+    if values.get("max_steps", -1) > 0:
+        return values["max_steps"]
+    batch = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
+    return math.ceil(math.ceil(pairs / batch) * values["num_train_epochs"])
+
+
+# What makes two calls the same run; versions and machine may differ when it is resumed.
+_IDENTITY = ("model", "config", "data", "start")
+
+
+def _same_run(before: dict, info: dict) -> bool:
+    ends = before.get("end"), before.get("start")
+    same_start = before["start"] == info["start"] or info["start"].split("-")[-1] in ends
+    return same_start and all(before[name] == info[name] for name in _IDENTITY if name != "start")
+
+
+def _difference(before: dict, info: dict) -> str:
+    config = before["config"], info["config"]
+    changed = [
+        f"{name} {config[0].get(name)} there, {config[1].get(name)} now"
+        for name in sorted(config[0].keys() | config[1].keys())
+        if config[0].get(name) != config[1].get(name)
+    ]
+    changed += [f"other {name}" for name in ("model", "data") if before[name] != info[name]]
+    return "; ".join(changed[:3]) or "another adapter or reference to start from"
+
+
+def _set_aside(folder: Path) -> None:
+    number = 1
+    while folder.with_name(f"{folder.name}.old-{number}").exists():
+        number += 1
+    folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
+
+
+def _save_run(folder: Path, model, tokenizer, info: dict, history: list, metrics: dict, table: pd.DataFrame) -> None:
+    """Write what a finished run leaves; `run.json` comes last, so that "finished" is true when it is read."""
+    part = Path(tempfile.mkdtemp(dir=folder, prefix=".adapter."))
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    config = json.loads((part / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = info["model"]  # a name that means the same on another machine
+    (part / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    (part / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours lies beside the adapter
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    part.rename(folder / "adapter")
+    write_json(folder / "history.json", history)
+    write_json(folder / "metrics.json", metrics)
+    write_atomic(folder / "held_out.jsonl", lambda path: table.to_json(path, orient="records", lines=True))
+    card = _model_card(info, metrics)
+    write_atomic(folder / "README.md", lambda path: Path(path).write_text(card, encoding="utf-8"))
+    write_json(folder / "run.json", info)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def train_dpo(
+    model,
+    tokenizer,
+    train: Dataset,
+    test: Dataset,
+    folder: str | Path,
+    *,
+    ref_model=None,
+    early_stopping: int | None = None,
+    replace: bool = False,
+    thinking: bool = False,
+    **settings,
+) -> Run:
+    """Train the model's LoRA adapter with DPO and leave a run folder.
+
+    The reference is `ref_model` where one is given, else the policy as it is now: the base model for a fresh
+    adapter, the SFT model for an adapter that was trained before. Its log-probs are computed once and cached.
+
+    An interrupted run (Ctrl-C, the stop button, a killed process) is resumed by the same call from its last complete
+    checkpoint, with the result that it would have had. A finished one is loaded, adapter and all.
+
+    Args:
+        model: a model with a LoRA adapter (`add_lora`); trained in place. Left as it was where the run is not finished.
+        train, test: pairs in the form that `load_pairs` gives; no prompt should be in both.
+        folder: of the run, e.g. `output_folder("train")`.
+        early_stopping: stop after so many evaluations without a better held-out loss.
+        replace: start anew where `folder` holds another run; the old one is kept beside it as `NAME.old-1` and so on.
+        settings: DPOConfig settings that differ from `dpo_settings()`.
+
+    Raises:
+        UserError: no adapter, a setting that TRL does not know, errors in the pairs, another run in the folder.
+        KeyboardInterrupt: after an interruption, once everything is saved.
+    """
+    if not isinstance(model, PeftModel):
+        raise UserError("The model has no LoRA adapter to train. Call `model = add_lora(model)` first.")
+    folder = Path(folder)
+    values = dpo_settings(thinking=thinking) | settings
+    check_settings(values)
+    _check_pairs(train, test, tokenizer, values["max_length"])
+
+    train_ids, test_ids = tokenize_pairs(train, tokenizer), tokenize_pairs(test, tokenizer)
+    start_hash = model_hash(model)
+    every = max(1, math.ceil(_steps(len(train), values) / 3))  # three evaluations, three checkpoints
+    config = DPOConfig(
+        output_dir=str(folder / "checkpoints"),
+        disable_tqdm=True,
+        remove_unused_columns=True,
+        **{
+            "eval_strategy": "steps",
+            "eval_steps": every,
+            "save_strategy": "steps",
+            "save_steps": every,
+            "save_total_limit": 2,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+        }
+        | values,
+    )
+    info = {
+        "status": "running",
+        "model": public_name(model),
+        "profile": current_profile().name,
+        "config": _describe(config),
+        "steps": None,
+        "train_pairs": len(train),
+        "test_pairs": len(test),
+        "data": {"train": data_hash(train_ids), "test": data_hash(test_ids)},
+        "start": start_hash if ref_model is None else f"{start_hash} against {model_hash(ref_model)}",
+        "versions": versions(),
+        "machine": machine(),
+    }
+    before = _read_info(folder)
+    if before is not None and not _same_run(before, info):
+        if not replace:
+            raise UserError(
+                f"{folder} holds another run ({_difference(before, info)}). Give this one a folder of its own, "
+                "or pass replace=True: the old run is then kept beside it."
+            )
+        _set_aside(folder)
+        before = None
+    if before is not None and before["status"] == "finished":
+        print(f"This run is finished already; loading it from {folder.name}.")
+        set_peft_model_state_dict(model, load_file(folder / "adapter" / "adapter_model.safetensors"))
+        return Run.load(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = _last_complete(folder / "checkpoints") if before is not None else None
+    write_json(folder / "run.json", info)
+
+    initial = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+    reference_model = model if ref_model is None else ref_model
+    batch_size = values["per_device_eval_batch_size"]
+    print(f"Reference log-probs of {len(train) + len(test)} pairs ...", flush=True)
+    began = time.monotonic()
+    ref_train, ref_test = (
+        reference_logps(reference_model, tokenizer, ids, max_length=config.max_length, batch_size=batch_size)
+        for ids in (train_ids, test_ids)
+    )
+    reference_seconds = time.monotonic() - began
+    stop = _StopAtStep()
+    callbacks = [stop, _Checkpoints()]
+    if early_stopping is not None:
+        callbacks.append(EarlyStoppingCallback(early_stopping))
+    finished = False
+    try:
+        trainer = make_trainer(
+            model, tokenizer, with_reference(train, ref_train), with_reference(test, ref_test), config, callbacks
+        )
+        if checkpoint is not None:
+            print(f"Resuming from step {checkpoint.name.rpartition('-')[2]}.")
+        began = time.monotonic()
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        train_seconds = time.monotonic() - began
+        finished = not stop.asked
+        if not finished:
+            step, total = trainer.state.global_step, trainer.state.max_steps
+            print(f"Stopped and saved at step {step} of {total}. The same call goes on from there.")
+            raise KeyboardInterrupt
+        policy = pair_logps(model, tokenizer, test_ids, max_length=config.max_length, batch_size=batch_size)
+    except OSError as error:
+        raise UserError(
+            f"The run could not be written to {folder} ({error.strerror or error}). The last complete checkpoint is "
+            "kept; make room and call train_dpo again."
+        ) from error
+    finally:
+        if not finished:
+            set_peft_model_state_dict(model, initial)
+    table = held_out_table(test, ref_test, policy)
+    metrics = preference_metrics(table, config.beta) | {
+        "reference_seconds": reference_seconds,
+        "train_seconds": train_seconds,
+    }
+    history = trainer.state.log_history
+    info |= {"status": "finished", "steps": trainer.state.global_step, "end": adapter_hash(model)}
+    _save_run(folder, model, tokenizer, info, history, metrics, table)
+    return Run.load(folder)
