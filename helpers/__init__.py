@@ -3,23 +3,31 @@
 from helpers.session import shut_down_kernel  # noqa: I001  (first: it imports Unsloth before TRL)
 
 from datasets import Dataset
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 from unsloth import FastLanguageModel, is_bfloat16_supported as is_bf16_supported
 
+from helpers.checks import check_pairs
 from helpers.errors import UserError
 from helpers.models import add_lora, current_profile, fix_pad_token, load_model, load_tokenizer
+from helpers.pairs import load_pairs, split_pairs
+from helpers.training import DPOConfig, Run, train_dpo
 
 __all__ = [
     "DPOConfig",
     "DPOTrainer",
     "Dataset",
     "FastLanguageModel",
+    "Run",
     "UserError",
     "add_lora",
+    "check_pairs",
     "current_profile",
     "fix_pad_token",
     "is_bf16_supported",
     "load_model",
+    "load_pairs",
     "load_tokenizer",
     "shut_down_kernel",
+    "split_pairs",
+    "train_dpo",
 ]

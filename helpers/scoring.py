@@ -219,3 +219,24 @@ def preference_metrics(table: pd.DataFrame, beta: float) -> dict:
         "chosen_change": float((table.chosen_policy - table.chosen_reference).mean()),
         "rejected_change": float((table.rejected_policy - table.rejected_reference).mean()),
     }
+
+
+def accuracy_by(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Share of pairs with a positive margin for each value of `column`, with its interval and count.
+
+    Args:
+        table: as in `Run.held_out`.
+
+    Returns:
+        One row for each value, most pairs first; columns share, low, high (Wilson, 95 percent), pairs.
+    """
+    groups = (table.log_ratio_gap > 0).groupby(table[column]).agg(["sum", "size"]).sort_values("size", ascending=False)
+    intervals = [wilson_interval(int(right), int(n)) for right, n in groups.itertuples(index=False)]
+    return pd.DataFrame(
+        {
+            "share": groups["sum"] / groups["size"],
+            "low": [low for low, _ in intervals],
+            "high": [high for _, high in intervals],
+            "pairs": groups["size"],
+        }
+    )

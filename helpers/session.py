@@ -60,12 +60,21 @@ def _quiet_imports() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _quiet_loading() -> None:
+    # The bar over a model's tensors is gone in a second and stays in a saved notebook; downloads keep their own.
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
 load_settings()
 check_import_order()
 use_text_progress()
 _quiet_imports()
 
 import unsloth  # noqa: E402, F401  (after the check and the progress bars, before anything of TRL)
+
+_quiet_loading()
 
 
 def _notebook_session(kernel_id: str) -> tuple[str, str] | None:

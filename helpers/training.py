@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils.notebook import NotebookProgressCallback
 
+from helpers.checks import check_pairs
 from helpers.errors import UserError
 from helpers.files import write_atomic, write_json
 from helpers.models import Profile, current_profile, public_name
@@ -47,6 +48,9 @@ from helpers.session import setting
 from helpers.shared_prompt import share_prompts
 
 # ---------------------------------------------------------------------------------------------- settings
+
+# Tokens of a prompt, the template's marks included. A longer one leaves too little of max_length to the answers.
+MAX_PROMPT_LENGTH = 256
 
 # Arguments of older TRL versions that much teaching material still passes, and what to do instead.
 GONE = {
@@ -358,7 +362,13 @@ class _StopAtStep(TrainerCallback):
             signal.signal(signal.SIGINT, previous)
 
 
-def _check_pairs(train, test, tokenizer, max_length): ...
+def _checked(train: Dataset, test: Dataset, tokenizer, max_length: int) -> tuple[Dataset, Dataset]:
+    """Both sets without what would spoil training or a measurement; long prompts are shortened as check_pairs says."""
+    report = check_pairs(train, tokenizer, max_length, MAX_PROMPT_LENGTH, test=test)
+    held_out = check_pairs(test, tokenizer, max_length, MAX_PROMPT_LENGTH)
+    report.raise_for_errors()
+    held_out.raise_for_errors()
+    return report.pairs, held_out.pairs
 
 
 def _steps(pairs: int, values: dict) -> int:
@@ -454,7 +464,7 @@ def train_dpo(
     folder = Path(folder)
     values = dpo_settings(thinking=thinking) | settings
     check_settings(values)
-    _check_pairs(train, test, tokenizer, values["max_length"])
+    train, test = _checked(train, test, tokenizer, values["max_length"])
 
     train_ids, test_ids = tokenize_pairs(train, tokenizer), tokenize_pairs(test, tokenizer)
     start_hash = model_hash(model)

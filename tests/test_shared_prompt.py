@@ -1,0 +1,83 @@
+"""The packed forward gives the log-probs and the gradients of the plain one."""
+
+import pytest
+import torch
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import add_fused_lm_head
+
+import helpers
+from helpers.shared_prompt import share_prompts
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def policy(base):
+    """A policy in fp32 whose adapter is not zero, so that a wrong gradient shows; put back afterwards."""
+    model, tokenizer = base
+    dtype, forward = model.dtype, model.forward
+    policy = helpers.add_lora(model).float()
+    torch.manual_seed(0)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    yield policy, tokenizer
+    policy.unload().to(dtype)
+    model.forward = forward
+
+
+def batch(tokenizer, max_length=None):
+    rows = [
+        {"prompt_ids": list(range(100, 140)), "chosen_ids": [200, 201, 202, 2], "rejected_ids": [210, 2]},
+        {"prompt_ids": list(range(300, 317)), "chosen_ids": [7], "rejected_ids": list(range(400, 430)) + [2]},
+        {"prompt_ids": [1, 2, 3], "chosen_ids": [11, 12, 2], "rejected_ids": [11, 13, 2]},
+    ]
+    batch = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=max_length)(rows)
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "fused_lm_head": True, "use_cache": False}
+
+
+def scores_and_gradient(policy, inputs):
+    policy.zero_grad()
+    out = policy(**inputs)
+    chosen, rejected = out.log_probs.sum(dim=1).chunk(2)
+    torch.nn.functional.softplus(rejected - chosen).mean().backward()
+    gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
+    return out, gradient.clone()
+
+
+@pytest.mark.parametrize("max_length", [None, 41, 17], ids=["whole", "cut in the answer", "no answer left"])
+def test_same_log_probs_and_gradient(policy, max_length):
+    policy, tokenizer = policy
+    inner = policy.get_base_model()
+    inputs = batch(tokenizer, max_length)
+    plain, plain_gradient = scores_and_gradient(policy, inputs)
+    fused = inner.forward
+    seen = []
+    inner.forward = lambda *args, **kwargs: seen.append(kwargs["input_ids"].numel()) or fused(*args, **kwargs)
+    share_prompts(inner)
+    shared, shared_gradient = scores_and_gradient(policy, inputs)
+    inner.forward = fused
+    if max_length == 17:
+        assert seen == [inputs["input_ids"].numel()]  # a row without completion: as before
+    else:
+        assert seen[0] < 0.75 * inputs["input_ids"].numel()
+    for name in ("log_probs", "entropy", "mean_logits"):
+        assert torch.allclose(plain[name], shared[name], atol=2e-4), name
+    assert torch.equal(plain.is_top1, shared.is_top1)
+    assert (plain_gradient - shared_gradient).norm() < 5e-3 * plain_gradient.norm()
+
+
+def test_generation_and_plain_calls_are_unchanged(policy):
+    policy, tokenizer = policy
+    inner = policy.get_base_model()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    before, fused = policy(ids).logits, inner.forward
+    share_prompts(inner)
+    after = policy(ids).logits
+    text = policy.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=2)
+    inner.forward = fused
+    assert torch.equal(before, after)
+    assert text.shape[1] <= 7

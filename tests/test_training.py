@@ -1,0 +1,422 @@
+"""Settings, the reference, the run folder, and runs that are interrupted."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+import helpers
+from helpers import UserError, scoring, training
+from helpers.models import PROFILES
+from helpers.pairs import load_pairs
+from helpers.scoring import pair_logps, reference_logps
+from helpers.training import DPOConfig, Run, dpo_settings, make_trainer, train_dpo, with_reference
+
+# Four steps of four pairs: enough to move, short enough to repeat.
+SHORT = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    loaded = load_pairs()
+    return loaded.select(range(16)), loaded.select(range(16, 22))
+
+
+@pytest.fixture
+def policy(base):
+    """A fresh LoRA adapter on the shared base model."""
+    model, tokenizer = base
+    yield helpers.add_lora(model, seed=0), tokenizer
+    strip(model)
+
+
+def strip(model) -> None:
+    """Take any adapter off the shared base model."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            model.set_submodule(name, module.base_layer)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """A cache of reference log-probs of this test's own, beside the converted model of all."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(scoring, "cache_folder", lambda: folder)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize(
+    "name, cure",
+    [
+        ("bta", "did you mean 'beta'"),
+        ("max_prompt_length", "check_pairs"),
+        ("rpo_alpha", "sft"),
+        ("zzz", "help"),
+    ],
+)
+def test_unknown_settings_are_refused_with_a_cure(name, cure, tmp_path):
+    with pytest.raises(UserError, match=f"'{name}'.*{cure}"):
+        DPOConfig(output_dir=str(tmp_path), **{name: 1})
+
+
+def test_gpu_defaults_are_those_of_the_readme(monkeypatch):
+    settings = dpo_settings(PROFILES["gpu"])
+    expected = {"learning_rate": 5e-6, "optim": "adamw_8bit", "beta": 0.1, "max_length": 512}
+    assert {name: settings[name] for name in expected} == expected
+    assert settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] == 8
+    assert settings["bf16"] != settings["fp16"]
+    assert dpo_settings(PROFILES["gpu"], thinking=True)["max_length"] == 1024
+
+
+def test_every_default_is_a_setting_of_trl():
+    for profile in PROFILES.values():
+        training.check_settings(dpo_settings(profile))
+
+
+# ------------------------------------------------------------------------------------------------ run folders
+
+
+def test_run_folders_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match="no run.json.*03_train"):
+        Run.load(tmp_path)
+    (tmp_path / "run.json").write_text('{"status": "running"}')
+    with pytest.raises(UserError, match="is running.*train_dpo again"):
+        Run.load(tmp_path)
+    (tmp_path / "run.json").write_text('{"status": "finished"}')
+    with pytest.raises(UserError, match="cannot be read"):
+        Run.load(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        Run.load(tmp_path)
+
+
+def test_only_complete_checkpoints_count(tmp_path, capsys):
+    for step, content in ((2, b"whole"), (4, b"whole"), (10, b"cut")):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "optimizer.pt").write_bytes(content)
+        if step != 4:  # killed before the mark was written
+            (folder / "complete.json").write_text('{"optimizer.pt": 5}')
+    assert training._last_complete(tmp_path).name == "checkpoint-2"
+    out = capsys.readouterr().out
+    assert "checkpoint-4 is incomplete" in out and "checkpoint-10 is incomplete" in out
+
+
+def test_model_without_adapter_is_refused(pairs, tmp_path):
+    with pytest.raises(UserError, match="add_lora"):
+        train_dpo(torch.nn.Linear(1, 1), None, *pairs, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ the reference
+
+pytest_slow = pytest.mark.slow
+
+
+def config(tmp_path, **settings) -> DPOConfig:
+    values = dpo_settings() | {"report_to": "none", "save_strategy": "no", "disable_tqdm": True} | SHORT | settings
+    return DPOConfig(output_dir=str(tmp_path / "trainer"), **values)
+
+
+@pytest_slow
+def test_step_zero_and_the_reference_in_the_step(base, pairs, tmp_path):
+    """TRL's trainer as 03_train builds it: loss ln 2, margin 0, and its reference is the base model."""
+    model, tokenizer = base
+    expected = pair_logps(model, tokenizer, pairs[1])
+    policy = helpers.add_lora(model, seed=0)
+    try:
+        trainer = helpers.DPOTrainer(
+            policy, args=config(tmp_path), train_dataset=pairs[0], eval_dataset=pairs[1], processing_class=tokenizer
+        )
+        metrics = trainer.evaluate()
+        assert metrics["eval_loss"] == pytest.approx(math.log(2), abs=0.001)
+        assert metrics["eval_rewards/margins"] == pytest.approx(0, abs=0.001)
+        got = [trainer.compute_ref_log_probs(policy, batch) for batch in trainer.get_eval_dataloader()]
+        # bf16 rounds differently where the padding differs: up to 0.7 nats of about 130 were seen.
+        for side, ours in ((0, expected.chosen), (1, expected.rejected)):
+            assert torch.cat([pair[side] for pair in got]).double().tolist() == pytest.approx(ours.tolist(), rel=0.015)
+    finally:
+        strip(model)
+
+
+@pytest_slow
+def test_cached_reference_stays_the_base_while_the_policy_moves(base, pairs, cache, tmp_path):
+    model, tokenizer = base
+    expected = pair_logps(model, tokenizer, pairs[1], batch_size=4)
+    policy = helpers.add_lora(model, seed=0)
+    try:
+        run = train_dpo(policy, tokenizer, *pairs, tmp_path / "run", **SHORT, learning_rate=5e-4)
+    finally:
+        strip(model)
+    first = next(row for row in run.history if "loss" in row)
+    # The reference was computed in batches of other rows, but by the same packed forward: equal to rounding.
+    assert float(first["loss"]) == pytest.approx(math.log(2), abs=0.005)
+    assert float(first["rewards/margins"]) == pytest.approx(0, abs=0.01)
+    assert run.held_out.chosen_reference.tolist() == pytest.approx(expected.chosen.tolist(), rel=0.01)
+    assert (run.held_out.chosen_policy - run.held_out.chosen_reference).abs().mean() > 0.5  # the policy did move
+
+
+@pytest_slow
+def test_reference_cache_is_met_exactly_when_nothing_that_matters_changed(policy, pairs, cache, monkeypatch):
+    policy, tokenizer = policy
+    pairs = pairs[0].select(range(4))
+    computed = []
+
+    def counted(*args, **kwargs):
+        computed.append(1)
+        return pair_logps(*args, **kwargs)
+
+    monkeypatch.setattr(scoring, "pair_logps", counted)
+
+    def calls(model=policy, tokenizer=tokenizer, pairs=pairs, max_length=512) -> int:
+        computed.clear()
+        reference_logps(model, tokenizer, pairs, max_length=max_length)
+        return len(computed)
+
+    assert calls() == 1
+    assert calls() == 0
+    # Beta, learning rate and loss are no arguments at all. The seed only decides the fresh adapter's A matrices,
+    # which change nothing while B is zero:
+    for name, parameter in policy.named_parameters():
+        if "lora_A" in name:
+            parameter.data.mul_(-1.0)
+    assert calls() == 0
+    assert calls(max_length=256) == 1
+    assert calls(pairs=pairs.select([0, 1, 3, 2])) == 1
+    other = __import__("copy").deepcopy(tokenizer)
+    other.chat_template = tokenizer.chat_template.replace("You are a helpful", "You are a terse")
+    assert calls(tokenizer=other) == 1
+    other.chat_template = tokenizer.chat_template
+    other.add_tokens(["<new>"])
+    assert calls(tokenizer=other) == 1
+    with torch.no_grad():
+        next(p for name, p in policy.named_parameters() if "lora_B" in name)[0, 0] = 0.5
+    assert calls() == 1  # another adapter
+    with torch.no_grad():
+        norm = policy.get_base_model().model.norm.weight
+        norm[0] += 1
+        assert calls() == 1  # another model
+        norm[0] -= 1
+    assert calls() == 0
+    for path in (cache / "reference").iterdir():
+        path.write_bytes(path.read_bytes()[:40])
+    assert calls() == 1  # a half-written file is recognised
+
+
+@pytest_slow
+def test_micro_batches_agree(policy, pairs, cache, tmp_path):
+    """In fp32 the losses of three steps agree to 0.0005. (In bf16 they differ by up to 0.015: rounding.)"""
+    policy, tokenizer = policy
+    inner = policy.get_base_model()
+    initial = {name: value.clone() for name, value in get_peft_model_state_dict(policy).items()}
+    inner.float()
+    try:
+        reference = reference_logps(policy, tokenizer, pairs[0], max_length=512)
+        losses = []
+        for size in (2, 4, 8):
+            training.set_peft_model_state_dict(policy, initial)
+            settings = config(
+                tmp_path,
+                max_steps=2,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=8 // size,
+                lr_scheduler_type="constant",
+                warmup_steps=0,
+                bf16=False,
+            )
+            trainer = make_trainer(policy, tokenizer, with_reference(pairs[0], reference), None, settings)
+            trainer.train()
+            losses.append([float(row["loss"]) for row in trainer.state.log_history if "loss" in row])
+    finally:
+        inner.to(torch.bfloat16)
+    assert len(losses[0]) == 2 and losses[0][0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses[1] == pytest.approx(losses[0], abs=5e-4)
+    assert losses[2] == pytest.approx(losses[0], abs=5e-4)
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+
+@pytest_slow
+def test_run_folder_is_complete_portable_and_loads_in_a_new_process(policy, pairs, cache, tmp_path, capsys):
+    policy, tokenizer = policy
+    folder = tmp_path / "run"
+    run = train_dpo(policy, tokenizer, *pairs, folder, **SHORT)
+    assert run.info["status"] == "finished" and run.info["steps"] == 4
+    assert run.info["config"]["beta"] == 0.1 and run.info["versions"]["trl"]
+    assert {"accuracy", "accuracy_interval", "reference_accuracy", "train_seconds"} <= set(run.metrics)
+    assert len(run.held_out) == 6 and len([row for row in run.history if "loss" in row]) == 4
+    again = Run.load(folder)
+    assert dataclasses.asdict(again) | {"held_out": 0} == dataclasses.asdict(run) | {"held_out": 0}
+    text = "".join(path.read_text() for path in folder.rglob("*") if path.suffix in (".json", ".jsonl", ".md"))
+    assert str(Path.home()) not in text and str(tmp_path) not in text
+    assert f"| accuracy | {run.metrics['accuracy']:.4g} |" in (folder / "README.md").read_text()
+    assert not (folder / "checkpoints").exists()
+
+    code = f"""
+from helpers import load_model, load_pairs
+from helpers.scoring import pair_logps
+model, tokenizer = load_model({str(run.adapter)!r})
+logps = pair_logps(model, tokenizer, load_pairs().select(range(16, 22)), max_length=512, batch_size=4)
+print("LOGPS", logps.chosen.tolist() + logps.rejected.tolist())
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stderr
+    loaded = json.loads(out.stdout.rpartition("LOGPS ")[2])
+    before = run.held_out.chosen_policy.tolist() + run.held_out.rejected_policy.tolist()
+    assert loaded == pytest.approx(before, abs=0.01)
+
+    # The same call does not train again, another one is refused, and nothing of the first is lost by `replace`.
+    capsys.readouterr()
+    assert train_dpo(policy, tokenizer, *pairs, folder, **SHORT).metrics == run.metrics
+    assert "finished already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="beta 0.1 there, 0.5 now.*replace=True"):
+        train_dpo(policy, tokenizer, *pairs, folder, **SHORT, beta=0.5)
+    training._set_aside(folder)
+    assert Run.load(tmp_path / "run.old-1").metrics == run.metrics
+
+
+class PressStop(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest_slow
+def test_ctrl_c_saves_restores_and_resumes(policy, pairs, cache, tmp_path, monkeypatch, capsys):
+    policy, tokenizer = policy
+    whole = train_dpo(policy, tokenizer, *pairs, tmp_path / "whole", **SHORT)
+    final = {name: value.clone() for name, value in get_peft_model_state_dict(policy).items()}
+    fresh = load_fresh(policy)
+
+    real = training.make_trainer
+
+    def stopped(*args):
+        trainer = real(*args)
+        trainer.add_callback(PressStop())
+        return trainer
+
+    monkeypatch.setattr(training, "make_trainer", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train_dpo(policy, tokenizer, *pairs, tmp_path / "run", **SHORT)
+    assert "Stopped and saved at step 3 of 4" in capsys.readouterr().out
+    assert all(torch.equal(value, fresh[name]) for name, value in get_peft_model_state_dict(policy).items())
+    monkeypatch.setattr(training, "make_trainer", real)
+    run = train_dpo(policy, tokenizer, *pairs, tmp_path / "run", **SHORT)
+    assert "Resuming from step 3" in capsys.readouterr().out
+    assert losses(run) == losses(whole)
+    assert all(torch.equal(value, final[name]) for name, value in get_peft_model_state_dict(policy).items())
+
+
+def load_fresh(policy) -> dict:
+    """Put the adapter back to the fresh one of seed 0, and return its weights."""
+    torch.manual_seed(0)
+    for module in policy.modules():
+        if hasattr(module, "reset_lora_parameters"):
+            module.reset_lora_parameters("default", True)
+    return {name: value.clone() for name, value in get_peft_model_state_dict(policy).items()}
+
+
+def losses(run: Run) -> list[float]:
+    return [float(row["loss"]) for row in run.history if "loss" in row]
+
+
+KILLED = """
+import os, signal, sys
+from helpers import *
+from helpers import training
+from helpers.pairs import load_pairs
+from transformers import TrainerCallback
+
+folder, adapter, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+class Kill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+real = training.make_trainer
+def make_trainer(*args):
+    trainer = real(*args)
+    trainer.add_callback(Kill())
+    return trainer
+training.make_trainer = make_trainer
+
+model, tokenizer = load_model(None if adapter == "fresh" else adapter)
+if adapter == "fresh":
+    model = add_lora(model, seed=0)
+pairs = load_pairs()
+training.train_dpo(
+    model, tokenizer, pairs.select(range(16)), pairs.select(range(16, 22)), folder, max_steps=4, save_steps=2,
+    eval_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1,
+)
+"""
+
+
+def run_process(*args) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", KILLED, *args], capture_output=True, text=True, timeout=600)
+
+
+@pytest_slow
+@pytest.mark.parametrize("start", ["fresh", "sft"])
+def test_killed_run_resumes_to_the_same_end(start, sft_adapter, tmp_path):
+    """A real SIGKILL between two checkpoints; the resumed run has the losses and weights of one left alone."""
+    adapter = "fresh" if start == "fresh" else str(sft_adapter)
+    whole = run_process(str(tmp_path / "whole"), adapter, "-1")
+    assert whole.returncode == 0, whole.stderr
+    killed = run_process(str(tmp_path / "run"), adapter, "3")
+    assert killed.returncode == -signal.SIGKILL
+    resumed = run_process(str(tmp_path / "run"), adapter, "-1")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Resuming from step 2" in resumed.stdout
+    one, other = Run.load(tmp_path / "whole"), Run.load(tmp_path / "run")
+    assert len(losses(one)) == 4
+    assert losses(other) == losses(one)
+    assert losses(one)[0] == pytest.approx(math.log(2), abs=0.01)
+    weights = [load_file(run.adapter / "adapter_model.safetensors") for run in (one, other)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    if start == "sft":
+        before = load_file(sft_adapter / "adapter_model.safetensors")
+        moved = [(value - before[name]).abs().max() for name, value in weights[1].items()]
+        assert 0 < max(moved) < 0.01  # it went on from the SFT adapter, not from zero
+
+
+@pytest.fixture(scope="module")
+def sft_adapter(base, pairs, tmp_path_factory):
+    """A real adapter from two steps of supervised fine-tuning with TRL."""
+    from trl import SFTConfig, SFTTrainer
+
+    model, tokenizer = base
+    policy = helpers.add_lora(model, seed=1)
+    data = pairs[0].map(lambda row: {"messages": row["prompt"] + row["chosen"]}, remove_columns=pairs[0].column_names)
+    folder = tmp_path_factory.mktemp("sft")
+    args = SFTConfig(
+        output_dir=str(folder / "trainer"),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    SFTTrainer(policy, args=args, train_dataset=data, processing_class=tokenizer).train()
+    policy.save_pretrained(folder / "adapter")
+    strip(model)
+    return folder / "adapter"
