@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
+CODE = Path(__file__).read_text("utf-8")  # as it was imported; measures of another version are not taken
 BATCH = 500  # rows at a time: enough for the tokenizer's threads, little enough to keep memory flat
 WORST = 5  # rows that a finding names
 
@@ -261,7 +262,8 @@ class Report:
             "These pairs have errors that would spoil training:\n"
             + "\n".join(lines)
             + "\nMend the data, or go on with "
-            f"report.clean, which leaves the rows with errors out ({len(self.clean)} of {self._checked} pairs remain)."
+            "check_pairs(...).clean in its place, which leaves the rows with errors out "
+            f"({len(self.clean)} of {self._checked} pairs remain)."
         )
 
     def to_frame(self) -> "pd.DataFrame":
@@ -499,7 +501,7 @@ def _table_key(pairs: Dataset, tokenizer: "PreTrainedTokenizerBase") -> str:
         tokenizer.chat_template,
         sorted(tokenizer.special_tokens_map.items()),
         version("transformers"),
-        Path(__file__).read_text("utf-8"),
+        CODE,
     )
     return xxhash.xxh3_128(repr(parts).encode()).hexdigest()
 

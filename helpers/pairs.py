@@ -33,6 +33,7 @@ from datasets.exceptions import DatasetsError
 from helpers.errors import UserError
 from helpers.session import setting
 
+CODE = Path(__file__).read_text("utf-8")  # as it was imported; what another version has read is not taken
 BUNDLED = Path(__file__).parent / "data" / "pairs.jsonl"
 # Of the bundled pairs: one topic of programming, one of science, one of the body.
 HELD_OUT_TOPICS = ["astronomy", "databases", "health"]
@@ -704,7 +705,7 @@ def load_pairs(
                 table = Dataset.from_list(list(reader.rows()), features=reader.features())
             else:
                 # Kept on disk by datasets under the name of the content and of all that reading depends on.
-                parts = (opened.key, name, sorted(columns.items()), first_wins, Path(__file__).read_text("utf-8"))
+                parts = (opened.key, name, sorted(columns.items()), first_wins, CODE)
                 key = xxhash.xxh3_128(repr(parts).encode()).hexdigest()
                 table = Dataset.from_generator(reader.rows, features=reader.features(), fingerprint=key)
     except UserError:

@@ -1,9 +1,11 @@
 """Scoring: log-probs of pairs under a model, the reference's kept in a cache, and what follows from the two."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -51,6 +53,20 @@ def tokenize_pairs(pairs: Dataset, tokenizer) -> Dataset:
     return Dataset.from_list([tokenize(row) for row in pairs])
 
 
+@contextlib.contextmanager
+def _pair_forward(inner) -> Iterator[None]:
+    """For a while, a forward that gives log-probs without storing logits; a trainer's own is put back afterwards."""
+    before = vars(inner).get("forward")
+    add_fused_lm_head(inner)
+    share_prompts(inner)
+    try:
+        yield
+    finally:
+        del inner.forward
+        if before is not None:
+            inner.forward = before
+
+
 def pair_logps(model, tokenizer, pairs: Dataset, *, max_length: int | None = None, batch_size: int = 8) -> PairLogps:
     """Log-probs of chosen and rejected under `model`, as in the DPO loss (Rafailov et al. 2023, eq. 7).
 
@@ -68,16 +84,12 @@ def pair_logps(model, tokenizer, pairs: Dataset, *, max_length: int | None = Non
     order = sorted(range(len(rows)), key=lengths.__getitem__)
     collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=max_length)
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not getattr(inner, "_scores_pairs", False):
-        add_fused_lm_head(inner)
-        share_prompts(inner)
-        inner._scores_pairs = True
     result = torch.empty(4, len(rows), dtype=torch.float64)
     was_training = model.training
     model.eval()
     # The trainer's own precision, so that the policy and its reference are rounded alike.
     autocast = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=inner.dtype == torch.bfloat16)
-    with torch.no_grad(), autocast:
+    with torch.no_grad(), autocast, _pair_forward(inner):
         for start in range(0, len(rows), batch_size):
             index = order[start : start + batch_size]
             batch = {name: tensor.to(model.device) for name, tensor in collate([rows[i] for i in index]).items()}
@@ -181,7 +193,8 @@ def with_reference(pairs: Dataset, logps: PairLogps) -> Dataset:
 
 
 def held_out_table(test: Dataset, reference: PairLogps, policy: PairLogps) -> pd.DataFrame:
-    table = pd.DataFrame({name: test[name] for name in ("origin", "topic", "flaw") if name in test.column_names})
+    columns = {name: test[name] for name in ("origin", "topic", "flaw") if name in test.column_names}
+    table = pd.DataFrame({"topic": "not given", "flaw": "not given"} | columns, index=range(len(test)))
     for side in ("chosen", "rejected"):
         table[f"{side}_reference"] = getattr(reference, side).numpy()
         table[f"{side}_policy"] = getattr(policy, side).numpy()

@@ -62,9 +62,11 @@ def _quiet_imports() -> None:
 
 def _quiet_loading() -> None:
     # The bar over a model's tensors is gone in a second and stays in a saved notebook; downloads keep their own.
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
+    disable_progress_bar()  # takes the hub's bars along
+    enable_progress_bars()
 
 
 load_settings()

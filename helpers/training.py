@@ -423,7 +423,10 @@ def _save_run(folder: Path, model, tokenizer, info: dict, history: list, metrics
     card = _model_card(info, metrics)
     write_atomic(folder / "README.md", lambda path: Path(path).write_text(card, encoding="utf-8"))
     write_json(folder / "run.json", info)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not empty: TensorBoard's files, say, which stay
+        (folder / "checkpoints").rmdir()
 
 
 def train_dpo(

@@ -291,7 +291,7 @@ def test_errors_stop_and_warnings_do_not(tokenizer):
     warned.raise_for_errors()
     assert warned.clean["origin"][:] == ["row 1", "row 2"]
     wrong = check_pairs(load_pairs([pair(), pair(rejected=" ")]), tokenizer)
-    with pytest.raises(UserError, match=r"(?s)empty completion: 1 \(row 2\).*report.clean.*1 of 2 pairs remain"):
+    with pytest.raises(UserError, match=r"(?s)empty completion: 1 \(row 2\).*\.clean .*1 of 2 pairs remain"):
         wrong.raise_for_errors()
     assert wrong.clean["origin"][:] == ["row 1"]
 

@@ -250,7 +250,76 @@ def test_micro_batches_agree(policy, pairs, cache, tmp_path):
     assert losses[2] == pytest.approx(losses[0], abs=5e-4)
 
 
+LOSSES = {
+    "ipo": {"loss_type": "ipo"},
+    "hinge": {"loss_type": "hinge"},
+    "robust": {"loss_type": "robust", "label_smoothing": 0.1},
+    "sigmoid+sft": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]},
+    "apo_zero": {"loss_type": "apo_zero"},
+    "sigmoid_norm": {"loss_type": "sigmoid_norm"},
+}
+
+
+@pytest_slow
+@pytest.mark.parametrize("loss", LOSSES)
+def test_other_losses_train(policy, pairs, cache, tmp_path, loss):
+    policy, tokenizer = policy
+    few = pairs[0].select(range(4))
+    reference = reference_logps(policy, tokenizer, few, max_length=512)
+    settings = config(tmp_path, max_steps=2, gradient_accumulation_steps=1, warmup_steps=0, **LOSSES[loss])
+    trainer = make_trainer(policy, tokenizer, with_reference(few, reference), None, settings)
+    trainer.train()
+    values = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
+    assert len(values) == 2 and all(math.isfinite(value) for value in values)
+    assert any(value.any() for name, value in get_peft_model_state_dict(policy).items() if "lora_B" in name)
+
+
 # ------------------------------------------------------------------------------------------------ whole runs
+
+
+@pytest_slow
+def test_reference_of_an_sft_policy_is_the_sft_model_and_an_explicit_one_is_itself(
+    sft_adapter, base, pairs, cache, tmp_path
+):
+    plain, tokenizer = base
+    of_base = pair_logps(plain, tokenizer, pairs[1], batch_size=4)
+    policy, _ = helpers.load_model(str(sft_adapter))
+    of_sft = pair_logps(policy, tokenizer, pairs[1], batch_size=4)
+    assert (of_sft.chosen - of_base.chosen).abs().mean() > 2  # SFT moved it, so the two can be told apart
+    explicit = train_dpo(policy, tokenizer, *pairs, tmp_path / "explicit", ref_model=plain, **SHORT | {"max_steps": 1})
+    implicit = train_dpo(policy, tokenizer, *pairs, tmp_path / "implicit", **SHORT | {"max_steps": 1})
+    assert implicit.held_out.chosen_reference.tolist() == pytest.approx(of_sft.chosen.tolist(), rel=0.01)
+    assert explicit.held_out.chosen_reference.tolist() == pytest.approx(of_base.chosen.tolist(), rel=0.01)
+    assert losses(implicit)[0] == pytest.approx(math.log(2), abs=0.01)
+    assert abs(losses(explicit)[0] - math.log(2)) > 0.02  # the policy is not where this reference is
+
+
+@pytest_slow
+def test_best_checkpoint_is_kept_and_early_stop_stops(policy, pairs, cache, tmp_path):
+    """A learning rate that ruins the model: each evaluation is worse than the one before."""
+    policy, tokenizer = policy
+    settings = SHORT | {"max_steps": 6, "learning_rate": 3e-2, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    run = train_dpo(
+        policy, tokenizer, *pairs, tmp_path / "run", early_stopping=1, eval_steps=1, save_steps=1, **settings
+    )
+    held_out = [row["eval_loss"] for row in run.history if "eval_loss" in row]
+    assert run.info["steps"] < 6
+    assert held_out[-1] > min(held_out) + 0.05
+    assert run.metrics["loss"] == pytest.approx(min(held_out), abs=0.02)
+
+
+@pytest_slow
+def test_full_disk_is_named_and_the_policy_put_back(policy, pairs, cache, tmp_path, monkeypatch):
+    policy, tokenizer = policy
+    initial = {name: value.clone() for name, value in get_peft_model_state_dict(policy).items()}
+
+    def full(self, args, state, control, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training._Checkpoints, "on_save", full)
+    with pytest.raises(UserError, match="No space left on device.*checkpoint is kept.*train_dpo again"):
+        train_dpo(policy, tokenizer, *pairs, tmp_path / "run", **SHORT | {"max_steps": 2, "save_steps": 1})
+    assert all(torch.equal(value, initial[name]) for name, value in get_peft_model_state_dict(policy).items())
 
 
 @pytest_slow
