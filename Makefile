@@ -20,9 +20,11 @@ run: setup
 	mkdir -p outputs/notebooks
 	$(BIN)/jupyter nbconvert --to notebook --execute --output-dir outputs/notebooks $(NOTEBOOKS)
 
+# The notebooks get an output folder of their own, so that they train and do not load an earlier run.
 test: setup
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 notebooks
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	  DPO_OUTPUT_DIR="$$folder" $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 --durations=0 notebooks
 
 # Every helper without a model, in under a minute.
 fast: setup

@@ -184,15 +184,28 @@ def public_name(model) -> str:
 
 
 def _adapter_base(name: str) -> str | None:
-    """The base of a LoRA adapter folder that was trained on the embedded model, else None."""
+    """The base model of a LoRA adapter folder that holds no path: the embedded one, or the folder in DPO_MODEL.
+
+    None where `name` is no adapter, or where its base is a name on the hub, which Unsloth looks up by itself.
+    """
     path = Path(name) / "adapter_config.json"
     if not path.is_file():
         return None
     try:
-        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = str(json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path"))
     except ValueError as error:
         raise UserError(f"{path.parent.name}/adapter_config.json is not valid JSON ({error}).") from error
-    return embedded_model() if base == EMBEDDED_HUB_NAME else None
+    if base == EMBEDDED_HUB_NAME:
+        return embedded_model()
+    if "/" in base:
+        return None
+    folder = setting("DPO_MODEL")
+    if folder and Path(folder).name == base and Path(folder).is_dir():
+        return folder
+    raise UserError(
+        f"The adapter in {path.parent.name} was trained on a model in a folder named {base!r}; where that is on this "
+        "machine is not written into it. Set DPO_MODEL in .env to that folder."
+    )
 
 
 def _not_found(name: str, error: Exception) -> UserError:
@@ -255,10 +268,10 @@ def load_model(
     """
     profile = current_profile()
     name = _model_name(name, thinking)
-    embedded_base = _adapter_base(name)
+    base = _adapter_base(name)
     try:
         model, tokenizer = FastLanguageModel.from_pretrained(
-            model_name=embedded_base or name,
+            model_name=base or name,
             max_seq_length=max_length or (profile.thinking_max_length if thinking else profile.max_length),
             dtype=None,  # bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU
             load_in_4bit=profile.load_in_4bit,
@@ -272,7 +285,7 @@ def load_model(
         if Path(name).exists():
             raise
         raise _not_found(name, error) from error
-    if embedded_base:
+    if base:
         model = PeftModel.from_pretrained(model, name, is_trainable=True)
     _check_chat_template(tokenizer, chat_template, name)
     fix_pad_token(model, tokenizer)

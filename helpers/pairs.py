@@ -331,7 +331,8 @@ def _pair(row: dict[str, Any], layout: _Layout, preference: _Preference | None) 
     rejected = _messages(rejected, worse, "assistant", dialogue)
     if chosen[0]["role"] == "assistant" and rejected[0]["role"] == "assistant":
         if layout.prompt is None:
-            raise _LeftOut(f"no prompt, and {layout.chosen} and {layout.rejected} are no dialogues that share one")
+            names = f"{layout.chosen or layout.a} and {layout.rejected or layout.b}"
+            raise _LeftOut(f"no prompt, and {names} are no dialogues that share one")
         prompt = _messages(prompt, layout.prompt, "user", marked)
         if marked and prompt[-1] == {"role": "assistant", "content": ""}:
             prompt = prompt[:-1]

@@ -27,7 +27,6 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.utils.notebook import NotebookProgressCallback
 
 from helpers.checks import check_pairs
 from helpers.errors import UserError
@@ -154,8 +153,12 @@ class TextProgress(TrainerCallback):
 
 def text_progress(trainer) -> None:
     """Replace the trainer's bars and printed dictionaries by `TextProgress`."""
-    for callback in (ProgressCallback, NotebookProgressCallback, PrinterCallback, TextProgress):
-        trainer.remove_callback(callback)
+    for callback in list(trainer.callback_handler.callbacks):
+        # The notebook's callback is known by name: its module needs IPython, which a script need not have.
+        if isinstance(callback, (ProgressCallback, PrinterCallback, TextProgress)) or (
+            type(callback).__name__ == "NotebookProgressCallback"
+        ):
+            trainer.remove_callback(callback)
     trainer.add_callback(TextProgress())
 
 

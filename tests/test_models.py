@@ -1,12 +1,13 @@
 """Profiles, the embedded model, pad tokens and LoRA."""
 
 import copy
-import json
+import os
 import shutil
 import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_interrupted_conversion_leaves_nothing(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_two_processes_convert_once_and_a_killed_one_leaves_no_model(tmp_path):
     code = "from helpers import models; print(models.embedded_model())"
-    environment = {**__import__("os").environ, "DPO_CACHE_DIR": str(tmp_path)}
+    environment = {**os.environ, "DPO_CACHE_DIR": str(tmp_path)}
 
     def start():
         return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
@@ -136,11 +137,10 @@ def test_model_without_chat_template(tokenizer, tmp_path):
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
-Config = namedtuple("Config", "config generation_config")
-
-
-class Settings:
-    pad_token_id = None
+def bare_model() -> SimpleNamespace:
+    return SimpleNamespace(
+        config=SimpleNamespace(pad_token_id=None), generation_config=SimpleNamespace(pad_token_id=None)
+    )
 
 
 @pytest.mark.parametrize("pad", [None, "<|endoftext|>"])
@@ -149,7 +149,7 @@ def test_pad_token_is_set_everywhere_and_eos_stays_in_the_loss(tokenizer, pad):
 
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = pad
-    model = Config(Settings(), Settings())
+    model = bare_model()
     helpers.fix_pad_token(model, tokenizer)
     expected = pad or tokenizer.eos_token
     assert tokenizer.pad_token == expected
@@ -168,7 +168,7 @@ def test_pad_token_without_eos(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = tokenizer.eos_token = None
     with pytest.raises(UserError, match="no EOS token"):
-        helpers.fix_pad_token(Config(Settings(), Settings()), tokenizer)
+        helpers.fix_pad_token(bare_model(), tokenizer)
 
 
 @pytest.mark.slow
@@ -195,10 +195,24 @@ def test_broken_adapter_folder_is_named(tmp_path):
         helpers.load_model(str(tmp_path))
 
 
-def test_public_name_holds_no_path(tmp_path):
-    model = namedtuple("Model", "config")
-    named = lambda name: models.public_name(model(namedtuple("C", "_name_or_path")(name)))  # noqa: E731
-    assert named("/home/me/.cache/SmolLM2-135M-Instruct-0.1.2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert named("unsloth/Qwen3-4B") == "unsloth/Qwen3-4B"
-    assert named("/data/my-model") == "my-model"
-    assert json.dumps(named("/data/my-model"))
+def test_adapter_of_a_model_in_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "mine"}')
+    with pytest.raises(UserError, match="folder named 'mine'.*DPO_MODEL"):
+        helpers.load_model(str(tmp_path / "adapter"))
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setenv("DPO_MODEL", str(tmp_path / "mine"))
+    assert models._adapter_base(str(tmp_path / "adapter")) == str(tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    "name, public",
+    [
+        ("/home/me/.cache/SmolLM2-135M-Instruct-0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("unsloth/Qwen3-4B", "unsloth/Qwen3-4B"),
+        ("/data/my-model", "my-model"),
+    ],
+)
+def test_public_name_holds_no_path(name, public):
+    model = SimpleNamespace(config=SimpleNamespace(_name_or_path=name))
+    assert models.public_name(model) == public

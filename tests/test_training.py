@@ -124,6 +124,15 @@ def test_model_without_adapter_is_refused(pairs, tmp_path):
         train_dpo(torch.nn.Linear(1, 1), None, *pairs, tmp_path)
 
 
+def test_pairs_with_errors_are_refused_before_anything_is_trained(tokenizer):
+    bad = load_pairs([{"prompt": "2 + 2?", "chosen": "4", "rejected": "4"}] * 2)
+    good = load_pairs([{"prompt": "3 + 3?", "chosen": "6", "rejected": "5"}])
+    with pytest.raises(UserError, match=r"(?s)chosen and rejected are the same.*\.clean"):
+        training._checked(bad, good, tokenizer, 512)
+    with pytest.raises(UserError, match="chosen and rejected are the same"):
+        training._checked(good, bad, tokenizer, 512)
+
+
 # ------------------------------------------------------------------------------------------------ the reference
 
 pytest_slow = pytest.mark.slow
