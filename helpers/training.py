@@ -43,7 +43,7 @@ from helpers.scoring import (
     tokenize_pairs,
     with_reference,
 )
-from helpers.session import setting
+from helpers.session import PROJECT, setting
 from helpers.shared_prompt import share_prompts
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -239,9 +239,8 @@ def _read_info(folder: Path) -> dict | None:
 
 
 def output_folder(*parts: str) -> Path:
-    """A folder below `DPO_OUTPUT_DIR`, which is `outputs/` of the project where it is not set."""
-    root = setting("DPO_OUTPUT_DIR")
-    return (Path(root).expanduser() if root else Path(__file__).parent.parent / "outputs").joinpath(*parts)
+    """A folder below `DPO_OUTPUT_DIR` (relative to the project), which is `outputs` where it is not set."""
+    return PROJECT.joinpath(Path(setting("DPO_OUTPUT_DIR", "outputs")).expanduser(), *parts)
 
 
 def versions() -> dict[str, str]:

