@@ -427,6 +427,7 @@ def _save_run(folder: Path, model, tokenizer, info: dict, history: list, metrics
     write_json(folder / "run.json", info)
     for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
+    (folder / "checkpoints" / "README.md").unlink(missing_ok=True)  # TRL's card; ours lies beside the adapter
     with contextlib.suppress(OSError):  # not empty: TensorBoard's files, say, which stay
         (folder / "checkpoints").rmdir()
 

@@ -1,5 +1,6 @@
 """Settings, the reference, the run folder, and runs that are interrupted."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -208,7 +209,7 @@ def test_reference_cache_is_met_exactly_when_nothing_that_matters_changed(policy
     assert calls() == 0
     assert calls(max_length=256) == 1
     assert calls(pairs=pairs.select([0, 1, 3, 2])) == 1
-    other = __import__("copy").deepcopy(tokenizer)
+    other = copy.deepcopy(tokenizer)
     other.chat_template = tokenizer.chat_template.replace("You are a helpful", "You are a terse")
     assert calls(tokenizer=other) == 1
     other.chat_template = tokenizer.chat_template
@@ -219,9 +220,10 @@ def test_reference_cache_is_met_exactly_when_nothing_that_matters_changed(policy
     assert calls() == 1  # another adapter
     with torch.no_grad():
         norm = policy.get_base_model().model.norm.weight
-        norm[0] += 1
+        before = norm[0].clone()
+        norm[0] = 2 * before
         assert calls() == 1  # another model
-        norm[0] -= 1
+        norm[0] = before
     assert calls() == 0
     for path in (cache / "reference").iterdir():
         path.write_bytes(path.read_bytes()[:40])
@@ -300,7 +302,10 @@ def test_reference_of_an_sft_policy_is_the_sft_model_and_an_explicit_one_is_itse
     assert implicit.held_out.chosen_reference.tolist() == pytest.approx(of_sft.chosen.tolist(), rel=0.01)
     assert explicit.held_out.chosen_reference.tolist() == pytest.approx(of_base.chosen.tolist(), rel=0.01)
     assert losses(implicit)[0] == pytest.approx(math.log(2), abs=0.01)
-    assert abs(losses(explicit)[0] - math.log(2)) > 0.02  # the policy is not where this reference is
+    # beta times the distance of the policy from its reference: none, and some nats
+    first = [next(row for row in run.history if "loss" in row) for run in (implicit, explicit)]
+    assert abs(float(first[0]["rewards/chosen"])) < 0.03
+    assert float(first[1]["rewards/chosen"]) > 0.1
 
 
 @pytest_slow
@@ -379,9 +384,10 @@ class PressStop(TrainerCallback):
 @pytest_slow
 def test_ctrl_c_saves_restores_and_resumes(policy, pairs, cache, tmp_path, monkeypatch, capsys):
     policy, tokenizer = policy
+    fresh = {name: value.clone() for name, value in get_peft_model_state_dict(policy).items()}
     whole = train_dpo(policy, tokenizer, *pairs, tmp_path / "whole", **SHORT)
     final = {name: value.clone() for name, value in get_peft_model_state_dict(policy).items()}
-    fresh = load_fresh(policy)
+    training.set_peft_model_state_dict(policy, fresh)
 
     real = training.make_trainer
 
@@ -400,15 +406,6 @@ def test_ctrl_c_saves_restores_and_resumes(policy, pairs, cache, tmp_path, monke
     assert "Resuming from step 3" in capsys.readouterr().out
     assert losses(run) == losses(whole)
     assert all(torch.equal(value, final[name]) for name, value in get_peft_model_state_dict(policy).items())
-
-
-def load_fresh(policy) -> dict:
-    """Put the adapter back to the fresh one of seed 0, and return its weights."""
-    torch.manual_seed(0)
-    for module in policy.modules():
-        if hasattr(module, "reset_lora_parameters"):
-            module.reset_lora_parameters("default", True)
-    return {name: value.clone() for name, value in get_peft_model_state_dict(policy).items()}
 
 
 def losses(run: Run) -> list[float]:
