@@ -49,8 +49,8 @@ def plot_log_ratios(table: pd.DataFrame) -> plt.Figure:
     figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
     bins = 30
     span = (min(chosen.min(), rejected.min()), max(chosen.max(), rejected.max()))
-    axis.hist(chosen, bins, span, color=CHOSEN, alpha=0.6, label=f"chosen, mean {chosen.mean():+.2f}")
-    axis.hist(rejected, bins, span, color=REJECTED, alpha=0.6, label=f"rejected, mean {rejected.mean():+.2f}")
+    axis.hist(chosen, bins, range=span, color=CHOSEN, alpha=0.6, label=f"chosen, mean {chosen.mean():+.2f}")
+    axis.hist(rejected, bins, range=span, color=REJECTED, alpha=0.6, label=f"rejected, mean {rejected.mean():+.2f}")
     axis.axvline(0, color="grey", linestyle="--", linewidth=1)
     axis.set(xlabel="log policy - log reference (nats)", ylabel="held-out pairs")
     axis.legend()
@@ -66,8 +66,8 @@ def plot_lengths(chosen: list[int], rejected: list[int]) -> plt.Figure:
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     span = (0, max(*chosen, *rejected))
-    axes[0].hist(chosen, 30, span, color=CHOSEN, alpha=0.6, label="chosen")
-    axes[0].hist(rejected, 30, span, color=REJECTED, alpha=0.6, label="rejected")
+    axes[0].hist(chosen, 30, range=span, color=CHOSEN, alpha=0.6, label="chosen")
+    axes[0].hist(rejected, 30, range=span, color=REJECTED, alpha=0.6, label="rejected")
     axes[0].set(xlabel="tokens in the completion", ylabel="pairs")
     axes[0].legend()
     axes[1].scatter(rejected, chosen, s=8, color=CHOSEN)
@@ -85,7 +85,8 @@ def plot_shares(shares: pd.DataFrame, *, label: str, baseline: float | None = No
         shares: index of group names; columns share, low, high (0 to 1) and pairs (count).
     """
     figure, axis = plt.subplots(figsize=(7, 0.5 + 0.45 * len(shares)), layout="constrained")
-    errors = [shares.share - shares.low, shares.high - shares.share]
+    # At a share of 0 or 1 an end of the interval is the share itself, to rounding.
+    errors = [(shares.share - shares.low).clip(lower=0), (shares.high - shares.share).clip(lower=0)]
     names = [f"{name} ({count})" for name, count in zip(shares.index, shares.pairs, strict=True)]
     axis.errorbar(shares.share, names, xerr=errors, fmt="o", color=CHOSEN, capsize=3)
     axis.axvline(0.5, color="grey", linestyle="--", linewidth=1, label="a coin")

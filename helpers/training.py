@@ -111,10 +111,10 @@ def dpo_settings(profile: Profile | None = None, *, thinking: bool = False) -> d
             "fp16": not unsloth.is_bfloat16_supported(),  # GPUs before Ampere
         }
     return common | {
-        "learning_rate": 1e-4,  # a small model and few steps: 5e-6 moves nothing in 45 steps
+        "learning_rate": 2e-4,  # a small model and few steps
         "optim": "adamw_torch_fused",  # bitsandbytes' 8-bit optimizer needs a GPU
-        "per_device_train_batch_size": 2,  # effective batch 8 in four pieces: less padding, and a CPU loses nothing
-        "gradient_accumulation_steps": 4,
+        "per_device_train_batch_size": 4,  # effective batch 8 in two pieces: less padding than in one
+        "gradient_accumulation_steps": 2,
         "per_device_eval_batch_size": 4,
         "gradient_checkpointing": False,  # memory is no concern here, recomputing costs a third
         "bf16": unsloth.is_bfloat16_supported(),
