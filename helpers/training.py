@@ -32,6 +32,7 @@ from helpers.checks import check_pairs
 from helpers.errors import UserError
 from helpers.files import write_atomic, write_json
 from helpers.models import Profile, current_profile, public_name
+from helpers.pairs import quiet_progress
 from helpers.scoring import (
     adapter_hash,
     data_hash,
@@ -57,7 +58,7 @@ GONE = {
     "max_completion_length": "max_length caps prompt and completion together",
     "rpo_alpha": 'use loss_type=["sigmoid", "sft"] with loss_weights',
     "reference_free": "leave it out; DPO always needs its reference",
-    "generate_during_eval": "see 06_inspect, which compares replies before and after",
+    "generate_during_eval": "compare replies before and after yourself, as the end of 03_train does",
     "ref_adapter_name": "the reference is the policy before its first step",
 }
 
@@ -164,14 +165,15 @@ def text_progress(trainer) -> None:
 
 def make_trainer(model, tokenizer, train: Dataset, test: Dataset | None, config, callbacks=()) -> trl.DPOTrainer:
     """A DPOTrainer whose reference log-probs stand in the data (`with_reference`), so it needs no reference model."""
-    trainer = trl.DPOTrainer(
-        model=model,
-        args=config,
-        train_dataset=train,
-        eval_dataset=test,
-        processing_class=tokenizer,
-        callbacks=list(callbacks),
-    )
+    with quiet_progress(len(train)):
+        trainer = trl.DPOTrainer(
+            model=model,
+            args=config,
+            train_dataset=train,
+            eval_dataset=test,
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+        )
     trainer.precompute_ref_logps = True
     share_prompts(model.get_base_model())
     # TRL copies the adapter as a frozen one named "ref". It is not needed here, and where it stands beside the
@@ -187,7 +189,7 @@ def make_trainer(model, tokenizer, train: Dataset, test: Dataset | None, config,
 
 @dataclasses.dataclass
 class Run:
-    """What a training run left in its folder: all that later notebooks need, and nothing that ties it to a machine.
+    """What a training run left in its folder: all that is needed to use or continue it, and nothing that ties it to a machine.
 
     Attributes:
         folder: holds `adapter/` (LoRA weights and tokenizer), the files below, and a model card.
@@ -283,7 +285,7 @@ Trained on {train} preference pairs, {test} held out, with TRL's DPOTrainer (bet
 Measured on {machine} with {versions}.
 
 A preference accuracy says how often the policy moved towards the chosen of a pair it has not seen. It does not say
-that its replies are right: read some of them (notebook 06) before you use the adapter.
+that its replies are right: read some of them before you use the adapter.
 """
 
 
