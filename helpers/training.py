@@ -189,7 +189,7 @@ def make_trainer(model, tokenizer, train: Dataset, test: Dataset | None, config,
 
 @dataclasses.dataclass
 class Run:
-    """What a training run left in its folder: all that is needed to use or continue it, and nothing that ties it to a machine.
+    """What a training run left in its folder: all that is needed to use or go on with it, on any machine.
 
     Attributes:
         folder: holds `adapter/` (LoRA weights and tokenizer), the files below, and a model card.
