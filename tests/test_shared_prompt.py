@@ -12,19 +12,19 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def policy(base):
-    """A policy in fp32 whose adapter is not zero, so that a wrong gradient shows; put back afterwards."""
-    model, tokenizer = base
-    dtype, forward = model.dtype, model.forward
+def policy():
+    """A policy in fp32 whose adapter is not zero, so that a wrong gradient shows.
+
+    A model of its own: there and back to bf16 would round the shared one's rotary frequencies.
+    """
+    model, tokenizer = helpers.load_model("embedded")
     policy = helpers.add_lora(model).float()
     torch.manual_seed(0)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
-    yield policy, tokenizer
-    policy.unload().to(dtype)
-    model.forward = forward
+    return policy, tokenizer
 
 
 def batch(tokenizer, max_length=None):
