@@ -150,7 +150,9 @@ def shut_down_kernel() -> None:
         return
     print("Memory freed; this notebook's kernel shuts down now.")
     # A moment later, so that this cell's own reply reaches the browser first.
-    threading.Timer(1.0, _end_session, session).start()
+    timer = threading.Timer(1.0, _end_session, session)
+    timer.daemon = True  # the kernel must not wait for the answer of a server that waits for the kernel
+    timer.start()
 
 
 def setting(name: str, default: str | None = None) -> str | None:
