@@ -53,7 +53,7 @@ PROFILES = {
         max_length=512,
         thinking_max_length=1024,
     ),
-    # 16-bit: 4-bit weights work on a CPU but a step took 1.5 times as long.
+    # 16-bit: 4-bit weights work on a CPU too, but are slower there.
     "cpu": Profile(
         name="cpu",
         model=EMBEDDED,
@@ -278,7 +278,7 @@ def load_model(
             # Recomputing activations saves memory and costs time; on a CPU with a small model memory is no concern.
             use_gradient_checkpointing="unsloth" if profile.name == "gpu" else False,
             token=setting("HF_TOKEN"),
-            # On a CPU the plain form is faster than the fused kernel at these lengths: benchmarks/train.py.
+            # The plain form takes the mask of shared_prompt as it is; short sequences gain nothing from a fused kernel.
             **({"attn_implementation": "eager"} if profile.name == "cpu" else {}),
         )
     except (OSError, RuntimeError, ValueError) as error:

@@ -117,7 +117,7 @@ def dpo_settings(profile: Profile | None = None, *, thinking: bool = False) -> d
         "per_device_train_batch_size": 4,  # effective batch 8 in two pieces: less padding than in one
         "gradient_accumulation_steps": 2,
         "per_device_eval_batch_size": 4,
-        "gradient_checkpointing": False,  # memory is no concern here, recomputing costs a third
+        "gradient_checkpointing": False,  # memory is no concern here, and recomputing costs time
         "bf16": unsloth.is_bfloat16_supported(),
     }
 
