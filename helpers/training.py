@@ -387,8 +387,8 @@ _IDENTITY = ("model", "config", "data", "start")
 
 
 def _same_run(before: dict, info: dict) -> bool:
-    ends = before.get("end"), before.get("start")
-    same_start = before["start"] == info["start"] or info["start"].split("-")[-1] in ends
+    # The adapter in hand is the one the run started from, or, where its cell is run once more, the one it ended with.
+    same_start = before["start"] == info["start"] or info["start"].split("-")[-1] == before.get("end")
     return same_start and all(before[name] == info[name] for name in _IDENTITY if name != "start")
 
 
