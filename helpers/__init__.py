@@ -10,7 +10,8 @@ from helpers.checks import check_pairs
 from helpers.errors import UserError
 from helpers.models import add_lora, current_profile, fix_pad_token, load_model, load_tokenizer
 from helpers.pairs import load_pairs, split_pairs
-from helpers.training import DPOConfig, Run, train_dpo
+from helpers.runs import Run
+from helpers.training import DPOConfig, train_dpo
 
 __all__ = [
     "DPOConfig",

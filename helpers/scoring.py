@@ -130,20 +130,30 @@ def _hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def adapter_hash(model) -> str:
-    """The same for every fresh adapter: as long as each B matrix is zero, the adapter changes nothing."""
-    state = get_peft_model_state_dict(model)
-    if all(not tensor.any() for name, tensor in state.items() if "lora_B" in name):
-        return "fresh"
-    return _hash_tensors(state)
+    return _hash_tensors(get_peft_model_state_dict(model))
 
 
-def model_hash(model) -> str:
-    """What decides the model's log-probs: its weights, and its adapter where it is not fresh."""
-    base = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
-    names = _hash_tensors(
-        {name.removeprefix("base_model.model.").replace(".base_layer", ""): t for name, t in base.items()}
+def _is_fresh(model) -> bool:
+    """As long as each B matrix is zero, an adapter changes nothing, whatever its A matrices are."""
+    return not isinstance(model, PeftModel) or all(
+        not tensor.any() for name, tensor in get_peft_model_state_dict(model).items() if "lora_B" in name
     )
-    return names + "-" + (adapter_hash(model) if isinstance(model, PeftModel) else "fresh")
+
+
+def base_hash(model) -> str:
+    """Of the weights below the adapter; the same with and without one. Seconds where a model has billions of them."""
+    return _hash_tensors(
+        {
+            name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor
+            for name, tensor in model.state_dict().items()
+            if "lora_" not in name
+        }
+    )
+
+
+def fingerprint(model, weights: str | None = None) -> str:
+    """What decides the model's log-probs: its weights, and its adapter where that is not fresh."""
+    return f"{weights or base_hash(model)} {'fresh' if _is_fresh(model) else adapter_hash(model)}"
 
 
 def data_hash(tokenised: Dataset) -> str:
@@ -159,16 +169,22 @@ def _tokenizer_hash(tokenizer) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def reference_logps(model, tokenizer, pairs: Dataset, *, max_length: int, batch_size: int = 8) -> PairLogps:
+def reference_logps(
+    model, tokenizer, pairs: Dataset, *, max_length: int, batch_size: int = 8, weights: str | None = None
+) -> PairLogps:
     """`pair_logps` of the reference, kept in the cache folder: computed once, read for every later run.
 
     The key holds all that decides the result: the weights (and the adapter's, where it is not fresh), tokenizer,
     chat template, token ids of the pairs, and max_length. Beta, seed, learning rate and loss are no part of it.
     TRL keeps such a cache too (`precompute_ref_log_probs`), but its key changes with every setting, and data that
     is in memory never meets it.
+
+    Args:
+        weights: `base_hash(model)`, where the caller has it already.
     """
     tokenised = tokenize_pairs(pairs, tokenizer) if "prompt_ids" not in pairs.column_names else pairs
-    parts = [model_hash(model), _tokenizer_hash(tokenizer), data_hash(tokenised), str(max_length), str(model.dtype)]
+    parts = [fingerprint(model, weights), _tokenizer_hash(tokenizer)]
+    parts += [data_hash(tokenised), str(max_length), str(model.dtype)]
     key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
     path = cache_folder() / "reference" / f"{key}.safetensors"
     if path.is_file():

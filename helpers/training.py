@@ -7,20 +7,16 @@ with TRL's DPOTrainer, and leaves a run folder. Called again after an interrupti
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import json
 import math
-import platform
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
-import pandas as pd
-import torch
 import trl
 import unsloth
 from datasets import Dataset
@@ -30,21 +26,23 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 
 from helpers.checks import check_pairs
 from helpers.errors import UserError
-from helpers.files import write_atomic, write_json
+from helpers.files import write_json
+from helpers.memory import ESTIMATE_MARGIN, estimate_for, free_memory, is_out_of_memory, pair_lengths
 from helpers.models import Profile, current_profile, public_name
 from helpers.pairs import quiet_progress
+from helpers.runs import Run, describe_config, machine, read_info, save_run, set_aside, versions
 from helpers.scoring import (
     adapter_hash,
+    base_hash,
     data_hash,
+    fingerprint,
     held_out_table,
-    model_hash,
     pair_logps,
     preference_metrics,
     reference_logps,
     tokenize_pairs,
     with_reference,
 )
-from helpers.session import PROJECT, setting
 from helpers.shared_prompt import share_prompts
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -61,6 +59,14 @@ GONE = {
     "generate_during_eval": "compare replies before and after yourself, as the end of 03_train does",
     "ref_adapter_name": "the reference is the policy before its first step",
 }
+
+
+def _check_report_to(report_to) -> None:
+    """Raise UserError for TensorBoard where it is not installed; transformers would raise three libraries down."""
+    wanted = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    found = any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX"))
+    if "tensorboard" in wanted and not found:
+        raise UserError('report_to="tensorboard" needs a package that is not here: `pip install tensorboard`.')
 
 
 def check_settings(names) -> None:
@@ -184,133 +190,6 @@ def make_trainer(model, tokenizer, train: Dataset, test: Dataset | None, config,
     return trainer
 
 
-# ---------------------------------------------------------------------------------------------- the run folder
-
-
-@dataclasses.dataclass
-class Run:
-    """What a training run left in its folder: all that is needed to use or go on with it, on any machine.
-
-    Attributes:
-        folder: holds `adapter/` (LoRA weights and tokenizer), the files below, and a model card.
-        info: settings, model, versions, machine, data fingerprints, seeds, status.
-        history: one dict for each logging and evaluation step, as TRL logs them.
-        metrics: held-out figures before and after, seconds.
-        held_out: one row for each held-out pair: origin, topic, flaw, log-probs under reference and policy.
-    """
-
-    folder: Path
-    info: dict
-    history: list[dict]
-    metrics: dict
-    held_out: pd.DataFrame | None
-
-    @property
-    def adapter(self) -> Path:
-        return self.folder / "adapter"
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Run":
-        """Read a run folder. Raises UserError where it is none, is unfinished, or was edited so it can't be read."""
-        folder = Path(folder)
-        info = _read_info(folder)
-        if info is None:
-            raise UserError(f"{folder.name} is no run folder: it has no run.json. 03_train makes one.")
-        if info.get("status") != "finished":
-            raise UserError(f"The run in {folder.name} is {info.get('status')}. Call train_dpo again to finish it.")
-        try:
-            history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
-            metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"The run in {folder.name} cannot be read ({error}). Train it again.") from error
-        table = folder / "held_out.jsonl"
-        held_out = pd.read_json(table, lines=True) if table.is_file() else None
-        return cls(folder, info, history, metrics, held_out)
-
-
-def _read_info(folder: Path) -> dict | None:
-    path = folder / "run.json"
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{folder.name}/run.json is not valid JSON ({error}). Restore it, or use a new folder."
-        ) from error
-
-
-def output_folder(*parts: str) -> Path:
-    """A folder below `DPO_OUTPUT_DIR` (relative to the project), which is `outputs` where it is not set."""
-    return PROJECT.joinpath(Path(setting("DPO_OUTPUT_DIR", "outputs")).expanduser(), *parts)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
-    return {"python": platform.python_version()} | {
-        name: version(name) for name in ("torch", "transformers", "trl", "peft", "datasets", "unsloth")
-    }
-
-
-def machine() -> str:
-    """The kind of machine in a few words, without its name."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
-
-
-_PRIVATE_SETTINGS = ("output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id", "push_to_hub_token")
-
-
-def _describe(config) -> dict:
-    """The settings of a config, without paths and tokens, as plain JSON."""
-    values = {name: value for name, value in config.to_dict().items() if name not in _PRIVATE_SETTINGS}
-    return json.loads(json.dumps(values, default=str))
-
-
-_CARD = """---
-library_name: peft
-base_model: {model}
-tags: [dpo, trl, unsloth, lora]
----
-# LoRA adapter trained with DPO
-
-Trained on {train} preference pairs, {test} held out, with TRL's DPOTrainer (beta {beta}, loss {loss}, learning rate
-{lr}, effective batch {batch}, {steps} steps, seed {seed}).
-
-| held out | value |
-|---|---|
-{rows}
-
-Measured on {machine} with {versions}.
-
-A preference accuracy says how often the policy moved towards the chosen of a pair it has not seen. It does not say
-that its replies are right: read some of them before you use the adapter.
-"""
-
-
-def _model_card(info: dict, metrics: dict) -> str:
-    config = info["config"]
-
-    def show(value) -> str:
-        return " to ".join(f"{v:.3f}" for v in value) if isinstance(value, (list, tuple)) else f"{value:.4g}"
-
-    return _CARD.format(
-        model=info["model"],
-        train=info["train_pairs"],
-        test=info["test_pairs"],
-        beta=config["beta"],
-        loss=", ".join(config["loss_type"]),
-        lr=config["learning_rate"],
-        batch=config["per_device_train_batch_size"] * config["gradient_accumulation_steps"],
-        steps=info["steps"],
-        seed=config["seed"],
-        rows="\n".join(f"| {name.replace('_', ' ')} | {show(value)} |" for name, value in metrics.items()),
-        machine=info["machine"],
-        versions=", ".join(f"{name} {value}" for name, value in info["versions"].items()),
-    )
-
-
 # ---------------------------------------------------------------------------------------------- interruption
 
 
@@ -383,13 +262,13 @@ def _steps(pairs: int, values: dict) -> int:
 
 
 # What makes two calls the same run; versions and machine may differ when it is resumed.
-_IDENTITY = ("model", "config", "data", "start")
+_IDENTITY = ("model", "base", "reference", "config", "data")
 
 
 def _same_run(before: dict, info: dict) -> bool:
     # The adapter in hand is the one the run started from, or, where its cell is run once more, the one it ended with.
-    same_start = before["start"] == info["start"] or info["start"].split("-")[-1] == before.get("end")
-    return same_start and all(before[name] == info[name] for name in _IDENTITY if name != "start")
+    same_start = info["start"] in (before.get("start"), before.get("end"))
+    return same_start and all(before.get(name) == info[name] for name in _IDENTITY)
 
 
 def _difference(before: dict, info: dict) -> str:
@@ -399,39 +278,43 @@ def _difference(before: dict, info: dict) -> str:
         for name in sorted(config[0].keys() | config[1].keys())
         if config[0].get(name) != config[1].get(name)
     ]
-    changed += [f"other {name}" for name in ("model", "data") if before[name] != info[name]]
-    return "; ".join(changed[:3]) or "another adapter or reference to start from"
+    changed += [f"other {name}" for name in ("model", "reference", "data") if before.get(name) != info[name]]
+    return "; ".join(changed[:3]) or "another adapter to start from"
 
 
-def _set_aside(folder: Path) -> None:
-    number = 1
-    while folder.with_name(f"{folder.name}.old-{number}").exists():
-        number += 1
-    folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
+def _savings(model, ids: Dataset, values: dict) -> str:
+    """What to change where memory is short, each with what it saves by the estimate."""
+    size, pieces, lengths = (
+        values["per_device_train_batch_size"],
+        values["gradient_accumulation_steps"],
+        pair_lengths(ids),
+    )
+    changes = []
+    if not values["gradient_checkpointing"]:
+        changes.append(({"gradient_checkpointing": True}, "slower"))
+    if size > 1:
+        halved = {"per_device_train_batch_size": size // 2, "gradient_accumulation_steps": pieces * 2}
+        changes.append((halved, "the same effective batch"))
+    half = min(max(lengths), values["max_length"]) // 2
+    changes.append(({"max_length": half}, f"cuts {sum(n > half for n in lengths)} of {len(ids)} pairs"))
+    need = estimate_for(model, ids, values).training
+    lines = ["What to change in the call, and what it saves:"]
+    for change, note in changes:
+        text = ", ".join(f"{name}={value}" for name, value in change.items())
+        saved = need - estimate_for(model, ids, values | change).training
+        lines.append(f"- {text} ({note}): {saved / 1e9:.1f} GB")
+    return "\n".join(lines)
 
 
-def _save_run(folder: Path, model, tokenizer, info: dict, history: list, metrics: dict, table: pd.DataFrame) -> None:
-    """Write what a finished run leaves; `run.json` comes last, so that "finished" is true when it is read."""
-    part = Path(tempfile.mkdtemp(dir=folder, prefix=".adapter."))
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    config = json.loads((part / "adapter_config.json").read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = info["model"]  # a name that means the same on another machine
-    (part / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    (part / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours lies beside the adapter
-    shutil.rmtree(folder / "adapter", ignore_errors=True)
-    part.rename(folder / "adapter")
-    write_json(folder / "history.json", history)
-    write_json(folder / "metrics.json", metrics)
-    write_atomic(folder / "held_out.jsonl", lambda path: table.to_json(path, orient="records", lines=True))
-    card = _model_card(info, metrics)
-    write_atomic(folder / "README.md", lambda path: Path(path).write_text(card, encoding="utf-8"))
-    write_json(folder / "run.json", info)
-    for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    (folder / "checkpoints" / "README.md").unlink(missing_ok=True)  # TRL's card; ours lies beside the adapter
-    with contextlib.suppress(OSError):  # not empty: TensorBoard's files, say, which stay
-        (folder / "checkpoints").rmdir()
+def _check_memory(model, ids: Dataset, values: dict) -> None:
+    """Say so where training needs more than is free; refuse where it needs far more."""
+    need, free = estimate_for(model, ids, values).training, free_memory(model.device)
+    if need < free:
+        return
+    text = f"Training needs about {need / 1e9:.1f} GB beside the loaded model, and {free / 1e9:.1f} GB are free."
+    if need > ESTIMATE_MARGIN * free:
+        raise UserError(f"{text}\n{_savings(model, ids, values)}")
+    print(f"{text} It may not fit.\n{_savings(model, ids, values)}")
 
 
 def train_dpo(
@@ -464,7 +347,8 @@ def train_dpo(
         settings: DPOConfig settings that differ from `dpo_settings()`.
 
     Raises:
-        UserError: no adapter, a setting that TRL does not know, errors in the pairs, another run in the folder.
+        UserError: no adapter, a setting that TRL does not know, errors in the pairs, another run in the folder, too
+            little memory (before training by an estimate, or when it ran out).
         KeyboardInterrupt: after an interruption, once everything is saved.
     """
     if not isinstance(model, PeftModel):
@@ -472,10 +356,13 @@ def train_dpo(
     folder = Path(folder)
     values = dpo_settings(thinking=thinking) | settings
     check_settings(values)
+    _check_report_to(values["report_to"])
     train, test = _checked(train, test, tokenizer, values["max_length"])
 
     train_ids, test_ids = tokenize_pairs(train, tokenizer), tokenize_pairs(test, tokenizer)
-    start_hash = model_hash(model)
+    _check_memory(model, train_ids, values)
+    base = base_hash(model)
+    reference_model, reference_base = (model, base) if ref_model is None else (ref_model, base_hash(ref_model))
     every = max(1, math.ceil(_steps(len(train), values) / 3))  # three evaluations, three checkpoints
     config = DPOConfig(
         output_dir=str(folder / "checkpoints"),
@@ -497,23 +384,25 @@ def train_dpo(
         "status": "running",
         "model": public_name(model),
         "profile": current_profile().name,
-        "config": _describe(config),
+        "config": describe_config(config),
         "steps": None,
         "train_pairs": len(train),
         "test_pairs": len(test),
         "data": {"train": data_hash(train_ids), "test": data_hash(test_ids)},
-        "start": start_hash if ref_model is None else f"{start_hash} against {model_hash(ref_model)}",
+        "base": base,
+        "start": adapter_hash(model),
+        "reference": "the policy at its start" if ref_model is None else fingerprint(ref_model, reference_base),
         "versions": versions(),
         "machine": machine(),
     }
-    before = _read_info(folder)
+    before = read_info(folder)
     if before is not None and not _same_run(before, info):
         if not replace:
             raise UserError(
                 f"{folder} holds another run ({_difference(before, info)}). Give this one a folder of its own, "
                 "or pass replace=True: the old run is then kept beside it."
             )
-        _set_aside(folder)
+        set_aside(folder)
         before = None
     if before is not None and before["status"] == "finished":
         print(f"This run is finished already; loading it from {folder.name}.")
@@ -524,12 +413,13 @@ def train_dpo(
     write_json(folder / "run.json", info)
 
     initial = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
-    reference_model = model if ref_model is None else ref_model
     batch_size = values["per_device_eval_batch_size"]
     print(f"Reference log-probs of {len(train) + len(test)} pairs ...", flush=True)
     began = time.monotonic()
     ref_train, ref_test = (
-        reference_logps(reference_model, tokenizer, ids, max_length=config.max_length, batch_size=batch_size)
+        reference_logps(
+            reference_model, tokenizer, ids, max_length=config.max_length, batch_size=batch_size, weights=reference_base
+        )
         for ids in (train_ids, test_ids)
     )
     reference_seconds = time.monotonic() - began
@@ -554,6 +444,15 @@ def train_dpo(
             print(f"Stopped and saved at step {step} of {total}. The same call goes on from there.")
             raise KeyboardInterrupt
         policy = pair_logps(model, tokenizer, test_ids, max_length=config.max_length, batch_size=batch_size)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        need = estimate_for(model, train_ids, values).training
+        raise UserError(
+            f"Out of memory. By the estimate, training needs {need / 1e9:.1f} GB beside the loaded model. The last "
+            f"checkpoint is kept.\n{_savings(model, train_ids, values)}\n"
+            "A changed setting makes another run: pass replace=True with it."
+        ) from error
     except OSError as error:
         raise UserError(
             f"The run could not be written to {folder} ({error.strerror or error}). The last complete checkpoint is "
@@ -569,5 +468,5 @@ def train_dpo(
     }
     history = trainer.state.log_history
     info |= {"status": "finished", "steps": trainer.state.global_step, "end": adapter_hash(model)}
-    _save_run(folder, model, tokenizer, info, history, metrics, table)
+    save_run(folder, model, tokenizer, info, history, metrics, table)
     return Run.load(folder)

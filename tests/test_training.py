@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import helpers
-from helpers import UserError, scoring, training
+from helpers import UserError, runs, scoring, training
 from helpers.models import PROFILES
 from helpers.pairs import load_pairs
+from helpers.runs import Run
 from helpers.scoring import pair_logps, reference_logps
-from helpers.training import DPOConfig, Run, dpo_settings, make_trainer, train_dpo, with_reference
+from helpers.training import DPOConfig, dpo_settings, make_trainer, train_dpo, with_reference
 
 # Four steps of four pairs: enough to move, short enough to repeat.
 SHORT = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1}
@@ -367,7 +368,7 @@ print("LOGPS", logps.chosen.tolist() + logps.rejected.tolist())
     assert "finished already" in capsys.readouterr().out
     with pytest.raises(UserError, match="beta 0.1 there, 0.5 now.*replace=True"):
         train_dpo(policy, tokenizer, *pairs, folder, **SHORT, beta=0.5)
-    training._set_aside(folder)
+    runs.set_aside(folder)
     assert Run.load(tmp_path / "run.old-1").metrics == run.metrics
 
 

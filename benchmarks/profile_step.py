@@ -1,0 +1,107 @@
+"""Where one training step's time goes, beside the machine's matrix rate: python benchmarks/profile_step.py
+
+One optimizer step (8 pairs, 4x2) of the embedded model with the settings of the CPU profile, under torch's profiler:
+seconds by kind of operator, their floating-point operations, and the rate that two large bf16 matrices reach in the
+same process. The last line is one JSON object.
+"""
+
+import json
+import tempfile
+import time
+from collections import defaultdict
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from helpers import DPOConfig, add_lora, load_model, load_pairs
+from helpers.runs import machine, versions
+from helpers.scoring import reference_logps, with_reference
+from helpers.training import dpo_settings, make_trainer
+
+MATRIX = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+
+
+def matrix_rate() -> float:
+    """Floating-point operations a second of a bf16 product of two 2048 x 2048 matrices: best of ten."""
+    a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
+    times = []
+    for _ in range(10):
+        begin = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - begin)
+    return 2 * 2048**3 / min(times)
+
+
+def kind(event, rank: int, vocabulary: int) -> str:
+    """Which part of the step an operator belongs to, by its name and the shapes of what goes in."""
+    shapes = [shape for shape in event.input_shapes if shape]
+    sizes = {size for shape in shapes for size in shape}
+    if event.key in MATRIX:
+        if any(len(shape) == 3 for shape in shapes):
+            return "attention"
+        if vocabulary in sizes:
+            return "LM head"
+        return "LoRA" if rank in sizes else "projections"
+    if "softmax" in event.key:
+        return "LM head" if vocabulary in sizes else "attention"
+    if vocabulary in sizes:
+        return "LM head"
+    return "elementwise and overhead"
+
+
+def main() -> None:
+    model, tokenizer = load_model("embedded")
+    model = add_lora(model, seed=0)
+    pairs = load_pairs().select(range(48))
+    settings = dpo_settings() | {"max_steps": 6, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
+    data = with_reference(pairs, reference_logps(model, tokenizer, pairs, max_length=512, batch_size=4))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(model, tokenizer, data, None, DPOConfig(output_dir=folder, **settings))
+        step_seconds = []
+        profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True)
+
+        from transformers import TrainerCallback
+
+        class Watch(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == 5:
+                    profiler.start()
+                self.begin = time.perf_counter()
+
+            def on_step_end(self, args, state, control, **kwargs):
+                step_seconds.append(time.perf_counter() - self.begin)
+                if state.global_step == 6:
+                    profiler.stop()
+
+        trainer.add_callback(Watch())
+        trainer.train()
+    seconds, flops = defaultdict(float), defaultdict(float)
+    for event in profiler.key_averages(group_by_input_shape=True):
+        name = kind(event, 16, model.config.vocab_size)
+        seconds[name] += event.self_cpu_time_total / 1e6
+        flops[name] += event.flops
+    rate = matrix_rate()
+    usual = sorted(step_seconds[1:5])[2]
+    print(
+        json.dumps(
+            {
+                "step_seconds": round(usual, 3),
+                "profiled_step_seconds": round(step_seconds[5], 3),
+                "share": {
+                    k: round(v / sum(seconds.values()), 3) for k, v in sorted(seconds.items(), key=lambda x: -x[1])
+                },
+                "gflop": {k: round(v / 1e9, 1) for k, v in flops.items() if v},
+                "gflop_per_s": {k: round(v / 1e9 / seconds[k], 0) for k, v in flops.items() if v},
+                "step_gflop_per_s": round(sum(flops.values()) / 1e9 / step_seconds[5], 0),
+                "matrix_gflop_per_s": round(rate / 1e9, 0),
+                "versions": versions(),
+                "machine": machine(),
+            }
+        )
+    )
+    for event in sorted(profiler.key_averages(group_by_input_shape=True), key=lambda e: -e.self_cpu_time_total)[:40]:
+        print(f"{event.key:50} {event.self_cpu_time_total / 1e6:.3f} {event.count} {event.input_shapes}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Memory: what a training run will need, what is free, and what each change would save.
+
+The estimate is arithmetic over the model's sizes, so it needs no trial run; `tests/test_memory.py` holds it beside
+measured runs.
+"""
+
+from typing import NamedTuple
+
+import psutil
+import torch
+
+# Bytes of optimizer state for each trained parameter: Adam's two moments, in fp32 or in 8 bits.
+_STATE_BYTES = {"adamw_8bit": 2.1, "adamw_bnb_8bit": 2.1, "paged_adamw_8bit": 2.1}
+
+# What transformers' and PEFT's own layers keep against Unsloth's kernels (norms in 32 bits, inputs of the LoRA matrices),
+# less what one forward for both sides of a pair takes off: fitted to benchmarks/memory.py.
+PLAIN_FACTOR = 1.6
+# What recomputing such layers took on top, at every size tried there.
+PLAIN_CHECKPOINTING_BYTES = 1.1e9
+
+# How far the estimate may be off: below this multiple of what is free, training is tried with a warning.
+ESTIMATE_MARGIN = 1.25
+
+
+class MemoryEstimate(NamedTuple):
+    """Bytes by what they are for.
+
+    Attributes:
+        weights: of the model, which are there before training starts.
+        adapter: LoRA's parameters and gradients in fp32, and the optimizer's state.
+        activations: what the backward pass of one micro-batch needs.
+        logits: of the LM head, a piece of the batch at a time.
+    """
+
+    weights: float
+    adapter: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+    @property
+    def training(self) -> float:
+        """What comes on top of the loaded model."""
+        return self.total - self.weights
+
+
+def _sizes(config) -> dict[str, int]:
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return {
+        "hidden": config.hidden_size,
+        "mlp": config.intermediate_size,
+        "layers": config.num_hidden_layers,
+        "vocabulary": config.vocab_size,
+        "heads": heads,
+        "query": heads * head,
+        "key": (getattr(config, "num_key_value_heads", None) or heads) * head,
+    }
+
+
+def estimate_memory(
+    config,
+    *,
+    pairs: int,
+    tokens: int,
+    checkpointing: bool,
+    load_in_4bit: bool,
+    rank: int = 16,
+    optim: str = "adamw_torch_fused",
+    plain: bool = False,
+) -> MemoryEstimate:
+    """Bytes that DPO with LoRA on the seven projections and a cached reference needs at its peak.
+
+    Args:
+        config: of a Llama-like transformers model, e.g. from AutoConfig.
+        pairs: in a micro-batch (`per_device_train_batch_size`).
+        tokens: of the longest sequence, prompt and answer.
+        checkpointing: gradient checkpointing; one layer's activations are kept at a time.
+        load_in_4bit: weights of the projections in bitsandbytes' NF4, else all in 16 bits.
+        plain: the CPU profile, whose layers are transformers' own: they keep more, attention scores among it.
+    """
+    s = _sizes(config)
+    projections = [(s["hidden"], s["query"]), (s["query"], s["hidden"]), *[(s["hidden"], s["key"])] * 2]
+    projections += [(s["hidden"], s["mlp"])] * 2 + [(s["mlp"], s["hidden"])]
+    in_layers = s["layers"] * sum(a * b for a, b in projections)
+    embeddings = s["vocabulary"] * s["hidden"] * (1 if config.tie_word_embeddings else 2)
+    # NF4: half a byte, and a scale for each 64 weights that is itself quantised (Dettmers et al. 2023, section 3).
+    weights = embeddings * 2 + in_layers * ((0.5 + 0.127 / 8) if load_in_4bit else 2)
+    lora = s["layers"] * rank * sum(a + b for a, b in projections)
+    adapter = lora * (4 + 4 + _STATE_BYTES.get(optim, 8))
+    rows = 2 * pairs * tokens
+    # Saved for the backward pass of a layer, in 16 bits: inputs of the norms and projections, q, k, v, the attention's
+    # output, and four values of the MLP (gate, up, their activation and product).
+    layer = rows * 2 * (4 * s["hidden"] + 3 * s["query"] + 3 * s["key"] + 4 * s["mlp"])
+    if plain:
+        layer = layer * PLAIN_FACTOR + 2 * pairs * s["heads"] * tokens**2 * 6  # scores and softmax, 32 and 16 bits
+    # With checkpointing one layer's activations and their gradients; its inputs go to the machine's memory.
+    activations = 2 * layer + plain * PLAIN_CHECKPOINTING_BYTES if checkpointing else s["layers"] * layer
+    logits = min(rows * s["vocabulary"], 16 * 2**20) * 4 * 3
+    return MemoryEstimate(weights, adapter, activations, logits)
+
+
+def pair_lengths(ids) -> list[int]:
+    """Tokens of each pair's longer side, prompt included; `ids` as `tokenize_pairs` gives them."""
+    return [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in ids]
+
+
+def estimate_for(model, ids, settings: dict) -> MemoryEstimate:
+    """`estimate_memory` for a loaded policy, pairs as `tokenize_pairs` gives them, and DPOConfig settings."""
+    return estimate_memory(
+        model.config,
+        pairs=settings["per_device_train_batch_size"],
+        tokens=min(max(pair_lengths(ids)), settings["max_length"]),
+        checkpointing=bool(settings["gradient_checkpointing"]),
+        load_in_4bit=bool(getattr(model, "is_loaded_in_4bit", False)),
+        rank=next(iter(model.peft_config.values())).r,
+        optim=settings["optim"],
+        plain=model.device.type == "cpu",
+    )
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on the model's device: of the GPU with what torch holds unused, or of the machine."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """CUDA has an exception of its own; on a CPU torch raises a RuntimeError that says so."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

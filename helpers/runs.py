@@ -1,0 +1,172 @@
+"""The run folder: all that a training run leaves, and all that passes between the notebooks."""
+
+import contextlib
+import dataclasses
+import json
+import platform
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from helpers.errors import UserError
+from helpers.files import write_atomic, write_json
+from helpers.session import PROJECT, setting
+
+
+@dataclasses.dataclass
+class Run:
+    """What a training run left in its folder: all that is needed to use or go on with it, on any machine.
+
+    Attributes:
+        folder: holds `adapter/` (LoRA weights and tokenizer), the files below, and a model card.
+        info: settings, model, versions, machine, data fingerprints, seeds, status.
+        history: one dict for each logging and evaluation step, as TRL logs them.
+        metrics: held-out figures before and after, seconds.
+        held_out: one row for each held-out pair: origin, topic, flaw, log-probs under reference and policy.
+    """
+
+    folder: Path
+    info: dict
+    history: list[dict]
+    metrics: dict
+    held_out: pd.DataFrame | None
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Run":
+        """Read a run folder. Raises UserError where it is none, is unfinished, or was edited so it can't be read."""
+        folder = Path(folder)
+        info = read_info(folder)
+        if info is None:
+            raise UserError(f"{folder.name} is no run folder: it has no run.json. 03_train makes one.")
+        if info.get("status") != "finished":
+            raise UserError(f"The run in {folder.name} is {info.get('status')}. Call train_dpo again to finish it.")
+        try:
+            history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+            metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"The run in {folder.name} cannot be read ({error}). Train it again.") from error
+        table = folder / "held_out.jsonl"
+        held_out = pd.read_json(table, lines=True) if table.is_file() else None
+        return cls(folder, info, history, metrics, held_out)
+
+
+def read_info(folder: Path) -> dict | None:
+    path = folder / "run.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{folder.name}/run.json is not valid JSON ({error}). Restore it, or use a new folder."
+        ) from error
+
+
+def output_folder(*parts: str) -> Path:
+    """A folder below `DPO_OUTPUT_DIR` (relative to the project), which is `outputs` where it is not set."""
+    return PROJECT.joinpath(Path(setting("DPO_OUTPUT_DIR", "outputs")).expanduser(), *parts)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    return {"python": platform.python_version()} | {
+        name: version(name) for name in ("torch", "transformers", "trl", "peft", "datasets", "unsloth")
+    }
+
+
+def machine() -> str:
+    """The kind of machine in a few words, without its name."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+_PRIVATE_SETTINGS = ("output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id", "push_to_hub_token")
+
+
+def describe_config(config) -> dict:
+    """The settings of a config, without paths and tokens, as plain JSON."""
+    values = {name: value for name, value in config.to_dict().items() if name not in _PRIVATE_SETTINGS}
+    return json.loads(json.dumps(values, default=str))
+
+
+_CARD = """---
+library_name: peft
+base_model: {model}
+tags: [dpo, trl, unsloth, lora]
+---
+# LoRA adapter trained with DPO
+
+Trained on {train} preference pairs, {test} held out, with TRL's DPOTrainer (beta {beta}, loss {loss}, learning rate
+{lr}, effective batch {batch}, {steps} steps, seed {seed}).
+
+| held out | value |
+|---|---|
+{rows}
+
+Measured on {machine} with {versions}.
+
+A preference accuracy says how often the policy moved towards the chosen of a pair it has not seen. It does not say
+that its replies are right: read some of them before you use the adapter.
+"""
+
+
+def _model_card(info: dict, metrics: dict) -> str:
+    config = info["config"]
+
+    def show(value) -> str:
+        return " to ".join(f"{v:.3f}" for v in value) if isinstance(value, (list, tuple)) else f"{value:.4g}"
+
+    return _CARD.format(
+        model=info["model"],
+        train=info["train_pairs"],
+        test=info["test_pairs"],
+        beta=config["beta"],
+        loss=", ".join(config["loss_type"]),
+        lr=config["learning_rate"],
+        batch=config["per_device_train_batch_size"] * config["gradient_accumulation_steps"],
+        steps=info["steps"],
+        seed=config["seed"],
+        rows="\n".join(f"| {name.replace('_', ' ')} | {show(value)} |" for name, value in metrics.items()),
+        machine=info["machine"],
+        versions=", ".join(f"{name} {value}" for name, value in info["versions"].items()),
+    )
+
+
+def set_aside(folder: Path) -> None:
+    number = 1
+    while folder.with_name(f"{folder.name}.old-{number}").exists():
+        number += 1
+    folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
+
+
+def save_run(folder: Path, model, tokenizer, info: dict, history: list, metrics: dict, table: pd.DataFrame) -> None:
+    """Write what a finished run leaves; `run.json` comes last, so that "finished" is true when it is read."""
+    part = Path(tempfile.mkdtemp(dir=folder, prefix=".adapter."))
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    config = json.loads((part / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = info["model"]  # a name that means the same on another machine
+    (part / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    (part / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours lies beside the adapter
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    part.rename(folder / "adapter")
+    write_json(folder / "history.json", history)
+    write_json(folder / "metrics.json", metrics)
+    write_atomic(folder / "held_out.jsonl", lambda path: table.to_json(path, orient="records", lines=True))
+    card = _model_card(info, metrics)
+    write_atomic(folder / "README.md", lambda path: Path(path).write_text(card, encoding="utf-8"))
+    write_json(folder / "run.json", info)
+    for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    (folder / "checkpoints" / "README.md").unlink(missing_ok=True)  # TRL's card; ours lies beside the adapter
+    with contextlib.suppress(OSError):  # not empty: TensorBoard's files, say, which stay
+        (folder / "checkpoints").rmdir()
