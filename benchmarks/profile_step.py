@@ -12,6 +12,7 @@ from collections import defaultdict
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import TrainerCallback
 
 from helpers import DPOConfig, add_lora, load_model, load_pairs
 from helpers.runs import machine, versions
@@ -60,8 +61,6 @@ def main() -> None:
         step_seconds = []
         profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True)
 
-        from transformers import TrainerCallback
-
         class Watch(TrainerCallback):
             def on_step_begin(self, args, state, control, **kwargs):
                 if state.global_step == 5:
@@ -99,8 +98,6 @@ def main() -> None:
             }
         )
     )
-    for event in sorted(profiler.key_averages(group_by_input_shape=True), key=lambda e: -e.self_cpu_time_total)[:40]:
-        print(f"{event.key:50} {event.self_cpu_time_total / 1e6:.3f} {event.count} {event.input_shapes}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 # Bytes of optimizer state for each trained parameter: Adam's two moments, in fp32 or in 8 bits.
 _STATE_BYTES = {"adamw_8bit": 2.1, "adamw_bnb_8bit": 2.1, "paged_adamw_8bit": 2.1}
 
-# What transformers' and PEFT's own layers keep against Unsloth's kernels (norms in 32 bits, inputs of the LoRA matrices),
+# What transformers' and PEFT's layers keep against Unsloth's kernels (norms in 32 bits, inputs of the LoRA matrices),
 # less what one forward for both sides of a pair takes off: fitted to benchmarks/memory.py.
 PLAIN_FACTOR = 1.6
 # What recomputing such layers took on top, at every size tried there.

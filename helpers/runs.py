@@ -22,7 +22,8 @@ class Run:
     """What a training run left in its folder: all that is needed to use or go on with it, on any machine.
 
     Attributes:
-        folder: holds `adapter/` (LoRA weights and tokenizer), the files below, and a model card.
+        folder: holds `adapter/` (LoRA weights and tokenizer), the files below, and a model card; `reference/` too
+            where the run started from an adapter that was trained before.
         info: settings, model, versions, machine, data fingerprints, seeds, status.
         history: one dict for each logging and evaluation step, as TRL logs them.
         metrics: held-out figures before and after, seconds.
@@ -38,6 +39,12 @@ class Run:
     @property
     def adapter(self) -> Path:
         return self.folder / "adapter"
+
+    @property
+    def reference(self) -> Path | None:
+        """The adapter that is the reference; None where the base model is, or a model that was passed."""
+        folder = self.folder / "reference"
+        return folder if folder.is_dir() else None
 
     @classmethod
     def load(cls, folder: str | Path) -> "Run":
@@ -148,17 +155,22 @@ def set_aside(folder: Path) -> None:
     folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
 
 
-def save_run(folder: Path, model, tokenizer, info: dict, history: list, metrics: dict, table: pd.DataFrame) -> None:
-    """Write what a finished run leaves; `run.json` comes last, so that "finished" is true when it is read."""
-    part = Path(tempfile.mkdtemp(dir=folder, prefix=".adapter."))
+def save_adapter(folder: Path, model, info: dict) -> None:
+    """Write the model's adapter as a folder that appears whole, and names its base as other machines know it."""
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
     config = json.loads((part / "adapter_config.json").read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = info["model"]  # a name that means the same on another machine
+    config["base_model_name_or_path"] = info["model"]
     (part / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     (part / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours lies beside the adapter
-    shutil.rmtree(folder / "adapter", ignore_errors=True)
-    part.rename(folder / "adapter")
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
+def save_run(folder: Path, model, tokenizer, info: dict, history: list, metrics: dict, table: pd.DataFrame) -> None:
+    """Write what a finished run leaves; `run.json` comes last, so that "finished" is true when it is read."""
+    save_adapter(folder / "adapter", model, info)
+    tokenizer.save_pretrained(folder / "adapter")
     write_json(folder / "history.json", history)
     write_json(folder / "metrics.json", metrics)
     write_atomic(folder / "held_out.jsonl", lambda path: table.to_json(path, orient="records", lines=True))

@@ -133,7 +133,7 @@ def adapter_hash(model) -> str:
     return _hash_tensors(get_peft_model_state_dict(model))
 
 
-def _is_fresh(model) -> bool:
+def is_fresh(model) -> bool:
     """As long as each B matrix is zero, an adapter changes nothing, whatever its A matrices are."""
     return not isinstance(model, PeftModel) or all(
         not tensor.any() for name, tensor in get_peft_model_state_dict(model).items() if "lora_B" in name
@@ -153,7 +153,7 @@ def base_hash(model) -> str:
 
 def fingerprint(model, weights: str | None = None) -> str:
     """What decides the model's log-probs: its weights, and its adapter where that is not fresh."""
-    return f"{weights or base_hash(model)} {'fresh' if _is_fresh(model) else adapter_hash(model)}"
+    return f"{weights or base_hash(model)} {'fresh' if is_fresh(model) else adapter_hash(model)}"
 
 
 def data_hash(tokenised: Dataset) -> str:

@@ -30,13 +30,14 @@ from helpers.files import write_json
 from helpers.memory import ESTIMATE_MARGIN, estimate_for, free_memory, is_out_of_memory, pair_lengths
 from helpers.models import Profile, current_profile, public_name
 from helpers.pairs import quiet_progress
-from helpers.runs import Run, describe_config, machine, read_info, save_run, set_aside, versions
+from helpers.runs import Run, describe_config, machine, read_info, save_adapter, save_run, set_aside, versions
 from helpers.scoring import (
     adapter_hash,
     base_hash,
     data_hash,
     fingerprint,
     held_out_table,
+    is_fresh,
     pair_logps,
     preference_metrics,
     reference_logps,
@@ -245,13 +246,16 @@ class _StopAtStep(TrainerCallback):
             signal.signal(signal.SIGINT, previous)
 
 
-def _checked(train: Dataset, test: Dataset, tokenizer, max_length: int) -> tuple[Dataset, Dataset]:
-    """Both sets without what would spoil training or a measurement; long prompts are shortened as check_pairs says."""
+def _checked(train: Dataset, test: Dataset, tokenizer, max_length: int) -> tuple[Dataset, Dataset, dict[str, int]]:
+    """Both sets, with long prompts shortened as check_pairs says, and what was found in the first: code to count.
+
+    Raises UserError for what would spoil training or a measurement.
+    """
     report = check_pairs(train, tokenizer, max_length, MAX_PROMPT_LENGTH, test=test)
     held_out = check_pairs(test, tokenizer, max_length, MAX_PROMPT_LENGTH)
     report.raise_for_errors()
     held_out.raise_for_errors()
-    return report.pairs, held_out.pairs
+    return report.pairs, held_out.pairs, {finding.code: finding.count for finding in report.findings}
 
 
 def _steps(pairs: int, values: dict) -> int:
@@ -306,13 +310,14 @@ def _savings(model, ids: Dataset, values: dict) -> str:
     return "\n".join(lines)
 
 
-def _check_memory(model, ids: Dataset, values: dict) -> None:
+def _check_memory(model, ids: Dataset, values: dict, folder: Path, info: dict) -> None:
     """Say so where training needs more than is free; refuse where it needs far more."""
-    need, free = estimate_for(model, ids, values).training, free_memory(model.device)
+    need, free = info["memory_gb"].values()
     if need < free:
         return
-    text = f"Training needs about {need / 1e9:.1f} GB beside the loaded model, and {free / 1e9:.1f} GB are free."
+    text = f"Training needs about {need:.1f} GB beside the loaded model, and {free:.1f} GB are free."
     if need > ESTIMATE_MARGIN * free:
+        write_json(folder / "run.json", info | {"status": "out of memory"})
         raise UserError(f"{text}\n{_savings(model, ids, values)}")
     print(f"{text} It may not fit.\n{_savings(model, ids, values)}")
 
@@ -357,10 +362,9 @@ def train_dpo(
     values = dpo_settings(thinking=thinking) | settings
     check_settings(values)
     _check_report_to(values["report_to"])
-    train, test = _checked(train, test, tokenizer, values["max_length"])
+    train, test, findings = _checked(train, test, tokenizer, values["max_length"])
 
     train_ids, test_ids = tokenize_pairs(train, tokenizer), tokenize_pairs(test, tokenizer)
-    _check_memory(model, train_ids, values)
     base = base_hash(model)
     reference_model, reference_base = (model, base) if ref_model is None else (ref_model, base_hash(ref_model))
     every = max(1, math.ceil(_steps(len(train), values) / 3))  # three evaluations, three checkpoints
@@ -388,7 +392,11 @@ def train_dpo(
         "steps": None,
         "train_pairs": len(train),
         "test_pairs": len(test),
-        "data": {"train": data_hash(train_ids), "test": data_hash(test_ids)},
+        "data": {"train": data_hash(train_ids), "test": data_hash(test_ids), "findings": findings},
+        "memory_gb": {
+            "needed": round(estimate_for(model, train_ids, values).training / 1e9, 2),
+            "free": round(free_memory(model.device) / 1e9, 2),
+        },
         "base": base,
         "start": adapter_hash(model),
         "reference": "the policy at its start" if ref_model is None else fingerprint(ref_model, reference_base),
@@ -397,7 +405,8 @@ def train_dpo(
     }
     before = read_info(folder)
     if before is not None and not _same_run(before, info):
-        if not replace:
+        nothing_kept = before["status"] != "finished" and not any(folder.glob("checkpoints/checkpoint-*"))
+        if not replace and not nothing_kept:
             raise UserError(
                 f"{folder} holds another run ({_difference(before, info)}). Give this one a folder of its own, "
                 "or pass replace=True: the old run is then kept beside it."
@@ -410,6 +419,7 @@ def train_dpo(
         return Run.load(folder)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = _last_complete(folder / "checkpoints") if before is not None else None
+    _check_memory(model, train_ids, values, folder, info)
     write_json(folder / "run.json", info)
 
     initial = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
@@ -429,6 +439,8 @@ def train_dpo(
         callbacks.append(EarlyStoppingCallback(early_stopping))
     finished = False
     try:
+        if ref_model is None and not is_fresh(model):
+            save_adapter(folder / "reference", model, info)
         trainer = make_trainer(
             model, tokenizer, with_reference(train, ref_train), with_reference(test, ref_test), config, callbacks
         )
@@ -447,11 +459,11 @@ def train_dpo(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        need = estimate_for(model, train_ids, values).training
+        write_json(folder / "run.json", info | {"status": "out of memory"})
         raise UserError(
-            f"Out of memory. By the estimate, training needs {need / 1e9:.1f} GB beside the loaded model. The last "
-            f"checkpoint is kept.\n{_savings(model, train_ids, values)}\n"
-            "A changed setting makes another run: pass replace=True with it."
+            f"Out of memory. By the estimate, training needs {info['memory_gb']['needed']:.1f} GB beside the loaded "
+            f"model. The last checkpoint is kept.\n{_savings(model, train_ids, values)}\n"
+            "A changed setting makes another run: where this one has a checkpoint, pass replace=True with it."
         ) from error
     except OSError as error:
         raise UserError(

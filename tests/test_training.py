@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -333,6 +334,52 @@ def test_full_disk_is_named_and_the_policy_put_back(policy, pairs, cache, tmp_pa
     assert all(torch.equal(value, initial[name]) for name, value in get_peft_model_state_dict(policy).items())
 
 
+class TakeAllMemory(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.empty(1 << 50)
+
+
+@pytest_slow
+def test_out_of_memory_is_answered_with_what_each_change_saves(policy, pairs, cache, tmp_path, monkeypatch, capsys):
+    policy, tokenizer = policy
+    initial = {name: value.clone() for name, value in get_peft_model_state_dict(policy).items()}
+    call = {"folder": tmp_path / "run"} | SHORT | {"max_steps": 1, "per_device_train_batch_size": 8}
+    # Before a step: the machine has too little for what the estimate says.
+    monkeypatch.setattr(training, "free_memory", lambda device: 0.2e9)
+    with pytest.raises(UserError, match=r"0\.2 GB are free(?s:.*)=True \(slower\): [0-9.]+ GB(?s:.*)size=4, grad"):
+        train_dpo(policy, tokenizer, *pairs, **call)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    with pytest.raises(UserError, match="is out of memory"):
+        Run.load(tmp_path / "run")
+    # Near the limit it is tried, with a warning; a run that kept nothing is in nobody's way.
+    needed = json.loads((tmp_path / "run" / "run.json").read_text())["memory_gb"]["needed"]
+    monkeypatch.setattr(training, "free_memory", lambda device: needed * 0.9e9)
+    real = training.make_trainer
+
+    def make(*args):
+        trainer = real(*args)
+        trainer.add_callback(TakeAllMemory())
+        return trainer
+
+    monkeypatch.setattr(training, "make_trainer", make)
+    with pytest.raises(UserError, match="Out of memory(?s:.*)the same effective batch"):
+        train_dpo(policy, tokenizer, *pairs, **call, beta=0.2)
+    assert "It may not fit" in capsys.readouterr().out
+    assert all(torch.equal(value, initial[name]) for name, value in get_peft_model_state_dict(policy).items())
+
+
+@pytest_slow
+def test_tensorboard_where_it_is_installed(policy, pairs, cache, tmp_path):
+    policy, tokenizer = policy
+    settings = SHORT | {"max_steps": 1, "report_to": "tensorboard"}
+    if importlib.util.find_spec("tensorboard") is None and importlib.util.find_spec("tensorboardX") is None:
+        with pytest.raises(UserError, match="pip install tensorboard"):
+            train_dpo(policy, tokenizer, *pairs, tmp_path / "run", **settings)
+        return
+    train_dpo(policy, tokenizer, *pairs, tmp_path / "run", **settings)
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
 @pytest_slow
 def test_run_folder_is_complete_portable_and_loads_in_a_new_process(policy, pairs, cache, tmp_path, capsys):
     policy, tokenizer = policy
@@ -361,6 +408,18 @@ print("LOGPS", logps.chosen.tolist() + logps.rejected.tolist())
     loaded = json.loads(out.stdout.rpartition("LOGPS ")[2])
     before = run.held_out.chosen_policy.tolist() + run.held_out.rejected_policy.tolist()
     assert loaded == pytest.approx(before, abs=0.01)
+
+    # Another adapter to start from is another run, also where only its seed differs.
+    training.set_peft_model_state_dict(
+        policy,
+        {
+            name: torch.zeros_like(value) if "lora_B" in name else -value
+            for name, value in get_peft_model_state_dict(policy).items()
+        },
+    )
+    with pytest.raises(UserError, match="another adapter to start from"):
+        train_dpo(policy, tokenizer, *pairs, folder, **SHORT)
+    training.set_peft_model_state_dict(policy, load_file(run.adapter / "adapter_model.safetensors"))
 
     # The same call does not train again, another one is refused, and nothing of the first is lost by `replace`.
     capsys.readouterr()

@@ -1,0 +1,89 @@
+"""Replies of a model to prompts, in batches, and what can be counted in them."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Reply(NamedTuple):
+    """One completion.
+
+    Attributes:
+        text: without special tokens.
+        ids: its token ids, the token that ends the turn included.
+        ended: whether the model ended its turn; else it was cut at `max_new_tokens`.
+    """
+
+    text: str
+    ids: list[int]
+    ended: bool
+
+
+def generate_replies(
+    model,
+    tokenizer,
+    prompts: list[list[dict]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    **template_options,
+) -> list[Reply]:
+    """One reply to each prompt, in their order.
+
+    Prompts of like length share a batch, padded on the left, so that each reply follows its prompt directly. The
+    reference's replies come from the same call inside `with model.disable_adapter():`.
+
+    Args:
+        prompts: conversations, as in the `prompt` column of `load_pairs`.
+        temperature: 0 takes the likeliest token each time (greedy); above 0 samples, with `top_p` and `seed`. A
+            sampled reply depends on its batch as well as on the seed.
+        template_options: for the chat template, e.g. enable_thinking=False.
+    """
+    ids = [
+        tokenizer.apply_chat_template(
+            p, add_generation_prompt=True, tokenize=True, return_dict=True, **template_options
+        )["input_ids"]
+        for p in prompts
+    ]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    # transformers warns where greedy decoding is given settings of sampling, so they are taken away.
+    sampling = {"temperature": temperature, "top_p": top_p} if temperature else {"temperature": None, "top_p": None}
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    replies: list = [None] * len(ids)
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for start in range(0, len(ids), batch_size):
+            index = order[start : start + batch_size]
+            batch = tokenizer.pad({"input_ids": [ids[i] for i in index]}, padding_side="left", return_tensors="pt")
+            batch = batch.to(model.device)
+            output = model.generate(
+                **batch,
+                max_new_tokens=max_new_tokens,
+                do_sample=temperature > 0,
+                top_k=0 if temperature else None,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=sorted(end for end in ends if end is not None),
+                **sampling,
+            )
+            for i, row in zip(index, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+                end = next((place for place, token in enumerate(row) if token in ends), None)
+                row = row if end is None else row[: end + 1]
+                replies[i] = Reply(tokenizer.decode(row, skip_special_tokens=True), row, end is not None)
+    model.train(was_training)
+    return replies
+
+
+def repetition(ids: list[int], n: int = 4) -> float:
+    """Share of n-grams that occurred before in the same reply (seq-rep-n of Welleck et al. 2019, section 6.1).
+
+    >>> repetition([1, 2, 3, 1, 2, 3], n=3)
+    0.25
+    """
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0

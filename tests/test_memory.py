@@ -1,0 +1,73 @@
+"""The memory estimate against measured runs, and what is recognised as running out."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen3Config
+
+from helpers.memory import estimate_memory, free_memory, is_out_of_memory
+
+QWEN3_4B = Qwen3Config(
+    vocab_size=151936,
+    hidden_size=2560,
+    intermediate_size=9728,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=True,
+)
+SMOLLM2_135M = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+RESULTS = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "memory.json").read_text())
+
+
+# Measured on an H100 with Unsloth's kernels: QLoRA of rank 16, about 350 tokens a sequence.
+@pytest.mark.parametrize(
+    "pairs, checkpointing, gb", [(2, True, 3.33), (8, True, 4.38), (16, True, 5.78), (8, False, 28.8)]
+)
+def test_estimate_agrees_with_measured_gpu_runs(pairs, checkpointing, gb):
+    estimate = estimate_memory(
+        QWEN3_4B, pairs=pairs, tokens=350, checkpointing=checkpointing, load_in_4bit=True, optim="adamw_8bit"
+    )
+    assert estimate.total / 1e9 == pytest.approx(gb, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "case", RESULTS["cases"], ids=lambda c: f"{c['pairs']}x{c['tokens']}{'c' * c['checkpointing']}"
+)
+def test_estimate_agrees_with_measured_cpu_runs(case):
+    estimate = estimate_memory(
+        SMOLLM2_135M,
+        pairs=case["pairs"],
+        tokens=case["tokens"],
+        checkpointing=case["checkpointing"],
+        load_in_4bit=False,
+        plain=True,
+    )
+    assert estimate.training / 1e9 == pytest.approx(case["measured_gb"], rel=0.2)
+
+
+def test_free_memory_is_less_after_taking_some():
+    before = free_memory(torch.device("cpu"))
+    held = torch.ones(750_000_000)  # three gigabytes; what the kernel says lags behind by some hundred megabytes
+    assert 2.2e9 < before - free_memory(torch.device("cpu")) < 3.8e9
+    assert held.numel()
+
+
+def test_running_out_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50)
+    assert is_out_of_memory(caught.value)
+    with pytest.raises(RuntimeError) as caught:
+        torch.ones(2) @ torch.ones(3)
+    assert not is_out_of_memory(caught.value)
