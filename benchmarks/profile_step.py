@@ -12,9 +12,10 @@ from collections import defaultdict
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from helpers import DPOConfig, add_lora, load_model, load_pairs  # first: Unsloth before transformers  # isort: skip
 from transformers import TrainerCallback
 
-from helpers import DPOConfig, add_lora, load_model, load_pairs
 from helpers.runs import machine, versions
 from helpers.scoring import reference_logps, with_reference
 from helpers.training import dpo_settings, make_trainer
@@ -91,7 +92,7 @@ def main() -> None:
                 },
                 "gflop": {k: round(v / 1e9, 1) for k, v in flops.items() if v},
                 "gflop_per_s": {k: round(v / 1e9 / seconds[k], 0) for k, v in flops.items() if v},
-                "step_gflop_per_s": round(sum(flops.values()) / 1e9 / step_seconds[5], 0),
+                "step_gflop_per_s": round(sum(flops.values()) / 1e9 / usual, 0),
                 "matrix_gflop_per_s": round(rate / 1e9, 0),
                 "versions": versions(),
                 "machine": machine(),
