@@ -1,0 +1,38 @@
+"""The figures in the README are those of the committed results."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def result(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def stated() -> list[str]:
+    train, profile, memory, seeds = (result(name) for name in ("train", "profile_step", "memory", "seeds"))
+    ratios = [case["estimated_gb"] / case["measured_gb"] for case in memory["cases"]]
+    share = {name: f"{value:.0%}" for name, value in profile["share"].items()}
+    return [
+        ", ".join(f"{run['accuracy']:.3f}" for run in seeds["seeds"][:1]),
+        f"mean {seeds['accuracy_mean']:.3f}",
+        f"{train['plain_pairs_per_s']:.2f} and {train['ours_pairs_per_s']:.2f}",
+        f"{train['speedup']:.2f} times as fast, with {train['peak_ratio']:.2f} times the memory",
+        f"within {train['max_loss_difference_fp32']:.6f}",
+        f"{train['mean_loss_difference']:.3f} apart on average, {train['max_loss_difference']:.2f} at most",
+        f"{train['grouped_step_against_ours']:.2f}: nothing gained",
+        f"{profile['step_gflop_per_s']:.0f} of the {profile['matrix_gflop_per_s']:.0f} GFLOP/s",
+        f"LM head ({share['LM head']}",
+        f"elementwise work ({share['elementwise and overhead']})",
+        f"products ({share['projections']})",
+        f"{min(ratios):.2f} to {max(ratios):.2f}",
+    ]
+
+
+@pytest.mark.parametrize("text", stated())
+def test_readme_states_what_was_measured(text):
+    assert text in README
