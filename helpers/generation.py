@@ -28,7 +28,7 @@ def generate_replies(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     **template_options,
 ) -> list[Reply]:
     """One reply to each prompt, in their order.
@@ -40,6 +40,7 @@ def generate_replies(
         prompts: conversations, as in the `prompt` column of `load_pairs`.
         temperature: 0 takes the likeliest token each time (greedy); above 0 samples, with `top_p` and `seed`. A
             sampled reply depends on its batch as well as on the seed.
+        batch_size: prompts at a time; left out, 16 on a CPU and 128 on a GPU, where more rows take hardly more time.
         template_options: for the chat template, e.g. enable_thinking=False.
     """
     ids = [
@@ -48,6 +49,7 @@ def generate_replies(
         )["input_ids"]
         for p in prompts
     ]
+    batch_size = batch_size or (16 if model.device.type == "cpu" else 128)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     # transformers warns where greedy decoding is given settings of sampling, so they are taken away.
     sampling = {"temperature": temperature, "top_p": top_p} if temperature else {"temperature": None, "top_p": None}
@@ -65,6 +67,7 @@ def generate_replies(
             output = model.generate(
                 **batch,
                 max_new_tokens=max_new_tokens,
+                max_length=None,  # some models' own setting; two limits would be warned of
                 do_sample=temperature > 0,
                 top_k=0 if temperature else None,
                 pad_token_id=tokenizer.pad_token_id,
