@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-BATCH, WARM_UP, COUNTED = 8, 4, 8  # pairs in a step; steps
+BATCH, WARM_UP, COUNTED = 8, 6, 8  # pairs in a step; steps
 
 # `checkpointing` as Unsloth calls it: "unsloth" (layer inputs go to the machine's memory), True (they stay), False.
 USUAL = {"pairs": 2, "checkpointing": "unsloth", "cached": False}
@@ -269,11 +269,12 @@ def side(name: str, folder: str, longest: int, say) -> dict:
     lengths = [(len(r["prompt_ids"]), len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
     tokens = sum(2 * p + c + r for p, c, r in lengths) / len(lengths)
     completion = sum(c + r for _, c, r in lengths) / len(lengths)
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
     pairs_per_s = BATCH * COUNTED / timer.seconds
     config = json.loads((HERE / "qwen3_4b" / "config.json").read_text())
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    losses = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
     if options["cached"]:  # alone on the card, and warm
         torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -367,7 +368,8 @@ def run_wave(names: list[str], folder: str, seconds: float) -> dict[str, dict]:
         line = worker.wait(90)
         results[worker.name] = json.loads(line.removeprefix("result ")) if line else worker.end()
         print(worker.name, json.dumps(results[worker.name]), flush=True)
-        worker.process.wait(20) if line else None
+        worker.process.kill()  # it is done; the next one is to have the card to itself
+        worker.process.wait()
     return results
 
 
