@@ -103,6 +103,56 @@ def estimate_memory(
     return MemoryEstimate(weights, adapter, activations, logits)
 
 
+class BatchPlan(NamedTuple):
+    """How an effective batch is cut for a card.
+
+    Attributes:
+        pairs: in a micro-batch (`per_device_train_batch_size`).
+        pieces: micro-batches in a step (`gradient_accumulation_steps`).
+        checkpointing: `gradient_checkpointing`.
+        bytes: that are needed, by the estimate.
+        reason: in a sentence.
+    """
+
+    pairs: int
+    pieces: int
+    checkpointing: bool
+    bytes: float
+    reason: str
+
+
+def plan_batch(config, free: float, *, tokens: int, batch: int = 8, load_in_4bit: bool = True) -> BatchPlan | None:
+    """The fastest way to train `batch` pairs a step in `free` bytes of a GPU, with room for the estimate's error.
+
+    A pass over few tokens leaves a GPU waiting for its next kernel, so the batch stays whole where it can. Without
+    checkpointing a step has two passes (forward, backward), with it three; so dropping it comes first where there is
+    room. The reference's log-probs are cached in any case: that saves one more pass and needs no memory.
+
+    Returns None where not even one pair fits.
+    """
+    needs = []
+    for checkpointing, pieces in [(False, 1)] + [(True, 2**i) for i in range(batch.bit_length())]:
+        need = estimate_memory(
+            config,
+            pairs=batch // pieces,
+            tokens=tokens,
+            checkpointing=checkpointing,
+            load_in_4bit=load_in_4bit,
+            optim="adamw_8bit",
+        ).total
+        needs.append(need)
+        if need * ESTIMATE_MARGIN > free:
+            continue
+        if not checkpointing:
+            reason = "everything is kept for the backward pass"
+        elif pieces == 1:
+            reason = f"without checkpointing {needs[0] / 1e9:.0f} GB would be needed"
+        else:
+            reason = f"in fewer pieces {needs[-2] / 1e9:.1f} GB would be needed"
+        return BatchPlan(batch // pieces, pieces, checkpointing, need, reason)
+    return None
+
+
 def pair_lengths(ids) -> list[int]:
     """Tokens of each pair's longer side, prompt included; `ids` as `tokenize_pairs` gives them."""
     return [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in ids]

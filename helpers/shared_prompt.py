@@ -11,6 +11,10 @@ from torch.nn.utils.rnn import pad_sequence
 # Architectures whose attention takes any mask and whose positions are all in position_ids.
 _KNOWN = ("llama", "qwen2", "qwen3")
 
+# On a GPU a mask of our own would cost the fused attention kernels. There, Unsloth's kernel for GRPO's shared prompts
+# takes the pairs of a batch as segments of one row. Off: benchmarks/gpu.py measures it.
+ON_GPU = False
+
 
 def _pack(ids: torch.Tensor, lengths: list[int], starts: list[int], dtype: torch.dtype) -> tuple:
     """Rows [chosen; rejected] of shape (2 * pairs, tokens) as one row for each pair.
@@ -57,14 +61,49 @@ def _pack(ids: torch.Tensor, lengths: list[int], starts: list[int], dtype: torch
     return *padded, mask, [torch.tensor(i) for i in index]
 
 
+def _segments(ids: torch.Tensor, lengths: list[int], starts: list[int]) -> tuple:
+    """Rows [chosen; rejected] as one row of segments: each prompt but its last token, then its two completions.
+
+    The prompt's last token opens either completion, since it has to predict both first tokens; the last token of a
+    completion predicts nothing and is left out.
+
+    Returns:
+        (ids, positions, next-token labels) of shape (1, tokens), (length of the prompt, lengths of its completions) for
+        each pair, and the index of each prediction: (row, column) among the rows given, then the place in the one row.
+    """
+    pairs = len(ids) // 2
+    parts, positions, labels, specs, index = [], [], [], [], ([], [], [])
+    base = 0
+    for pair in range(pairs):
+        prompt = starts[pair] - 1
+        parts.append(ids[pair, :prompt])
+        positions.append(torch.arange(prompt))
+        labels.append(ids.new_full((prompt,), -100))
+        base += prompt
+        sizes = []
+        for row in (pair, pairs + pair):
+            size = lengths[row] - 1 - prompt
+            parts.append(ids[row, prompt : prompt + size])
+            positions.append(torch.arange(prompt, prompt + size))
+            labels.append(ids[row, prompt + 1 : prompt + 1 + size])
+            index[0].extend([row] * size)
+            index[1].extend(range(prompt, prompt + size))
+            index[2].extend(range(base, base + size))
+            sizes.append(size)
+            base += size
+        specs.append((prompt, sizes))
+    flat = [torch.cat(x)[None] for x in (parts, positions, labels)]
+    return *flat, specs, [torch.tensor(i) for i in index]
+
+
 def share_prompts(inner) -> None:
     """Make `inner(..., fused_lm_head=True)` compute each pair's prompt once, where its batch is [chosen; rejected].
 
     `inner` is the model inside a PeftModel, after TRL's `add_fused_lm_head`. Batches that are no pairs with equal
-    prompts (a row that truncation left without completion) run as before. So does a model on a GPU, whose fused
-    attention kernels build their own mask.
+    prompts (a row that truncation left without completion) run as before. So does a model on a GPU (`ON_GPU`).
     """
-    if inner.device.type != "cpu" or inner.config.model_type not in _KNOWN:
+    on_cpu = inner.device.type == "cpu"
+    if not (on_cpu or ON_GPU) or inner.config.model_type not in _KNOWN:
         return
     fused = inner.forward
 
@@ -72,25 +111,36 @@ def share_prompts(inner) -> None:
         plain = dict(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=fused_lm_head)
         if not fused_lm_head or labels is None or attention_mask is None or len(input_ids) % 2:
             return fused(*args, **{k: v for k, v in plain.items() if v is not None}, **kwargs)
+        host_ids = input_ids.cpu()  # one copy, where each comparison below would wait for the GPU
         lengths = attention_mask.sum(dim=1).tolist()
         starts = (labels != -100).long().argmax(dim=1).tolist()
         pairs = len(input_ids) // 2
-        same_prompts = starts[:pairs] == starts[pairs:] and min(starts) > 0
+        same_prompts = starts[:pairs] == starts[pairs:] and min(starts) > (0 if on_cpu else 1)
         for i in range(pairs if same_prompts else 0):
-            same_prompts &= torch.equal(input_ids[i, : starts[i]], input_ids[pairs + i, : starts[i]])
+            same_prompts &= torch.equal(host_ids[i, : starts[i]], host_ids[pairs + i, : starts[i]])
         if not same_prompts:
             return fused(*args, **plain, **kwargs)
-        ids, positions, packed_labels, mask, index = _pack(input_ids, lengths, starts, inner.dtype)
+        device = input_ids.device
+        if on_cpu:
+            ids, positions, packed_labels, mask, index = _pack(host_ids, lengths, starts, inner.dtype)
+            attention = {"attention_mask": mask}
+            row, column, packed_row, packed_column = index
+        else:
+            from unsloth.utils.prefix_grouper_kernel import build_seg_info_multigroup
+
+            ids, positions, packed_labels, specs, index = _segments(host_ids, lengths, starts)
+            attention = {"prefix_seg_info": build_seg_info_multigroup(specs, device)[0]}
+            row, column, packed_column = (i.to(device) for i in index)
+            packed_row = torch.zeros_like(packed_column)
         outputs = fused(
             *args,
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            shift_labels=packed_labels,
+            input_ids=ids.to(device),
+            position_ids=positions.to(device),
+            shift_labels=packed_labels.to(device),
             fused_lm_head=True,
+            **attention,
             **kwargs,
         )
-        row, column, packed_row, packed_column = index
         for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
             values = getattr(outputs, name)
             if values is not None:

@@ -172,6 +172,10 @@ def text_progress(trainer) -> None:
 
 def make_trainer(model, tokenizer, train: Dataset, test: Dataset | None, config, callbacks=()) -> trl.DPOTrainer:
     """A DPOTrainer whose reference log-probs stand in the data (`with_reference`), so it needs no reference model."""
+    # On a GPU Unsloth checkpoints as the adapter was made, whatever the config says; here the config decides.
+    made = getattr(model, "_unsloth_gradient_checkpointing", None)
+    if model.device.type != "cpu" and made is not None and bool(made) != config.gradient_checkpointing:
+        model._unsloth_gradient_checkpointing = "unsloth" if config.gradient_checkpointing else False
     with quiet_progress(len(train)):
         trainer = trl.DPOTrainer(
             model=model,
@@ -424,21 +428,26 @@ def train_dpo(
 
     initial = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
     batch_size = values["per_device_eval_batch_size"]
-    print(f"Reference log-probs of {len(train) + len(test)} pairs ...", flush=True)
-    began = time.monotonic()
-    ref_train, ref_test = (
-        reference_logps(
-            reference_model, tokenizer, ids, max_length=config.max_length, batch_size=batch_size, weights=reference_base
-        )
-        for ids in (train_ids, test_ids)
-    )
-    reference_seconds = time.monotonic() - began
     stop = _StopAtStep()
     callbacks = [stop, _Checkpoints()]
     if early_stopping is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping))
     finished = False
     try:
+        print(f"Reference log-probs of {len(train) + len(test)} pairs ...", flush=True)
+        began = time.monotonic()
+        ref_train, ref_test = (
+            reference_logps(
+                reference_model,
+                tokenizer,
+                ids,
+                max_length=config.max_length,
+                batch_size=batch_size,
+                weights=reference_base,
+            )
+            for ids in (train_ids, test_ids)
+        )
+        reference_seconds = time.monotonic() - began
         if ref_model is None and not is_fresh(model):
             save_adapter(folder / "reference", model, info)
         trainer = make_trainer(

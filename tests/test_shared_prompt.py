@@ -6,7 +6,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 import helpers
-from helpers.shared_prompt import share_prompts
+from helpers.shared_prompt import _segments, share_prompts
 
 pytestmark = pytest.mark.slow
 
@@ -81,3 +81,36 @@ def test_generation_and_plain_calls_are_unchanged(policy):
     inner.forward = fused
     assert torch.equal(before, after)
     assert text.shape[1] <= 7
+
+
+def test_segments_of_one_row_give_the_same_log_probs_and_gradient(policy):
+    """The layout for a GPU, here under a plain mask: segments see their own prompt and themselves."""
+    policy, tokenizer = policy
+    inputs = batch(tokenizer)
+    plain, plain_gradient = scores_and_gradient(policy, inputs)
+    lengths = inputs["attention_mask"].sum(dim=1).tolist()
+    starts = (inputs["labels"] != -100).long().argmax(dim=1).tolist()
+    ids, positions, labels, specs, (row, column, place) = _segments(inputs["input_ids"], lengths, starts)
+    assert ids.numel() < 0.75 * inputs["attention_mask"].sum()
+    pair = torch.cat([torch.full((prompt + sum(sizes),), i) for i, (prompt, sizes) in enumerate(specs)])
+    part = torch.cat(
+        [torch.repeat_interleave(torch.arange(3), torch.tensor([prompt, *sizes])) for prompt, sizes in specs]
+    )
+    same = (part[:, None] == part[None, :]) | (part == 0)[None, :]
+    allowed = (pair[:, None] == pair[None, :]) & same & torch.ones(len(pair), len(pair), dtype=torch.bool).tril()
+    mask = torch.zeros(1, 1, len(pair), len(pair)).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    policy.zero_grad()
+    out = policy(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        shift_labels=labels,
+        fused_lm_head=True,
+        use_cache=False,
+    )
+    spread = out.log_probs.new_zeros(plain.log_probs.shape).index_put((row, column), out.log_probs[0, place])
+    assert torch.allclose(plain.log_probs, spread, atol=2e-4)
+    chosen, rejected = spread.sum(dim=1).chunk(2)
+    torch.nn.functional.softplus(rejected - chosen).mean().backward()
+    gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
+    assert (plain_gradient - gradient).norm() < 5e-3 * plain_gradient.norm()

@@ -1,0 +1,200 @@
+"""What only a GPU can show: Unsloth's patched trainer and kernels, 4-bit weights, and running out of its memory."""
+
+import gc
+import math
+
+import pytest
+import torch
+from test_training import strip
+from transformers import TrainerCallback
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+import helpers
+from helpers import UserError, scoring, shared_prompt, training
+from helpers.generation import generate_replies
+from helpers.pairs import load_pairs
+from helpers.scoring import _pair_forward, pair_logps, tokenize_pairs
+from helpers.training import DPOConfig, dpo_settings, make_trainer, train_dpo, with_reference
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    loaded = load_pairs()
+    return loaded.select(range(16)), loaded.select(range(16, 22))
+
+
+@pytest.fixture
+def policy(base):
+    """A fresh LoRA adapter on the shared base model."""
+    model, tokenizer = base
+    yield helpers.add_lora(model, seed=0), tokenizer
+    strip(model)
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """A cache of reference log-probs of this test's own."""
+    monkeypatch.setattr(scoring, "cache_folder", lambda: tmp_path / "cache")
+
+
+def config(tmp_path, **settings) -> DPOConfig:
+    return DPOConfig(output_dir=str(tmp_path / "trainer"), **(dpo_settings() | QUIET | settings))
+
+
+def trained(policy, tokenizer, pairs, tmp_path, callbacks=(), **settings):
+    """A trainer after its steps, with a cached reference."""
+    logps = pair_logps(policy, tokenizer, pairs)
+    trainer = make_trainer(
+        policy, tokenizer, with_reference(pairs, logps), None, config(tmp_path, **settings), callbacks
+    )
+    trainer.train()
+    return trainer
+
+
+def test_profile_weights_and_optimizer_are_those_that_the_settings_name(policy, pairs, tmp_path):
+    import bitsandbytes
+
+    policy, tokenizer = policy
+    assert helpers.current_profile().name == "gpu"
+    weight = policy.get_base_model().model.layers[0].mlp.down_proj.base_layer.weight
+    assert isinstance(weight, bitsandbytes.nn.Params4bit) and weight.quant_state.quant_type == "nf4"
+    trainer = trained(policy, tokenizer, pairs[0], tmp_path, max_steps=1)
+    assert "Unsloth" in type(trainer).__name__
+    moments = [state["state1"].dtype for state in trainer.optimizer.state.values()]
+    assert moments.count(torch.uint8) > len(moments) / 2  # small matrices keep 32 bits
+
+
+def test_step_zero_and_the_reference_of_the_patched_trainer(base, pairs, tmp_path):
+    model, tokenizer = base
+    expected = pair_logps(model, tokenizer, pairs[1])
+    policy = helpers.add_lora(model, seed=0)
+    try:
+        trainer = helpers.DPOTrainer(
+            policy, args=config(tmp_path), train_dataset=pairs[0], eval_dataset=pairs[1], processing_class=tokenizer
+        )
+        metrics = trainer.evaluate()
+        assert metrics["eval_loss"] == pytest.approx(math.log(2), abs=0.002)
+        assert metrics["eval_rewards/margins"] == pytest.approx(0, abs=0.004)
+        got = [trainer.compute_ref_log_probs(policy, batch) for batch in trainer.get_eval_dataloader()]
+        for side, ours in ((0, expected.chosen), (1, expected.rejected)):
+            assert torch.cat([pair[side] for pair in got]).double().tolist() == pytest.approx(ours.tolist(), rel=0.02)
+    finally:
+        strip(model)
+
+
+def test_train_dpo_starts_at_ln_2_and_moves_away(policy, pairs, cache, tmp_path):
+    policy, tokenizer = policy
+    run = train_dpo(policy, tokenizer, *pairs, tmp_path / "run", max_steps=4, logging_steps=1, learning_rate=5e-4)
+    losses = [float(row["loss"]) for row in run.history if "loss" in row]
+    print("losses", losses)
+    assert losses[0] == pytest.approx(math.log(2), abs=0.02)
+    assert (run.held_out.chosen_policy - run.held_out.chosen_reference).abs().mean() > 0.5
+
+
+def test_misspelt_setting_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'beta'"):
+        DPOConfig(output_dir=str(tmp_path), bta=0.2)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_checkpointing_is_what_the_config_says(policy, pairs, tmp_path, wanted):
+    """Left to itself, Unsloth takes what the adapter was made with."""
+    policy, tokenizer = policy
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append({bool(layer.gradient_checkpointing) for layer in policy.get_base_model().model.layers})
+
+    trained(policy, tokenizer, pairs[0], tmp_path, [Watch()], max_steps=1, gradient_checkpointing=wanted)
+    assert seen == [{wanted}]
+
+
+def test_shared_prompts_give_the_same_log_probs_and_gradient(policy, pairs, monkeypatch):
+    policy, tokenizer = policy
+    torch.manual_seed(0)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    rows = tokenize_pairs(pairs[0].select(range(4)), tokenizer).to_list()
+    batch = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=512)(rows)
+    batch = {name: tensor.cuda() for name, tensor in batch.items()}
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    policy.train()
+
+    def scores(shared: bool):
+        monkeypatch.setattr(shared_prompt, "ON_GPU", shared)
+        policy.zero_grad()
+        with _pair_forward(policy.get_base_model()), torch.autocast("cuda", dtype=torch.bfloat16):
+            out = policy(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                labels=labels,
+                use_cache=False,
+                fused_lm_head=True,
+            )
+            chosen, rejected = out.log_probs.sum(dim=1).chunk(2)
+            torch.nn.functional.softplus(rejected - chosen).mean().backward()
+        gradient = torch.cat([p.grad.flatten().float() for p in policy.parameters() if p.grad is not None])
+        return out.log_probs.detach().float(), gradient
+
+    (plain, plain_gradient), (shared, gradient) = scores(False), scores(True)
+    print("largest difference of a token", (plain - shared).abs().max().item())
+    assert (plain - shared).norm() < 0.02 * plain.norm()
+    assert torch.nn.functional.cosine_similarity(plain_gradient, gradient, dim=0) > 0.98
+
+
+def test_full_card_is_answered_before_training_and_when_it_runs_out(policy, pairs, cache, tmp_path, monkeypatch):
+    policy, tokenizer = policy
+    torch.cuda.empty_cache()
+    held = torch.empty(int(torch.cuda.mem_get_info()[0] - 60e6), dtype=torch.uint8, device="cuda")
+
+    def train():
+        return train_dpo(policy, tokenizer, *pairs, tmp_path / "run", max_steps=1)
+
+    with pytest.raises(UserError, match="(?s)GB are free.*per_device_train_batch_size=4"):
+        train()
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "free_memory", lambda device: 1e12)
+        with pytest.raises(UserError, match="(?s)Out of memory.*per_device_train_batch_size=4") as caught:
+            train()
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    del held, caught
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert train().info["status"] == "finished"  # the same call, once there is room
+
+
+def test_memory_is_back_after_the_last_cell(tmp_path):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    cells = [
+        "import torch\nfrom helpers import add_lora, load_model, shut_down_kernel\n"
+        "model, tokenizer = load_model('embedded')\nmodel = add_lora(model)\n"
+        "held = torch.cuda.memory_allocated()",
+        "shut_down_kernel()",
+        "print(held, torch.cuda.memory_allocated())",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    torch.cuda.empty_cache()
+    before = torch.cuda.mem_get_info()[0]
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    held, left = map(int, notebook.cells[2].outputs[-1]["text"].split())
+    assert held > 80e6 and left < 0.1 * held
+    assert before - torch.cuda.mem_get_info()[0] < 50e6
+
+
+def test_replies_of_a_batch_are_those_of_one_by_one(base):
+    """Greedy. Rounding differs with the batch, so a reply may take another turn after some tokens."""
+    model, tokenizer = base
+    prompts = load_pairs().select(range(8))["prompt"]
+    together = generate_replies(model, tokenizer, prompts, max_new_tokens=24, batch_size=8)
+    alone = generate_replies(model, tokenizer, prompts, max_new_tokens=24, batch_size=1)
+    same = [a.ids[:8] == b.ids[:8] for a, b in zip(together, alone, strict=True)]
+    print("first 8 tokens equal:", sum(same), "of", len(same))
+    assert sum(same) >= 6

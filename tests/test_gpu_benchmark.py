@@ -1,0 +1,78 @@
+"""The GPU benchmark without a GPU: what it would run, its arithmetic, and a side that fails."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+spec = importlib.util.spec_from_file_location("gpu_benchmark", PATH)
+gpu = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gpu)
+
+
+def test_dry_run_says_what_would_run(capsys):
+    gpu.main(["--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    told = json.loads(lines[-1])
+    assert list(told["sides"]) == list(gpu.SIDES) == [line.split()[0] for line in lines[:-1]]
+    assert all(side["pairs"] * side["pieces"] == 8 for side in told["sides"].values())
+    # The memory that these settings took on an H100 before this benchmark was written.
+    for name, gb in {"usual": 3.33, "ours": 4.38, "kept": 28.8}.items():
+        assert told["sides"][name]["estimated_gb"] == pytest.approx(gb, rel=0.1)
+    assert told["rule"]["80 GB"]["512"]["checkpointing"] is False
+    assert told["rule"]["8 GB"]["1024"]["pairs"] < 8
+
+
+def test_one_side_alone(capsys):
+    gpu.main(["--dry-run", "--only", "usual"])
+    assert list(json.loads(capsys.readouterr().out.splitlines()[-1])["sides"]) == ["usual"]
+
+
+def test_every_side_is_in_one_wave():
+    assert sorted(sum(gpu.WAVES, [])) == sorted(gpu.SIDES)
+
+
+def test_pairs_are_the_same_each_time_and_of_the_length_told():
+    class Words:
+        def __call__(self, text, **options):
+            return {"input_ids": text.split()}
+
+    short, long = gpu.make_pairs(Words(), 512), gpu.make_pairs(Words(), 1024)
+    assert short == gpu.make_pairs(Words(), 512)
+    words = [sum(len(turn[0]["content"].split()) for turn in pair.values()) for pair in short]
+    prompts = [len(pair["prompt"][0]["content"].split()) for pair in short]
+    mean = sum(w + p for w, p in zip(words, prompts, strict=True)) / len(short) / 2
+    assert 320 < mean < 360  # the template's marks come on top
+    longer = [len(pair["chosen"][0]["content"].split()) for pair in long]
+    assert max(longer) < 2 * 240 + 1
+
+
+def test_operations_of_a_pair():
+    config = json.loads((PATH.parent / "qwen3_4b" / "config.json").read_text())
+    # 3.6 billion weights in the layers, 2 operations each for a token, forward and backward; the head for completions.
+    assert gpu.needed_flops(config, 700, 360) == pytest.approx(4 * 3.63e9 * 700 + 4 * 0.389e9 * 360, rel=0.01)
+
+
+def test_sides_are_compared_with_the_usual_one():
+    side = {"pairs_per_s": 2.0, "peak_gb": 3.0, "losses": [0.6931, 0.69], "tflop_per_s": 20.0}
+    table = gpu.compare(
+        {
+            "usual": side,
+            "ours": side | {"pairs_per_s": 10.0, "peak_gb": 4.5, "losses": [0.6931, 0.7]},
+            "ours_1024": side,
+            "kept": {"error": "out of memory"},
+        },
+        rate=100e12,
+    )
+    assert list(table) == ["usual", "ours", "ours_1024"]
+    assert (table["ours"]["times_usual"], table["ours"]["memory_of_usual"]) == (5.0, 1.5)
+    assert table["ours"]["max_loss_difference"] == 0.01
+    assert "times_usual" not in table["ours_1024"] and table["ours"]["share_of_matrix_rate"] == 0.2
+
+
+@pytest.mark.slow
+def test_a_side_that_fails_is_told_with_its_error(tmp_path):
+    results = gpu.run_wave(["stock"], str(tmp_path / "none"), 120)
+    assert list(results) == ["stock"] and "none" in results["stock"]["error"].splitlines()[-1]
