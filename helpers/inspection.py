@@ -259,6 +259,8 @@ def implicit_rewards(run: OpenRun | Run | str | Path, pairs: Dataset, *, batch_s
 
 def _token_logps(model, prompt: list[int], completion: list[int]) -> torch.Tensor:
     """Log-probs of the completion's tokens in nats, shape (tokens,): the plain definition, one softmax a token."""
+    if not completion:  # the prompt fills all of max_length
+        return torch.zeros(0, dtype=torch.float64)
     ids = torch.tensor([prompt + completion], device=model.device)
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
@@ -304,12 +306,12 @@ def token_rewards(run: OpenRun | Run | str | Path, pair: dict) -> pd.DataFrame:
         policy = _token_logps(opened.model, row["prompt_ids"], ids)
         special = [token in opened.tokenizer.all_special_ids for token in ids]
         # A word starts at a space, and around a special token.
-        starts = [text[:1].isspace() or special[i] or special[i - 1] for i, text in enumerate(texts)]
+        starts = [i > 0 and (text[:1].isspace() or special[i] or special[i - 1]) for i, text in enumerate(texts)]
         tables.append(
             pd.DataFrame(
                 {
                     "side": side,
-                    "word": pd.Series(starts[1:]).cumsum().reindex(range(-1, len(ids) - 1), fill_value=0).to_numpy(),
+                    "word": pd.Series(starts, dtype=int).cumsum(),
                     "token": [visible(text) for text in texts],
                     "id": ids,
                     "eos": [token == opened.tokenizer.eos_token_id for token in ids],

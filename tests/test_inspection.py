@@ -20,7 +20,13 @@ from helpers.runs import Run
 from helpers.scoring import pair_logps
 
 pytest_slow = pytest.mark.slow
-SHORT = {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-3}
+SHORT = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-3,
+    "warmup_steps": 0,  # else the first step has learning rate 0
+}
 
 HOSTILE = {
     "script": "<script>alert(1)</script><img src=x onerror=alert(1)>",
@@ -265,6 +271,9 @@ def test_long_completions_are_cut_as_in_training(opened, copy, pairs):
     tokens = token_rewards(short, pairs[1][0])
     assert (tokens.side == "chosen").sum() == rewards.chosen_tokens[0]
     assert tokens[tokens.side == "chosen"].reward.sum() == pytest.approx(rewards.chosen_reward[0], abs=1e-4)
+    edit(copy.folder / "run.json", config=copy.info["config"] | {"max_length": 10})
+    full = inspection.OpenRun(Run.load(copy.folder), opened.model, opened.tokenizer)
+    assert token_rewards(full, pairs[1][0]).empty and not implicit_rewards(full, pairs[1]).margin.any()
 
 
 @pytest_slow
@@ -297,7 +306,7 @@ def test_a_reference_that_was_passed_must_be_passed_again(run, pairs, tmp_path, 
     with pytest.raises(UserError, match="Pass it here too"):
         open_run(made)
     with pytest.raises(UserError, match="another model than the ref_model"):
-        open_run(made, ref_model=policy.unload())
+        open_run(made, ref_model=helpers.load_model("embedded")[0])
     with pytest.raises(UserError, match="no model that was passed"):
         open_run(run, ref_model=reference)
     rewards = implicit_rewards(open_run(made, ref_model=reference), pairs[1])
