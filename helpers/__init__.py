@@ -8,6 +8,7 @@ from unsloth import FastLanguageModel, is_bfloat16_supported as is_bf16_supporte
 
 from helpers.checks import check_pairs
 from helpers.errors import UserError
+from helpers.inspection import compare_generations, implicit_rewards, token_rewards
 from helpers.models import add_lora, current_profile, fix_pad_token, load_model, load_tokenizer
 from helpers.pairs import load_pairs, split_pairs
 from helpers.runs import Run
@@ -22,13 +23,16 @@ __all__ = [
     "UserError",
     "add_lora",
     "check_pairs",
+    "compare_generations",
     "current_profile",
     "fix_pad_token",
+    "implicit_rewards",
     "is_bf16_supported",
     "load_model",
     "load_pairs",
     "load_tokenizer",
     "shut_down_kernel",
     "split_pairs",
+    "token_rewards",
     "train_dpo",
 ]

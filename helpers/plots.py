@@ -97,3 +97,99 @@ def plot_shares(shares: pd.DataFrame, *, label: str, baseline: float | None = No
     axis.invert_yaxis()
     plt.close(figure)
     return figure
+
+
+def plot_margins(rewards: pd.DataFrame) -> plt.Figure:
+    """Margins of pairs before and after training: did the pairs move as a whole, or a few of them?
+
+    Args:
+        rewards: as from `implicit_rewards`.
+    """
+    per_token = {
+        name: rewards[f"chosen_{name}"] / rewards.chosen_tokens - rewards[f"rejected_{name}"] / rewards.rejected_tokens
+        for name in ("reference", "policy")
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained", sharey=True)
+    axes[0].hist(rewards.margin, 30, color=CHOSEN, alpha=0.6, label=f"after, mean {rewards.margin.mean():+.2f}")
+    axes[0].axvline(0, color="black", linestyle="--", linewidth=1, label="before: 0 for every pair")
+    axes[0].set(xlabel="implicit reward of chosen - of rejected", ylabel="pairs", title="relative to the reference")
+    span = (min(map(min, per_token.values())), max(map(max, per_token.values())))
+    for (name, values), when, style in zip(
+        per_token.items(), ("before", "after"), ({"color": REJECTED}, {"color": CHOSEN, "hatch": "//"}), strict=True
+    ):
+        label = f"{when} ({name}), {(values > 0).mean():.0%} above 0"
+        axes[1].hist(values, 30, range=span, alpha=0.5, label=label, **style)
+    axes[1].axvline(0, color="black", linestyle="--", linewidth=1)
+    axes[1].set(xlabel="log-prob per token, chosen - rejected (nats)", title="each model by itself")
+    for axis in axes:
+        axis.legend(fontsize=8)
+    plt.close(figure)
+    return figure
+
+
+def plot_rewards_by_length(rewards: pd.DataFrame) -> plt.Figure:
+    """Implicit reward against length: is it the length that is rewarded?
+
+    Args:
+        rewards: as from `implicit_rewards`.
+    """
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for side, color, marker in (("chosen", CHOSEN, "o"), ("rejected", REJECTED, "x")):
+        tokens, reward = rewards[f"{side}_tokens"], rewards[f"{side}_reward"]
+        axis.scatter(tokens, reward, s=18, color=color, marker=marker, label=f"{side}, r = {tokens.corr(reward):+.2f}")
+    axis.axhline(0, color="grey", linestyle="--", linewidth=1)
+    axis.set(xlabel="tokens in the completion", ylabel="implicit reward (beta x log-ratio)")
+    axis.legend(title="r: correlation with length", fontsize=8)
+    plt.close(figure)
+    return figure
+
+
+# Characters in a line of the heat map, and the least that a word is given, so that its number fits below.
+_LINE, _LEAST = 88, 5
+
+
+def plot_token_rewards(tokens: pd.DataFrame) -> plt.Figure:
+    """Heat map over the words of chosen and rejected: which of them does the policy like more than its reference?
+
+    Purple words have become likelier, orange ones less likely. The number below a word says the same in print, in
+    grey, and for who cannot tell the two colours apart. Text is drawn as it is, never read as a formula.
+
+    Args:
+        tokens: as from `token_rewards`.
+    """
+    words = tokens.groupby(["side", "word"], sort=False).agg(text=("token", "".join), ratio=("log_ratio", "sum"))
+    limit = max(words.ratio.abs().max(), 1e-9)
+    places = {}  # side: (line, column, width, text, ratio) of each word
+    for side, group in words.groupby("side", sort=False):
+        line, column, places[side] = 0, 0, []
+        for text, ratio in group.itertuples(index=False):
+            text = text.strip()
+            text = text if len(text) <= _LINE else f"{text[: _LINE - 3]}..."
+            width = max(len(text), _LEAST)
+            if column and column + width > _LINE:
+                line, column = line + 1, 0
+            places[side].append((line, column, width, text, ratio))
+            column += width + 1
+    lines = [group[-1][0] + 1 for group in places.values()]
+    figure, axes = plt.subplots(
+        len(places),
+        figsize=(11, 0.5 * sum(lines) + 0.6 * len(lines)),
+        layout="constrained",
+        squeeze=False,
+        height_ratios=lines,
+    )
+    colours = plt.get_cmap("PuOr")
+    for axis, (side, group) in zip(axes[:, 0], places.items(), strict=True):
+        for line, column, width, text, ratio in group:
+            colour = colours(0.5 + 0.5 * ratio / limit)
+            axis.add_patch(plt.Rectangle((column - 0.3, line + 0.08), width + 0.6, 0.86, color=colour, linewidth=0))
+            ink = "white" if 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] < 0.5 else "black"
+            style = {"family": "monospace", "ha": "center", "va": "center", "color": ink, "parse_math": False}
+            axis.text(column + width / 2, line + 0.36, text, size=9.5, **style)
+            axis.text(column + width / 2, line + 0.74, f"{ratio:+.1f}", size=8, **style)
+        total = sum(ratio for *_, ratio in group)
+        axis.set(xlim=(-0.5, _LINE + 0.5), ylim=(group[-1][0] + 1, 0))
+        axis.set_title(f"{side}: log-ratio of each word in nats, sum {total:+.2f}", loc="left", fontsize=10)
+        axis.axis("off")
+    plt.close(figure)
+    return figure
