@@ -186,7 +186,7 @@ def plot_token_rewards(tokens: pd.DataFrame) -> plt.Figure:
             ink = "white" if 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] < 0.5 else "black"
             style = {"family": "monospace", "ha": "center", "va": "center", "color": ink, "parse_math": False}
             axis.text(column + width / 2, line + 0.36, text, size=9.5, **style)
-            axis.text(column + width / 2, line + 0.74, f"{ratio:+.1f}", size=8, **style)
+            axis.text(column + width / 2, line + 0.74, f"{ratio:+.2f}", size=8, **style)
         total = sum(ratio for *_, ratio in group)
         axis.set(xlim=(-0.5, _LINE + 0.5), ylim=(group[-1][0] + 1, 0))
         axis.set_title(f"{side}: log-ratio of each word in nats, sum {total:+.2f}", loc="left", fontsize=10)

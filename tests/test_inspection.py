@@ -385,7 +385,7 @@ def test_heat_map_shows_each_word_with_its_number():
         }
     )
     chosen, rejected = plots.plot_token_rewards(tokens).axes
-    assert [text.get_text() for text in chosen.texts] == ["It", "+0.5", "costs", "+1.5", "$5$", "-0.2"]
+    assert [text.get_text() for text in chosen.texts] == ["It", "+0.50", "costs", "+1.50", "$5$", "-0.25"]
     assert chosen.get_title("left") == "chosen: log-ratio of each word in nats, sum +1.75"
     assert not any(text.get_parse_math() for text in chosen.texts)
     colours = [patch.get_facecolor() for patch in (*chosen.patches, *rejected.patches)]
