@@ -11,6 +11,7 @@ from helpers.errors import UserError
 from helpers.models import add_lora, current_profile, fix_pad_token, load_model, load_tokenizer
 from helpers.pairs import load_pairs, split_pairs
 from helpers.runs import Run
+from helpers.sweep import sweep_beta
 from helpers.training import DPOConfig, train_dpo
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "load_tokenizer",
     "shut_down_kernel",
     "split_pairs",
+    "sweep_beta",
     "train_dpo",
 ]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import helpers
-from helpers import UserError, scoring, training
+from helpers import UserError, plots, scoring, training
 from helpers.pairs import load_pairs
 from helpers.sweep import Sweep, _add, compare_accuracy, recommend, sampled_kl, sweep_beta
 from helpers.training import train_dpo
@@ -227,3 +227,31 @@ def test_sampled_kl_is_zero_for_the_reference_and_positive_away_from_it(base, pa
     moved = sampled_kl(policy, tokenizer, prompts, max_new_tokens=12)
     assert moved.kl > 3 * moved.error > 0
     policy.unload()
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def test_figures_show_each_run_and_beta():
+    rows = [
+        {"beta": beta, "seed": seed, "kl": kl, "kl_error": 0.1, "accuracy": 0.8, "accuracy_low": 0.7}
+        | {"accuracy_high": 0.9, "chosen_change": -1.0, "rejected_change": -3.0}
+        for beta, seed, kl in ((0.1, 0, 2.0), (0.1, 1, 3.0), (1.0, 0, 1.0))
+    ]
+    axis = plots.plot_frontier(pd.DataFrame(rows)).axes[0]
+    drawn = {bars.get_label(): bars.lines[0].get_xdata().tolist() for bars in axis.containers}
+    assert drawn == {"0.1": [2.0, 3.0], "1": [1.0]}
+    assert "KL" in axis.get_xlabel() and "accuracy" in axis.get_ylabel()
+    chosen, rejected, _ = plots.plot_changes(pd.DataFrame(rows)).axes[0].lines
+    assert chosen.get_ydata().tolist() == [-1.0] * 3 and rejected.get_ydata().tolist() == [-3.0] * 3
+
+
+def test_gaps_and_margins_are_means_over_seeds():
+    rows = [
+        {"beta": beta, "seed": seed, "step": 5, "split": split, "margin": beta * gap, "log_ratio_gap": gap}
+        for beta, seed, split, gap in ((0.1, 0, "train", 2.0), (0.1, 1, "train", 4.0), (1.0, 0, "held out", 1.0))
+    ]
+    gaps, margins = plots.plot_gaps_and_margins(pd.DataFrame(rows)).axes
+    values = [[line.get_ydata().tolist() for line in axis.lines if len(line.get_ydata())] for axis in (gaps, margins)]
+    assert values[0] == [[3.0], [1.0], [0, 0]] and values[1] == [pytest.approx([0.3]), [1.0], [0, 0]]
+    assert "beta" in margins.get_title()
