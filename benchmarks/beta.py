@@ -12,7 +12,6 @@ log-ratio gap and by KL at each held-out evaluation and for each seed, and the r
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 os.environ["DPO_PROFILE"] = "cpu"  # before helpers: the same settings, 16-bit weights, also where there is a GPU
@@ -57,7 +56,9 @@ def main() -> None:
         eval_steps=every,
     )
     stored = json.loads((args.folder / "sweep.json").read_text(encoding="utf-8"))
-    command = " ".join(["python benchmarks/beta.py", *sys.argv[1:]])
+    # Without the two paths.
+    command = f"python benchmarks/beta.py --betas {' '.join(f'{beta:g}' for beta in args.betas)} --seeds {args.seeds}"
+    command += f" --epochs {args.epochs:g} --learning-rate {args.learning_rate:g} --pairs {args.pairs}"
     write_json(args.out, {"command": command, **stored})
     held_out = sweep.history[sweep.history.split == "held out"]
     columns = ["accuracy", "log_ratio_gap", "margin", "kl", "chosen_change", "rejected_change", "reply_tokens"]
