@@ -23,9 +23,9 @@ from helpers.errors import UserError
 from helpers.files import write_atomic, write_json
 from helpers.generation import Reply, generate_replies, repetition
 from helpers.models import add_lora, public_name
-from helpers.runs import Run, machine, versions
+from helpers.runs import Run, describe_config, machine, versions
 from helpers.scoring import base_hash, data_hash, pair_logps, tokenize_pairs
-from helpers.training import check_settings, dpo_settings, train_dpo
+from helpers.training import DPOConfig, dpo_settings, train_dpo
 
 BETAS = (0.01, 0.05, 0.1, 0.3, 0.5, 1.0)
 USUAL = 0.1  # TRL's default, and what to keep where nothing speaks for another
@@ -90,6 +90,20 @@ def _name(beta: float, seed: int) -> str:
 # ---------------------------------------------------------------------------------------------- measuring a policy
 
 
+def _sample(model, tokenizer, prompts: list, max_new_tokens: int, seed: int, template_options: dict) -> list[Reply]:
+    """Two replies to each prompt: first one to each, then the second ones."""
+    return generate_replies(
+        model,
+        tokenizer,
+        prompts * 2,
+        max_new_tokens=max_new_tokens,
+        temperature=1.0,
+        seed=seed,
+        batch_size=32,
+        **template_options,
+    )
+
+
 class SampledKL(NamedTuple):
     """`kl`, mean log-ratio of sampled replies in nats, `error`, its standard error, and the replies."""
 
@@ -98,22 +112,22 @@ class SampledKL(NamedTuple):
     replies: list[Reply]
 
 
-def sampled_kl(policy, tokenizer, prompts: list[list[dict]], *, max_new_tokens: int, seed: int = 0) -> SampledKL:
+def sampled_kl(
+    policy, tokenizer, prompts: list[list[dict]], *, max_new_tokens: int, seed: int = 0, **template_options
+) -> SampledKL:
     """How far the policy moved from the model under its adapter: KL(policy || reference) of whole replies.
 
     Two replies to each prompt are sampled from the policy (temperature 1) and scored under both models; the mean of
     log policy - log reference estimates the KL without bias (as on the x-axis of Rafailov et al. 2023, figure 2). A
     reply that is cut at `max_new_tokens` counts up to there. The standard error is over prompts.
     """
-    replies = generate_replies(
-        policy, tokenizer, prompts * 2, max_new_tokens=max_new_tokens, temperature=1.0, seed=seed, batch_size=32
-    )
+    replies = _sample(policy, tokenizer, prompts, max_new_tokens, seed, template_options)
     first, second = replies[: len(prompts)], replies[len(prompts) :]
     rows = Dataset.from_list(
         [
             {
                 "prompt_ids": tokenizer.apply_chat_template(
-                    prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+                    prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **template_options
                 )["input_ids"],
                 "chosen_ids": a.ids,  # the two columns that `pair_logps` scores; neither reply is preferred
                 "rejected_ids": b.ids,
@@ -199,7 +213,7 @@ def _open(folder: Path, info: dict) -> Sweep:
     if not (folder / "sweep.json").is_file():
         return Sweep(folder, info, pd.DataFrame(), pd.DataFrame(), pd.DataFrame())
     sweep = Sweep.load(folder)
-    before, now = (json.loads(json.dumps(each["identity"])) for each in (sweep.info, info))
+    before, now = sweep.info["identity"], info["identity"]
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
         raise UserError(
@@ -249,22 +263,22 @@ def sweep_beta(
     if {"beta", "seed"} & set(settings) or not betas or min(betas) <= 0:
         raise UserError("Pass the values to compare as betas=(0.1, 0.3) and seeds=(0, 1); each beta is above 0.")
     settings = _SETTINGS | settings
-    check_settings(settings)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    asked = test.select(range(0, len(test), max(1, len(test) // prompts)))[:prompts]["prompt"] if prompts else []
+    # Held-out prompts from all of the set, which may be sorted by topic.
+    asked = list(test.select(range(0, len(test), max(1, len(test) // prompts)))["prompt"])[:prompts] if prompts else []
+    template_options = {k: v for k, v in (test[0].get("chat_template_kwargs") or {}).items() if v is not None}
+    config = describe_config(DPOConfig(output_dir=str(folder), **dpo_settings() | settings))
     identity = {
         "model": [public_name(model), base_hash(model)],
         "data": [data_hash(tokenize_pairs(pairs, tokenizer)) for pairs in (train, test)],
-        "settings": {k: v for k, v in (dpo_settings() | settings).items() if k not in ("beta", "seed")},
+        "settings": {name: value for name, value in config.items() if name not in ("beta", "seed")},
         "sampling": {"prompts": len(asked), "max_new_tokens": max_new_tokens},
     }
     info = {"identity": identity, "versions": versions(), "machine": machine()}
     sweep = _open(folder, info)
     if asked and "reference" not in sweep.info:
-        replies = generate_replies(
-            model, tokenizer, list(asked) * 2, max_new_tokens=max_new_tokens, temperature=1.0, batch_size=32
-        )
+        replies = _sample(model, tokenizer, asked, max_new_tokens, 0, template_options)
         sweep.info["reference"] = _describe(replies)
     done = set() if sweep.table.empty else set(sweep.finished[["beta", "seed"]].itertuples(index=False, name=None))
     todo = [(beta, seed) for seed in seeds for beta in betas if (beta, seed) not in done]
@@ -286,7 +300,8 @@ def sweep_beta(
             row |= _measure(run, beta)
             begin = time.monotonic()
             if asked:
-                kl = sampled_kl(policy, tokenizer, list(asked), max_new_tokens=max_new_tokens, seed=seed)
+                print(f"Sampling {2 * len(asked)} replies ...", flush=True)
+                kl = sampled_kl(policy, tokenizer, asked, max_new_tokens=max_new_tokens, seed=seed, **template_options)
                 row |= {"kl": kl.kl, "kl_error": kl.error} | _describe(kl.replies)
             row |= {"sampling_seconds": time.monotonic() - begin, "status": "finished"}
             gaps = run.held_out.log_ratio_gap.to_numpy()

@@ -241,7 +241,7 @@ def test_sampled_kl_is_zero_for_the_reference_and_positive_away_from_it(base, pa
     exact = [
         token_kl(policy, tokenizer, prompt, reply.ids) for prompt, reply in zip(prompts * 2, moved.replies, strict=True)
     ]
-    assert np.mean(exact) > 0.5
+    assert np.mean(exact) > 0.2
     assert abs(moved.kl - np.mean(exact)) < 3 * moved.error
     policy.unload()
 
@@ -269,6 +269,6 @@ def test_gaps_and_margins_are_means_over_seeds():
         for beta, seed, split, gap in ((0.1, 0, "train", 2.0), (0.1, 1, "train", 4.0), (1.0, 0, "held out", 1.0))
     ]
     gaps, margins = plots.plot_gaps_and_margins(pd.DataFrame(rows)).axes
-    values = [[line.get_ydata().tolist() for line in axis.lines if len(line.get_ydata())] for axis in (gaps, margins)]
+    values = [[list(line.get_ydata()) for line in axis.lines if len(line.get_ydata())] for axis in (gaps, margins)]
     assert values[0] == [[3.0], [1.0], [0, 0]] and values[1] == [pytest.approx([0.3]), [1.0], [0, 0]]
     assert "beta" in margins.get_title()
