@@ -127,7 +127,7 @@ def plot_frontier(table: pd.DataFrame) -> plt.Figure:
         xlabel="KL(policy || reference) of sampled replies (nats a reply)",
         ylabel="held-out preference accuracy",
     )
-    axis.legend(title="beta", fontsize=8)
+    figure.legend(title="beta", fontsize=8, loc="outside right upper")
     plt.close(figure)
     return figure
 
@@ -136,7 +136,8 @@ def plot_gaps_and_margins(history: pd.DataFrame) -> plt.Figure:
     """Log-ratio gap and margin by step, a line for each beta: the same runs, told comparably and misleadingly.
 
     Args:
-        history: as in `Sweep.history`; seeds are averaged, held-out points drawn where there are some.
+        history: as in `Sweep.history`; seeds are averaged. A line's points are means over the batches since the last
+            one; held-out pairs are drawn as diamonds where they were scored on the way.
     """
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     parts = (
