@@ -38,16 +38,8 @@ class Turns:
         self.seconds += time.perf_counter() - self.begin
 
 
-def side(name: str, epochs: float, size: int, fp32: bool) -> dict:
-    """Train one side, taking turns; returns its losses, seconds and peak memory."""
+def take_turns(trainer, turns: Turns) -> None:
     from transformers import TrainerCallback
-
-    from helpers import DPOConfig, DPOTrainer, FastLanguageModel, add_lora, load_model, load_pairs
-    from helpers.models import embedded_model
-    from helpers.scoring import reference_logps, with_reference
-    from helpers.training import dpo_settings, make_trainer, text_progress
-
-    turns = Turns()
 
     class TakeTurns(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -55,6 +47,36 @@ def side(name: str, epochs: float, size: int, fp32: bool) -> dict:
                 turns.stop()
                 turns.start()
 
+    trainer.add_callback(TakeTurns())
+
+
+def load_plain(weights: str) -> tuple:
+    """Model and tokenizer as the usual notebook loads them."""
+    from helpers import FastLanguageModel
+
+    return FastLanguageModel.from_pretrained(weights, load_in_4bit=False, use_gradient_checkpointing=False)
+
+
+def plain_trainer(model, tokenizer, pairs, folder: str, settings: dict):
+    """A trainer as the usual notebook makes it: the reference is the policy with its adapter off, in every step."""
+    from helpers import DPOConfig, DPOTrainer
+    from helpers.training import text_progress
+
+    batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    config = DPOConfig(output_dir=folder, **settings | batch)
+    trainer = DPOTrainer(model, args=config, train_dataset=pairs, processing_class=tokenizer)
+    text_progress(trainer)
+    return trainer
+
+
+def side(name: str, epochs: float, size: int, fp32: bool) -> dict:
+    """Train one side, taking turns; returns its losses, seconds and peak memory."""
+    from helpers import DPOConfig, add_lora, load_model, load_pairs
+    from helpers.models import embedded_model
+    from helpers.scoring import reference_logps, with_reference
+    from helpers.training import dpo_settings, make_trainer
+
+    turns = Turns()
     settings = dpo_settings() | {
         "num_train_epochs": epochs if name != "grouped" else min(epochs, 1),
         "logging_steps": 1,
@@ -66,9 +88,7 @@ def side(name: str, epochs: float, size: int, fp32: bool) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DPO_CACHE_DIR"] = folder  # nothing is in the cache
         if name == "plain":
-            model, tokenizer = FastLanguageModel.from_pretrained(
-                weights, load_in_4bit=False, use_gradient_checkpointing=False
-            )
+            model, tokenizer = load_plain(weights)
         else:
             model, tokenizer = load_model(weights)
         model = add_lora(model, seed=0)
@@ -77,10 +97,7 @@ def side(name: str, epochs: float, size: int, fp32: bool) -> dict:
             settings |= {"bf16": False, "max_steps": 12}
         turns.start()
         if name == "plain":
-            settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-            config = DPOConfig(output_dir=folder, **settings)
-            trainer = DPOTrainer(model, args=config, train_dataset=pairs, processing_class=tokenizer)
-            text_progress(trainer)
+            trainer = plain_trainer(model, tokenizer, pairs, folder, settings)
         else:
             logps = reference_logps(model, tokenizer, pairs, max_length=settings["max_length"], batch_size=4)
             data = with_reference(pairs, logps)
@@ -93,7 +110,7 @@ def side(name: str, epochs: float, size: int, fp32: bool) -> dict:
                 longest = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
                 trainer.train_dataset = rows.add_column("length", longest)
         reference_seconds = time.perf_counter() - turns.begin
-        trainer.add_callback(TakeTurns())
+        take_turns(trainer, turns)
         trainer.train()
         turns.stop()
     steps = trainer.state.global_step
@@ -120,21 +137,26 @@ def wait(name: str, worker: subprocess.Popen) -> dict | None:
     raise SystemExit(f"The {name} side ended with exit status {worker.wait()}.")
 
 
+def start_side(command: list[str], name: str) -> subprocess.Popen:
+    """A process that waits for its first turn; its errors go to the screen."""
+    worker = subprocess.Popen([*command, "--side", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    wait(name, worker)
+    return worker
+
+
+def give_turn(name: str, worker: subprocess.Popen) -> dict | None:
+    worker.stdin.write("go\n")
+    worker.stdin.flush()
+    return wait(name, worker)
+
+
 def run_sides(command: list[str], names: list[str]) -> dict[str, dict]:
     """Start a process for each side, and give each its turn until all are done."""
-    workers, results = {}, {}
-    for name in names:
-        # Its errors go to the screen.
-        workers[name] = subprocess.Popen(
-            [*command, "--side", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        wait(name, workers[name])
+    workers, results = {name: start_side(command, name) for name in names}, {}
     while len(results) < len(names):
         for name in names:
             if name not in results:
-                workers[name].stdin.write("go\n")
-                workers[name].stdin.flush()
-                result = wait(name, workers[name])
+                result = give_turn(name, workers[name])
                 if result is not None:
                     results[name] = result
     return results

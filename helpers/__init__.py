@@ -12,6 +12,7 @@ from helpers.inspection import compare_generations, implicit_rewards, token_rewa
 from helpers.models import add_lora, current_profile, fix_pad_token, load_model, load_tokenizer
 from helpers.pairs import load_pairs, split_pairs
 from helpers.runs import Run
+from helpers.sweep import sweep_beta
 from helpers.training import DPOConfig, train_dpo
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "load_tokenizer",
     "shut_down_kernel",
     "split_pairs",
+    "sweep_beta",
     "token_rewards",
     "train_dpo",
 ]

@@ -193,3 +193,78 @@ def plot_token_rewards(tokens: pd.DataFrame) -> plt.Figure:
         axis.axis("off")
     plt.close(figure)
     return figure
+
+
+def _beta_colours(betas) -> dict[float, tuple]:
+    betas = sorted(set(betas))
+    return {beta: plt.cm.viridis(0.9 * place / max(len(betas) - 1, 1)) for place, beta in enumerate(betas)}
+
+
+def plot_frontier(table: pd.DataFrame) -> plt.Figure:
+    """Held-out accuracy against KL: what does each nat of drift buy?
+
+    Args:
+        table: as in `Sweep.finished`: a point for each run, with its 95 percent intervals.
+    """
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for beta, colour in _beta_colours(table.beta).items():
+        rows = table[table.beta == beta]
+        axis.errorbar(
+            rows.kl,
+            rows.accuracy,
+            xerr=1.96 * rows.kl_error,
+            yerr=[rows.accuracy - rows.accuracy_low, rows.accuracy_high - rows.accuracy],
+            fmt="o",
+            color=colour,
+            elinewidth=0.6,
+            label=f"{beta:g}",
+        )
+    axis.set(
+        xlabel="KL(policy || reference) of sampled replies (nats a reply)",
+        ylabel="held-out preference accuracy",
+    )
+    figure.legend(title="beta", fontsize=8, loc="outside right upper")
+    plt.close(figure)
+    return figure
+
+
+def plot_gaps_and_margins(history: pd.DataFrame) -> plt.Figure:
+    """Log-ratio gap and margin by step, a line for each beta: the same runs, told comparably and misleadingly.
+
+    Args:
+        history: as in `Sweep.history`; seeds are averaged. A line's points are means over the batches since the last
+            one; held-out pairs are drawn as diamonds where they were scored on the way.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    parts = (
+        ("log_ratio_gap", "log-ratio gap: compare this", "log-ratio gap (nats)"),
+        ("margin", "margin: do not compare, it contains beta", "margin (beta x log-ratio gap)"),
+    )
+    for axis, (name, title, label) in zip(axes, parts, strict=True):
+        for beta, colour in _beta_colours(history.beta).items():
+            rows = history[history.beta == beta]
+            for split, style in (("train", "-"), ("held out", "D")):
+                means = rows[rows.split == split].groupby("step")[name].mean()
+                axis.plot(means, style, color=colour, markersize=4, label=f"{beta:g}" if split == "train" else None)
+        axis.axhline(0, color="grey", linestyle="--", linewidth=1)
+        axis.set(title=title, xlabel="step", ylabel=label)
+        axis.legend(title="beta", fontsize=8)
+    plt.close(figure)
+    return figure
+
+
+def plot_changes(table: pd.DataFrame) -> plt.Figure:
+    """Change of the chosen's and the rejected's log-prob by beta: which side makes the gap?
+
+    Args:
+        table: as in `Sweep.finished`; a point for each run.
+    """
+    figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    betas = [f"{beta:g}" for beta in table.beta]  # as names: evenly spaced
+    axis.plot(betas, table.chosen_change, "o", color=CHOSEN, alpha=0.8, label="chosen")
+    axis.plot(betas, table.rejected_change, "s", color=REJECTED, alpha=0.8, label="rejected")
+    axis.axhline(0, color="grey", linestyle="--", linewidth=1, label="reference")
+    axis.set(xlabel="beta", ylabel="log policy - log reference (nats),\nmean of held-out pairs")
+    axis.legend(fontsize=8)
+    plt.close(figure)
+    return figure

@@ -1,0 +1,404 @@
+"""The beta sweep: one run for each beta and seed on one loaded model, measured alike, kept as it goes.
+
+Each run is a `train_dpo` run in a folder of its own, from a fresh adapter, so that it equals the same run made alone.
+What betas and seeds have in common is done once: the model is loaded, and the reference's log-probs are in the cache.
+"""
+
+import dataclasses
+import gc
+import json
+import math
+import time
+from pathlib import Path
+from statistics import NormalDist, mean
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from peft import PeftModel
+
+from helpers.errors import UserError
+from helpers.files import write_atomic, write_json
+from helpers.generation import Reply, generate_replies, repetition
+from helpers.models import add_lora, public_name
+from helpers.runs import Run, describe_config, machine, versions
+from helpers.scoring import base_hash, data_hash, pair_logps, tokenize_pairs
+from helpers.training import DPOConfig, dpo_settings, train_dpo
+
+BETAS = (0.01, 0.05, 0.1, 0.3, 0.5, 1.0)
+USUAL = 0.1  # TRL's default, and what to keep where nothing speaks for another
+
+# Every run ends after the same number of steps: a checkpoint chosen by held-out loss would hide what more steps do.
+_SETTINGS = {"eval_strategy": "no", "load_best_model_at_end": False, "logging_first_step": True}
+
+
+@dataclasses.dataclass
+class Sweep:
+    """What a sweep left; it loads without a model.
+
+    Attributes:
+        folder: holds `sweep.json` (all of the below), `table.csv`, and a run folder for each beta and seed.
+        info: model, settings, data, versions and machine, and how the reference's own replies look.
+        table: a row for each run. `status` is "finished" or says what failed. accuracy (share of held-out pairs with
+            a higher implicit reward for the chosen) with its 95 percent interval; log_ratio_gap, chosen_change and
+            rejected_change (mean log-ratios of held-out pairs, nats); margin (beta times the gap); kl and kl_error
+            (nats for a reply, see `sampled_kl`); reply_tokens, repetition, ended (means over sampled replies);
+            grad_norm and weight (mean sigmoid of -margin, by which a pair counts in the gradient: Rafailov et al.
+            2023, section 4) at the first and the last step; seconds.
+        history: a row for each logged step of each run: split ("train" or "held out"), loss, accuracy, margin,
+            log_ratio_gap (margin / beta, nats), chosen, rejected (log-ratios, nats), grad_norm.
+        gaps: log-ratio gap of each held-out pair; columns are (beta, seed).
+    """
+
+    folder: Path
+    info: dict
+    table: pd.DataFrame
+    history: pd.DataFrame
+    gaps: pd.DataFrame
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Sweep":
+        """Read a sweep's folder, or its `sweep.json` under another name. Raises UserError where there is none."""
+        path = Path(path)
+        file = path / "sweep.json" if path.is_dir() else path
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            gaps = {(run["beta"], run["seed"]): run["gaps"] for run in stored["gaps"]}
+            frames = pd.DataFrame(stored["table"]), pd.DataFrame(stored["history"])
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{path.name} holds no sweep that can be read ({error}). 05_beta_sweep makes one."
+            ) from error
+        return cls(file.parent, stored["info"], *frames, pd.DataFrame(gaps))
+
+    @property
+    def finished(self) -> pd.DataFrame:
+        """The table without the runs that failed."""
+        return self.table[self.table.status == "finished"]
+
+    def run(self, beta: float, seed: int = 0) -> Run:
+        """The run folder of one beta and seed, with its adapter."""
+        return Run.load(self.folder / _name(beta, seed))
+
+
+def _name(beta: float, seed: int) -> str:
+    return f"beta-{beta:g}-seed-{seed}"
+
+
+# ---------------------------------------------------------------------------------------------- measuring a policy
+
+
+def _sample(model, tokenizer, prompts: list, max_new_tokens: int, seed: int, template_options: dict) -> list[Reply]:
+    """Two replies to each prompt: first one to each, then the second ones."""
+    return generate_replies(
+        model,
+        tokenizer,
+        prompts * 2,
+        max_new_tokens=max_new_tokens,
+        temperature=1.0,
+        seed=seed,
+        batch_size=32,
+        **template_options,
+    )
+
+
+class SampledKL(NamedTuple):
+    """`kl`, mean log-ratio of sampled replies in nats, `error`, its standard error, and the replies."""
+
+    kl: float
+    error: float
+    replies: list[Reply]
+
+
+def sampled_kl(
+    policy, tokenizer, prompts: list[list[dict]], *, max_new_tokens: int, seed: int = 0, **template_options
+) -> SampledKL:
+    """How far the policy moved from the model under its adapter: KL(policy || reference) of whole replies.
+
+    Two replies to each prompt are sampled from the policy (temperature 1) and scored under both models; the mean of
+    log policy - log reference estimates the KL without bias (as on the x-axis of Rafailov et al. 2023, figure 2). A
+    reply that is cut at `max_new_tokens` counts up to there. The standard error is over prompts.
+    """
+    replies = _sample(policy, tokenizer, prompts, max_new_tokens, seed, template_options)
+    first, second = replies[: len(prompts)], replies[len(prompts) :]
+    rows = Dataset.from_list(
+        [
+            {
+                "prompt_ids": tokenizer.apply_chat_template(
+                    prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **template_options
+                )["input_ids"],
+                "chosen_ids": a.ids,  # the two columns that `pair_logps` scores; neither reply is preferred
+                "rejected_ids": b.ids,
+            }
+            for prompt, a, b in zip(prompts, first, second, strict=True)
+        ]
+    )
+    of_policy = pair_logps(policy, tokenizer, rows)
+    with policy.disable_adapter():
+        of_reference = pair_logps(policy, tokenizer, rows)
+    ratios = (of_policy.chosen - of_reference.chosen + of_policy.rejected - of_reference.rejected) / 2
+    return SampledKL(float(ratios.mean()), float(ratios.std() / math.sqrt(len(ratios))), replies)
+
+
+def _describe(replies: list[Reply]) -> dict:
+    return {
+        "reply_tokens": mean(len(reply.ids) for reply in replies),
+        "repetition": mean(repetition(reply.ids) for reply in replies),
+        "ended": mean(reply.ended for reply in replies),
+    }
+
+
+def _measure(run: Run, beta: float) -> dict:
+    """Figures of a finished run that need no model."""
+    metrics, logged = run.metrics, [row for row in run.history if "grad_norm" in row]
+    low, high = metrics["accuracy_interval"]
+    names = ("log_ratio_gap", "margin", "chosen_change", "rejected_change", "train_seconds")
+    weight = torch.sigmoid(-beta * torch.tensor(run.held_out.log_ratio_gap.to_numpy())).mean()
+    return {
+        "steps": run.info["steps"],
+        "accuracy": metrics["accuracy"],
+        "accuracy_low": low,
+        "accuracy_high": high,
+        **{name: metrics[name] for name in names},
+        "grad_norm_start": float(logged[0]["grad_norm"]),
+        "grad_norm_end": float(logged[-1]["grad_norm"]),
+        "weight_start": 0.5,  # every margin is 0
+        "weight_end": float(weight),
+    }
+
+
+def _history(run: Run, beta: float, seed: int) -> list[dict]:
+    rows = []
+    for logged in run.history:
+        prefix = "eval_" if "eval_loss" in logged else ""
+        if f"{prefix}loss" not in logged:
+            continue
+        value = {name: float(logged[f"{prefix}rewards/{name}"]) for name in ("chosen", "rejected", "margins")}
+        rows.append(
+            {
+                "beta": beta,
+                "seed": seed,
+                "step": logged["step"],
+                "split": "held out" if prefix else "train",
+                "loss": float(logged[f"{prefix}loss"]),
+                "accuracy": float(logged[f"{prefix}rewards/accuracies"]),
+                "margin": value["margins"],
+                "log_ratio_gap": value["margins"] / beta,
+                "chosen": value["chosen"] / beta,
+                "rejected": value["rejected"] / beta,
+                "grad_norm": float(logged.get("grad_norm", "nan")),
+            }
+        )
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------- the sweep
+
+
+def _save(sweep: Sweep) -> None:
+    records = {
+        name: json.loads(getattr(sweep, name).to_json(orient="records")) for name in ("table", "history")
+    }  # by pandas, which writes NaN as null
+    gaps = [
+        {"beta": beta, "seed": seed, "gaps": values.round(4).tolist()} for (beta, seed), values in sweep.gaps.items()
+    ]
+    write_json(sweep.folder / "sweep.json", {"info": sweep.info, **records, "gaps": gaps})
+    write_atomic(sweep.folder / "table.csv", lambda path: sweep.table.to_csv(path, index=False))
+
+
+def _open(folder: Path, info: dict) -> Sweep:
+    """The sweep that `folder` holds, or an empty one. Raises UserError where that is a sweep of something else."""
+    if not (folder / "sweep.json").is_file():
+        return Sweep(folder, info, pd.DataFrame(), pd.DataFrame(), pd.DataFrame())
+    sweep = Sweep.load(folder)
+    before, now = sweep.info["identity"], info["identity"]
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        raise UserError(
+            f"{folder} holds a sweep with other {' and '.join(changed)}, which cannot be compared with this one. "
+            "Give this one a folder of its own."
+        )
+    return sweep
+
+
+def sweep_beta(
+    model,
+    tokenizer,
+    train: Dataset,
+    test: Dataset,
+    folder: str | Path,
+    *,
+    betas: tuple[float, ...] = BETAS,
+    seeds: tuple[int, ...] = (0,),
+    prompts: int = 32,
+    max_new_tokens: int = 128,
+    **settings,
+) -> Sweep:
+    """Train and measure once for each beta and seed; the runs differ in nothing else.
+
+    What is finished is kept: the same call after an interruption goes on with the run it was in, and one with more
+    betas or seeds adds to the sweep. A run that fails is reported in the table, and the others go on. The model is
+    left without an adapter, as it came.
+
+    Args:
+        model: a model without adapter, as `load_model` gives it; it is the reference of every run.
+        train, test: pairs in the form that `load_pairs` gives; no prompt should be in both.
+        folder: of the sweep, e.g. `output_folder("beta_sweep")`.
+        prompts: how many held-out prompts get two sampled replies each, for the KL and the figures of replies;
+            0 measures held-out pairs only.
+        max_new_tokens: where a sampled reply is cut.
+        settings: DPOConfig settings, for all runs, that differ from `dpo_settings()`.
+
+    Raises:
+        UserError: a model with an adapter, no beta above 0, another sweep in the folder, and what `train_dpo` raises.
+    """
+    if isinstance(model, PeftModel):
+        raise UserError(
+            "The sweep gives each run a fresh adapter, so it takes a model without one. Pass what load_model returns; "
+            "an SFT adapter can be merged into it: model.merge_and_unload()."
+        )
+    betas, seeds = dict.fromkeys(float(beta) for beta in betas), dict.fromkeys(seeds)
+    if {"beta", "seed"} & set(settings) or not betas or min(betas) <= 0:
+        raise UserError("Pass the values to compare as betas=(0.1, 0.3) and seeds=(0, 1); each beta is above 0.")
+    settings = _SETTINGS | settings
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Held-out prompts from all of the set, which may be sorted by topic.
+    asked = list(test.select(range(0, len(test), max(1, len(test) // prompts)))["prompt"])[:prompts] if prompts else []
+    template_options = {k: v for k, v in (test[0].get("chat_template_kwargs") or {}).items() if v is not None}
+    config = describe_config(DPOConfig(output_dir=str(folder), **dpo_settings() | settings))
+    identity = {
+        "model": [public_name(model), base_hash(model)],
+        "data": [data_hash(tokenize_pairs(pairs, tokenizer)) for pairs in (train, test)],
+        "settings": {name: value for name, value in config.items() if name not in ("beta", "seed")},
+        "sampling": {"prompts": len(asked), "max_new_tokens": max_new_tokens},
+    }
+    info = {"identity": identity, "versions": versions(), "machine": machine()}
+    sweep = _open(folder, info)
+    if asked and "reference" not in sweep.info:
+        replies = _sample(model, tokenizer, asked, max_new_tokens, 0, template_options)
+        sweep.info["reference"] = _describe(replies)
+    done = set() if sweep.table.empty else set(sweep.finished[["beta", "seed"]].itertuples(index=False, name=None))
+    todo = [(beta, seed) for seed in seeds for beta in betas if (beta, seed) not in done]
+    began = time.monotonic()
+    for number, (beta, seed) in enumerate(todo):
+        left = (
+            f", about {(time.monotonic() - began) / number * (len(todo) - number) / 60:.0f} min left" if number else ""
+        )
+        print(f"\nrun {number + 1} of {len(todo)}: beta {beta:g}, seed {seed}{left}", flush=True)
+        row, history, gaps = {"beta": beta, "seed": seed}, [], None
+        policy = add_lora(model, seed=seed)
+        try:
+            run = train_dpo(
+                policy, tokenizer, train, test, folder / _name(beta, seed), beta=beta, seed=seed, **settings
+            )
+            history = _history(run, beta, seed)
+            if not math.isfinite(run.metrics["loss"]):
+                raise FloatingPointError("the loss is not a number")
+            row |= _measure(run, beta)
+            begin = time.monotonic()
+            if asked:
+                print(f"Sampling {2 * len(asked)} replies ...", flush=True)
+                kl = sampled_kl(policy, tokenizer, asked, max_new_tokens=max_new_tokens, seed=seed, **template_options)
+                row |= {"kl": kl.kl, "kl_error": kl.error} | _describe(kl.replies)
+            row |= {"sampling_seconds": time.monotonic() - begin, "status": "finished"}
+            gaps = run.held_out.log_ratio_gap.to_numpy()
+        except UserError:  # of the pairs, a setting, memory or disk: it would stop every other run too
+            raise
+        except Exception as error:
+            row["status"] = f"failed: {error or type(error).__name__}"
+            print(f"beta {beta:g}, seed {seed} {row['status']}")
+        finally:
+            policy.unload()
+            del policy
+            gc.collect()
+        sweep = _add(sweep, row, history, gaps)
+        _save(sweep)
+    return sweep
+
+
+def _add(sweep: Sweep, row: dict, history: list[dict], gaps: np.ndarray | None) -> Sweep:
+    """The sweep with one more run, or with its new outcome in the place of the old."""
+
+    def others(frame: pd.DataFrame) -> pd.DataFrame:
+        return frame if frame.empty else frame[(frame.beta != row["beta"]) | (frame.seed != row["seed"])]
+
+    table = pd.concat([others(sweep.table), pd.DataFrame([row])]).sort_values(["beta", "seed"], ignore_index=True)
+    steps = pd.concat([others(sweep.history), pd.DataFrame(history)], ignore_index=True)
+    columns = dict(sweep.gaps.items()) | ({} if gaps is None else {(row["beta"], row["seed"]): gaps})
+    return dataclasses.replace(sweep, table=table, history=steps, gaps=pd.DataFrame(columns))
+
+
+# ---------------------------------------------------------------------------------------------- what to take
+
+
+class Recommendation(NamedTuple):
+    """A beta, and why: accuracies compared pair by pair, drift, and how sure it is."""
+
+    beta: float
+    reason: str
+
+
+def compare_accuracy(sweep: Sweep, beta: float, other: float, comparisons: int = 1) -> tuple[float, float, float]:
+    """Held-out accuracy of `beta` minus that of `other`, with its interval (95 percent for all comparisons together).
+
+    Both saw the same pairs, so they are compared pair by pair, each averaged over its seeds: what makes a pair hard
+    for both drops out. The level is shared out over the comparisons (Bonferroni).
+    """
+    right = (sweep.gaps > 0).T.groupby(level=0).mean().T  # share of seeds, a row for each pair, a column for each beta
+    difference = right[beta] - right[other]
+    z = NormalDist().inv_cdf(1 - 0.025 / comparisons)
+    half = z * difference.std() / math.sqrt(len(difference))
+    return difference.mean(), difference.mean() - half, difference.mean() + half
+
+
+def recommend(sweep: Sweep) -> Recommendation:
+    """The beta that the measurements speak for; the usual one where they do not tell it from the others.
+
+    Held-out accuracy decides, where its difference from the usual beta's is larger than chance. Drift is named beside
+    it. Raises UserError where no run finished.
+    """
+    table = sweep.finished
+    if table.empty:
+        raise UserError("No run of this sweep finished; its table says why.")
+    means = table.groupby("beta")[["accuracy", "log_ratio_gap"]].mean()
+    home = min(means.index, key=lambda beta: abs(math.log(beta / USUAL)))
+    others = [beta for beta in means.index if beta != home]
+    seeds, pairs = table.groupby("beta").size().min(), len(sweep.gaps)
+    basis = f"{pairs} held-out pairs, {seeds} seed{'s' if seeds > 1 else ''}"
+    if not others:
+        return Recommendation(home, f"Only beta {home:g} finished; there is nothing to compare it with ({basis}).")
+    compared = {beta: compare_accuracy(sweep, beta, home, len(others)) for beta in others}
+    better = [beta for beta in others if compared[beta][1] > 0]
+    worse = [beta for beta in others if compared[beta][2] < 0]
+    if better:
+        beta = max(better, key=lambda beta: means.accuracy[beta])
+        size, low, high = compared[beta]
+        lines = [
+            f"Take {beta:g}: accuracy {means.accuracy[beta]:.3f} against {means.accuracy[home]:.3f} of {home:g}, a "
+            f"difference of {size:.3f} (interval {low:.3f} to {high:.3f}; {basis})."
+        ]
+    else:
+        beta = home
+        unseen = max((high - low) / 2 for _, low, high in compared.values())
+        lines = [
+            f"No beta is measured to be more accurate than {home:g}; keep {home:g}. Accuracies run from "
+            f"{means.accuracy.min():.3f} to {means.accuracy.max():.3f} ({basis}); a difference below about "
+            f"{unseen:.2f} could not be seen."
+        ]
+    if worse:
+        lines.append(f"Less accurate than {home:g}: {', '.join(f'{beta:g}' for beta in worse)}.")
+    if "kl" in table:
+        drift = table.groupby("beta").kl.mean()
+        error = table.groupby("beta").kl_error.agg(lambda errors: math.hypot(*errors) / len(errors))
+        closer = [
+            other for other in drift.index if drift[other] + 1.96 * error[other] < drift[beta] - 1.96 * error[beta]
+        ]
+        if closer:
+            listed = ", ".join(f"{other:g} ({drift[other]:.1f})" for other in closer)
+            lines.append(f"Nearer to the reference than {beta:g} (KL {drift[beta]:.1f} nats a reply): {listed}.")
+    if seeds == 1:
+        lines.append("One seed: another one may order them otherwise.")
+    return Recommendation(beta, "\n".join(lines))
