@@ -11,6 +11,7 @@ from helpers.errors import UserError
 from helpers.models import add_lora, current_profile, fix_pad_token, load_model, load_tokenizer
 from helpers.pairs import load_pairs, split_pairs
 from helpers.runs import Run
+from helpers.thinking import check_thinking, split_thinking, think_boundary
 from helpers.training import DPOConfig, train_dpo
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "UserError",
     "add_lora",
     "check_pairs",
+    "check_thinking",
     "current_profile",
     "fix_pad_token",
     "is_bf16_supported",
@@ -30,5 +32,7 @@ __all__ = [
     "load_tokenizer",
     "shut_down_kernel",
     "split_pairs",
+    "split_thinking",
+    "think_boundary",
     "train_dpo",
 ]
