@@ -41,7 +41,7 @@ FIELDS = (
 # What other models and careless hands write for the same thing; `<think>` and `</think>` themselves are left out.
 _SPELLINGS = re.compile(
     r"(?!</?think>)(?i:<\s*/?\s*(?:think|thinking|thought|thoughts|reasoning)\s*/?\s*>"
-    r"|\[/?think(?:ing)?\]|<\|/?think(?:ing)?\|>)"
+    r"|\[/?think(?:ing)?\]|<\|/?think(?:ing)?\|>|&lt;/?think(?:ing)?&gt;)"
 )
 
 

@@ -5,11 +5,13 @@ import shutil
 import subprocess
 import tarfile
 
+import pandas as pd
 import pytest
 from transformers import AutoTokenizer
 from trl.data_utils import _tokenize, common_prefix_length
 
 import helpers
+from helpers import plots
 from helpers.checks import check_pairs
 from helpers.errors import UserError
 from helpers.generation import Reply
@@ -242,6 +244,7 @@ def test_no_switch_no_enable_thinking(tokenizer, thinking_2507):
         ("<think>\n\n</think>\n\nIt is 7.", "thought_empty"),
         ("It is 7. <think>\nSix and one.\n</think>\n\n", "thought_late"),
         ("<thinking>\nSix and one.\n</thinking>\n\nIt is 7.", "think_spelling"),
+        ("&lt;think&gt;\nSix and one.\n&lt;/think&gt;\n\nIt is 7.", "think_spelling"),  # escaped for HTML
     ],
 )
 def test_bad_tags_are_found_and_named(tokenizer, qwen3, text, code):
@@ -395,6 +398,21 @@ def test_table_of_thoughts(tokenizer):
 def test_table_of_thoughts_that_the_prompt_opened(thinking_2507):
     table = thought_table([replied(thinking_2507, "Six and one.\n</think>\n\nIt is 7.")], ["7"], thinking_2507)
     assert table.loc[0, ["well_formed", "closed", "right"]].all()
+
+
+def test_figures_hold_the_numbers_given():
+    nan = float("nan")
+    rows = {"share": [0.5, 0.9], "low": [0.4, nan], "high": [0.6, nan], "pairs": [40, 6]}
+    table = pd.DataFrame(rows, index=["slip", "looping"])
+    other = table.assign(share=[0.7, 0.2]).iloc[::-1]  # in another order
+    axis = plots.plot_compared({"naive": table, "both think": other}, label="share", baseline=0.5).axes[0]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["slip (40)", "looping (6)"]
+    drawn = [list(container[0].get_xdata()) for container in axis.containers]
+    assert drawn == [[0.5, 0.9], [0.7, 0.2]] and axis.get_xlabel() == "share"
+    assert axis.get_legend_handles_labels()[1] == ["a coin", "naive", "both think"]
+    lengths = plots.plot_thought_lengths({"base": [0, 0], "policy": [40, 60]}).axes[0]
+    assert [text.get_text() for text in lengths.get_yticklabels()] == ["base", "policy"]
+    assert "tokens" in lengths.get_xlabel()
 
 
 def test_front_door():
