@@ -381,7 +381,12 @@ def replied(tokenizer, text, ended=True):
 
 
 def test_table_of_thoughts(tokenizer):
-    texts = ["<think>\n6 + 1 = 8\n</think>\n\nIt is 7.", "<think>\nSix and", "It is 7.", "<think></think>It is 8."]
+    texts = [
+        "<think>\n6 + 1 = 8\n</think>\n\nIt is 7.",
+        "<think>\nSix and one: 7",
+        "It is 7.",
+        "<think></think>It is 8.",
+    ]
     replies = [replied(tokenizer, text, ended=i != 1) for i, text in enumerate(texts)]
     table = thought_table(replies, ["7"] * 4, tokenizer)
     assert table.well_formed.tolist() == [True, False, False, False]
