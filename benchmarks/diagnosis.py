@@ -31,7 +31,7 @@ HEALTHY = {
     "per_device_eval_batch_size": 8,
 }
 TRAIN, TEST = 64, 40
-NEW_TOKENS, PROMPTS = 128, 16  # of the replies that should end
+NEW_TOKENS = 128  # of the replies that should end
 
 
 def swapped(pairs: Dataset, every: int = 1) -> Dataset:
@@ -57,8 +57,8 @@ def _cut_words(pairs: Dataset, words: Callable[[int], int]) -> Dataset:
 
 
 def curt(pairs: Dataset) -> Dataset:
-    """Each rejected answer cut to its first three words: length alone tells the sides apart."""
-    return _cut_words(pairs, lambda count: 3)
+    """Each rejected answer cut to its first word: length alone tells the sides apart."""
+    return _cut_words(pairs, lambda count: 1)
 
 
 def shorter(pairs: Dataset) -> Dataset:
@@ -98,7 +98,7 @@ CASES = {
     "no_preference": Case("exchanged in every second pair", data=half_swapped),
     "overfitting": Case("8 pairs, 8 epochs, learning rate 3e-3", OVER, few),
     "loss_zero": Case("8 pairs, 8 epochs", {"max_steps": 8} | CONSTANT, few),
-    "leak": Case("rejected answers cut to three words", data=curt, test_too=True),
+    "leak": Case("rejected answers cut to one word", data=curt, test_too=True),
     "never_ends": Case("max_length 72, chosen longer", {"max_length": 72}, shorter, cured_data=shorter, replies=True),
     "chosen_falls": Case("learning rate 5e-3, beta 0.01", {"learning_rate": 5e-3, "beta": 0.01}),
     "wrong_reference": Case("an SFT policy against the bare base", sft=True, base_reference=True),
@@ -152,11 +152,17 @@ class Bench:
         self.seed = seed
         self.policy = add_lora(self.base, seed=seed)
         self.starts = {"fresh": self._adapter()}
+        self.labels = {self._key(CASES["healthy"], False): f"healthy-{seed}"}
 
     def end(self) -> None:
         self.base = self.policy.unload()
         if hasattr(self.base, "peft_config"):
             del self.base.peft_config
+
+    def _key(self, case: Case, sick: bool) -> tuple:
+        """What decides a run of this seed."""
+        settings, make = (case.sick, case.data) if sick else (case.cured, case.cured_data)
+        return json.dumps(settings), make, bool(make and case.test_too), case.sft, sick and case.base_reference
 
     def _adapter(self) -> dict:
         return {name: tensor.clone() for name, tensor in get_peft_model_state_dict(self.policy).items()}
@@ -172,13 +178,13 @@ class Bench:
         return self.starts["sft"]
 
     def run(self, name: str, state: str) -> tuple[Run, str]:
-        """The run of a case, "sick" or "cured", and the name of its folder; cures that agree share one."""
+        """The run of a case, "sick" or "cured", and the name of its folder."""
         case, sick = (CASES | ADVICE)[name], state == "sick"
         settings, make = (case.sick, case.data) if sick else (case.cured, case.cured_data)
         train = make(self.train) if make else self.train
         test = make(self.test) if make and case.test_too else self.test
-        healthy = not settings and not make and not case.sft and not (sick and case.base_reference)
-        label = f"{'healthy' if healthy else f'{name}-{state}'.replace(' ', '_')}-{self.seed}"
+        # Runs that agree are one: most cures are the healthy run.
+        label = self.labels.setdefault(self._key(case, sick), f"{name}-{state}-{self.seed}".replace(" ", "_"))
         set_peft_model_state_dict(self.policy, self._sft() if case.sft else self.starts["fresh"])
         reference = load_model("embedded")[0] if sick and case.base_reference else None
         settings = HEALTHY | {"seed": self.seed} | settings
@@ -193,9 +199,9 @@ class Bench:
 
     def ended(self) -> float:
         """Share of greedy replies to held-out prompts that end within NEW_TOKENS tokens."""
-        prompts = self.test.select(range(PROMPTS))["prompt"][:]
+        prompts = self.test["prompt"][:]
         replies = generate_replies(self.policy, self.tokenizer, prompts, max_new_tokens=NEW_TOKENS)
-        return sum(reply.ended for reply in replies) / PROMPTS
+        return sum(reply.ended for reply in replies) / len(replies)
 
 
 def main() -> None:

@@ -439,7 +439,10 @@ def before_and_after(results: dict, case: str, number: str) -> pd.DataFrame:
 
 
 def _spread(values: pd.Series) -> str:
-    return f"{values.mean():.3g} ({values.min():.3g} to {values.max():.3g})"
+    mean, low, high = (
+        f"{v:,.0f}" if abs(v) >= 100 else f"{v:.2f}" for v in (values.mean(), values.min(), values.max())
+    )
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def guide(results: dict) -> list[dict]:
@@ -449,13 +452,11 @@ def guide(results: dict) -> list[dict]:
         values = before_and_after(results, code, number)
         runs = {one["state"]: one for one in reversed(results["cases"]) if one["case"] == code}  # the first seed's
         histories = {state: recorded(results, one["run"]).history for state, one in runs.items()}
-        what, causes, _ = CATALOGUE[code]
         rows.append(
             {
-                "symptom": f"{code}: {what}",
+                "symptom": f"{code}: {CATALOGUE[code][0]}",
                 "made by": runs["sick"]["fault"],
-                "likely cause": causes[0][0],
-                "cure": causes[0][1],
+                "cure": CATALOGUE[code][1][0][1],
                 "measured": label,
                 "sick": _spread(values["sick"]),
                 "cured": _spread(values["cured"]),
