@@ -133,6 +133,7 @@ EXPLAINS = {
     "diverged": ("below_half", "overfitting", "chosen_falls", "no_preference"),
     "leak": ("loss_zero",),
     "below_half": ("overfitting",),
+    "never_ends": ("no_preference",),
     "overfitting": ("loss_zero", "chosen_falls", "no_preference"),
 }
 
@@ -158,7 +159,7 @@ class Symptom:
     """One thing that is wrong with a run.
 
     `what` is seen, `evidence` gives the numbers, `causes` are pairs (cause, its cure), the likeliest first; `test`
-    decides between them where the history cannot.
+    decides between them, where the history cannot.
     """
 
     code: str
@@ -171,6 +172,11 @@ class Symptom:
     def cure(self) -> str:
         """Of the likeliest cause."""
         return self.causes[0][1]
+
+    @property
+    def decides(self) -> str:
+        """What `test` is for."""
+        return "The history cannot decide between these. A test:" if len(self.causes) > 1 else "To make sure:"
 
 
 class Diagnosis:
@@ -196,7 +202,7 @@ class Diagnosis:
         for finding in self.findings:
             lines += ["", f"{finding.code}: {finding.what}", f"  evidence: {finding.evidence}"]
             lines += [f"  cause {place}: {why}. Cure: {cure}." for place, (why, cure) in enumerate(finding.causes, 1)]
-            lines += [f"  what decides: {finding.test}"]
+            lines += [f"  {finding.decides} {finding.test}"]
         return "\n".join(lines + [f"Not judged: {text}" for text in self.unseen])
 
     __repr__ = __str__
@@ -208,7 +214,7 @@ class Diagnosis:
             causes = "".join(f"<li>{e(why)}. <b>Cure:</b> {e(cure)}.</li>" for why, cure in finding.causes)
             parts.append(
                 f"<p><code>{e(finding.code)}</code> <b>{e(finding.what)}</b><br>{e(finding.evidence)}</p>"
-                f"<ol>{causes}</ol><p><i>What decides:</i> {e(finding.test)}</p>"
+                f"<ol>{causes}</ol><p>{e(finding.decides)} {e(finding.test)}</p>"
             )
         return "".join(parts + [f"<p>Not judged: {e(text)}</p>" for text in self.unseen])
 
@@ -330,13 +336,13 @@ def _symptoms(found: dict[str, float], info: dict) -> dict[str, str]:
             f"training loss {f['loss_end']:.3f} in the last half; {log_ratios}; largest norm of the gradient "
             f"{f['gradient']:.3g}",
         ),
-        "no_preference": (
-            moves and low < 0.5 <= high and f["accuracy_end"] < limit["accuracy_end"] and f["pairs"] >= ENOUGH_PAIRS,
-            f"{accuracy}; {log_ratios}",
-        ),
         "never_ends": (
             f["cut"] > limit["cut"],
             f"{f['findings_cut']} of {info['train_pairs']} training pairs are over max_length {config['max_length']}",
+        ),
+        "no_preference": (
+            moves and low < 0.5 <= high and f["accuracy_end"] < limit["accuracy_end"] and f["pairs"] >= ENOUGH_PAIRS,
+            f"{accuracy}; {log_ratios}",
         ),
     }
     stated = {code: evidence for code, (holds, evidence) in tests.items() if holds}
@@ -347,17 +353,22 @@ def _symptoms(found: dict[str, float], info: dict) -> dict[str, str]:
 
 
 def _causes(code: str, found: dict[str, float], info: dict) -> tuple[tuple[str, str], ...]:
-    """The catalogue's causes; the second comes first where the run's own numbers speak for it."""
-    causes, findings, config = CATALOGUE[code][1], info["data"].get("findings", {}), info["config"]
+    """The catalogue's causes without those that the run's own numbers rule out, the likelier first."""
+    config, findings = info["config"], info["data"].get("findings", {})
     surface = any(name in findings for name in ("length_leak", "feature_leak", "length_ratio"))
-    second = {
-        "nan": bool(config.get("fp16")),
-        "leak": not surface,
-        "loss_zero": surface,
-        "not_moving": found.get("gradient") == 0,
-        "out_of_memory": config["per_device_train_batch_size"] == 1 and not config["gradient_checkpointing"],
+    gradient = found.get("gradient", math.nan)
+    ruled_out = {
+        ("nan", 1): not config.get("fp16"),
+        ("loss_zero", 1): found.get("accuracy_first", 1) <= LIMITS["accuracy_first"],
+        ("not_moving", 0): gradient == 0,
+        ("not_moving", 1): gradient > 0,
+        ("out_of_memory", 0): config["per_device_train_batch_size"] == 1,
+        ("out_of_memory", 1): bool(config["gradient_checkpointing"]),
     }
-    return (causes[1], causes[0], *causes[2:]) if second.get(code) else causes
+    causes = [cause for place, cause in enumerate(CATALOGUE[code][1]) if not ruled_out.get((code, place))]
+    if (code == "leak" and not surface) or (code == "loss_zero" and surface):
+        causes.reverse()
+    return tuple(causes)
 
 
 def _ln2(info: dict) -> bool:
@@ -439,9 +450,8 @@ def before_and_after(results: dict, case: str, number: str) -> pd.DataFrame:
 
 
 def _spread(values: pd.Series) -> str:
-    mean, low, high = (
-        f"{v:,.0f}" if abs(v) >= 100 else f"{v:.2f}" for v in (values.mean(), values.min(), values.max())
-    )
+    numbers = values.mean(), values.min(), values.max()
+    mean, low, high = (f"{number:,.0f}" if abs(number) >= 100 else f"{number:.2f}" for number in numbers)
     return mean if low == high else f"{mean} ({low} to {high})"
 
 

@@ -10,6 +10,7 @@ from benchmarks.diagnosis import CASES, Bench
 from helpers import UserError, diagnose
 from helpers.diagnosis import CATALOGUE, LIMITS, SHOWN, Diagnosis, Symptom, advice, guide, measure, recorded
 from helpers.plots import symptom_table
+from helpers.runs import Run
 
 ROOT = Path(__file__).parent.parent
 RESULTS = json.loads((ROOT / "benchmarks" / "results" / "diagnosis.json").read_text(encoding="utf-8"))
@@ -70,12 +71,13 @@ LIMIT_OF = {
 # ------------------------------------------------------------------------------------------------ other histories
 
 
-def healthy():
-    return copy.deepcopy(recorded(RESULTS, "healthy-0"))
+def committed(name: str) -> Run:
+    """A copy, to be changed."""
+    return copy.deepcopy(recorded(RESULTS, name))
 
 
 def test_empty_history_says_what_it_cannot_show():
-    run = healthy()
+    run = committed("healthy-0")
     run.history = []
     diagnosis = diagnose(run)
     assert diagnosis.codes == []
@@ -83,20 +85,20 @@ def test_empty_history_says_what_it_cannot_show():
 
 
 def test_no_evaluation():
-    run = recorded(RESULTS, "not_moving-sick-0")
+    run = committed("not_moving-sick-0")
     run.history = [row for row in run.history if "eval_loss" not in row]
     diagnosis = diagnose(run)
     assert diagnosis.codes == ["not_moving"] and "no held-out evaluation" in diagnosis.unseen[0]
 
 
 def test_start_that_was_not_logged():
-    run = healthy()
+    run = committed("healthy-0")
     run.history = run.history[2:]
     assert "logging_first_step" in diagnose(run).unseen[0]
 
 
 def test_few_held_out_pairs_are_no_low_accuracy():
-    run = recorded(RESULTS, "no_preference-sick-0")
+    run = committed("no_preference-sick-0")
     run.info["test_pairs"] = 8
     diagnosis = diagnose(run)
     assert diagnosis.codes == [] and "8 held-out pairs are too few" in str(diagnosis)
@@ -104,20 +106,20 @@ def test_few_held_out_pairs_are_no_low_accuracy():
 
 @pytest.mark.parametrize("value", ["nan", "NaN", float("nan"), "inf"])
 def test_values_that_are_no_numbers(value):
-    run = healthy()
+    run = committed("healthy-0")
     run.history[-2]["eval_rewards/margins"] = value
     assert diagnose(run).codes == ["nan"]
 
 
 def test_gradient_may_overflow_in_fp16():
     """The trainer scales the loss down after such a step and goes on."""
-    run = healthy()
+    run = committed("healthy-0")
     run.history[0]["grad_norm"] = "inf"
     assert diagnose(run).codes == []
 
 
 def test_other_losses_have_other_heights():
-    run = healthy()
+    run = committed("healthy-0")
     run.info["config"]["loss_type"] = ["ipo"]
     for row in run.history:
         if "loss" in row:
@@ -126,14 +128,19 @@ def test_other_losses_have_other_heights():
     assert diagnosis.codes == [] and "loss_type sigmoid" in str(diagnosis)
 
 
-def test_the_likelier_cause_comes_first():
-    run = recorded(RESULTS, "not_moving-sick-0")
-    assert "learning rate" in diagnose(run).findings[0].causes[0][0]
+def test_causes_that_the_numbers_rule_out_are_not_named():
+    run = committed("not_moving-sick-0")
+    assert [why for why, _ in diagnose(run).findings[0].causes] == ["The learning rate is too low for so few steps"]
     for row in run.history:
-        row.pop("grad_norm", None)
-    run.history[0]["grad_norm"] = 0.0
-    assert "not trained" in diagnose(run).findings[0].causes[0][0]
-    run = recorded(RESULTS, "leak-sick-0")
+        row["grad_norm"] = 0.0
+    assert [why for why, _ in diagnose(run).findings[0].causes] == ["The adapter is not trained"]
+    for row in run.history:
+        del row["grad_norm"]
+    assert len(diagnose(run).findings[0].causes) == 2 and "cannot decide" in str(diagnose(run))
+
+
+def test_the_likelier_cause_comes_first():
+    run = committed("leak-sick-0")
     assert "length" in diagnose(run).findings[0].causes[0][0]
     run.info["data"]["findings"] = {}
     assert "nearly the same" in diagnose(run).findings[0].causes[0][0]
