@@ -3,7 +3,8 @@
 Each case trains the embedded model for a few steps with one fault, and once more with the cure that `diagnose` names
 for it. Then the advice that usual guides give is tried. About 25 minutes on two CPU cores. Finished runs are kept in
 outputs/diagnosis and not trained again, so an interrupted benchmark goes on where it stopped. The last line is one
-JSON object: histories, figures and findings of all runs.
+JSON object with all histories and figures. benchmarks/results/diagnosis.json is a list of such objects, from two
+machines.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from helpers.scoring import wilson_interval
 LN2 = math.log(2)
 
 # From where on a number of `measure` is a symptom. Each limit stands between the runs of benchmarks/diagnosis.py that
-# have the symptom and those that are well, over three seeds, with room on both sides: tests/test_diagnosis.py holds it.
+# have the symptom and those that are well, with room on both sides: tests/test_diagnosis.py holds it.
 LIMITS = {
     "start_off": 1.0,  # nats; rounding in 16 bits gives tenths, a model that was trained in between gives many
     "moved": 0.3,  # nats; a run that stands still has rounding only
@@ -433,19 +433,24 @@ ADVICE = {
 }
 
 
-def recorded(results: dict, name: str) -> Run:
-    """A run of benchmarks/diagnosis.py from its committed results."""
-    return Run(Path(name), held_out=None, **results["runs"][name])
+def recorded(part: dict, name: str) -> Run:
+    """A run from what one call of benchmarks/diagnosis.py printed."""
+    return Run(Path(name), held_out=None, **part["runs"][name])
 
 
-def before_and_after(results: dict, case: str, number: str) -> pd.DataFrame:
-    """A number of `measure`, or of the metrics, in the runs of one case: rows are seeds, columns sick and cured."""
+def before_and_after(results: list[dict], case: str, number: str) -> pd.DataFrame:
+    """A number of `measure`, or of the metrics, in the runs of one case: a row for each seed, columns sick and cured.
+
+    Args:
+        results: what calls of benchmarks/diagnosis.py printed, on one machine or on several.
+    """
     rows = collections.defaultdict(dict)
-    for one in results["cases"]:
-        if one["case"] == case:
-            run = recorded(results, one["run"])
-            numbers = run.metrics | run.info["memory_gb"] | measure(run.history, run.info)
-            rows[one["seed"]][one["state"]] = numbers[number]
+    for place, part in enumerate(results):
+        for one in part["cases"]:
+            if one["case"] == case:
+                run = recorded(part, one["run"])
+                numbers = run.metrics | run.info["memory_gb"] | measure(run.history, run.info)
+                rows[place, one["seed"]][one["state"]] = numbers[number]
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -455,13 +460,13 @@ def _spread(values: pd.Series) -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def guide(results: dict) -> list[dict]:
-    """The rows of `plots.symptom_table`: each symptom as benchmarks/diagnosis.py made and cured it, over its seeds."""
+def guide(results: list[dict]) -> list[dict]:
+    """The rows of `plots.symptom_table`: each symptom as benchmarks/diagnosis.py made and cured it."""
     rows = []
     for code, (number, label, curve) in SHOWN.items():
         values = before_and_after(results, code, number)
-        runs = {one["state"]: one for one in reversed(results["cases"]) if one["case"] == code}  # the first seed's
-        histories = {state: recorded(results, one["run"]).history for state, one in runs.items()}
+        part = next(part for part in results if any(one["case"] == code for one in part["cases"]))
+        runs = {one["state"]: one for one in reversed(part["cases"]) if one["case"] == code}  # the first seed's
         rows.append(
             {
                 "symptom": f"{code}: {CATALOGUE[code][0]}",
@@ -470,21 +475,27 @@ def guide(results: dict) -> list[dict]:
                 "measured": label,
                 "sick": _spread(values["sick"]),
                 "cured": _spread(values["cured"]),
+                "seeds": len(values),
                 "curve": curve,
-                "histories": histories,
+                "histories": {state: recorded(part, one["run"]).history for state, one in runs.items()},
             }
         )
     return rows
 
 
-def advice(results: dict) -> pd.DataFrame:
+def advice(results: list[dict]) -> pd.DataFrame:
     """Common advice as benchmarks/diagnosis.py tried it: does the number that it should change change that way?"""
     rows = []
     for name, (number, label, direction) in ADVICE.items():
         values = before_and_after(results, name, number)
         change = (values["sick"] - values["cured"]) * direction
         verdict = "held" if (change > 0).all() else "did not hold" if (change <= 0).all() else "differs between seeds"
-        fault = next(one["fault"] for one in results["cases"] if one["case"] == name)
-        should = "up" if direction > 0 else "down"
-        rows.append([name, fault, f"{label}: {should}", _spread(values["cured"]), _spread(values["sick"]), verdict])
-    return pd.DataFrame(rows, columns=["advice", "tried", "should go", "without", "with", "verdict"])
+        fault = next(one["fault"] for part in results for one in part["cases"] if one["case"] == name)
+        should = f"{label}: {'up' if direction > 0 else 'down'}"
+        fall = before_and_after(results, name, "chosen_fall").mean()
+        beside = f"{fall['cured']:.0%}, {fall['sick']:.0%}"
+        rows.append(
+            [name, fault, should, _spread(values["cured"]), _spread(values["sick"]), verdict, beside, len(values)]
+        )
+    columns = "advice", "tried", "should go", "without", "with", "verdict", "chosen lost: without, with", "seeds"
+    return pd.DataFrame(rows, columns=columns)
