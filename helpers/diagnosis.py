@@ -228,10 +228,6 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _sides(row: dict, prefix: str, beta: float) -> list[float]:
-    return [float(row[f"{prefix}rewards/{side}"]) / beta for side in ("chosen", "rejected")]
-
-
 def measure(history: list[dict], info: dict) -> dict[str, float]:
     """The numbers that a diagnosis rests on; those that the history does not give are left out.
 
@@ -248,7 +244,8 @@ def measure(history: list[dict], info: dict) -> dict[str, float]:
     curves = [float(row[name]) for row in train + held for name in row if name.endswith(_CURVES)]
     found["not_numbers"] = sum(not math.isfinite(value) for value in curves)
     if train and train[0]["step"] <= 1:
-        found |= {"start_loss": float(train[0]["loss"]), "start_off": max(map(abs, _sides(train[0], "", beta)))}
+        scores = [float(train[0][f"rewards/{side}"]) / beta for side in ("chosen", "rejected")]
+        found |= {"start_loss": float(train[0]["loss"]), "start_off": max(map(abs, scores))}
     if train:
         half = math.ceil(len(train) / 2)
         found |= {
@@ -258,11 +255,12 @@ def measure(history: list[dict], info: dict) -> dict[str, float]:
             "gradient": max(_values(train, "grad_norm"), default=math.nan),
         }
     if train or held:
-        row, prefix = (held[-1], "eval_") if held else (train[-1], "")
-        chosen, rejected = _sides(row, prefix, beta)
+        # One training batch is rounded by as much as a run that stands still seems to move; a mean of many is not.
+        rows, prefix = (held[-1:], "eval_") if held else (train[-half:], "")
+        chosen, rejected = (_mean(_values(rows, f"{prefix}rewards/{side}")) / beta for side in ("chosen", "rejected"))
         found |= {"chosen_end": chosen, "rejected_end": rejected, "moved": max(abs(chosen), abs(rejected))}
         found["gap"] = chosen - rejected
-        found["chosen_fall"] = chosen / (float(row[f"{prefix}logps/chosen"]) - chosen)
+        found["chosen_fall"] = chosen / (_mean(_values(rows, f"{prefix}logps/chosen")) - chosen)
     if held:
         losses, accuracies = _values(held, "eval_loss"), _values(held, "eval_rewards/accuracies")
         found |= {
@@ -301,6 +299,8 @@ def _symptoms(found: dict[str, float], info: dict) -> dict[str, str]:
     log_ratios = f"log-ratios at the end {f['chosen_end']:+.2f} (chosen) and {f['rejected_end']:+.2f} (rejected) nats"
     accuracy = f"held-out accuracy {f['accuracy_end']:.2f} (95% interval {low:.2f} to {high:.2f})"
     held_loss = f"held-out loss {f['held_loss_best']:.3f} at its best, {f['held_loss_end']:.3f} at the end"
+    if "accuracy_end" not in found:
+        accuracy = held_loss = "no held-out evaluation"
     fading = f"held-out accuracy {f['accuracy_best']:.2f} at its best, {f['accuracy_end']:.2f} at the end"
     tests = {
         "wrong_reference": (

@@ -147,7 +147,7 @@ def test_the_likelier_cause_comes_first():
 
 
 def test_folder_that_ran_out_of_memory(tmp_path):
-    info = recorded(RESULTS, "out_of_memory-sick-0").info
+    info = committed("out_of_memory-sick-0").info
     (tmp_path / "run.json").write_text(json.dumps(info))
     diagnosis = diagnose(tmp_path)
     assert diagnosis.codes == ["out_of_memory"]
