@@ -7,6 +7,7 @@ from trl import DPOTrainer
 from unsloth import FastLanguageModel, is_bfloat16_supported as is_bf16_supported
 
 from helpers.checks import check_pairs
+from helpers.diagnosis import diagnose
 from helpers.errors import UserError
 from helpers.inspection import compare_generations, implicit_rewards, token_rewards
 from helpers.models import add_lora, current_profile, fix_pad_token, load_model, load_tokenizer
@@ -28,6 +29,7 @@ __all__ = [
     "check_thinking",
     "compare_generations",
     "current_profile",
+    "diagnose",
     "fix_pad_token",
     "implicit_rewards",
     "is_bf16_supported",

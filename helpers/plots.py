@@ -1,9 +1,13 @@
 """Figures from plain numbers: each answers one question, with its axes named."""
 
+import base64
+import html
+import io
 import math
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from IPython.display import HTML
 
 # Two colours that differ in lightness too, so that they read in grey and for the colour-blind.
 CHOSEN, REJECTED = "#1b6ca8", "#d9822b"
@@ -309,3 +313,39 @@ def plot_thought_lengths(tokens: dict[str, list[int]]) -> plt.Figure:
     axis.invert_yaxis()
     plt.close(figure)
     return figure
+
+
+def _picture(curves: dict[str, tuple[list, list]], label: str) -> str:
+    """A small figure as the `src` of an HTML image."""
+    figure, axis = plt.subplots(figsize=(2.6, 1.5), layout="constrained")
+    for (name, points), colour, marker in zip(curves.items(), (REJECTED, CHOSEN), ("o", "D"), strict=True):
+        axis.plot(*points, color=colour, marker=marker, markersize=2.5, linewidth=1.2, label=name)
+    axis.set_xlabel("step", fontsize=7)
+    axis.set_ylabel(label, fontsize=7)
+    axis.tick_params(labelsize=7)
+    axis.legend(fontsize=6)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def symptom_table(rows: list[dict]) -> HTML:
+    """A table with a small picture in each row: how does a symptom look, beside the cured run?
+
+    Args:
+        rows: cells by the name of their column. Beside them "curve", the name of a series, and "histories" of the
+            "sick" and the "cured" run, as in `Run.history`, make the picture; a curve of None has none.
+    """
+    e, lines = html.escape, []
+    for row in rows:
+        *cells, (_, curve), (_, histories) = row.items()
+        picture = ""
+        if curve:
+            label = curve.replace("eval_", "held-out ").replace("rewards/", "").replace("accuracies", "accuracy")
+            source = _picture({state: _series(histories[state], curve) for state in ("sick", "cured")}, label)
+            picture = f'<img alt="{e(label)} by step, sick and cured" src="{source}">'
+        texts = "".join(f'<td style="text-align:left">{e(str(text))}</td>' for _, text in cells)
+        lines.append(f"<tr><td>{picture}</td>{texts}</tr>")
+    head = "".join(f'<th style="text-align:left">{e(name)}</th>' for name in ("how it looks", *list(rows[0])[:-2]))
+    return HTML(f"<table><tr>{head}</tr>{''.join(lines)}</table>")

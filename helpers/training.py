@@ -104,6 +104,7 @@ def dpo_settings(profile: Profile | None = None, *, thinking: bool = False) -> d
         "warmup_steps": 0.1,  # of all steps: the first gradients are the largest, as every pair still weighs a half
         "weight_decay": 0.0,  # the reference already pulls the policy back
         "logging_steps": 5,
+        "logging_first_step": True,  # its loss is taken before the update, so it shows whether the start is right
         "report_to": "none",
         "seed": 0,
     }
