@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from statistics import mean
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -15,6 +17,8 @@ def result(name: str) -> dict:
 
 def stated() -> list[str]:
     train, profile, memory, seeds = (result(name) for name in ("train", "profile_step", "memory", "seeds"))
+    beta = pd.DataFrame(result("beta")["table"]).groupby("beta")[["log_ratio_gap", "kl", "accuracy"]].mean()
+    thinking = result("thinking")
     ratios = [case["estimated_gb"] / case["measured_gb"] for case in memory["cases"]]
     share = {name: f"{value:.0%}" for name, value in profile["share"].items()}
     return [
@@ -30,6 +34,12 @@ def stated() -> list[str]:
         f"elementwise work ({share['elementwise and overhead']})",
         f"products ({share['projections']})",
         f"{min(ratios):.2f} to {max(ratios):.2f}",
+        "gap " + ", ".join(f"{value:.1f}" for value in beta.log_ratio_gap),
+        "KL " + ", ".join(f"{value:.1f}" for value in beta.kl),
+        f"accuracy {beta.accuracy.min():.2f} to {beta.accuracy.max():.2f} at all",
+        ", ".join(f"{value:.3f}" for value in thinking["accuracies"]) + f"; mean {thinking['accuracy_mean']:.3f}",
+        ", ".join(f"{value:.3f}" for value in thinking["naive_accuracies"])
+        + f"; mean {mean(thinking['naive_accuracies']):.3f}",
     ]
 
 
