@@ -54,14 +54,17 @@ class Run:
         if info is None:
             raise UserError(f"{folder.name} is no run folder: it has no run.json. 03_train makes one.")
         if info.get("status") != "finished":
-            raise UserError(f"The run in {folder.name} is {info.get('status')}. Call train_dpo again to finish it.")
+            cure = (
+                "diagnose(folder) says what to change" if info.get("status") == "out of memory" else "it goes on then"
+            )
+            raise UserError(f"The run in {folder.name} is {info.get('status')}. Call train_dpo again: {cure}.")
+        table = folder / "held_out.jsonl"
         try:
             history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
             metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            held_out = pd.read_json(table, lines=True) if table.is_file() else None
         except (OSError, ValueError) as error:
             raise UserError(f"The run in {folder.name} cannot be read ({error}). Train it again.") from error
-        table = folder / "held_out.jsonl"
-        held_out = pd.read_json(table, lines=True) if table.is_file() else None
         return cls(folder, info, history, metrics, held_out)
 
 
@@ -70,7 +73,10 @@ def read_info(folder: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        info = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(info, dict):
+            raise ValueError("no object")
+        return info
     except ValueError as error:
         raise UserError(
             f"{folder.name}/run.json is not valid JSON ({error}). Restore it, or use a new folder."

@@ -19,6 +19,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from helpers.files import write_atomic
 from helpers.models import cache_folder
+from helpers.pairs import quiet_progress
 from helpers.shared_prompt import share_prompts
 
 
@@ -203,8 +204,9 @@ def reference_logps(
 
 def with_reference(pairs: Dataset, logps: PairLogps) -> Dataset:
     """The pairs with the two columns in which DPOTrainer looks for the reference's log-probs."""
-    for name, values in (("ref_chosen_logps", logps.chosen), ("ref_rejected_logps", logps.rejected)):
-        pairs = pairs.add_column(name, values.float().tolist())
+    with quiet_progress(len(pairs)):
+        for name, values in (("ref_chosen_logps", logps.chosen), ("ref_rejected_logps", logps.rejected)):
+            pairs = pairs.add_column(name, values.float().tolist())
     return pairs
 
 

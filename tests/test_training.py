@@ -105,9 +105,15 @@ def test_run_folders_that_cannot_be_read(tmp_path):
     (tmp_path / "run.json").write_text('{"status": "finished"}')
     with pytest.raises(UserError, match="cannot be read"):
         Run.load(tmp_path)
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
+    for name in ("history", "metrics"):
+        (tmp_path / f"{name}.json").write_text("[]")
+    (tmp_path / "held_out.jsonl").write_text('{"origin": ')
+    with pytest.raises(UserError, match="cannot be read"):
         Run.load(tmp_path)
+    for broken in ("{", "[]"):
+        (tmp_path / "run.json").write_text(broken)
+        with pytest.raises(UserError, match="not valid JSON"):
+            Run.load(tmp_path)
 
 
 def test_only_complete_checkpoints_count(tmp_path, capsys):
