@@ -227,7 +227,7 @@ def test_reference_is_the_base_and_the_policy_comes_back(opened, exact_base, pai
     expected = pair_logps(exact_base, opened.tokenizer, pairs[1])
     assert first.chosen_reference.tolist() == pytest.approx(expected.chosen.tolist(), abs=1e-3)
     assert first.rejected_reference.tolist() == pytest.approx(expected.rejected.tolist(), abs=1e-3)
-    assert first.log_ratio_gap.abs().min() > 0.05  # the policy is another model
+    assert first.log_ratio_gap.abs().mean() > 0.5  # the policy is another model
     with pytest.raises(RuntimeError), opened.reference():
         raise RuntimeError
     pd.testing.assert_frame_equal(implicit_rewards(opened, pairs[1]), first)
