@@ -6,6 +6,7 @@ calls. Text of data sets and models in their tables is made safe to show by `vis
 
 import contextlib
 import copy
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +22,11 @@ from transformers import AutoTokenizer
 from helpers.errors import UserError
 from helpers.generation import generate_replies, repetition
 from helpers.models import load_model
-from helpers.runs import Run
+from helpers.runs import LORA_SCALE, Run
 from helpers.scoring import _hash_tensors, base_hash, fingerprint, held_out_table, pair_logps, tokenize_pairs
 
 # What run.json must hold for its model to be put together again, and of which type.
-_NEEDED = {"model": str, "base": str, "start": str, "end": str, "reference": str, "config": dict}
+_NEEDED = {"model": str, "base": str, "start": str, "end": str, "reference": str, "config": dict, "lora": dict}
 _NEEDED_SETTINGS = {"beta": (int, float), "max_length": int}
 
 
@@ -100,8 +101,8 @@ def _check_info(run: Run) -> None:
         )
 
 
-def _check_weights(folder: Path, expected: str) -> None:
-    """Raise UserError where the adapter in `folder` is not there, is no safetensors file, or has other weights."""
+def _check_adapter(folder: Path, expected: str, scale: dict) -> None:
+    """Raise UserError where the adapter in `folder` is not there, is no safetensors file, or is another one."""
     name = f"{folder.parent.name}/{folder.name}"
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
@@ -115,9 +116,10 @@ def _check_weights(folder: Path, expected: str) -> None:
         raise UserError(f"{name} holds no adapter_config.json. Copy the run folder again, or train it again.")
     try:
         weights = load_file(path)
-    except (SafetensorError, OSError) as error:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"The adapter in {name} is damaged ({error}). Copy it or train the run again.") from error
-    if _hash_tensors(weights) != expected:
+    if _hash_tensors(weights) != expected or {key: config.get(key) for key in LORA_SCALE} != scale:
         raise UserError(
             f"The adapter in {name} is not the one that run.json describes: one of the two was changed after "
             "training. Restore it, or train the run again."
@@ -176,9 +178,10 @@ def open_run(run: Run | str | Path, *, ref_model=None) -> OpenRun:
     """
     run = run if isinstance(run, Run) else Run.load(run)
     _check_info(run)
-    _check_weights(run.adapter, run.info["end"])
-    if run.reference is not None:
-        _check_weights(run.reference, run.info["start"])
+    scales = run.info["lora"]
+    _check_adapter(run.adapter, run.info["end"], scales.get("adapter"))
+    if "reference" in scales:
+        _check_adapter(run.folder / "reference", run.info["start"], scales["reference"])
     _check_reference(run, ref_model)
     model, tokenizer = _load_policy(run)
     if run.reference is not None:

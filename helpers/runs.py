@@ -154,6 +154,9 @@ def _model_card(info: dict, metrics: dict) -> str:
     )
 
 
+LORA_SCALE = ("r", "lora_alpha", "use_rslora")
+
+
 def set_aside(folder: Path) -> None:
     number = 1
     while folder.with_name(f"{folder.name}.old-{number}").exists():
@@ -162,11 +165,15 @@ def set_aside(folder: Path) -> None:
 
 
 def save_adapter(folder: Path, model, info: dict) -> None:
-    """Write the model's adapter as a folder that appears whole, and names its base as other machines know it."""
+    """Write the model's adapter as a folder that appears whole, and names its base as other machines know it.
+
+    What scales the adapter goes into `info["lora"]`, since the weights alone do not tell.
+    """
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     model.save_pretrained(part)
     config = json.loads((part / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = info["model"]
+    info.setdefault("lora", {})[folder.name] = {name: config[name] for name in LORA_SCALE}
     (part / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     (part / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours lies beside the adapter
     shutil.rmtree(folder, ignore_errors=True)

@@ -164,7 +164,16 @@ def test_adapters_that_cannot_be_used(copy):
     with pytest.raises(UserError, match="adapter_model.bin, a format that can run code.*Only safetensors"):
         open_run(copy)
     weights.write_bytes(whole)
-    (copy.adapter / "adapter_config.json").unlink()
+    config = copy.adapter / "adapter_config.json"
+    alpha = json.loads(config.read_text())["lora_alpha"]
+    edit(config, lora_alpha=2 * alpha)
+    with pytest.raises(UserError, match="not the one that run.json describes"):
+        open_run(copy)
+    edit(config, lora_alpha=alpha)
+    edit(copy.folder / "run.json", lora=copy.info["lora"] | {"reference": copy.info["lora"]["adapter"]})
+    with pytest.raises(UserError, match="copy/reference holds no adapter_model.safetensors"):
+        open_run(copy.folder)
+    config.unlink()
     with pytest.raises(UserError, match="holds no adapter_config.json"):
         open_run(copy)
     shutil.rmtree(copy.adapter)
