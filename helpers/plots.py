@@ -344,7 +344,9 @@ def symptom_table(rows: list[dict]) -> HTML:
         if curve:
             label = curve.replace("eval_", "held-out ").replace("rewards/", "").replace("accuracies", "accuracy")
             source = _picture({state: _series(histories[state], curve) for state in ("sick", "cured")}, label)
-            picture = f'<img alt="{e(label)} by step, sick and cured" src="{source}">'
+            # A table shrinks its pictures to nothing where it may.
+            size = 'width="260" style="max-width:none"'
+            picture = f'<img {size} alt="{e(label)} by step, sick and cured" src="{source}">'
         texts = "".join(f'<td style="text-align:left">{e(str(text))}</td>' for _, text in cells)
         lines.append(f"<tr><td>{picture}</td>{texts}</tr>")
     head = "".join(f'<th style="text-align:left">{e(name)}</th>' for name in ("how it looks", *list(rows[0])[:-2]))
