@@ -240,7 +240,7 @@ def load_tokenizer(name: str | None = None, *, thinking: bool = False, chat_temp
     """The tokenizer that `load_model` with the same arguments returns, without the model."""
     name = _model_name(name, thinking)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _not_found(name, error) from error
     _check_chat_template(tokenizer, chat_template, name)
@@ -279,7 +279,7 @@ def load_model(
         (model, tokenizer)
 
     Raises:
-        UserError: the model cannot be found, or has no chat template.
+        UserError: the model cannot be found, is not in safetensors, or has no chat template.
     """
     profile = current_profile()
     if profile.name == "cpu":
@@ -295,10 +295,18 @@ def load_model(
             # Recomputing activations saves memory and costs time; on a CPU with a small model memory is no concern.
             use_gradient_checkpointing="unsloth" if profile.name == "gpu" else False,
             token=setting("HF_TOKEN"),
+            use_safetensors=True,  # other formats can run code when they are read
+            trust_remote_code=False,
             # The plain form takes the mask of shared_prompt as it is; short sequences gain nothing from a fused kernel.
             **({"attn_implementation": "eager"} if profile.name == "cpu" else {}),
         )
     except (OSError, RuntimeError, ValueError) as error:
+        if any(Path(base or name).glob("pytorch_model*.bin")):
+            raise UserError(
+                f"The model in {Path(base or name).name} has its weights as pytorch_model.bin, a format that can run "
+                "code when it is read. Only safetensors are loaded: where you trust it, load it with transformers and "
+                "save it again with save_pretrained."
+            ) from error
         if Path(name).exists():
             raise
         raise _not_found(name, error) from error

@@ -126,6 +126,14 @@ def test_two_processes_convert_once_and_a_killed_one_leaves_no_model(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [Path(folders.pop()).name]
 
 
+def test_weights_in_a_format_that_can_run_code_are_refused(tmp_path):
+    source = Path(models.embedded_model())
+    shutil.copytree(source, tmp_path / "theirs", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({}, tmp_path / "theirs" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="theirs has its weights as pytorch_model.bin.*save_pretrained"):
+        models.load_model(str(tmp_path / "theirs"))
+
+
 def test_model_without_chat_template(tokenizer, tmp_path):
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
