@@ -1,12 +1,14 @@
 """Handing a finished run over: its adapter, the merged model, a GGUF file, or the run itself for more processes."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import torch
 import trl
 import yaml
@@ -156,18 +158,26 @@ _WHAT = {
 }
 
 
-def _sources(run: Run) -> set[str]:
-    """Names of the files or sets that the held-out pairs came from."""
+def _sources(run: Run) -> list[str]:
+    """Names of the files or sets that the held-out pairs came from, or of the call that made them."""
     if run.held_out is None or "origin" not in run.held_out:
-        return set()
-    return {str(origin).rpartition(":")[0] or str(origin) for origin in run.held_out.origin}
+        return []
+    return sorted({re.sub(r"(:| row )\d+$", "", str(origin)).replace("`", "'") for origin in run.held_out.origin})
+
+
+def _bundled(run: Run) -> bool:
+    """Whether the held-out pairs are of the bundled file: its name, and in each named line the same topic and flaw."""
+    if _sources(run) != [BUNDLED.name] or not {"topic", "flaw"} <= set(run.held_out):
+        return False
+    lines = run.held_out.origin.str.extract(r":(\d+)$")[0].astype(int) - 1
+    ours = pd.read_json(BUNDLED, lines=True)[["topic", "flaw"]].reindex(lines)
+    return ours.to_numpy().tolist() == run.held_out[["topic", "flaw"]].to_numpy().tolist()
 
 
 def _card(run: Run, to: str) -> str:
     info, base = run.info, run.info["model"]
     licence = BASE_LICENCES.get(base)
-    sources = sorted(name.replace("`", "'") for name in _sources(run))
-    bundled = sources == [BUNDLED.name]
+    sources, bundled = _sources(run), _bundled(run)
     front = {
         "base_model": base,
         "library_name": "peft" if to == "adapter" else "transformers",
