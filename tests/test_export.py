@@ -117,6 +117,7 @@ def test_four_bit_base_is_dequantised_before_the_adapter_is_added(run, pairs, to
     assert 0
 
 
+@pytest.mark.slow
 def test_gguf_without_a_converter_says_where_to_get_one(run, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "LLAMA_CPP_DEFAULT_DIR", str(tmp_path / "none"))
     with pytest.raises(UserError, match="git clone.*llama.cpp.*--outtype q8_0"):
@@ -124,9 +125,19 @@ def test_gguf_without_a_converter_says_where_to_get_one(run, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_gguf_of_a_converter_that_fails(run, tmp_path, monkeypatch):
+    (tmp_path / "convert_hf_to_gguf.py").write_text("raise SystemExit('Model LlamaForCausalLM is not supported')")
+    monkeypatch.setattr(export, "LLAMA_CPP_DEFAULT_DIR", str(tmp_path))
+    with pytest.raises(UserError, match="converter failed .Model LlamaForCausalLM is not supported"):
+        export_run(run, "gguf", tmp_path / "gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["convert_hf_to_gguf.py"]
+
+
 # ------------------------------------------------------------------------------------------------ what is written
 
 
+@pytest.mark.slow
 def test_refused(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="'zip'.*'adapter', 'merged', 'gguf', 'trl'"):
         export_run(run, "zip", tmp_path / "zip")
@@ -140,6 +151,7 @@ def test_refused(run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten(run, tmp_path, monkeypatch):
     folder = export_run(run, "adapter", tmp_path / "adapter")
     (folder / "note.txt").write_text("mine")
@@ -153,6 +165,7 @@ def test_nothing_is_overwritten(run, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "adapter.old-1"]
 
 
+@pytest.mark.slow
 def test_card_names_data_settings_figures_and_licences(run, tmp_path):
     card = (export_run(run, "adapter", tmp_path / "adapter") / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
@@ -167,6 +180,7 @@ def test_card_names_data_settings_figures_and_licences(run, tmp_path):
     assert "state it before you publish" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["adapter", "merged", "trl"])
 def test_no_path_of_this_machine_and_no_token(form, run, pairs, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -176,6 +190,7 @@ def test_no_path_of_this_machine_and_no_token(form, run, pairs, tmp_path, monkey
         assert str(path) not in written
 
 
+@pytest.mark.slow
 def test_upload_sends_the_token_to_the_hub_alone(run, tmp_path, monkeypatch, capfd):
     """A server that refuses all: what it was asked with, and what is said of it."""
     asked = []
@@ -201,7 +216,7 @@ def test_upload_sends_the_token_to_the_hub_alone(run, tmp_path, monkeypatch, cap
     server.shutdown()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert asked[0][:2] == ("/api/repos/create", f"Bearer {TOKEN}")
-    assert json.loads(asked[0][2])["private"] is True
+    assert json.loads(asked[0][2])["visibility"] == "private"
     output = capfd.readouterr()
     assert TOKEN not in str(error.value) + output.out + output.err + texts(tmp_path)
 
@@ -209,14 +224,14 @@ def test_upload_sends_the_token_to_the_hub_alone(run, tmp_path, monkeypatch, cap
 # ------------------------------------------------------------------------------------------------ more processes
 
 
+@pytest.mark.slow
 def test_other_pairs_and_other_references_are_refused(run, pairs, tmp_path):
     train, test = pairs
     with pytest.raises(UserError, match="train= is not what the run short was given: 15 pairs here, 16 there"):
         export_run(run, "trl", tmp_path / "trl", train=train.select(range(15)), test=test)
-    for info in ({"reference": "another model"},):
-        changed = dataclasses.replace(run, info=run.info | info)
-        with pytest.raises(UserError, match="reference is not its base model.*Merge"):
-            export_run(changed, "trl", tmp_path / "trl", train=train, test=test)
+    changed = dataclasses.replace(run, info=run.info | {"reference": "another model"})
+    with pytest.raises(UserError, match="reference is not its base model.*Merge"):
+        export_run(changed, "trl", tmp_path / "trl", train=train, test=test)
     (tmp_path / "run" / "reference").mkdir(parents=True)
     changed = dataclasses.replace(run, folder=tmp_path / "run")
     with pytest.raises(UserError, match="started from a trained adapter"):
