@@ -50,7 +50,7 @@ def export_run(
 
     Args:
         to: "adapter": the LoRA weights and the tokenizer (tens of MB), for PEFT or vLLM on top of the base model.
-            "merged": an ordinary model in bf16, which needs neither PEFT nor this project. Where the base was in
+            "merged": an ordinary model in float16, which needs neither PEFT nor this project. Where the base was in
             4-bit, it is de-quantised and not replaced by its 16-bit original: the merged model is the one that was
             trained and measured, and nothing is downloaded.
             "gguf": the merged model as one 8-bit file (q8_0), where llama.cpp's converter is found.
@@ -152,7 +152,8 @@ _WHAT = {
     "adapter": "A LoRA adapter, trained with Direct Preference Optimization (DPO), for `{model}`. Load it on top of "
     "that model with PEFT: `AutoPeftModelForCausalLM.from_pretrained(FOLDER)`.",
     "merged": "`{model}` with a LoRA adapter, trained with Direct Preference Optimization (DPO), merged into its "
-    "weights. Load it as any model: `AutoModelForCausalLM.from_pretrained(FOLDER)`.",
+    "weights. Load it as any model: `AutoModelForCausalLM.from_pretrained(FOLDER)`. The weights are float16; made "
+    "bfloat16, they lose a part of the update, which is small beside them.",
     "gguf": "`{model}` with a LoRA adapter, trained with Direct Preference Optimization (DPO), merged into its "
     "weights and written in 8 bits (q8_0) for llama.cpp. The figures below are those before this rounding.",
 }
@@ -231,23 +232,25 @@ def _write_adapter(run: Run, part: Path, *_) -> None:
 
 
 def merged_model(run: Run):
-    """The base model in bf16 with the adapter added into its weights, for plain transformers.
+    """The base model in float16 with the adapter added into its weights, for plain transformers.
 
-    A 4-bit base is loaded as it was trained on, and de-quantised before the adapter is added: added to 4-bit weights,
-    the adapter would be rounded to 4 bits too.
+    float16, not bfloat16, though most base models are stored in that: an update is small beside its weight, and
+    bfloat16's coarser steps (8 significant bits, not 11) would round much of it away. A 4-bit base is loaded as it
+    was trained on, and de-quantised before the adapter is added: added to 4-bit weights, the adapter would be rounded
+    to 4 bits too.
     """
     base = _base(run)
     four_bit = BitsAndBytesConfig(  # as Unsloth loads it; a model that is stored in 4-bit keeps its own
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.float16,
     )
     quantised = PROFILES[run.info["profile"]].load_in_4bit
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base,
-            dtype=torch.bfloat16,
+            dtype=torch.float16,
             token=setting("HF_TOKEN"),
             **({"quantization_config": four_bit} if quantised else {}),
         )
@@ -256,7 +259,7 @@ def merged_model(run: Run):
             raise
         raise _not_found(base, error) from error
     if quantised:
-        model = model.dequantize(torch.bfloat16)
+        model = model.dequantize(torch.float16)
     return PeftModel.from_pretrained(model, run.adapter).merge_and_unload(safe_merge=True)
 
 

@@ -64,6 +64,11 @@ def main() -> None:
         # TRL's fused LM head is a Triton kernel, which no CPU runs. Unsloth replaces it, if it is imported before.
         # On GPUs TRL stands alone: its script loads the model by itself, so Unsloth's fast kernels would not be used.
         import unsloth  # noqa: F401
+
+        # Of several CPU processes each resumes onto a device that it calls cpu:0, a name that torch.load refuses.
+        torch.serialization.register_package(
+            0, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
+        )
     from trl.scripts import dpo
 
     arguments = ["--config", f"{FOLDER}/dpo.yaml", "--dataset_name", f"{FOLDER}/data"]

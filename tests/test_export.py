@@ -60,7 +60,7 @@ def texts(folder: Path) -> str:
 
 # ------------------------------------------------------------------------------------------------ models
 
-# Knows nothing of this project: what anybody would write, in float32 so that only the merged weights are rounded.
+# Knows nothing of this project: what anybody would write. It computes in float32, so that only weights are rounded.
 PLAIN = """
 import json, sys
 import torch
@@ -69,16 +69,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, pairs = sys.argv[1], json.loads(sys.stdin.read())
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 tokenizer = AutoTokenizer.from_pretrained(folder)
-sums = []
-for pair in pairs:
-    for side in ("chosen", "rejected"):
-        start = len(tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True)["input_ids"])
-        ids = tokenizer.apply_chat_template(pair["prompt"] + pair[side], return_tensors="pt")["input_ids"]
-        with torch.no_grad():
-            logps = model(ids).logits[0, :-1].log_softmax(-1)
-        sums.append(logps.gather(1, ids[0, 1:, None])[start - 1 :].sum().item())
+
+@torch.no_grad()
+def log_prob(prompt, answer):
+    start = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"])
+    ids = tokenizer.apply_chat_template(prompt + answer, return_tensors="pt")["input_ids"]
+    logps = model(ids).logits[0, :-1].log_softmax(-1)
+    return logps.gather(1, ids[0, 1:, None])[start - 1 :].sum().item()
+
+results = []
+for precision in (torch.float16, torch.bfloat16):
+    for weight in model.parameters():
+        weight.data = weight.data.to(precision).float()
+    results.append([[log_prob(p["prompt"], p[side]) for side in ("chosen", "rejected")] for p in pairs])
 assert not {"unsloth", "helpers", "peft"} & set(sys.modules)
-print(json.dumps(sums))
+print(json.dumps(results))
 """
 
 
@@ -90,31 +95,29 @@ def test_merged_model_gives_the_same_log_probs_in_a_new_process(run, pairs, tmp_
         [sys.executable, "-c", PLAIN, str(folder)], input=json.dumps(rows), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    merged = torch.tensor(json.loads(done.stdout.splitlines()[-1]), dtype=torch.float64).reshape(-1, 2)
+    merged, in_bf16 = torch.tensor(json.loads(done.stdout.splitlines()[-1]), dtype=torch.float64)
     policy = torch.tensor(run.held_out[["chosen_policy", "rejected_policy"]].to_numpy())
     reference = torch.tensor(run.held_out[["chosen_reference", "rejected_reference"]].to_numpy())
-    print("merged - policy", (merged - policy).abs().mean(), (merged - policy).abs().max())
-    print("reference - policy", (reference - policy).abs().mean())
-    assert 0
+    moved, error, error_in_bf16 = ((x - policy).abs().mean() for x in (reference, merged, in_bf16))
+    assert error < 0.05 and error < moved / 50, (error, moved)  # nats a completion
+    assert error_in_bf16 > 10 * error, (error_in_bf16, error)  # why merged_model does not take bfloat16
 
 
 @pytest.mark.slow
 def test_four_bit_base_is_dequantised_before_the_adapter_is_added(run, pairs, tokenizer):
     four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     base = AutoModelForCausalLM.from_pretrained(
-        helpers.models.embedded_model(), dtype=torch.bfloat16, quantization_config=four_bit
+        helpers.models.embedded_model(), dtype=torch.float32, quantization_config=four_bit
     )
     trained = pair_logps(PeftModel.from_pretrained(base, run.adapter), tokenizer, pairs[1])
-    on_gpu = dataclasses.replace(run, info=run.info | {"profile": "gpu"})
-    merged, other = export.merged_model(on_gpu), export.merged_model(run)
+    merged = export.merged_model(dataclasses.replace(run, info=run.info | {"profile": "gpu"}))
     assert not hasattr(merged.config, "quantization_config")
-    gaps = [
-        (getattr(pair_logps(model, tokenizer, pairs[1]), side) - getattr(trained, side)).abs().mean()
+    other = export.merged_model(run)  # into the weights that never were in 4 bits
+    error, error_of_other = (
+        (pair_logps(model.float(), tokenizer, pairs[1]).chosen - trained.chosen).abs().mean()
         for model in (merged, other)
-        for side in ("chosen", "rejected")
-    ]
-    print(gaps)
-    assert 0
+    )
+    assert error < 0.2 and error < error_of_other / 10, (error, error_of_other)
 
 
 @pytest.mark.slow
