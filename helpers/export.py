@@ -57,7 +57,8 @@ def export_run(
             "trl": settings, pairs and a start script with which TRL repeats the run in more processes.
         train, test: for "trl": the pairs that were given to `train_dpo`, compared with the run's by their hash.
         hub: a repository on the hub (OWNER/NAME) to which the folder is also uploaded; made private where it is new.
-        replace: write also where `folder` exists; the old one is kept beside it as `NAME.old-1` and so on.
+        replace: write also where `folder` exists. An old export goes; where anything else is in it (your notes, what
+            was trained there), the old folder is kept beside the new one as `NAME.old-1` and so on.
 
     Raises:
         UserError: another `to`, a folder that exists, a base model that is not here, no converter, other pairs than
@@ -67,7 +68,7 @@ def export_run(
     if to not in _WRITERS:
         raise UserError(f"export_run knows no form {to!r}. Take one of {', '.join(map(repr, _WRITERS))}.")
     if folder.exists() and not replace:
-        raise UserError(f"{folder.name} exists already. Take another folder, or pass replace=True to keep it aside.")
+        raise UserError(f"{folder.name} exists already. Take another folder, or pass replace=True.")
     if hub is not None:
         if to == "trl":
             raise UserError('hub= uploads models; the form "trl" holds your pairs. Copy its folder by other means.')
@@ -79,7 +80,10 @@ def export_run(
         part.mkdir(parents=True)
         _WRITERS[to](run, part, train, test)
         if folder.exists():
-            set_aside(folder)
+            if _names(folder) <= _names(part):
+                shutil.rmtree(folder)
+            else:
+                set_aside(folder)
         part.rename(folder)
     except OSError as error:
         raise UserError(
@@ -90,6 +94,10 @@ def export_run(
     if hub is not None:
         _upload(folder, hub)
     return folder
+
+
+def _names(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*")}
 
 
 def _upload(folder: Path, name: str) -> None:

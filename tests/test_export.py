@@ -162,6 +162,7 @@ def test_nothing_is_overwritten(run, tmp_path, monkeypatch):
         export_run(run, "adapter", folder)
     export_run(run, "adapter", folder, replace=True)
     assert (tmp_path / "adapter.old-1" / "note.txt").read_text() == "mine"
+    export_run(run, "adapter", folder, replace=True)  # nothing in it but an export: none is kept
     monkeypatch.setattr(export, "_card", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="No space left"):
         export_run(run, "adapter", folder, replace=True)
