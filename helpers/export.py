@@ -268,7 +268,13 @@ def merged_model(run: Run):
         raise _not_found(base, error) from error
     if quantised:
         model = model.dequantize(torch.float16)
-    return PeftModel.from_pretrained(model, run.adapter).merge_and_unload(safe_merge=True)
+    try:
+        return PeftModel.from_pretrained(model, run.adapter).merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise UserError(
+            "The merged weights would hold values that are no numbers. Either the run diverged, which diagnose(run) "
+            f"shows, or a weight does not fit into float16 ({error})."
+        ) from error
 
 
 def _write_merged(run: Run, part: Path, *_) -> None:
