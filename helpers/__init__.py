@@ -9,6 +9,7 @@ from unsloth import FastLanguageModel, is_bfloat16_supported as is_bf16_supporte
 from helpers.checks import check_pairs
 from helpers.diagnosis import diagnose
 from helpers.errors import UserError
+from helpers.export import export_run
 from helpers.inspection import compare_generations, implicit_rewards, token_rewards
 from helpers.models import add_lora, current_profile, fix_pad_token, load_model, load_tokenizer
 from helpers.pairs import load_pairs, split_pairs
@@ -30,6 +31,7 @@ __all__ = [
     "compare_generations",
     "current_profile",
     "diagnose",
+    "export_run",
     "fix_pad_token",
     "implicit_rewards",
     "is_bf16_supported",
