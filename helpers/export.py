@@ -21,7 +21,7 @@ from unsloth_zoo.llama_cpp import LLAMA_CPP_CONVERTER_FILENAMES, LLAMA_CPP_DEFAU
 
 from helpers.checks import check_pairs
 from helpers.errors import UserError
-from helpers.models import EMBEDDED_HUB_NAME, PROFILES, _adapter_base, _not_found, load_tokenizer
+from helpers.models import EMBEDDED_HUB_NAME, PROFILES, adapter_base, load_tokenizer, not_found
 from helpers.pairs import BUNDLED
 from helpers.runs import Run, describe_config, set_aside
 from helpers.scoring import data_hash, tokenize_pairs
@@ -231,7 +231,7 @@ def _card(run: Run, to: str) -> str:
 
 def _base(run: Run) -> str:
     """Where the base model is: the embedded one's folder, that of DPO_MODEL, or a name on the hub."""
-    return _adapter_base(str(run.adapter)) or run.info["model"]
+    return adapter_base(str(run.adapter)) or run.info["model"]
 
 
 def _write_adapter(run: Run, part: Path, *_) -> None:
@@ -260,12 +260,14 @@ def merged_model(run: Run):
             base,
             dtype=torch.float16,
             token=setting("HF_TOKEN"),
+            use_safetensors=True,  # as load_model does
+            trust_remote_code=False,
             **({"quantization_config": four_bit} if quantised else {}),
         )
     except (OSError, ValueError) as error:
         if Path(base).exists():
             raise
-        raise _not_found(base, error) from error
+        raise not_found(base, error) from error
     if quantised:
         model = model.dequantize(torch.float16)
     try:
@@ -279,7 +281,7 @@ def merged_model(run: Run):
 
 def _write_merged(run: Run, part: Path, *_) -> None:
     merged_model(run).save_pretrained(part)
-    AutoTokenizer.from_pretrained(run.adapter).save_pretrained(part)
+    AutoTokenizer.from_pretrained(run.adapter, trust_remote_code=False).save_pretrained(part)
     (part / "README.md").write_text(_card(run, "merged"), encoding="utf-8")
 
 

