@@ -40,13 +40,21 @@ SIDES = {
     "graphs": OURS | {"graphs": True},
     # Each prompt once for both completions, and no padding.
     "shared": OURS | {"shared": True},
+    # A second copy of the model as the reference.
+    "explicit": USUAL | {"explicit": True},
     "kept": OURS | {"checkpointing": False},
     "kept_graphs": OURS | {"checkpointing": False, "graphs": True},
     "kept_shared": OURS | {"checkpointing": False, "shared": True},
     "ours_1024": OURS | {"tokens": 1024},
+    "kept_1024": OURS | {"checkpointing": False, "tokens": 1024},
 }
 # Sides that fit a card of 80 GB together.
-WAVES = [["stock", "usual", "ours", "stays", "graphs", "shared", "kept_shared", "ours_1024"], ["kept"], ["kept_graphs"]]
+WAVES = [
+    ["stock", "usual", "explicit", "ours", "stays", "graphs", "shared", "ours_1024"],
+    ["kept", "kept_shared"],
+    ["kept_graphs"],
+    ["kept_1024"],
+]
 
 
 def make_pairs(tokenizer, longest: int) -> list[dict]:
@@ -171,6 +179,18 @@ def step_zero(trainer, tokenizer, cached, ids, max_length: int) -> dict:
     return found
 
 
+def generation_rate(model, tokenizer) -> float:
+    """Tokens a second of 20 replies at a time, sampled as 04_thinking_pairs does on a GPU."""
+    from helpers.generation import generate_replies
+
+    prompts = [[{"role": "user", "content": f"How many legs have {number} spiders?"}] for number in range(20)]
+    options = {"temperature": 0.6, "top_p": 0.95, "batch_size": 20}
+    generate_replies(model, tokenizer, prompts, max_new_tokens=8, **options)  # warm up
+    begin = time.perf_counter()
+    replies = generate_replies(model, tokenizer, prompts, max_new_tokens=128, **options)
+    return round(sum(len(reply.ids) for reply in replies) / (time.perf_counter() - begin), 1)
+
+
 def side(name: str, folder: str, longest: int, say) -> dict:
     """Train one side; `say` tells the parent that it is warm, and waits for its turn."""
     options = SIDES[name]
@@ -261,7 +281,12 @@ def side(name: str, folder: str, longest: int, say) -> dict:
             if longest == 512 and not options.get("graphs"):
                 result["step_zero"] = step_zero(trainer, tokenizer, cached, ids, longest)
         else:
-            trainer = DPOTrainer(model, args=DPOConfig(**settings), train_dataset=data, processing_class=tokenizer)
+            reference = None
+            if options.get("explicit"):
+                reference, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=longest, load_in_4bit=True)
+            trainer = DPOTrainer(
+                model, reference, args=DPOConfig(**settings), train_dataset=data, processing_class=tokenizer
+            )
     timer = Timer()
     trainer.add_callback(timer)
     rows = trainer.train_dataset
@@ -271,6 +296,7 @@ def side(name: str, folder: str, longest: int, say) -> dict:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
+    peak = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     pairs_per_s = BATCH * COUNTED / timer.seconds
     config = json.loads((HERE / "qwen3_4b" / "config.json").read_text())
     losses = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
@@ -281,6 +307,8 @@ def side(name: str, folder: str, longest: int, say) -> dict:
         result["reference_pairs_per_s"] = round(BATCH * 4 / (time.perf_counter() - begin), 2)
         once = 1 / pairs_per_s + 1 / result["reference_pairs_per_s"]
         result["pairs_per_s_with_reference_once"] = round(1 / once, 2)
+    if name == "ours":
+        result["generation_tokens_per_s"] = generation_rate(model, tokenizer)
     return result | {
         "trainer": type(trainer).__name__,
         "optimizer": type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__,
@@ -288,8 +316,8 @@ def side(name: str, folder: str, longest: int, say) -> dict:
         "tokens_per_s": round(pairs_per_s * tokens),
         "tokens_a_sequence": round(tokens / 2),
         "tflop_per_s": round(pairs_per_s * needed_flops(config, tokens, completion) / 1e12, 1),
-        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
-        "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2),
+        "peak_gb": round(peak[0] / 1e9, 2),
+        "reserved_gb": round(peak[1] / 1e9, 2),
         "losses": losses,
     }
 
@@ -364,7 +392,7 @@ def run_wave(names: list[str], folder: str, seconds: float) -> dict[str, dict]:
             ready.append(worker)
     for worker in ready:
         worker.go()
-        line = worker.wait(90)
+        line = worker.wait(150)
         results[worker.name] = json.loads(line.removeprefix("result ")) if line else worker.end()
         print(worker.name, json.dumps(results[worker.name]), flush=True)
         worker.process.kill()  # it is done; the next one is to have the card to itself

@@ -1,4 +1,4 @@
-"""Five betas in one sweep beside five separate plain runs: python benchmarks/sweep.py [--pairs 480]
+"""Five betas in one sweep beside five separate plain runs: python benchmarks/sweep.py [--pairs 480] [--model FOLDER]
 
 *Plain* is as in benchmarks/train.py, once for each beta, each in a process of its own with its own load of the model.
 *Sweep* is one call of `sweep_beta` with the same pairs, seed, learning rate and micro-batches (2x4). It also scores
@@ -8,7 +8,8 @@ favours neither. Seconds count from before the model is loaded (imports apart) t
 
 *Floor* is the time that the sweep's own five runs spend in the policy's forward and backward passes.
 
-Half an hour on two CPU cores. The last line is one JSON object.
+On a GPU both sides load in 4-bit, and the sweep takes the micro-batches of its profile (8x1); memory is that of the
+card. Half an hour on two CPU cores. The last line is one JSON object.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import resource
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 from train import Turns, give_turn, load_plain, plain_trainer, start_side, take_turns
 
@@ -55,7 +57,8 @@ def sweep_side(turns: Turns, weights: str, pairs, held_out, folder: str) -> dict
     training.make_trainer = make
     turns.start()
     model, tokenizer = load_model(weights)
-    batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    on_gpu = model.device.type == "cuda"
+    batch = {} if on_gpu else {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     sweep = sweep_beta(model, tokenizer, pairs, held_out, f"{folder}/sweep", betas=BETAS, prompts=0, **batch)
     turns.stop()
     runs = [sweep.run(beta) for beta in BETAS]
@@ -71,25 +74,36 @@ def _losses(history: list[dict]) -> dict[int, float]:
     return {row["step"]: float(row["loss"]) for row in history if "loss" in row}
 
 
+def _synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def _timed(function, total: list[float], counts=lambda: True):
     def call(*args, **kwargs):
         if not counts():
             return function(*args, **kwargs)
+        _synchronize()
         begin = time.perf_counter()
         result = function(*args, **kwargs)
+        _synchronize()
         total[0] += time.perf_counter() - begin
         return result
 
     return call
 
 
-def side(name: str, size: int) -> dict:
+def side(name: str, size: int, weights: str | None) -> dict:
+    import torch
+
     from helpers import load_pairs
     from helpers.models import embedded_model
 
     pairs = load_pairs().select(range(size))
     train, held_out = pairs.select(range(size - HELD_OUT)), pairs.select(range(size - HELD_OUT, size))
-    turns, weights = Turns(), embedded_model()
+    turns, weights = Turns(), weights or embedded_model()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DPO_CACHE_DIR"] = folder  # nothing is in the cache
         if name == "sweep":
@@ -97,6 +111,8 @@ def side(name: str, size: int) -> dict:
         else:
             result = plain_side(turns, weights, float(name), train, folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 1e6
     return result | {"seconds": turns.seconds, "peak_mb": peak}
 
 
@@ -105,12 +121,15 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=480)
+    parser.add_argument("--model", help="a folder, instead of the embedded model")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        print("result " + json.dumps(side(args.side, args.pairs)), flush=True)
+        print("result " + json.dumps(side(args.side, args.pairs, args.model)), flush=True)
         return
     command = [sys.executable, __file__, "--pairs", str(args.pairs)]
+    if args.model:
+        command += ["--model", args.model]
     waiting = {"sweep": ["sweep"], "plain": [str(beta) for beta in BETAS]}
     current, results = {}, {"sweep": [], "plain": []}
     while any(waiting.values()) or current:
@@ -140,6 +159,7 @@ def main() -> None:
                     str(beta): [list(mine.values())[-1], list(run["losses"].values())[-1]]
                     for beta, mine, run in zip(BETAS, sweep["losses"], plain, strict=True)
                 },
+                "model": Path(args.model).name if args.model else "embedded",
                 "versions": versions(),
                 "machine": machine(),
             }

@@ -52,9 +52,12 @@ def take_turns(trainer, turns: Turns) -> None:
 
 def load_plain(weights: str) -> tuple:
     """Model and tokenizer as the usual notebook loads them."""
-    from helpers import FastLanguageModel
+    from helpers import FastLanguageModel, current_profile
 
-    return FastLanguageModel.from_pretrained(weights, load_in_4bit=False, use_gradient_checkpointing=False)
+    gpu = current_profile().name == "gpu"
+    return FastLanguageModel.from_pretrained(
+        weights, load_in_4bit=gpu, use_gradient_checkpointing="unsloth" if gpu else False
+    )
 
 
 def plain_trainer(model, tokenizer, pairs, folder: str, settings: dict):
