@@ -50,10 +50,12 @@ SIDES = {
 }
 # Sides that fit a card of 80 GB together.
 WAVES = [
-    ["stock", "usual", "explicit", "ours", "stays", "graphs", "shared", "ours_1024"],
+    ["stock", "usual", "ours", "explicit", "shared"],
     ["kept", "kept_shared"],
-    ["kept_graphs"],
+    ["stays", "ours_1024"],
+    ["graphs"],
     ["kept_1024"],
+    ["kept_graphs"],
 ]
 
 
