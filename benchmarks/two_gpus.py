@@ -1,18 +1,23 @@
 """The exported run on one GPU and on two: python benchmarks/two_gpus.py [--cpu] [--model FOLDER_OR_NAME]
 
 Trains a short run with `train_dpo`, exports it with `export_run(..., "trl")`, and starts the export as its README says:
-in one process, in two, and in two that are killed (SIGKILL) after half of the steps and started again. The global batch
-is the same each time, so the losses have to be the same too, step by step, and those of `train_dpo` as well. Pairs a
-second are counted from the second step to the last.
+in one process, in two, in two that are killed (SIGKILL) after half of the steps and started again, and on GPUs in two
+by `accelerate launch`. The global batch is the same each time, so the losses have to be the same too, step by step, and
+those of `train_dpo` as well. Pairs a second are those of the median step after the first.
 
-On GPUs in bf16 with the model of the profile, or --model. With --cpu two CPU processes take the GPUs' place, in fp32
-with the embedded model and few short pairs: it shows that all this works, and says nothing about speed. Two minutes on
-two cores. The last line is one JSON object.
+On GPUs in bf16 with the model of the profile, or --model. With one of random weights, as benchmarks/gpu.py makes it,
+speed and memory are those of the real one, and the losses say little. With --cpu two CPU processes take the GPUs'
+place, in fp32 with the embedded model and few short pairs: it shows that all this works, and says nothing about speed.
+Two minutes on two cores. Each launch prints its result when it ends; the last line is one JSON object.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
+import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,12 +26,13 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def prepare(folder: Path, args: argparse.Namespace) -> None:
     """Train the run that is exported, in a process of its own, which leaves the GPU free."""
     from helpers import add_lora, export_run, load_model, load_pairs, train_dpo
+    from helpers.models import adapter_base
 
     def length(row: dict) -> int:
         return sum(len(message["content"]) for side in ("prompt", "chosen", "rejected") for message in row[side])
@@ -57,45 +63,58 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
         **settings,
     )
     export_run(run, "trl", folder / "export", train=train, test=test)
+    (folder / "base").write_text(adapter_base(str(run.adapter)) or run.info["model"])
 
 
-def launch(folder: Path, processes: int, output: str, args: argparse.Namespace, kill_at: int | None = None) -> dict:
+def environment(processes: int, args: argparse.Namespace) -> dict[str, str]:
+    """As many GPUs in sight as there are processes: one process that saw more would be refused by TRL."""
+    path = [str(ROOT), os.environ.get("PYTHONPATH")]
+    gpus = [] if args.cpu else os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[:processes]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "CUDA_VISIBLE_DEVICES": ",".join(gpus),
+        "NCCL_NVLS_ENABLE": "0",  # NVLink multicast stays off: it can harm GPUs that are shared with others
+    }
+
+
+def launch(
+    folder: Path,
+    processes: int,
+    output: str,
+    args: argparse.Namespace,
+    launcher: list[str] | None = None,
+    save_steps: int | None = None,
+    kill_at: int | None = None,
+) -> dict:
     """Start the export, as its README says; with `kill_at`, kill all of it when that step is done."""
     options = ["--eval_strategy", "no", "--load_best_model_at_end", "false"]
-    options += ["--save_steps", str(args.steps // 2), "--output_dir", str(folder / output)]
-    if args.model:
-        options += ["--model_name_or_path", args.model]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    if not args.cpu:
-        # One GPU for one process: with more in sight, TRL would spread the model over them. And no NVLink multicast.
-        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[:processes]
-        environment |= {"CUDA_VISIBLE_DEVICES": ",".join(first), "NCCL_NVLS_ENABLE": "0"}
-    torchrun = subprocess.Popen(
-        [*command, "train.py", *options],
+    options += ["--save_steps", str(save_steps or args.steps), "--output_dir", str(folder / output)]
+    if args.model or not args.cpu:  # on a CPU train.py finds the embedded model by itself
+        options += ["--model_name_or_path", (folder / "base").read_text()]
+    torchrun = ["torch.distributed.run", "--nproc_per_node", str(processes)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *(launcher or torchrun), "train.py", *options],
         cwd=folder / "export",
-        env=environment,
+        env=environment(processes, args),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    seen, lines, peaks = [], [], {}
-    for line in torchrun.stdout:
+    seen, lines, started = [], [], ""
+    for line in process.stdout:
         lines.append(line)
-        if line.startswith("{'loss'"):
+        if "{'loss'" in line:  # two processes share this pipe: a line may begin with what the other says
             seen.append(time.perf_counter())
-            print(f"{output:8} {line[:60].rstrip()} ...", flush=True)
+            print(f"{output:10} {line[line.index('{') :][:60].rstrip()} ...", flush=True)
             if len(seen) == kill_at:
-                group = psutil.Process(torchrun.pid)
-                for process in [group, *group.children(recursive=True)]:  # the workers have sessions of their own
-                    process.kill()
-        elif ": peak memory " in line:
-            gpu, _, peak = line.partition(": peak memory ")
-            peaks[gpu] = float(peak.split()[0])
+                group = psutil.Process(process.pid)
+                for member in [group, *group.children(recursive=True)]:  # the workers have sessions of their own
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        member.kill()
         elif " pairs a step: " in line:
-            print(f"{output:8} {line.rstrip()}", flush=True)
-    status = torchrun.wait()
-    started = next((line for line in lines if " pairs a step: " in line), "")
+            started = re.search(r"\d+ process.*", line).group()
+            print(f"{output:10} {started}", flush=True)
+    status = process.wait()
     if kill_at is not None:
         return {"start": started}
     if status:
@@ -103,8 +122,12 @@ def launch(folder: Path, processes: int, output: str, args: argparse.Namespace, 
     state = json.loads((folder / output / f"checkpoint-{args.steps}" / "trainer_state.json").read_text())
     result = {"start": started, "losses": [row["loss"] for row in state["log_history"] if "loss" in row]}
     if len(seen) > 2:
-        result["pairs_per_s"] = args.batch * (len(seen) - 1) / (seen[-1] - seen[0])
-    return result | {"peak_gb": peaks}
+        step = statistics.median(later - earlier for earlier, later in itertools.pairwise(seen))
+        result["pairs_per_s"] = round(args.batch / step, 2)
+    peaks = re.findall(r"(GPU \d+): peak memory ([\d.]+) GB", "".join(lines))
+    result["peak_gb"] = {gpu: float(gigabytes) for gpu, gigabytes in peaks}
+    print(json.dumps({output: result}), flush=True)
+    return result
 
 
 def furthest(a: list[float], b: list[float]) -> float:
@@ -120,28 +143,40 @@ def main() -> None:
     parser.add_argument("--prepare", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.steps, args.batch = args.steps or (4 if args.cpu else 14), args.batch or (4 if args.cpu else 32)
+    if args.model and Path(args.model).is_dir():
+        args.model = str(Path(args.model).resolve())
     if args.prepare:
         prepare(Path(args.prepare), args)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--prepare", name], check=True)
+        prepare_it = [sys.executable, __file__, *sys.argv[1:], "--prepare", name]
+        subprocess.run(prepare_it, env=environment(1, args), check=True)
         info = json.loads((folder / "run" / "run.json").read_text())
         history = json.loads((folder / "run" / "history.json").read_text())
         original = [row["loss"] for row in history if "loss" in row]
         one = launch(folder, 1, "one", args)
         two = launch(folder, 2, "two", args)
-        launch(folder, 2, "again", args, kill_at=args.steps // 2 + 1)
-        again = launch(folder, 2, "again", args)
+        half = args.steps // 2
+        launch(folder, 2, "again", args, save_steps=half, kill_at=half + 1)
+        again = launch(folder, 2, "again", args, save_steps=half)
+        other = None
+        if not args.cpu:  # where it runs one process and says nothing
+            accelerate = ["accelerate.commands.launch", "--config_file", "accelerate.yaml"]
+            try:
+                other = launch(folder, 2, "accelerate", args, launcher=accelerate)
+            except SystemExit as error:  # what was measured before it is kept
+                print(error, flush=True)
     result = {
         "processes": [int(run["start"].split()[0]) for run in (one, two)],
         "global_batch": [int(run["start"].partition(", ")[2].split()[0]) for run in (one, two)],
-        "resumed_from": again["start"].rpartition("checkpoint-")[2].strip(),
+        "resumed_from": again["start"].rpartition("checkpoint-")[2],
         "losses": one["losses"],
         "difference_to_original": furthest(original, one["losses"]),
         "difference_of_two": furthest(one["losses"], two["losses"]),
         "difference_after_kill": furthest(two["losses"], again["losses"]),
-        "pairs_per_s": [round(run["pairs_per_s"], 2) for run in (one, two)],
+        "difference_of_accelerate": other and furthest(two["losses"], other["losses"]),
+        "pairs_per_s": [run["pairs_per_s"] for run in (one, two)],
         "scaling": round(two["pairs_per_s"] / one["pairs_per_s"], 2),
         "peak_gb": [one["peak_gb"], two["peak_gb"]],
         "precision": "fp32" if args.cpu else "bf16" if info["config"]["bf16"] else "fp16",

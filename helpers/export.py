@@ -357,6 +357,7 @@ def _trl_config() -> type:
 def _changed_settings(config: dict) -> dict:
     """Of a run's settings those that TRL knows and that differ from its defaults."""
     defaults = describe_config(_trl_config()(output_dir="output"))
+    del defaults["dataset_num_proc"]  # on a GPU Unsloth sets it by this machine's cores; it changes no result
     return {name: value for name, value in config.items() if name in defaults and value != defaults[name]}
 
 
