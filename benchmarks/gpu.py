@@ -1,4 +1,4 @@
-"""What the settings of DPO cost and bring on one GPU: python benchmarks/gpu.py --tokenizer FOLDER
+"""What the settings of DPO cost and bring on one GPU: python benchmarks/gpu.py --tokenizer FOLDER [--folder MODEL]
 
 A model in the shape of Qwen3-4B (benchmarks/qwen3_4b) gets random weights and is quantised to 4 bits: speed and memory
 are those of the real one, and no hub is needed; what its losses say is only whether two sides compute the same. FOLDER
@@ -50,11 +50,11 @@ SIDES = {
 }
 # Sides that fit a card of 80 GB together.
 WAVES = [
-    ["stock", "usual", "ours", "explicit", "shared"],
+    ["usual", "ours", "stock", "shared"],
     ["kept", "kept_shared"],
-    ["stays", "ours_1024"],
-    ["graphs"],
+    ["explicit", "stays", "ours_1024"],
     ["kept_1024"],
+    ["graphs"],
     ["kept_graphs"],
 ]
 
@@ -466,7 +466,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", choices=SIDES, help="run this side alone")
     parser.add_argument("--dry-run", action="store_true", help="print what would run; needs no GPU")
     parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help="keep the model here, and take it from here where it is")
     args = parser.parse_args(arguments)
     if args.dry_run:
         return dry_run([args.only] if args.only else list(SIDES))
@@ -483,9 +483,11 @@ def main(arguments: list[str] | None = None) -> None:
     rate = matrix_rate()
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
-    with tempfile.TemporaryDirectory() as folder:
-        make = [sys.executable, __file__, "--side", "make", "--folder", folder, "--tokenizer", args.tokenizer]
-        subprocess.run(make, check=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or temporary
+        if not (Path(folder) / "config.json").is_file():
+            make = [sys.executable, __file__, "--side", "make", "--folder", folder, "--tokenizer", args.tokenizer]
+            subprocess.run(make, check=True)
         results = {}
         for wave in [[args.only]] if args.only else WAVES:
             results |= run_wave(wave, folder, 270)
