@@ -348,7 +348,7 @@ def symptom_table(rows: list[dict]) -> HTML:
             size = 'width="260" style="max-width:none"'
             picture = f'<img {size} alt="{e(label)} by step, sick and cured" src="{source}">'
         texts = "".join(f'<td style="text-align:left">{e(str(text))}</td>' for _, text in cells)
-        lines.append(f"<tr><td>{picture}</td>{texts}</tr>")
+        lines.append(f'<tr><td width="270">{picture}</td>{texts}</tr>')
     head = "".join(f'<th style="text-align:left">{e(name)}</th>' for name in ("how it looks", *list(rows[0])[:-2]))
     return HTML(f"<table><tr>{head}</tr>{''.join(lines)}</table>")
 
