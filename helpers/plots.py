@@ -348,6 +348,35 @@ def symptom_table(rows: list[dict]) -> HTML:
             size = 'width="260" style="max-width:none"'
             picture = f'<img {size} alt="{e(label)} by step, sick and cured" src="{source}">'
         texts = "".join(f'<td style="text-align:left">{e(str(text))}</td>' for _, text in cells)
-        lines.append(f"<tr><td>{picture}</td>{texts}</tr>")
+        lines.append(f'<tr><td width="270">{picture}</td>{texts}</tr>')
     head = "".join(f'<th style="text-align:left">{e(name)}</th>' for name in ("how it looks", *list(rows[0])[:-2]))
     return HTML(f"<table><tr>{head}</tr>{''.join(lines)}</table>")
+
+
+def plot_measured(seeds: list[dict], sweep: pd.DataFrame) -> plt.Figure:
+    """The README's picture: does training teach the preference, and what does beta do?
+
+    Args:
+        seeds: of `benchmarks/results/seeds.json`: accuracies before and after, with 95 percent intervals.
+        sweep: as in `Sweep.finished`: a row for each run.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    first = seeds[0]
+    rows = [("before", first["reference_accuracy"], first["reference_accuracy_interval"], REJECTED)]
+    rows += [(f"after,\nseed {run['seed']}", run["accuracy"], run["accuracy_interval"], CHOSEN) for run in seeds]
+    for name, share, (low, high), colour in rows:
+        left.errorbar([name], [share], yerr=[[share - low], [high - share]], fmt="o", color=colour, capsize=4)
+    left.axhline(0.5, color="grey", linestyle="--", linewidth=1, label="a coin")
+    left.set(title="Is the chosen answer told from the rejected?", ylabel=f"share of {first['pairs']} held-out pairs")
+    left.set(ylim=(0.4, 1), xlim=(-0.5, len(rows) - 0.5))
+    left.legend(fontsize=8, loc="lower right")
+    right.plot(sweep.groupby("beta").kl.mean(), color=CHOSEN, linewidth=1, label="mean of the seeds")
+    right.plot(sweep.beta, sweep.kl, "o", color=CHOSEN, alpha=0.6, label="a run")
+    right.set(title="What does beta do?", xlabel="beta", xscale="log", ylabel="KL from the reference\n(nats a reply)")
+    right.set(
+        ylim=(0, None), xticks=sorted(set(sweep.beta)), xticklabels=[f"{beta:g}" for beta in sorted(set(sweep.beta))]
+    )
+    right.minorticks_off()
+    right.legend(fontsize=8)
+    plt.close(figure)
+    return figure

@@ -36,3 +36,14 @@ def test_log_ratios_and_lengths():
     histogram, scatter = plots.plot_lengths([3, 5], [4, 4]).axes
     assert scatter.collections[0].get_offsets().tolist() == [[4, 3], [4, 5]]
     assert histogram.get_xlabel() == "tokens in the completion"
+
+
+def test_the_picture_of_the_readme_holds_every_run():
+    interval = {"reference_accuracy_interval": [0.5, 0.7], "accuracy_interval": [0.7, 0.9]}
+    seeds = [{"seed": s, "pairs": 9, "reference_accuracy": 0.6, "accuracy": 0.8} | interval for s in range(2)]
+    sweep = pd.DataFrame({"beta": [0.1, 0.1, 1.0], "kl": [5.0, 7.0, 1.0]})
+    left, right = plots.plot_measured(seeds, sweep).axes
+    assert [line.get_ydata()[0] for line in left.lines if line.get_marker() == "o"] == [0.6, 0.8, 0.8]
+    mean, runs = right.lines
+    assert (list(mean.get_ydata()), list(runs.get_ydata())) == ([6.0, 1.0], [5.0, 7.0, 1.0])
+    assert all(axis.get_ylabel() for axis in (left, right))
