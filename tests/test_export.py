@@ -267,6 +267,12 @@ def test_other_pairs_and_other_references_are_refused(run, pairs, tmp_path):
         export_run(changed, "trl", tmp_path / "trl", train=train, test=test)
 
 
+@pytest.mark.slow
+def test_settings_of_the_machine_are_left_out(run):
+    config = run.info["config"] | {"dataset_num_proc": 4, "beta": 0.2}  # the first as Unsloth sets it on a GPU
+    assert export._changed_settings(config) == export._changed_settings(run.info["config"]) | {"beta": 0.2}
+
+
 def test_global_batch_is_shared_exactly():
     for batch, largest, processes in [(8, 4, 1), (8, 4, 2), (8, 8, 2), (12, 4, 2), (8, 4, 8), (6, 4, 1)]:
         size, pieces = trl_dpo.share(batch, largest, processes)
