@@ -16,6 +16,8 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from unsloth_zoo.llama_cpp import LLAMA_CPP_CONVERTER_FILENAMES, LLAMA_CPP_DEFAULT_DIR
 
@@ -50,9 +52,10 @@ def export_run(
 
     Args:
         to: "adapter": the LoRA weights and the tokenizer (tens of MB), for PEFT or vLLM on top of the base model.
-            "merged": an ordinary model in float16, which needs neither PEFT nor this project. Where the base was in
-            4-bit, it is de-quantised and not replaced by its 16-bit original: the merged model is the one that was
-            trained and measured, and nothing is downloaded.
+            "merged": an ordinary model in float16, which needs neither PEFT nor this project; the card says how much
+            of the update the rounding keeps, and it is printed where that is less than 90%. Where the base was in
+            4-bit, it is de-quantised and not replaced by its 16-bit original, on which nothing was trained; and
+            nothing is downloaded.
             "gguf": the merged model as one 8-bit file (q8_0), where llama.cpp's converter is found.
             "trl": settings, pairs and a start script with which TRL repeats the run in more processes.
         train, test: for "trl": the pairs that were given to `train_dpo`, compared with the run's by their hash.
@@ -160,10 +163,10 @@ _WHAT = {
     "adapter": "A LoRA adapter, trained with Direct Preference Optimization (DPO), for `{model}`. Load it on top of "
     "that model with PEFT: `AutoPeftModelForCausalLM.from_pretrained(FOLDER)`.",
     "merged": "`{model}` with a LoRA adapter, trained with Direct Preference Optimization (DPO), merged into its "
-    "weights. Load it as any model: `AutoModelForCausalLM.from_pretrained(FOLDER)`. The weights are float16; made "
-    "bfloat16, they lose a part of the update, which is small beside them.",
+    "weights. Load it as any model: `AutoModelForCausalLM.from_pretrained(FOLDER)`. Made bfloat16, it loses more "
+    "of what was trained.",
     "gguf": "`{model}` with a LoRA adapter, trained with Direct Preference Optimization (DPO), merged into its "
-    "weights and written in 8 bits (q8_0) for llama.cpp. The figures below are those before this rounding.",
+    "weights and written in 8 bits (q8_0) for llama.cpp.",
 }
 
 
@@ -183,7 +186,7 @@ def _bundled(run: Run) -> bool:
     return ours.to_numpy().tolist() == run.held_out[["topic", "flaw"]].to_numpy().tolist()
 
 
-def _card(run: Run, to: str) -> str:
+def _card(run: Run, to: str, kept: float | None = None) -> str:
     info, base = run.info, run.info["model"]
     licence = BASE_LICENCES.get(base)
     sources, bundled = _sources(run), _bundled(run)
@@ -200,6 +203,11 @@ def _card(run: Run, to: str) -> str:
         return " to ".join(f"{v:.3f}" for v in value) if isinstance(value, list) else f"{value:.4g}"
 
     what = _WHAT[to].format(model=base)
+    if kept is not None:
+        what += (
+            f" Rounded to float16, the weights keep {kept:.0%} of the adapter's update; the figures below are those of "
+            "base and adapter unmerged, where it is whole."
+        )
     if run.reference is not None:
         what += " The reference was not the base model but an adapter trained before, from which this one started."
     if base == EMBEDDED_HUB_NAME:
@@ -239,13 +247,30 @@ def _write_adapter(run: Run, part: Path, *_) -> None:
     (part / "README.md").write_text(_card(run, "adapter"), encoding="utf-8")
 
 
+def kept_update(model: PeftModel, dtype: torch.dtype = torch.float16) -> float:
+    """How much of an adapter's update is left when the merged weights are rounded to `dtype`.
+
+    For the weights W and their updates D, the part of the rounded change that lies along D: (round(W + D) - W)·D / D·D,
+    over all layers. 1 where nothing is lost; 0 where every weight rounds back to what it was.
+    """
+    kept = whole = 0.0
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                weight = dequantize_module_weight(layer.base_layer).float()  # as it is, where it is not in 4-bit
+                update = layer.get_delta_weight("default").float()
+                kept += ((weight + update).to(dtype).float() - weight).mul(update).sum().item()
+                whole += update.square().sum().item()
+    return kept / whole if whole else 1.0
+
+
 def merged_model(run: Run):
-    """The base model in float16 with the adapter added into its weights, for plain transformers.
+    """(model, kept): the base model in float16 with the adapter added into its weights, for plain transformers.
 
     float16, not bfloat16, though most base models are stored in that: an update is small beside its weight, and
-    bfloat16's coarser steps (8 significant bits, not 11) would round much of it away. A 4-bit base is loaded as it
-    was trained on, and de-quantised before the adapter is added: added to 4-bit weights, the adapter would be rounded
-    to 4 bits too.
+    bfloat16's coarser steps (8 significant bits, not 11) would round much of it away. `kept` says how much of it
+    float16 keeps (`kept_update`). A 4-bit base is loaded as it was trained on, and de-quantised before the adapter is
+    added: added to 4-bit weights, the adapter would be rounded to 4 bits too.
     """
     base = _base(run)
     four_bit = BitsAndBytesConfig(  # as Unsloth loads it; a model that is stored in 4-bit keeps its own
@@ -270,8 +295,10 @@ def merged_model(run: Run):
         raise not_found(base, error) from error
     if quantised:
         model = model.dequantize(torch.float16)
+    model = PeftModel.from_pretrained(model, run.adapter)
+    kept = kept_update(model)
     try:
-        return PeftModel.from_pretrained(model, run.adapter).merge_and_unload(safe_merge=True)
+        return model.merge_and_unload(safe_merge=True), kept
     except ValueError as error:
         raise UserError(
             "The merged weights would hold values that are no numbers. Either the run diverged, which diagnose(run) "
@@ -279,10 +306,17 @@ def merged_model(run: Run):
         ) from error
 
 
-def _write_merged(run: Run, part: Path, *_) -> None:
-    merged_model(run).save_pretrained(part)
+def _write_merged(run: Run, part: Path, *_) -> float:
+    model, kept = merged_model(run)
+    model.save_pretrained(part)
     AutoTokenizer.from_pretrained(run.adapter, trust_remote_code=False).save_pretrained(part)
-    (part / "README.md").write_text(_card(run, "merged"), encoding="utf-8")
+    (part / "README.md").write_text(_card(run, "merged", kept), encoding="utf-8")
+    if kept < 0.9:
+        print(
+            f"Rounded to float16, the weights keep {kept:.0%} of the adapter's update: after few steps or with a small "
+            'learning rate much of it is less than half of a weight\'s last digit. The form "adapter" keeps all.'
+        )
+    return kept
 
 
 def _converter() -> Path:
@@ -301,14 +335,14 @@ def _converter() -> Path:
 
 def _write_gguf(run: Run, part: Path, *_) -> None:
     converter, merged = _converter(), part / "merged"
-    _write_merged(run, merged)
+    kept = _write_merged(run, merged)
     command = [sys.executable, str(converter), str(merged), "--outfile", str(part / "model-q8_0.gguf")]
     done = subprocess.run([*command, "--outtype", "q8_0"], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
         raise UserError(f"llama.cpp's converter failed ({' '.join(last)}). A newer copy of it may know this model.")
     shutil.rmtree(merged)
-    (part / "README.md").write_text(_card(run, "gguf"), encoding="utf-8")
+    (part / "README.md").write_text(_card(run, "gguf", kept), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------- the run itself

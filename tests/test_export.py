@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import helpers
@@ -100,7 +102,29 @@ def test_merged_model_gives_the_same_log_probs_in_a_new_process(run, pairs, tmp_
     reference = torch.tensor(run.held_out[["chosen_reference", "rejected_reference"]].to_numpy())
     moved, error, error_in_bf16 = ((x - policy).abs().mean() for x in (reference, merged, in_bf16))
     assert error < 0.05 and error < moved / 50, (error, moved)  # nats a completion
+    kept = int(re.search(r"the weights keep (\d+)% of the adapter's update", (folder / "README.md").read_text())[1])
+    assert 90 <= kept <= 100
     assert error_in_bf16 > 10 * error, (error_in_bf16, error)  # why merged_model does not take bfloat16
+
+
+@pytest.mark.slow
+def test_share_of_the_update_that_rounding_keeps_is_measured_and_said(run, tmp_path, capfd):
+    small = dataclasses.replace(run, folder=tmp_path / "small")
+    shutil.copytree(run.adapter, small.adapter)
+    weights = load_file(run.adapter / "adapter_model.safetensors")
+    save_file(
+        {name: tensor * (0.02 if "lora_B" in name else 1) for name, tensor in weights.items()},
+        small.adapter / "adapter_model.safetensors",
+    )
+    base = AutoModelForCausalLM.from_pretrained(helpers.models.embedded_model(), dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, small.adapter)
+    whole, half, coarse = (export.kept_update(model, t) for t in (torch.float32, torch.float16, torch.bfloat16))
+    assert abs(whole - 1) < 1e-3 and 0 <= coarse < half / 2 < 0.4, (whole, half, coarse)
+    card = (export_run(small, "merged", tmp_path / "merged") / "README.md").read_text()
+    said = f"the weights keep {half:.0%} of the adapter's update"
+    assert said in card and said in capfd.readouterr().out
+    export_run(run, "merged", tmp_path / "whole")
+    assert "the weights keep" not in capfd.readouterr().out
 
 
 @pytest.mark.slow
@@ -110,9 +134,9 @@ def test_four_bit_base_is_dequantised_before_the_adapter_is_added(run, pairs, to
         helpers.models.embedded_model(), dtype=torch.float32, quantization_config=four_bit
     )
     trained = pair_logps(PeftModel.from_pretrained(base, run.adapter), tokenizer, pairs[1])
-    merged = export.merged_model(dataclasses.replace(run, info=run.info | {"profile": "gpu"}))
+    merged, _ = export.merged_model(dataclasses.replace(run, info=run.info | {"profile": "gpu"}))
     assert not hasattr(merged.config, "quantization_config")
-    other = export.merged_model(run)  # into the weights that never were in 4 bits
+    other, _ = export.merged_model(run)  # into the weights that never were in 4 bits
     error, error_of_other = (
         (pair_logps(model.float(), tokenizer, pairs[1]).chosen - trained.chosen).abs().mean()
         for model in (merged, other)
@@ -241,6 +265,12 @@ def test_other_pairs_and_other_references_are_refused(run, pairs, tmp_path):
     changed = dataclasses.replace(run, folder=tmp_path / "run")
     with pytest.raises(UserError, match="started from a trained adapter"):
         export_run(changed, "trl", tmp_path / "trl", train=train, test=test)
+
+
+@pytest.mark.slow
+def test_settings_of_the_machine_are_left_out(run):
+    config = run.info["config"] | {"dataset_num_proc": 4, "beta": 0.2}  # the first as Unsloth sets it on a GPU
+    assert export._changed_settings(config) == export._changed_settings(run.info["config"]) | {"beta": 0.2}
 
 
 def test_global_batch_is_shared_exactly():
