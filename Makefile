@@ -1,10 +1,10 @@
-# make setup | run | test | fast | lab | lint | lock
+# make setup | run | test | fast | lab | lint | lock | newest
 PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 
-.PHONY: setup run test fast lab lint lock
+.PHONY: setup run test fast lab lint lock newest
 
 setup: $(VENV)/installed
 
@@ -22,7 +22,7 @@ run: setup
 
 # The notebooks get an output folder of their own, so that they train and do not load an earlier run.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov=helpers
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
 	  DPO_OUTPUT_DIR="$$folder" $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 --durations=0 notebooks
 
@@ -41,3 +41,16 @@ lock:
 	test -x $(BIN)/uv || { $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet uv; }
 	$(BIN)/uv pip compile requirements.in --override requirements.overrides --python-version 3.11 --quiet \
 	  --no-emit-index-url --no-header --no-annotate --generate-hashes --output-file requirements.lock
+
+# What the newest versions break: an environment of their own in outputs/, the fast tests, one short training.
+newest: setup
+	mkdir -p outputs/newest
+	sed 's/==.*//' requirements.in > outputs/newest/requirements.in
+	$(BIN)/uv pip compile outputs/newest/requirements.in --override requirements.overrides --upgrade --quiet \
+	  --no-emit-index-url --no-header --no-annotate --output-file outputs/newest/requirements.txt
+	@echo "Locked (<) and newest (>):"
+	@grep -o '^[a-z0-9_.-]*==[^ ]*' requirements.lock | diff - outputs/newest/requirements.txt | grep '^[<>]' || echo "no difference"
+	$(PYTHON) -m venv --clear outputs/newest/venv
+	$(BIN)/uv pip install --quiet --python outputs/newest/venv/bin/python --no-deps -r outputs/newest/requirements.txt
+	outputs/newest/venv/bin/python -m pytest -m "not slow"
+	outputs/newest/venv/bin/python -m pytest tests/test_training.py -k run_folder_is_complete

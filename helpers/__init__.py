@@ -1,4 +1,31 @@
-"""Front door of the notebooks: import from here first, and everything comes in the order that works."""
+"""Front door of the notebooks: import from here first, and everything comes in the order that works.
+
+The rooms behind it, each importing only from those above it:
+
+    errors         the exception that speaks to the reader
+    files          writing that leaves nothing half-made
+    text           showing text that may hold anything
+    session        first and last cell: .env, imports in order, kernel shutdown
+    pairs          reading and splitting preference pairs
+    models         profiles, loading a model, its pad token, LoRA
+    checks         what is wrong with pairs, for a tokenizer
+    generation     replies of a model
+    shared_prompt  a pair's prompt computed once
+    scoring        log-probs of pairs, the reference's cache, held-out figures
+    memory         what training needs, and what is free
+    runs           the run folder
+    cards          its model card
+    training       settings, trainer, train_dpo
+    sft            a start for models that lack a habit
+    word_problems  thinking pairs made by a program, and what judges them
+    thinking       the think boundary, thinking pairs and what is wrong with them
+    sweep          one run for each beta
+    diagnosis      from symptom to cure
+    inspection     what a run changed: replies, rewards, tokens
+    export         handing a run over
+    trl_dpo        the script that an export starts
+    plots          figures from plain numbers
+"""
 
 from helpers.session import shut_down_kernel  # noqa: I001  (first: it imports Unsloth before TRL)
 

@@ -20,14 +20,18 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 
 from helpers.errors import UserError
 from helpers.pairs import load_report, prompt_text, quiet_progress
+from helpers.text import visible
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
+MAX_PROMPT_LENGTH = 256  # tokens; a longer prompt leaves too little of max_length to the answers
+
 CODE = Path(__file__).read_text("utf-8")  # as it was imported; measures of another version are not taken
 BATCH = 500  # rows at a time: enough for the tokenizer's threads, little enough to keep memory flat
 WORST = 5  # rows that a finding names
+SHOWN = 200  # characters of a text that a report shows
 
 # A feature tells chosen from rejected when guessing by it alone is right this much more (or less) often than a coin,
 # and by more than chance does once in a hundred sets of that size.
@@ -206,12 +210,6 @@ class Finding:
     origins: tuple[str, ...] = ()
 
 
-def _plain(text: str, limit: int = 200) -> str:
-    """Text of a data set that can do no harm on a screen: no control characters, no marks of writing direction."""
-    text = "".join(character if character.isprintable() else " " for character in text[: limit + 1])
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
 def _rows(finding: Finding) -> str:
     """The worst rows in short: "pairs.jsonl:3, 7, 9, ..."."""
     names: list[str] = []
@@ -221,7 +219,7 @@ def _rows(finding: Finding) -> str:
         same = place is not None and place[1] == before
         names.append(place[2] if same else origin)
         before = place[1] if place else None
-    return _plain(", ".join(names)) + (", ..." if finding.count > len(names) > 0 else "")
+    return visible(", ".join(names), SHOWN) + (", ..." if finding.count > len(names) > 0 else "")
 
 
 class Report:
@@ -246,10 +244,12 @@ class Report:
 
     @property
     def errors(self) -> list[Finding]:
+        """The findings that stop a run."""
         return [finding for finding in self.findings if finding.severity == "error"]
 
     @property
     def clean(self) -> Dataset:
+        """`pairs` without the rows of any error."""
         bad = {row for finding in self.errors for row in finding.rows}
         return self.pairs.select([place for place, row in enumerate(self._kept) if int(row) not in bad])
 
@@ -257,7 +257,9 @@ class Report:
         """Raise UserError where the report holds an error; it names the rows, the cures and how to go on anyway."""
         if not self.errors:
             return
-        lines = [f"- {_plain(error.what)}: {error.count} ({_rows(error)}). {error.cure}" for error in self.errors]
+        lines = [
+            f"- {visible(error.what, SHOWN)}: {error.count} ({_rows(error)}). {error.cure}" for error in self.errors
+        ]
         raise UserError(
             "These pairs have errors that would spoil training:\n"
             + "\n".join(lines)
@@ -270,7 +272,7 @@ class Report:
         """One row for each finding: severity, code, count, what, rows (the worst), why, cure."""
         import pandas as pd
 
-        rows = [(f.severity, f.code, f.count, _plain(f.what), _rows(f), f.why, f.cure) for f in self.findings]
+        rows = [(f.severity, f.code, f.count, visible(f.what, SHOWN), _rows(f), f.why, f.cure) for f in self.findings]
         return pd.DataFrame(rows, columns=["severity", "code", "count", "what", "rows", "why", "cure"])
 
     def _summary(self) -> str:
@@ -283,7 +285,9 @@ class Report:
         lines = [self._summary()]
         for f in self.findings:
             rows = _rows(f)
-            lines.append(f"{f.severity:8}{f.count:>7}  {f.code:24}{_plain(f.what)}" + (f" ({rows})" if rows else ""))
+            lines.append(
+                f"{f.severity:8}{f.count:>7}  {f.code:24}{visible(f.what, SHOWN)}" + (f" ({rows})" if rows else "")
+            )
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -722,22 +726,32 @@ def check_pairs(
     pairs: Dataset,
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int = 512,
-    max_prompt_length: int = 256,
+    max_prompt_length: int = MAX_PROMPT_LENGTH,
     test: Dataset | None = None,
     on_long_prompt: Literal["shorten", "drop", "keep"] = "shorten",
 ) -> Report:
-    """What is wrong with these pairs (as `load_pairs` gives them) for this tokenizer; nothing is trained.
+    """What is wrong with these pairs for this tokenizer; nothing is trained.
 
-    Every pair is rendered with the chat template and tokenized as TRL's DPOTrainer would do it. `max_length` and
-    `max_prompt_length` are in tokens; the prompt counts with the template's opening of the answer. Prompts over
-    `max_prompt_length` are shortened from the left by whole turns, the system turn kept ("shorten"; what can't be
-    shortened is left out), left out ("drop") or left as they are ("keep"); `report.pairs` holds the result. `test` is
-    the held-out set, whose prompts must not be among `pairs`.
+    Every pair is rendered with the chat template and tokenized as TRL's DPOTrainer would do it. Errors are what spoils
+    training; `report.raise_for_errors()` stops on them. Warnings are for the reader. Checking pairs from a file a
+    second time reads the measures from datasets' cache.
 
-    Errors are what spoils training; `report.raise_for_errors()` stops on them. Warnings are for the reader. Checking
-    pairs from a file a second time reads the measures from datasets' cache.
+    Args:
+        pairs: in the form that `load_pairs` gives.
+        tokenizer: of the model that is to be trained, with its chat template.
+        max_length: tokens of prompt and completion together that the trainer keeps.
+        max_prompt_length: tokens of a prompt, the template's opening of the answer included.
+        test: the held-out set, whose prompts must not be among `pairs`.
+        on_long_prompt: what becomes of prompts over `max_prompt_length`: "shorten" drops whole turns from the left and
+            keeps the system turn (what can't be shortened is left out), "drop" leaves the rows out, "keep" leaves them
+            as they are.
 
-    Raises UserError for pairs in another form, a tokenizer without chat template or EOS, or when no pair remains.
+    Returns:
+        A Report, which prints as a short table. `report.findings`: what was found, errors first; `report.pairs`: the
+        pairs to train on; `report.clean`: those without the rows of any error; `report.figures`: lengths and leaks.
+
+    Raises:
+        UserError: pairs in another form, a tokenizer without chat template or EOS, or no pair remains.
     """
     for data, name in ((pairs, "pairs"), (test, "test")):
         if data is not None and not (

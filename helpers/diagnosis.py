@@ -15,8 +15,6 @@ import pandas as pd
 from helpers.runs import Run, read_info
 from helpers.scoring import wilson_interval
 
-LN2 = math.log(2)
-
 # From where on a number of `measure` is a symptom. Each limit stands between the runs of benchmarks/diagnosis.py that
 # have the symptom and those that are well, with room on both sides: tests/test_diagnosis.py holds it.
 LIMITS = {
@@ -191,6 +189,7 @@ class Diagnosis:
 
     @property
     def codes(self) -> list[str]:
+        """Names of the symptoms, in the order of `findings`."""
         return [finding.code for finding in self.findings]
 
     def _summary(self) -> str:
@@ -434,7 +433,7 @@ ADVICE = {
 
 
 def recorded(part: dict, name: str) -> Run:
-    """A run from what one call of benchmarks/diagnosis.py printed."""
+    """The run called `name` from `part`, what one call of benchmarks/diagnosis.py printed."""
     return Run(Path(name), held_out=None, **part["runs"][name])
 
 
@@ -461,7 +460,11 @@ def _spread(values: pd.Series) -> str:
 
 
 def guide(results: list[dict]) -> list[dict]:
-    """The rows of `plots.symptom_table`: each symptom as benchmarks/diagnosis.py made and cured it."""
+    """The rows of `plots.symptom_table`: each symptom as benchmarks/diagnosis.py made and cured it.
+
+    Args:
+        results: what calls of it printed, on one machine or on several.
+    """
     rows = []
     for code, (number, label, curve) in SHOWN.items():
         values = before_and_after(results, code, number)
@@ -484,7 +487,15 @@ def guide(results: list[dict]) -> list[dict]:
 
 
 def advice(results: list[dict]) -> pd.DataFrame:
-    """Common advice as benchmarks/diagnosis.py tried it: does the number that it should change change that way?"""
+    """Common advice as benchmarks/diagnosis.py tried it: does the number that it should change change that way?
+
+    Args:
+        results: what calls of it printed, on one machine or on several.
+
+    Returns:
+        One row for each piece of advice, with its number without and with it, and the verdict: "held", "did not hold"
+        or "differs between seeds".
+    """
     rows = []
     for name, (number, label, direction) in ADVICE.items():
         values = before_and_after(results, name, number)

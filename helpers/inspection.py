@@ -7,9 +7,9 @@ calls. Text of data sets and models in their tables is made safe to show by `vis
 import contextlib
 import copy
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -17,13 +17,14 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.errors import UserError
 from helpers.generation import generate_replies, repetition
 from helpers.models import load_model
 from helpers.runs import LORA_SCALE, Run
 from helpers.scoring import base_hash, fingerprint, hash_tensors, held_out_table, pair_logps, tokenize_pairs
+from helpers.text import visible
 
 # What run.json must hold for its model to be put together again, and of which type.
 _NEEDED = {"model": str, "base": str, "start": str, "end": str, "reference": str, "config": dict, "lora": dict}
@@ -31,20 +32,6 @@ _NEEDED_SETTINGS = {"beta": (int, float), "max_length": int}
 
 
 # ---------------------------------------------------------------------------------------------- showing text
-
-
-def visible(text: str, limit: int = 1000) -> str:
-    """Text that can do no harm on a screen: what is no printable character becomes its escape, long text is cut.
-
-    Escape codes of terminals and marks that turn the writing direction are shown (`\\x1b`, `\\u202e`), a line break
-    becomes an arrow, and a word of more than 80 characters is shortened. Tags stay as they are: what shows a table
-    as HTML (pandas does) escapes them.
-    """
-    text = re.sub(r"\S{81,}", lambda word: f"{word[0][:60]}... ({len(word[0])} characters)", text)
-    if len(text) > limit:
-        text = f"{text[:limit]}... ({len(text)} characters)"
-    text = re.sub(r"[^\S\n]", " ", text).replace("\n", "\u21b5 ")  # other spaces are no "printable" ones for Python
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _conversation(messages: list[dict]) -> str:
@@ -66,12 +53,18 @@ class OpenRun:
         beta: as in training.
     """
 
-    def __init__(self, run: Run, model: PeftModel, tokenizer, ref_model=None):
+    def __init__(
+        self,
+        run: Run,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        ref_model: PreTrainedModel | PeftModel | None = None,
+    ):
         self.run, self.model, self.tokenizer, self.beta = run, model, tokenizer, run.info["config"]["beta"]
         self._ref_model = ref_model
 
     @contextlib.contextmanager
-    def reference(self) -> Iterator:
+    def reference(self) -> Iterator[PreTrainedModel | PeftModel]:
         """The reference, for the length of a `with` block; the policy must not be used in it.
 
         It is the model that was passed, the run's start adapter, or the base model: what it was in training.
@@ -126,7 +119,7 @@ def _check_adapter(folder: Path, expected: str, scale: dict) -> None:
         )
 
 
-def _check_reference(run: Run, ref_model) -> None:
+def _check_reference(run: Run, ref_model: PreTrainedModel | PeftModel | None) -> None:
     passed = run.info["reference"] != "the policy at its start"
     if passed and ref_model is None:
         raise UserError(
@@ -138,7 +131,7 @@ def _check_reference(run: Run, ref_model) -> None:
         raise UserError(f"The reference of the run in {run.folder.name} is {what} the ref_model given here.")
 
 
-def _load_policy(run: Run):
+def _load_policy(run: Run) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """(policy, tokenizer) of a run whose files were checked. Raises UserError where its base model is not here."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(run.adapter, trust_remote_code=False)
@@ -162,7 +155,7 @@ def _load_policy(run: Run):
     return model, tokenizer
 
 
-def open_run(run: Run | str | Path, *, ref_model=None) -> OpenRun:
+def open_run(run: Run | str | Path, *, ref_model: PreTrainedModel | PeftModel | None = None) -> OpenRun:
     """Load a run's policy and reference, after a check that they are what the run left.
 
     On a CPU both then calculate in 32 bits: in the 16 of training, rounding moves the log-ratio of a token by
@@ -201,17 +194,22 @@ def _opened(run: OpenRun | Run | str | Path) -> OpenRun:
 
 
 def compare_generations(
-    run: OpenRun | Run | str | Path, prompts: list, *, max_new_tokens: int = 80, **options
+    run: OpenRun | Run | str | Path, prompts: list[str | list[dict]], *, max_new_tokens: int = 80, **options: Any
 ) -> pd.DataFrame:
     """Replies of reference and policy to the same prompts, side by side.
 
     Args:
+        run: a run, its folder, or what `open_run` gave.
         prompts: questions (str), or conversations as in the `prompt` column of `load_pairs`.
+        max_new_tokens: where a reply is cut.
         options: of `generate_replies`: greedy where left out; temperature, top_p and seed to sample.
 
     Returns:
         One row a prompt: prompt, reference and policy (texts that are safe to show), and for both models the tokens of
         the reply, whether it ended before `max_new_tokens`, and the share of its 4-grams that repeat an earlier one.
+
+    Raises:
+        UserError: the run cannot be opened (see `open_run`).
     """
     opened = _opened(run)
     prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
@@ -236,6 +234,7 @@ def implicit_rewards(run: OpenRun | Run | str | Path, pairs: Dataset, *, batch_s
     Completions that pass the run's `max_length` are cut as in training.
 
     Args:
+        run: a run, its folder, or what `open_run` gave.
         pairs: any, in the form that `load_pairs` gives.
         batch_size: pairs in a forward pass.
 
@@ -243,6 +242,9 @@ def implicit_rewards(run: OpenRun | Run | str | Path, pairs: Dataset, *, batch_s
         One row a pair, in their order: the columns of `Run.held_out` (log-probs in nats under reference and policy,
         tokens, log_ratio_gap), chosen_reward, rejected_reward, margin (their difference), and prompt, chosen and
         rejected as texts that are safe to show.
+
+    Raises:
+        UserError: the run cannot be opened (see `open_run`).
     """
     opened = _opened(run)
     ids = tokenize_pairs(pairs, opened.tokenizer)
@@ -260,7 +262,7 @@ def implicit_rewards(run: OpenRun | Run | str | Path, pairs: Dataset, *, batch_s
     return table
 
 
-def _token_logps(model, prompt: list[int], completion: list[int]) -> torch.Tensor:
+def _token_logps(model: PreTrainedModel | PeftModel, prompt: list[int], completion: list[int]) -> torch.Tensor:
     """Log-probs of the completion's tokens in nats, shape (tokens,): the plain definition, one softmax a token."""
     if not completion:  # the prompt fills all of max_length
         return torch.zeros(0, dtype=torch.float64)
@@ -270,7 +272,7 @@ def _token_logps(model, prompt: list[int], completion: list[int]) -> torch.Tenso
     return logits.float().log_softmax(dim=-1).gather(1, ids[0, len(prompt) :, None])[:, 0].double().cpu()
 
 
-def _token_texts(ids: list[int], tokenizer) -> list[str]:
+def _token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What each token adds to the text; a character of several tokens comes with its last one."""
     texts, shown = [], ""
     for end in range(1, len(ids) + 1):
@@ -291,11 +293,15 @@ def token_rewards(run: OpenRun | Run | str | Path, pair: dict) -> pd.DataFrame:
     of the log-ratio, in 16 bits or 4 within some tenths.
 
     Args:
+        run: a run, its folder, or what `open_run` gave.
         pair: a row of pairs as `load_pairs` gives them.
 
     Returns:
         One row a token: side ("chosen", "rejected"), word (its number, from 0), token (text that is safe to show), id,
         eos (whether it ends the turn), reference and policy (log-probs in nats), log_ratio (nats), reward.
+
+    Raises:
+        UserError: the run cannot be opened (see `open_run`).
     """
     opened = _opened(run)
     row = tokenize_pairs(Dataset.from_list([pair]), opened.tokenizer)[0]

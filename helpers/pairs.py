@@ -103,9 +103,17 @@ def load_report(pairs: Dataset) -> LoadReport | None:
         return None
 
 
+def template_options(row: dict[str, Any]) -> dict[str, Any]:
+    """What `row` passes to the chat template: its chat_template_kwargs, without those that are None.
+
+    Arrow fills the keys that other rows have with None, so None is taken as not set.
+    """
+    return {name: value for name, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
+
+
 @contextmanager
 def quiet_progress(rows: int, enough: int = 20_000) -> Iterator[None]:
-    """No progress bars of `datasets` where there are too few rows to wait for."""
+    """No progress bars of `datasets` where there are fewer than `enough` `rows`, too few to wait for."""
     hide = rows < enough and not datasets.are_progress_bars_disabled()
     if hide:
         datasets.disable_progress_bars()
@@ -349,7 +357,7 @@ def _pair(row: dict[str, Any], layout: _Layout, preference: _Preference | None) 
 
 
 def _template_kwargs(value: Any) -> dict[str, Any]:
-    """A row's template variables; Arrow fills the keys that other rows have with None, so None is taken as not set."""
+    """A row's template variables, from JSON or an object. Raises _LeftOut where it sets what it may not."""
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else {}
@@ -360,7 +368,7 @@ def _template_kwargs(value: Any) -> dict[str, Any]:
     wrong = NOT_TEMPLATE_VARIABLES & set(value or {})
     if wrong:
         raise _LeftOut(f"chat_template_kwargs sets {', '.join(sorted(wrong))}, which a row may not")
-    return {key: item for key, item in (value or {}).items() if item is not None}
+    return template_options({"chat_template_kwargs": value})
 
 
 # Sources
@@ -661,8 +669,7 @@ def load_pairs(
 ) -> Dataset:
     r"""Preference pairs in one form, whatever they come in.
 
-    `source` is a file (JSONL, JSON, CSV, Parquet; the first three also gzipped), a list of dicts, a Dataset, or a name
-    on the hub; without it, what `DPO_DATA` names, else the pairs that come with this project. A row may hold
+    A row of the source may hold
 
     1. prompt, chosen, rejected as texts, or as lists of {role, content} with or without a system turn;
     2. chosen and rejected as whole dialogues that share a beginning, as lists or written "\n\nHuman: ...
@@ -672,17 +679,25 @@ def load_pairs(
        name or letter of the answer; 1 or 2; a number below zero for the first and above zero for the second; a
        fraction from 0 to 1, the probability that the first is better; "tie". Ties are left out.
 
-    `columns` names the source's columns where the usual names do not find them: {"prompt": ..., "chosen": ...,
-    "rejected": ...} or {"prompt": ..., "a": ..., "b": ..., "preference": ...}, and "system". `first_wins` is the value
-    of the preference column that says that the first answer is better; it is asked for where 0 and 1 could mean
-    either. `split` is for hub names and DatasetDict.
+    Bytes that are no UTF-8 become U+FFFD, which `check_pairs` reports. Of a message only role and content are kept. A
+    row that is no pair is left out and counted: a printed line says so and `load_report(pairs)` holds it, so that rows
+    read = pairs + rows left out.
 
-    Returns a Dataset with `prompt`, `chosen`, `rejected` (lists of {role, content}), `origin` (file and line or row,
-    from 1) and the source's other columns. Bytes that are no UTF-8 become U+FFFD, which `check_pairs` reports. Of a
-    message only role and content are kept. A row that is no pair is left out and counted: a printed line says so and
-    `load_report(pairs)` holds it, so that rows read = pairs + rows left out.
+    Args:
+        source: a file (JSONL, JSON, CSV, Parquet; the first three also gzipped), a list of dicts, a Dataset, or a name
+            on the hub; left out, what `DPO_DATA` names, else the pairs that come with this project.
+        split: which one to take, of a hub name or a DatasetDict.
+        columns: the source's columns, where the usual names do not find them: {"prompt": ..., "chosen": ...,
+            "rejected": ...} or {"prompt": ..., "a": ..., "b": ..., "preference": ...}, and "system".
+        first_wins: the value of the preference column that says that the first answer is better; it is asked for where
+            0 and 1 could mean either.
 
-    Raises UserError, naming file, line and column, for a source that can't be read or holds no pair.
+    Returns:
+        A Dataset with `prompt`, `chosen`, `rejected` (lists of {role, content}), `origin` (file and line or row, from
+        1) and the source's other columns.
+
+    Raises:
+        UserError: a source that can't be read or holds no pair; it names file, line and column.
 
     >>> load_pairs([{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}])[0]["prompt"]
     [{'role': 'user', 'content': '2 + 2?'}]
@@ -734,13 +749,19 @@ def split_pairs(
 ) -> DatasetDict:
     """Pairs to train on and pairs held out, as DatasetDict(train, test); no prompt is on both sides.
 
-    Without `by`, prompts are drawn; of the bundled pairs, the topics HELD_OUT_TOPICS are held out instead.
-    `test_size` is the share of pairs held out. Rows that agree in column `by` stay together: by="topic" makes two
-    sides without a common topic, and `held_out` names the topics to hold out (test_size and seed then have no say).
     The held-out part is never larger than asked for, and smaller by less than one group where the groups allow it.
 
-    Raises UserError where a side would be empty, a column or a topic is not there, or (by a column) one prompt stands
-    under two topics that fall on different sides.
+    Args:
+        pairs: in the form that `load_pairs` gives.
+        test_size: the share of pairs to hold out.
+        seed: of the drawing.
+        by: a column whose equal values stay together: by="topic" makes two sides without a common topic. Left out,
+            prompts are drawn; of the bundled pairs, the topics HELD_OUT_TOPICS are held out instead.
+        held_out: the values of that column to hold out; test_size and seed then have no say.
+
+    Raises:
+        UserError: a side would be empty, a column or a topic is not there, or (by a column) one prompt stands under two
+            topics that fall on different sides.
     """
     if by is None:
         topics = set(pairs["topic"]) if "topic" in pairs.column_names else set()

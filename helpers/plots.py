@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import math
+from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -87,6 +88,8 @@ def plot_shares(shares: pd.DataFrame, *, label: str, baseline: float | None = No
 
     Args:
         shares: index of group names; columns share, low, high (0 to 1) and pairs (count).
+        label: of the x-axis: of what they are shares.
+        baseline: where the reference alone is, if that is to be drawn.
     """
     figure, axis = plt.subplots(figsize=(7, 0.5 + 0.45 * len(shares)), layout="constrained")
     # At a share of 0 or 1 an end of the interval is the share itself, to rounding.
@@ -199,7 +202,7 @@ def plot_token_rewards(tokens: pd.DataFrame) -> plt.Figure:
     return figure
 
 
-def _beta_colours(betas) -> dict[float, tuple]:
+def _beta_colours(betas: Iterable[float]) -> dict[float, tuple]:
     betas = sorted(set(betas))
     return {beta: plt.cm.viridis(0.9 * place / max(len(betas) - 1, 1)) for place, beta in enumerate(betas)}
 
@@ -280,6 +283,7 @@ def plot_compared(shares: dict[str, pd.DataFrame], *, label: str, baseline: floa
     Args:
         shares: for each model a table as `plot_shares` takes it, with the same index; where low and high are missing
             (NaN), a point is drawn without an interval.
+        label: of the x-axis: of what they are shares.
         baseline: where a coin would be, if there is one.
     """
     rows = next(iter(shares.values()))

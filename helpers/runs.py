@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from helpers.errors import UserError
 from helpers.files import write_atomic, write_json
@@ -38,6 +40,7 @@ class Run:
 
     @property
     def adapter(self) -> Path:
+        """The folder of LoRA weights and tokenizer."""
         return self.folder / "adapter"
 
     @property
@@ -48,7 +51,7 @@ class Run:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Run":
-        """Read a run folder. Raises UserError where it is none, is unfinished, or was edited so it can't be read."""
+        """Read a run's `folder`. Raises UserError where it is none, is unfinished, or can't be read."""
         folder = Path(folder)
         info = read_info(folder)
         if info is None:
@@ -67,6 +70,11 @@ class Run:
 
 
 def read_info(folder: Path) -> dict | None:
+    """`Run.info` of the run in `folder`, finished or not; None where there is no run.json.
+
+    Raises:
+        UserError: run.json holds no JSON object.
+    """
     path = folder / "run.json"
     if not path.is_file():
         return None
@@ -82,12 +90,18 @@ def read_info(folder: Path) -> dict | None:
 
 
 def output_folder(*parts: str) -> Path:
-    """A folder below `DPO_OUTPUT_DIR` (relative to the project), which is `outputs` where it is not set."""
+    """A folder below `DPO_OUTPUT_DIR` (relative to the project), which is `outputs` where it is not set.
+
+    It is named, not made: `output_folder("sweep", "a")` is `outputs/sweep/a`.
+
+    Args:
+        parts: names of folders, the outer one first.
+    """
     return PROJECT.joinpath(Path(setting("DPO_OUTPUT_DIR", "outputs")).expanduser(), *parts)
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
+    """Versions of what decides a result, by name: Python and the six libraries that train."""
     return {"python": platform.python_version()} | {
         name: version(name) for name in ("torch", "transformers", "trl", "peft", "datasets", "unsloth")
     }
@@ -103,66 +117,25 @@ def machine() -> str:
 _PRIVATE_SETTINGS = ("output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id", "push_to_hub_token")
 
 
-def describe_config(config) -> dict:
-    """The settings of a config, without paths and tokens, as plain JSON."""
+def describe_config(config: TrainingArguments) -> dict:
+    """The settings of a config (a DPOConfig, say), without paths and tokens, as plain JSON."""
     values = {name: value for name, value in config.to_dict().items() if name not in _PRIVATE_SETTINGS}
     return json.loads(json.dumps(values, default=str))
 
 
-_CARD = """---
-library_name: peft
-base_model: {model}
-tags: [dpo, trl, unsloth, lora]
----
-# LoRA adapter trained with DPO
-
-Trained on {train} preference pairs, {test} held out, with TRL's DPOTrainer (beta {beta}, loss {loss}, learning rate
-{lr}, effective batch {batch}, {steps} steps, seed {seed}).
-
-| held out | value |
-|---|---|
-{rows}
-
-Measured on {machine} with {versions}.
-
-A preference accuracy says how often the policy moved towards the chosen of a pair it has not seen. It does not say
-that its replies are right: read some of them before you use the adapter.
-"""
-
-
-def _model_card(info: dict, metrics: dict) -> str:
-    config = info["config"]
-
-    def show(value) -> str:
-        return " to ".join(f"{v:.3f}" for v in value) if isinstance(value, (list, tuple)) else f"{value:.4g}"
-
-    return _CARD.format(
-        model=info["model"],
-        train=info["train_pairs"],
-        test=info["test_pairs"],
-        beta=config["beta"],
-        loss=", ".join(config["loss_type"]),
-        lr=config["learning_rate"],
-        batch=config["per_device_train_batch_size"] * config["gradient_accumulation_steps"],
-        steps=info["steps"],
-        seed=config["seed"],
-        rows="\n".join(f"| {name.replace('_', ' ')} | {show(value)} |" for name, value in metrics.items()),
-        machine=info["machine"],
-        versions=", ".join(f"{name} {value}" for name, value in info["versions"].items()),
-    )
-
-
+# What scales an adapter; its weights do not tell.
 LORA_SCALE = ("r", "lora_alpha", "use_rslora")
 
 
 def set_aside(folder: Path) -> None:
+    """Rename `folder` to NAME.old-1, or the next number that is free."""
     number = 1
     while folder.with_name(f"{folder.name}.old-{number}").exists():
         number += 1
     folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
 
 
-def save_adapter(folder: Path, model, info: dict) -> None:
+def save_adapter(folder: Path, model: PeftModel, info: dict) -> None:
     """Write the model's adapter as a folder that appears whole, and names its base as other machines know it.
 
     What scales the adapter goes into `info["lora"]`, since the weights alone do not tell.
@@ -178,16 +151,22 @@ def save_adapter(folder: Path, model, info: dict) -> None:
     part.rename(folder)
 
 
-def save_run(folder: Path, model, tokenizer, info: dict, history: list, metrics: dict, table: pd.DataFrame) -> None:
-    """Write what a finished run leaves; `run.json` comes last, so that "finished" is true when it is read."""
-    save_adapter(folder / "adapter", model, info)
-    tokenizer.save_pretrained(folder / "adapter")
-    write_json(folder / "history.json", history)
-    write_json(folder / "metrics.json", metrics)
-    write_atomic(folder / "held_out.jsonl", lambda path: table.to_json(path, orient="records", lines=True))
-    card = _model_card(info, metrics)
+def save_run(run: Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
+    """Write what a finished run leaves; `run.json` comes last, so that "finished" is true when it is read.
+
+    Args:
+        run: with its folder, and `info["status"]` set to "finished".
+        model, tokenizer: go into `adapter/`.
+        card: text of the folder's README.md.
+    """
+    folder = run.folder
+    save_adapter(run.adapter, model, run.info)
+    tokenizer.save_pretrained(run.adapter)
+    write_json(folder / "history.json", run.history)
+    write_json(folder / "metrics.json", run.metrics)
+    write_atomic(folder / "held_out.jsonl", lambda path: run.held_out.to_json(path, orient="records", lines=True))
     write_atomic(folder / "README.md", lambda path: Path(path).write_text(card, encoding="utf-8"))
-    write_json(folder / "run.json", info)
+    write_json(folder / "run.json", run.info)
     for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
     (folder / "checkpoints" / "README.md").unlink(missing_ok=True)  # TRL's card; ours lies beside the adapter

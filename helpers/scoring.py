@@ -5,21 +5,22 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 from helpers.files import write_atomic
 from helpers.models import cache_folder
-from helpers.pairs import quiet_progress
+from helpers.pairs import quiet_progress, template_options
 from helpers.shared_prompt import share_prompts
 
 
@@ -32,19 +33,21 @@ class PairLogps(NamedTuple):
     rejected_tokens: torch.Tensor
 
 
-def tokenize_pairs(pairs: Dataset, tokenizer) -> Dataset:
+def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Token ids as DPOTrainer makes them: columns prompt_ids, chosen_ids, rejected_ids (lists of int).
 
     The completion is what follows the prompt in the text of prompt and completion together.
+
+    Args:
+        pairs: in the form that `load_pairs` gives; their `chat_template_kwargs`, where there are any, are heeded.
+        tokenizer: the model's, with its chat template.
     """
 
     def tokenize(row: dict) -> dict:
-        options = {k: v for k, v in (row.get("chat_template_kwargs") or {}).items() if v is not None}
+        options = template_options(row) | {"tokenize": True, "return_dict": True}
 
-        def ids(messages: list, **more) -> list[int]:
-            return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options, **more)[
-                "input_ids"
-            ]
+        def ids(messages: list[dict], **more: Any) -> list[int]:
+            return tokenizer.apply_chat_template(messages, **options, **more)["input_ids"]
 
         prompt = ids(row["prompt"], add_generation_prompt=True)
         chosen, rejected = ids(row["prompt"] + row["chosen"]), ids(row["prompt"] + row["rejected"])
@@ -54,8 +57,13 @@ def tokenize_pairs(pairs: Dataset, tokenizer) -> Dataset:
     return Dataset.from_list([tokenize(row) for row in pairs])
 
 
+def pair_lengths(ids: Iterable[dict]) -> list[int]:
+    """Tokens of each pair's longer side, prompt included; `ids` as `tokenize_pairs` gives them."""
+    return [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in ids]
+
+
 @contextlib.contextmanager
-def _pair_forward(inner) -> Iterator[None]:
+def _pair_forward(inner: PreTrainedModel) -> Iterator[None]:
     """For a while, a forward that gives log-probs without storing logits; a trainer's own is put back afterwards."""
     before = vars(inner).get("forward")
     add_fused_lm_head(inner)
@@ -68,12 +76,20 @@ def _pair_forward(inner) -> Iterator[None]:
             inner.forward = before
 
 
-def pair_logps(model, tokenizer, pairs: Dataset, *, max_length: int | None = None, batch_size: int = 8) -> PairLogps:
+def pair_logps(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Dataset,
+    *,
+    max_length: int | None = None,
+    batch_size: int = 8,
+) -> PairLogps:
     """Log-probs of chosen and rejected under `model`, as in the DPO loss (Rafailov et al. 2023, eq. 7).
 
     Pairs of like length share a batch, which leaves little padding; the result is in the order of `pairs`.
 
     Args:
+        model, tokenizer: as `load_model` gives them, with or without an adapter.
         pairs: rows in the form that `load_pairs` gives, or already tokenised by `tokenize_pairs`.
         max_length: longer sequences are cut at their end, as the trainer cuts them.
         batch_size: pairs in a forward pass.
@@ -81,7 +97,7 @@ def pair_logps(model, tokenizer, pairs: Dataset, *, max_length: int | None = Non
     if "prompt_ids" not in pairs.column_names:
         pairs = tokenize_pairs(pairs, tokenizer)
     rows = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).to_list()
-    lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
+    lengths = pair_lengths(rows)
     order = sorted(range(len(rows)), key=lengths.__getitem__)
     collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=max_length)
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -110,7 +126,13 @@ def pair_logps(model, tokenizer, pairs: Dataset, *, max_length: int | None = Non
 
 
 def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Interval for a share of `n` (Wilson 1927), which keeps within 0 and 1 also near them.
+    """Interval for the share `successes` of `n` (Wilson 1927), which keeps within 0 and 1 also near them.
+
+    Args:
+        level: how often such intervals hold the true share.
+
+    Returns:
+        (lower end, upper end), from 0 to 1.
 
     >>> [round(end, 3) for end in wilson_interval(90, 120)]
     [0.666, 0.819]
@@ -122,7 +144,7 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float,
 
 
 def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
-    """Of names, types, shapes and values, to the byte; the order of the dictionary does not count."""
+    """20 hex digits of the names, types, shapes and values of `tensors`; the order of the dictionary does not count."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -131,19 +153,23 @@ def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:20]
 
 
-def adapter_hash(model) -> str:
+def adapter_hash(model: PeftModel) -> str:
+    """`hash_tensors` of the LoRA weights of `model`."""
     return hash_tensors(get_peft_model_state_dict(model))
 
 
-def is_fresh(model) -> bool:
-    """As long as each B matrix is zero, an adapter changes nothing, whatever its A matrices are."""
+def is_fresh(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether `model` equals its base: as long as each B matrix is zero, an adapter changes nothing."""
     return not isinstance(model, PeftModel) or all(
         not tensor.any() for name, tensor in get_peft_model_state_dict(model).items() if "lora_B" in name
     )
 
 
-def base_hash(model) -> str:
-    """Of the weights below the adapter; the same with and without one. Seconds where a model has billions of them."""
+def base_hash(model: PreTrainedModel | PeftModel) -> str:
+    """`hash_tensors` of the weights of `model` below its adapter; the same with and without one.
+
+    It takes seconds where a model has billions of them.
+    """
     return hash_tensors(
         {
             name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor
@@ -153,12 +179,17 @@ def base_hash(model) -> str:
     )
 
 
-def fingerprint(model, weights: str | None = None) -> str:
-    """What decides the model's log-probs: its weights, and its adapter where that is not fresh."""
+def fingerprint(model: PreTrainedModel | PeftModel, weights: str | None = None) -> str:
+    """Hashes of what decides the log-probs of `model`: its weights, and its adapter where that is not fresh.
+
+    Args:
+        weights: `base_hash(model)`, where the caller has it already.
+    """
     return f"{weights or base_hash(model)} {'fresh' if is_fresh(model) else adapter_hash(model)}"
 
 
 def data_hash(tokenised: Dataset) -> str:
+    """20 hex digits of the token ids of pairs, `tokenised` by `tokenize_pairs`, in their order."""
     digest = hashlib.sha256()
     for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
         for ids in tokenised[column]:
@@ -166,13 +197,19 @@ def data_hash(tokenised: Dataset) -> str:
     return digest.hexdigest()[:20]
 
 
-def _tokenizer_hash(tokenizer) -> str:
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     parts = [tokenizer.get_vocab(), tokenizer.chat_template, tokenizer.pad_token_id, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def reference_logps(
-    model, tokenizer, pairs: Dataset, *, max_length: int, batch_size: int = 8, weights: str | None = None
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Dataset,
+    *,
+    max_length: int,
+    batch_size: int = 8,
+    weights: str | None = None,
 ) -> PairLogps:
     """`pair_logps` of the reference, kept in the cache folder: computed once, read for every later run.
 
@@ -182,6 +219,8 @@ def reference_logps(
     is in memory never meets it.
 
     Args:
+        model: the reference.
+        tokenizer, pairs, max_length, batch_size: as in `pair_logps`.
         weights: `base_hash(model)`, where the caller has it already.
     """
     tokenised = tokenize_pairs(pairs, tokenizer) if "prompt_ids" not in pairs.column_names else pairs
@@ -204,7 +243,12 @@ def reference_logps(
 
 
 def with_reference(pairs: Dataset, logps: PairLogps) -> Dataset:
-    """The pairs with the two columns in which DPOTrainer looks for the reference's log-probs."""
+    """The pairs with the two columns in which DPOTrainer looks for the reference's log-probs.
+
+    Args:
+        pairs: in the form that `load_pairs` gives.
+        logps: of these pairs under the reference, as `reference_logps` gives them.
+    """
     with quiet_progress(len(pairs)):
         for name, values in (("ref_chosen_logps", logps.chosen), ("ref_rejected_logps", logps.rejected)):
             pairs = pairs.add_column(name, values.float().tolist())
@@ -212,6 +256,16 @@ def with_reference(pairs: Dataset, logps: PairLogps) -> Dataset:
 
 
 def held_out_table(test: Dataset, reference: PairLogps, policy: PairLogps) -> pd.DataFrame:
+    """One row for each held-out pair, as `Run.held_out` keeps it.
+
+    Args:
+        test: the pairs.
+        reference, policy: their log-probs under either model.
+
+    Returns:
+        Columns topic and flaw ("not given" where the pairs have none), origin where they have it, and for both sides
+        chosen_reference, chosen_policy (log-probs in nats), chosen_tokens, and so on; log_ratio_gap in nats.
+    """
     columns = {name: test[name] for name in ("origin", "topic", "flaw") if name in test.column_names}
     table = pd.DataFrame({"topic": "not given", "flaw": "not given"} | columns, index=range(len(test)))
     for side in ("chosen", "rejected"):
@@ -225,14 +279,22 @@ def held_out_table(test: Dataset, reference: PairLogps, policy: PairLogps) -> pd
 
 
 def preference_metrics(table: pd.DataFrame, beta: float) -> dict:
-    """Held-out figures from a table as in `Run.held_out`.
+    """Held-out figures of a run.
+
+    Args:
+        table: as in `Run.held_out`.
+        beta: as in training.
 
     Returns:
+        pairs: how many.
         reference_accuracy: share of pairs whose chosen has the higher log-prob per token under the reference alone:
             what is there before any training.
         accuracy: share of pairs whose chosen has the higher implicit reward (log-ratio) after training.
+        reference_accuracy_interval, accuracy_interval: their 95 percent intervals (`wilson_interval`).
+        loss: the DPO loss in nats (Rafailov et al. 2023, eq. 7); ln 2 where nothing was learned.
         margin: mean of beta * log-ratio gap (Rafailov et al. 2023, section 5.1); depends on beta.
         log_ratio_gap: mean of margin / beta, in nats; comparable across betas.
+        chosen_change, rejected_change: mean log-ratio of either side, in nats.
     """
     n, gap = len(table), torch.tensor(table.log_ratio_gap.to_numpy())
     before = int(
@@ -258,6 +320,7 @@ def accuracy_by(table: pd.DataFrame, column: str) -> pd.DataFrame:
 
     Args:
         table: as in `Run.held_out`.
+        column: "topic" or "flaw", say.
 
     Returns:
         One row for each value, most pairs first; columns share, low, high (Wilson, 95 percent), pairs.

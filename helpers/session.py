@@ -156,5 +156,5 @@ def shut_down_kernel() -> None:
 
 
 def setting(name: str, default: str | None = None) -> str | None:
-    """A setting from the environment or `.env`; an empty one counts as not set."""
+    """The setting `name` from the environment or `.env`, else `default`; an empty one counts as not set."""
     return os.environ.get(name, "").strip() or default

@@ -1,9 +1,18 @@
 """Supervised fine-tuning (SFT): a start for DPO where the model lacks a habit that its reference must have."""
 
 import tempfile
+from typing import Any
 
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from peft import PeftModel
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 
 from helpers.pairs import quiet_progress
@@ -13,18 +22,25 @@ from helpers.training import dpo_settings
 class _Lines(TrainerCallback):
     """One line of text for each logging step."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs: Any
+    ) -> None:
         if "loss" in logs:
             print(f"step {state.global_step:4d} of {state.max_steps}   loss {float(logs['loss']):.3f}", flush=True)
 
 
-def train_sft(model, tokenizer, pairs: Dataset, *, learning_rate: float, seed: int = 0) -> list[float]:
+def train_sft(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset, *, learning_rate: float, seed: int = 0
+) -> list[float]:
     """Train the model's adapter on prompt and chosen side of each pair, once through, the loss on the reply alone.
 
     The adapter is changed in place, so a `train_dpo` after it takes the SFT model as its reference.
 
     Args:
+        model, tokenizer: with a LoRA adapter (`add_lora`), and its tokenizer.
         pairs: in the form that `load_pairs` gives; the rejected sides are not used.
+        learning_rate: at its highest, after warm-up.
+        seed: of the order of the pairs.
 
     Returns:
         The logged losses, in nats per token.

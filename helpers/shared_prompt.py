@@ -5,8 +5,12 @@ chosen from rejected and position ids that start again after the prompt. The tra
 model's forward is, and it returns what the trainer expects.
 """
 
+from typing import Any
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 # Architectures whose attention takes any mask and whose positions are all in position_ids.
 _KNOWN = ("llama", "qwen2", "qwen3")
@@ -96,7 +100,7 @@ def _segments(ids: torch.Tensor, lengths: list[int], starts: list[int]) -> tuple
     return *flat, specs, [torch.tensor(i) for i in index]
 
 
-def share_prompts(inner) -> None:
+def share_prompts(inner: PreTrainedModel) -> None:
     """Make `inner(..., fused_lm_head=True)` compute each pair's prompt once, where its batch is [chosen; rejected].
 
     `inner` is the model inside a PeftModel, after TRL's `add_fused_lm_head`. Batches that are no pairs with equal
@@ -107,7 +111,14 @@ def share_prompts(inner) -> None:
         return
     fused = inner.forward
 
-    def forward(*args, input_ids=None, attention_mask=None, labels=None, fused_lm_head=False, **kwargs):
+    def forward(
+        *args: Any,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        fused_lm_head: bool = False,
+        **kwargs: Any,
+    ) -> ModelOutput:
         plain = dict(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=fused_lm_head)
         if not fused_lm_head or labels is None or attention_mask is None or len(input_ids) % 2:
             return fused(*args, **{k: v for k, v in plain.items() if v is not None}, **kwargs)

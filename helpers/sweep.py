@@ -11,18 +11,20 @@ import math
 import time
 from pathlib import Path
 from statistics import NormalDist, mean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.errors import UserError
 from helpers.files import write_atomic, write_json
 from helpers.generation import Reply, generate_replies, repetition
 from helpers.models import add_lora, public_name
+from helpers.pairs import template_options
 from helpers.runs import Run, describe_config, machine, versions
 from helpers.scoring import base_hash, data_hash, pair_logps, tokenize_pairs
 from helpers.training import DPOConfig, dpo_settings, train_dpo
@@ -60,7 +62,11 @@ class Sweep:
 
     @classmethod
     def load(cls, path: str | Path) -> "Sweep":
-        """Read a sweep's folder, or its `sweep.json` under another name. Raises UserError where there is none."""
+        """Read a sweep from `path`: its folder, or its `sweep.json` under another name.
+
+        Raises:
+            UserError: there is none that can be read.
+        """
         path = Path(path)
         file = path / "sweep.json" if path.is_dir() else path
         try:
@@ -79,7 +85,7 @@ class Sweep:
         return self.table[self.table.status == "finished"]
 
     def run(self, beta: float, seed: int = 0) -> Run:
-        """The run folder of one beta and seed, with its adapter."""
+        """The run of one beta and seed, with its adapter. Raises UserError where it is not in the sweep's folder."""
         return Run.load(self.folder / _name(beta, seed))
 
 
@@ -90,7 +96,14 @@ def _name(beta: float, seed: int) -> str:
 # ---------------------------------------------------------------------------------------------- measuring a policy
 
 
-def _sample(model, tokenizer, prompts: list, max_new_tokens: int, seed: int, template_options: dict) -> list[Reply]:
+def _sample(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[dict]],
+    max_new_tokens: int,
+    seed: int,
+    template_options: dict,
+) -> list[Reply]:
     """Two replies to each prompt: first one to each, then the second ones."""
     return generate_replies(
         model,
@@ -113,13 +126,26 @@ class SampledKL(NamedTuple):
 
 
 def sampled_kl(
-    policy, tokenizer, prompts: list[list[dict]], *, max_new_tokens: int, seed: int = 0, **template_options
+    policy: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[dict]],
+    *,
+    max_new_tokens: int,
+    seed: int = 0,
+    **template_options: Any,
 ) -> SampledKL:
     """How far the policy moved from the model under its adapter: KL(policy || reference) of whole replies.
 
     Two replies to each prompt are sampled from the policy (temperature 1) and scored under both models; the mean of
     log policy - log reference estimates the KL without bias (as on the x-axis of Rafailov et al. 2023, figure 2). A
     reply that is cut at `max_new_tokens` counts up to there. The standard error is over prompts.
+
+    Args:
+        policy, tokenizer: with a LoRA adapter, and its tokenizer.
+        prompts: conversations, as in the `prompt` column of `load_pairs`.
+        max_new_tokens: where a reply is cut.
+        seed: of the sampling.
+        template_options: for the chat template, e.g. enable_thinking=False.
     """
     replies = _sample(policy, tokenizer, prompts, max_new_tokens, seed, template_options)
     first, second = replies[: len(prompts)], replies[len(prompts) :]
@@ -224,8 +250,8 @@ def _open(folder: Path, info: dict) -> Sweep:
 
 
 def sweep_beta(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     train: Dataset,
     test: Dataset,
     folder: str | Path,
@@ -234,7 +260,7 @@ def sweep_beta(
     seeds: tuple[int, ...] = (0,),
     prompts: int = 32,
     max_new_tokens: int = 128,
-    **settings,
+    **settings: Any,
 ) -> Sweep:
     """Train and measure once for each beta and seed; the runs differ in nothing else.
 
@@ -244,12 +270,17 @@ def sweep_beta(
 
     Args:
         model: a model without adapter, as `load_model` gives it; it is the reference of every run.
-        train, test: pairs in the form that `load_pairs` gives; no prompt should be in both.
+        tokenizer: the model's.
+        train, test: pairs in the form that `load_pairs` gives; no prompt may be in both.
         folder: of the sweep, e.g. `output_folder("beta_sweep")`.
+        betas, seeds: to train with, each beta with each seed.
         prompts: how many held-out prompts get two sampled replies each, for the KL and the figures of replies;
             0 measures held-out pairs only.
         max_new_tokens: where a sampled reply is cut.
         settings: DPOConfig settings, for all runs, that differ from `dpo_settings()`.
+
+    Returns:
+        The sweep; `sweep.table` has a row for each run, `recommend(sweep)` says which beta to take.
 
     Raises:
         UserError: a model with an adapter, no beta above 0, another sweep in the folder, and what `train_dpo` raises.
@@ -267,7 +298,7 @@ def sweep_beta(
     folder.mkdir(parents=True, exist_ok=True)
     # Held-out prompts from all of the set, which may be sorted by topic.
     asked = list(test.select(range(0, len(test), max(1, len(test) // prompts)))["prompt"])[:prompts] if prompts else []
-    template_options = {k: v for k, v in (test[0].get("chat_template_kwargs") or {}).items() if v is not None}
+    options = template_options(test[0])
     config = describe_config(DPOConfig(output_dir=str(folder), **dpo_settings() | settings))
     identity = {
         "model": [public_name(model), base_hash(model)],
@@ -278,7 +309,7 @@ def sweep_beta(
     info = {"identity": identity, "versions": versions(), "machine": machine()}
     sweep = _open(folder, info)
     if asked and "reference" not in sweep.info:
-        replies = _sample(model, tokenizer, asked, max_new_tokens, 0, template_options)
+        replies = _sample(model, tokenizer, asked, max_new_tokens, 0, options)
         sweep.info["reference"] = _describe(replies)
     done = set() if sweep.table.empty else set(sweep.finished[["beta", "seed"]].itertuples(index=False, name=None))
     todo = [(beta, seed) for seed in seeds for beta in betas if (beta, seed) not in done]
@@ -301,7 +332,7 @@ def sweep_beta(
             begin = time.monotonic()
             if asked:
                 print(f"Sampling {2 * len(asked)} replies ...", flush=True)
-                kl = sampled_kl(policy, tokenizer, asked, max_new_tokens=max_new_tokens, seed=seed, **template_options)
+                kl = sampled_kl(policy, tokenizer, asked, max_new_tokens=max_new_tokens, seed=seed, **options)
                 row |= {"kl": kl.kl, "kl_error": kl.error} | _describe(kl.replies)
             row |= {"sampling_seconds": time.monotonic() - begin, "status": "finished"}
             gaps = run.held_out.log_ratio_gap.to_numpy()
@@ -346,6 +377,14 @@ def compare_accuracy(sweep: Sweep, beta: float, other: float, comparisons: int =
 
     Both saw the same pairs, so they are compared pair by pair, each averaged over its seeds: what makes a pair hard
     for both drops out. The level is shared out over the comparisons (Bonferroni).
+
+    Args:
+        sweep: with finished runs of both.
+        beta, other: two of its betas.
+        comparisons: how many such are made together.
+
+    Returns:
+        (difference, lower end, upper end), as shares of pairs.
     """
     right = (sweep.gaps > 0).T.groupby(level=0).mean().T  # share of seeds, a row for each pair, a column for each beta
     difference = right[beta] - right[other]
@@ -358,7 +397,13 @@ def recommend(sweep: Sweep) -> Recommendation:
     """The beta that the measurements speak for; the usual one where they do not tell it from the others.
 
     Held-out accuracy decides, where its difference from the usual beta's is larger than chance. Drift is named beside
-    it. Raises UserError where no run finished.
+    it.
+
+    Args:
+        sweep: one with a finished run, or more.
+
+    Raises:
+        UserError: no run finished.
     """
     table = sweep.finished
     if table.empty:

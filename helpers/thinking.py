@@ -13,10 +13,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from datasets import Dataset
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
 from helpers.checks import Finding
@@ -66,6 +68,7 @@ class ThinkBoundary:
 
     @property
     def one_token(self) -> bool:
+        """Whether the model has both tags as tokens."""
         return len(self.open_ids) == len(self.close_ids) == 1
 
 
@@ -92,23 +95,24 @@ def _template_kwargs(enable_thinking: bool | None) -> dict:
     return {} if enable_thinking is None else {"enable_thinking": enable_thinking}
 
 
-def _render(tokenizer, messages: list[dict], **kwargs) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **kwargs: Any) -> str:
     if not tokenizer.chat_template:
         raise UserError("This tokenizer has no chat template: take the instruct version of the model, or set one.")
     return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
 
 
-def _generation_end(tokenizer, enable_thinking: bool | None) -> str:
+def _generation_end(tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | None) -> str:
     """What the template adds after the conversation for the model to go on from."""
     messages, kwargs = [{"role": "user", "content": "Hi"}], _template_kwargs(enable_thinking)
     without = _render(tokenizer, messages, **kwargs)
     return _render(tokenizer, messages, add_generation_prompt=True, **kwargs)[len(without) :]
 
 
-def think_boundary(tokenizer, enable_thinking: bool | None = None) -> ThinkBoundary:
+def think_boundary(tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | None = None) -> ThinkBoundary:
     """How this model opens and closes a thought, read from its tokens and its chat template.
 
     Args:
+        tokenizer: the model's.
         enable_thinking: passed to the chat template where it is not None (hybrid models have this switch).
 
     Raises:
@@ -129,7 +133,7 @@ def think_boundary(tokenizer, enable_thinking: bool | None = None) -> ThinkBound
     )
 
 
-def _pieces(text_or_ids: str | Sequence[int], tokenizer) -> list[str]:
+def _pieces(text_or_ids: str | Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Text, tag, text, tag, ..., text; up to the end of the turn."""
     if not isinstance(text_or_ids, str):
         ids = [int(i) for i in text_or_ids]
@@ -149,7 +153,9 @@ def _pieces(text_or_ids: str | Sequence[int], tokenizer) -> list[str]:
     return re.split(f"({OPEN}|{CLOSE})", text_or_ids)
 
 
-def split_thinking(text_or_ids: str | Sequence[int], tokenizer, opened: bool | None = None) -> Thinking:
+def split_thinking(
+    text_or_ids: str | Sequence[int], tokenizer: PreTrainedTokenizerBase, opened: bool | None = None
+) -> Thinking:
     """A reply's thought and answer.
 
     The last tag decides: where it opens, the thought never closes and there is no answer; else the answer is what
@@ -157,6 +163,7 @@ def split_thinking(text_or_ids: str | Sequence[int], tokenizer, opened: bool | N
 
     Args:
         text_or_ids: one reply, without its prompt, as text or token ids; what follows the end of the turn is left out.
+        tokenizer: of the model that replied.
         opened: whether the prompt ended inside a thought. Default: what the model's generation prompt does. Pass False
             for the content of a message, which carries both tags.
     """
@@ -196,7 +203,7 @@ def split_thinking(text_or_ids: str | Sequence[int], tokenizer, opened: bool | N
 
 
 def load_thinking_pairs(path: str | Path = BUNDLED) -> list[dict]:
-    """Thinking pairs from a JSONL file, by default the 72 that come with the project; `origin` is file and line.
+    """Thinking pairs from the JSONL file at `path`, by default the 72 of this project; `origin` is file and line.
 
     Those were written for this project by a language model, which read them through critically twice; no person has.
     There are 12 for each of six topics, with six flaws, and in 66 of them both sides think, at like length.
@@ -232,7 +239,9 @@ def load_thinking_pairs(path: str | Path = BUNDLED) -> list[dict]:
     return pairs
 
 
-def render_thinking(pairs: Iterable[dict], tokenizer, enable_thinking: bool | None = None) -> Dataset:
+def render_thinking(
+    pairs: Iterable[dict], tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | None = None
+) -> Dataset:
     """Thinking pairs as conversations, in the form of `load_pairs`, for this model's chat template.
 
     Prompt + completion then carries exactly one `<think>...</think>`, and the prompt stays a token prefix:
@@ -245,6 +254,14 @@ def render_thinking(pairs: Iterable[dict], tokenizer, enable_thinking: bool | No
       (two newlines are one token): its thought is "...".
 
     Earlier turns of a prompt are left to the template, which treats them as it does at inference.
+
+    Args:
+        pairs: as `load_thinking_pairs` gives them.
+        tokenizer: of the model that they are for.
+        enable_thinking: of a hybrid model: whether its prompt opens a thought, or holds an empty one.
+
+    Returns:
+        Pairs in the form of `load_pairs`, with the columns flaw, topic, answer and origin.
 
     Raises:
         UserError: `enable_thinking` for a model whose template has no such switch.
@@ -377,7 +394,7 @@ def _tagged(text: str) -> bool:
     return OPEN in text or CLOSE in text or _SPELLINGS.search(text) is not None
 
 
-def _prompt_codes(prompt: str | list[dict], tokenizer) -> set[str]:
+def _prompt_codes(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """What is wrong in the turns before the reply. Earlier thoughts are the template's business if they are whole."""
     if isinstance(prompt, str):  # rendered already: it may end in an open thought, or in an empty one
         return {"think_in_prompt"} if _tagged(re.sub(rf"{OPEN}\s*(?:{CLOSE}\s*)?$", "", prompt)) else set()
@@ -390,7 +407,9 @@ def _prompt_codes(prompt: str | list[dict], tokenizer) -> set[str]:
     return codes
 
 
-def check_thinking(pairs: Iterable[dict], tokenizer, max_length: int | None = None) -> list[Finding]:
+def check_thinking(
+    pairs: Iterable[dict], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> list[Finding]:
     """What is wrong with the thoughts of these pairs, for a report of `check_pairs`: `report.add(check_thinking(...))`.
 
     Looks at each message as it is written and, where that is in order, at what the chat template makes of it: the
@@ -399,7 +418,11 @@ def check_thinking(pairs: Iterable[dict], tokenizer, max_length: int | None = No
     Args:
         pairs: rows as `render_thinking` and `load_pairs` give them; also prompt, chosen and rejected as plain text,
             as they stand for the trainer, template and all.
+        tokenizer: of the model that they are for.
         max_length: tokens of prompt + completion that the trainer keeps.
+
+    Returns:
+        One finding for each thing that is wrong, with the rows that show it; none where all is well.
 
     Raises:
         UserError: rows without the columns prompt, chosen and rejected.
@@ -432,7 +455,7 @@ def check_thinking(pairs: Iterable[dict], tokenizer, max_length: int | None = No
 
 
 def _side_codes(
-    row: dict, side: str, tokenizer, boundary: ThinkBoundary, max_length: int | None
+    row: dict, side: str, tokenizer: PreTrainedTokenizerBase, boundary: ThinkBoundary, max_length: int | None
 ) -> tuple[set[str], bool]:
     """The codes of what is wrong with one side, and whether it thinks."""
     prompt, reply = row["prompt"], row[side]
@@ -475,12 +498,13 @@ def _side_codes(
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def thought_table(replies: Sequence[Reply], answers: Sequence[str], tokenizer) -> pd.DataFrame:
+def thought_table(replies: Sequence[Reply], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
     """What a program can say of the thoughts in these replies; the means of its columns are a model's figures.
 
     Args:
         replies: as `generate_replies` gives them.
         answers: what each answer must say (the field `answer` of a pair), in the order of `replies`.
+        tokenizer: of the model that replied.
 
     Returns:
         One row for each reply: well_formed (one whole thought, then the answer, no other tag), closed (whatever else

@@ -14,20 +14,33 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import trl
 import unsloth
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from helpers.checks import check_pairs
+from helpers.cards import model_card
+from helpers.checks import MAX_PROMPT_LENGTH, check_pairs
 from helpers.errors import UserError
 from helpers.files import write_json
-from helpers.memory import ESTIMATE_MARGIN, estimate_for, free_memory, is_out_of_memory, pair_lengths
+from helpers.memory import ESTIMATE_MARGIN, estimate_for, free_memory, is_out_of_memory
 from helpers.models import Profile, current_profile, public_name
 from helpers.pairs import quiet_progress
 from helpers.runs import Run, describe_config, machine, read_info, save_adapter, save_run, set_aside, versions
@@ -38,6 +51,7 @@ from helpers.scoring import (
     fingerprint,
     held_out_table,
     is_fresh,
+    pair_lengths,
     pair_logps,
     preference_metrics,
     reference_logps,
@@ -48,12 +62,9 @@ from helpers.shared_prompt import share_prompts
 
 # ---------------------------------------------------------------------------------------------- settings
 
-# Tokens of a prompt, the template's marks included. A longer one leaves too little of max_length to the answers.
-MAX_PROMPT_LENGTH = 256
-
 # Arguments of older TRL versions that much teaching material still passes, and what to do instead.
 GONE = {
-    "max_prompt_length": "prompts are capped by check_pairs(max_prompt_length=256)",
+    "max_prompt_length": f"prompts are capped by check_pairs(max_prompt_length={MAX_PROMPT_LENGTH})",
     "max_completion_length": "max_length caps prompt and completion together",
     "rpo_alpha": 'use loss_type=["sigmoid", "sft"] with loss_weights',
     "reference_free": "leave it out; DPO always needs its reference",
@@ -62,7 +73,7 @@ GONE = {
 }
 
 
-def _check_report_to(report_to) -> None:
+def _check_report_to(report_to: str | list[str] | None) -> None:
     """Raise UserError for TensorBoard where it is not installed; transformers would raise three libraries down."""
     wanted = [report_to] if isinstance(report_to, str) else list(report_to or [])
     found = any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX"))
@@ -70,8 +81,8 @@ def _check_report_to(report_to) -> None:
         raise UserError('report_to="tensorboard" needs a package that is not here: `pip install tensorboard`.')
 
 
-def check_settings(names) -> None:
-    """Raise UserError for a name that DPOConfig does not know, with the nearest one that it does.
+def check_settings(names: Iterable[str]) -> None:
+    """Raise UserError where one of these `names` is none that DPOConfig knows; it gives the nearest one that is.
 
     TRL itself raises a TypeError here, but on a GPU Unsloth's DPOConfig prints a line and goes on without the
     setting, so that a misspelt beta trains with the default.
@@ -86,15 +97,29 @@ def check_settings(names) -> None:
 
 
 class DPOConfig(trl.DPOConfig):
-    """TRL's DPOConfig, which refuses settings that it does not know on a CPU and a GPU alike."""
+    """TRL's DPOConfig, which refuses settings that it does not know on a CPU and a GPU alike.
 
-    def __init__(self, *args, **settings):
+    What each setting is and its default: `help(trl.DPOConfig)`, or TRL's documentation.
+
+    Raises:
+        UserError: a name that DPOConfig does not have, with what to write in its place.
+    """
+
+    def __init__(self, *args: Any, **settings: Any):
         check_settings(settings)
         super().__init__(*args, **settings)
 
 
 def dpo_settings(profile: Profile | None = None, *, thinking: bool = False) -> dict:
-    """The settings that `train_dpo` starts from on this kind of machine; each stands beside its reason."""
+    """The settings that `train_dpo` starts from on this kind of machine; each stands beside its reason in the source.
+
+    Args:
+        profile: left out, that of this machine (`current_profile`).
+        thinking: whether `max_length` is the profile's for thinking pairs, which are longer.
+
+    Returns:
+        Arguments of DPOConfig by name: `DPOConfig(output_dir=..., **dpo_settings())`.
+    """
     profile = profile or current_profile()
     common = {
         "beta": 0.1,  # the paper's value for dialogue (section 6) and TRL's default
@@ -133,13 +158,17 @@ def dpo_settings(profile: Profile | None = None, *, thinking: bool = False) -> d
 # ---------------------------------------------------------------------------------------------- the trainer
 
 
-class TextProgress(TrainerCallback):
+class _TextProgress(TrainerCallback):
     """One line of text for each logging step: no bar, no widget, readable in a saved notebook."""
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.begin, self.first = time.monotonic(), state.global_step
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs: Any
+    ) -> None:
         if not state.is_world_process_zero or "loss" not in logs:
             return
         seconds = time.monotonic() - self.begin
@@ -151,7 +180,9 @@ class TextProgress(TrainerCallback):
             flush=True,
         )
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero and "eval_rewards/accuracies" in metrics:
             print(
                 f"held out at step {state.global_step}:   loss {metrics['eval_loss']:.3f}   "
@@ -160,19 +191,33 @@ class TextProgress(TrainerCallback):
             )
 
 
-def text_progress(trainer) -> None:
-    """Replace the trainer's bars and printed dictionaries by `TextProgress`."""
+def text_progress(trainer: Trainer) -> None:
+    """Make `trainer` print one line of text a logging step, in place of its bars and printed dictionaries."""
     for callback in list(trainer.callback_handler.callbacks):
         # The notebook's callback is known by name: its module needs IPython, which a script need not have.
-        if isinstance(callback, (ProgressCallback, PrinterCallback, TextProgress)) or (
+        if isinstance(callback, (ProgressCallback, PrinterCallback, _TextProgress)) or (
             type(callback).__name__ == "NotebookProgressCallback"
         ):
             trainer.remove_callback(callback)
-    trainer.add_callback(TextProgress())
+    trainer.add_callback(_TextProgress())
 
 
-def make_trainer(model, tokenizer, train: Dataset, test: Dataset | None, config, callbacks=()) -> trl.DPOTrainer:
-    """A DPOTrainer whose reference log-probs stand in the data (`with_reference`), so it needs no reference model."""
+def make_trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    test: Dataset | None,
+    config: trl.DPOConfig,
+    callbacks: Iterable[TrainerCallback] = (),
+) -> trl.DPOTrainer:
+    """A DPOTrainer whose reference log-probs stand in the data, so it needs no reference model.
+
+    Args:
+        model, tokenizer: the policy, with its LoRA adapter, and its tokenizer.
+        train, test: pairs with the columns of `with_reference`; without `test` nothing is evaluated.
+        config: in full; `dpo_settings` gives what is usual on this machine.
+        callbacks: of transformers, beside the one that prints a line a logging step.
+    """
     # On a GPU Unsloth checkpoints as the adapter was made, whatever the config says; here the config decides.
     made = getattr(model, "_unsloth_gradient_checkpointing", None)
     if model.device.type != "cpu" and made is not None and bool(made) != config.gradient_checkpointing:
@@ -202,7 +247,7 @@ def make_trainer(model, tokenizer, train: Dataset, test: Dataset | None, config,
 class _Checkpoints(TrainerCallback):
     """Marks each checkpoint as complete, with its files' sizes; one without such a mark was cut short."""
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         write_json(folder / "complete.json", {f.name: f.stat().st_size for f in folder.iterdir() if f.is_file()})
 
@@ -227,7 +272,7 @@ class _StopAtStep(TrainerCallback):
 
     asked = False
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.asked:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
@@ -239,7 +284,7 @@ class _StopAtStep(TrainerCallback):
             return
         previous = signal.getsignal(signal.SIGINT)
 
-        def stop(number, frame):
+        def stop(number: int, frame: Any) -> None:
             self.asked = True
             signal.signal(signal.SIGINT, previous)
             print("Stopping after this step; press again to stop at once.", flush=True)
@@ -251,13 +296,15 @@ class _StopAtStep(TrainerCallback):
             signal.signal(signal.SIGINT, previous)
 
 
-def _checked(train: Dataset, test: Dataset, tokenizer, max_length: int) -> tuple[Dataset, Dataset, dict[str, int]]:
+def _checked(
+    train: Dataset, test: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[Dataset, Dataset, dict[str, int]]:
     """Both sets, with long prompts shortened as check_pairs says, and what was found in the first: code to count.
 
     Raises UserError for what would spoil training or a measurement.
     """
-    report = check_pairs(train, tokenizer, max_length, MAX_PROMPT_LENGTH, test=test)
-    held_out = check_pairs(test, tokenizer, max_length, MAX_PROMPT_LENGTH)
+    report = check_pairs(train, tokenizer, max_length, test=test)
+    held_out = check_pairs(test, tokenizer, max_length)
     report.raise_for_errors()
     held_out.raise_for_errors()
     return report.pairs, held_out.pairs, {finding.code: finding.count for finding in report.findings}
@@ -291,7 +338,7 @@ def _difference(before: dict, info: dict) -> str:
     return "; ".join(changed[:3]) or "another adapter to start from"
 
 
-def _savings(model, ids: Dataset, values: dict) -> str:
+def _savings(model: PeftModel, ids: Dataset, values: dict) -> str:
     """What to change where memory is short, each with what it saves by the estimate."""
     size, pieces, lengths = (
         values["per_device_train_batch_size"],
@@ -315,7 +362,7 @@ def _savings(model, ids: Dataset, values: dict) -> str:
     return "\n".join(lines)
 
 
-def _check_memory(model, ids: Dataset, values: dict, folder: Path, info: dict) -> None:
+def _check_memory(model: PeftModel, ids: Dataset, values: dict, folder: Path, info: dict) -> None:
     """Say so where training needs more than is free; refuse where it needs far more."""
     need, free = info["memory_gb"].values()
     if need < free:
@@ -328,17 +375,17 @@ def _check_memory(model, ids: Dataset, values: dict, folder: Path, info: dict) -
 
 
 def train_dpo(
-    model,
-    tokenizer,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
     train: Dataset,
     test: Dataset,
     folder: str | Path,
     *,
-    ref_model=None,
+    ref_model: PreTrainedModel | PeftModel | None = None,
     early_stopping: int | None = None,
     replace: bool = False,
     thinking: bool = False,
-    **settings,
+    **settings: Any,
 ) -> Run:
     """Train the model's LoRA adapter with DPO and leave a run folder.
 
@@ -350,11 +397,19 @@ def train_dpo(
 
     Args:
         model: a model with a LoRA adapter (`add_lora`); trained in place. Left as it was where the run is not finished.
-        train, test: pairs in the form that `load_pairs` gives; no prompt should be in both.
+        tokenizer: the model's, as `load_model` gives it.
+        train, test: pairs in the form that `load_pairs` gives; no prompt may be in both. Prompts of more than 256
+            tokens are shortened from the left by whole turns, or left out (`check_pairs`).
         folder: of the run, e.g. `output_folder("train")`.
+        ref_model: the reference, where it is another model; loaded like `model`, with the same tokenizer.
         early_stopping: stop after so many evaluations without a better held-out loss.
         replace: start anew where `folder` holds another run; the old one is kept beside it as `NAME.old-1` and so on.
-        settings: DPOConfig settings that differ from `dpo_settings()`.
+        thinking: whether `max_length` is the profile's for thinking pairs.
+        settings: DPOConfig settings that differ from `dpo_settings()`: beta, learning_rate, num_train_epochs ...
+
+    Returns:
+        The run: `run.metrics` has the held-out figures, `run.history` the logged steps, `run.adapter` the folder of the
+        trained adapter. The README.md in its folder is a model card.
 
     Raises:
         UserError: no adapter, a setting that TRL does not know, errors in the pairs, another run in the folder, too
@@ -488,7 +543,7 @@ def train_dpo(
         "reference_seconds": reference_seconds,
         "train_seconds": train_seconds,
     }
-    history = trainer.state.log_history
     info |= {"status": "finished", "steps": trainer.state.global_step, "end": adapter_hash(model)}
-    save_run(folder, model, tokenizer, info, history, metrics, table)
+    run = Run(folder, info, trainer.state.log_history, metrics, table)
+    save_run(run, model, tokenizer, model_card(run, "run"))
     return Run.load(folder)

@@ -33,7 +33,7 @@ def share(batch: int, largest: int, processes: int) -> tuple[int, int]:
 
 
 def last_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint whose last file was written to its end; one that was cut short is passed over."""
+    """The newest checkpoint in `output` whose last file is whole; one that was cut short is passed over."""
     found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for folder in reversed(found):
         try:
@@ -59,6 +59,7 @@ def model_folder(name: str) -> str:
 
 
 def main() -> None:
+    """Read `dpo.yaml` and the command line, share the batch out, and hand over to TRL's script."""
     if not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # or accelerate would not join the processes
         # TRL's fused LM head is a Triton kernel, which no CPU runs. Unsloth replaces it, if it is imported before.

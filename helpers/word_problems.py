@@ -334,7 +334,7 @@ def make_thinking_pairs(n: int, seed: int = 0) -> list[dict]:
 
 
 def is_right(answer: str | None, expected: str) -> bool:
-    """Whether an answer says what it must (the field `answer` of a pair).
+    """Whether an answer says what it must: what is `expected`, the field `answer` of a pair.
 
     A number: the last number of the answer is that one. One of NAMES or DAYS: it is the only one named. A date such
     as "May 7": it occurs, in either order. Other words: they occur. None (a thought that never closed) is not right.

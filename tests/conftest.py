@@ -11,6 +11,7 @@ for name in ("DPO_PROFILE", "DPO_MODEL", "DPO_THINKING_MODEL", "DPO_DATA", "DPO_
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import helpers  # noqa: E402
+from helpers import training  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +23,19 @@ def tokenizer():
 def base():
     """(model, tokenizer) of the embedded model, loaded once; tests that train it must `unload()` their adapter."""
     return helpers.load_model("embedded")
+
+
+@pytest.fixture
+def with_callback(monkeypatch):
+    """A function that gives a callback to every trainer that `train_dpo` makes afterwards; None takes it away again."""
+    real = training.make_trainer
+
+    def give(callback) -> None:
+        def make(*args):
+            trainer = real(*args)
+            trainer.add_callback(callback)
+            return trainer
+
+        monkeypatch.setattr(training, "make_trainer", real if callback is None else make)
+
+    return give

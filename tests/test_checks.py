@@ -1,6 +1,5 @@
 """The check: every finding on a file made for it, the same tokens as TRL's trainer, and what is done about it."""
 
-import ast
 import copy
 import random
 from html.parser import HTMLParser
@@ -372,9 +371,3 @@ def test_what_can_not_be_checked(tokenizer):
 def test_one_long_text_does_not_stop_the_check(tokenizer):
     report = check_pairs(load_pairs([pair(), pair("How?", "x" * 1_000_000, "y")]), tokenizer)
     assert found(report, "over_max_length") == [1]
-
-
-def test_checks_know_neither_training_nor_thinking():
-    tree = ast.parse(Path(checks.__file__).read_text())
-    rooms = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "helpers" in node.module}
-    assert rooms == {"helpers.errors", "helpers.pairs"}

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import helpers
 from helpers import UserError, export, export_run, load_pairs, trl_dpo
+from helpers.cards import model_card
 from helpers.runs import Run
 from helpers.scoring import pair_logps
 from helpers.training import train_dpo
@@ -188,7 +189,7 @@ def test_nothing_is_overwritten(run, tmp_path, monkeypatch):
     export_run(run, "adapter", folder, replace=True)
     assert (tmp_path / "adapter.old-1" / "note.txt").read_text() == "mine"
     export_run(run, "adapter", folder, replace=True)  # nothing in it but an export: none is kept
-    monkeypatch.setattr(export, "_card", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(export, "model_card", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="No space left"):
         export_run(run, "adapter", folder, replace=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "adapter.old-1"]
@@ -207,6 +208,16 @@ def test_card_names_data_settings_figures_and_licences(run, tmp_path):
     card = (export_run(other, "adapter", tmp_path / "other") / "README.md").read_text()
     assert "license" not in yaml.safe_load(card.split("---")[1])
     assert "state it before you publish" in card
+    # A JSON list under that name, whose rows have no lines.
+    rows = run.held_out.assign(origin=[f"pairs.jsonl row {row + 1}" for row in range(len(run.held_out))])
+    assert "state it before you publish" in model_card(dataclasses.replace(run, held_out=rows), "run")
+
+
+@pytest.mark.slow
+def test_run_folder_has_the_same_card(run):
+    card = (run.folder / "README.md").read_text(encoding="utf-8")
+    assert card == model_card(run, "run")
+    assert "`Run.load`" in card and str(run.folder.parent) not in card
 
 
 @pytest.mark.slow

@@ -14,10 +14,11 @@ from datasets import Dataset
 import helpers
 from helpers import UserError, compare_generations, implicit_rewards, inspection, plots, token_rewards, train_dpo
 from helpers.generation import generate_replies
-from helpers.inspection import open_run, visible
+from helpers.inspection import open_run
 from helpers.pairs import load_pairs
 from helpers.runs import Run
 from helpers.scoring import pair_logps
+from helpers.text import visible
 
 pytest_slow = pytest.mark.slow
 SHORT = {

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import helpers
-from helpers import UserError, plots, scoring, training
+from helpers import UserError, plots, scoring
 from helpers.pairs import load_pairs
 from helpers.sweep import Sweep, _add, compare_accuracy, recommend, sampled_kl, sweep_beta
 from helpers.training import train_dpo
@@ -159,25 +159,18 @@ class PressStop(TrainerCallback):
 
 @pytest_slow
 def test_more_betas_and_seeds_add_to_it_and_an_interruption_loses_nothing(
-    made, base, pairs, monkeypatch, capsys, recwarn
+    made, base, pairs, with_callback, capsys, recwarn
 ):
     call = {"folder": made.folder} | SAMPLING | SHORT
     reference = sorted(made.folder.parent.glob("cache/reference/*"))
     assert len(reference) == 2  # of the training and the held-out pairs, for all betas
     first = [json.loads((made.folder / "beta-1-seed-0" / "run.json").read_text())]
-    real = training.make_trainer
-
-    def stopped(*args):
-        trainer = real(*args)
-        trainer.add_callback(PressStop())
-        return trainer
-
-    monkeypatch.setattr(training, "make_trainer", stopped)
+    with_callback(PressStop())
     with pytest.raises(KeyboardInterrupt):
         sweep_beta(*base, *pairs, betas=(1.0, 0.3), seeds=(0, 1), **call)
     assert "run 1 of 3: beta 0.3, seed 0" in capsys.readouterr().out
     assert len(Sweep.load(made.folder).table) == 3
-    monkeypatch.setattr(training, "make_trainer", real)
+    with_callback(None)
     sweep = sweep_beta(*base, *pairs, betas=(1.0, 0.3), seeds=(0, 1), **call)
     out = capsys.readouterr().out
     assert "Resuming from step 2" in out and "run 3 of 3: beta 0.3, seed 1, about" in out

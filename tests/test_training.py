@@ -346,7 +346,9 @@ class TakeAllMemory(TrainerCallback):
 
 
 @pytest_slow
-def test_out_of_memory_is_answered_with_what_each_change_saves(policy, pairs, cache, tmp_path, monkeypatch, capsys):
+def test_out_of_memory_is_answered_with_what_each_change_saves(
+    policy, pairs, cache, with_callback, tmp_path, monkeypatch, capsys
+):
     policy, tokenizer = policy
     initial = {name: value.clone() for name, value in get_peft_model_state_dict(policy).items()}
     call = {"folder": tmp_path / "run"} | SHORT | {"max_steps": 1, "per_device_train_batch_size": 8}
@@ -360,14 +362,7 @@ def test_out_of_memory_is_answered_with_what_each_change_saves(policy, pairs, ca
     # Near the limit it is tried, with a warning; a run that kept nothing is in nobody's way.
     needed = json.loads((tmp_path / "run" / "run.json").read_text())["memory_gb"]["needed"]
     monkeypatch.setattr(training, "free_memory", lambda device: needed * 0.9e9)
-    real = training.make_trainer
-
-    def make(*args):
-        trainer = real(*args)
-        trainer.add_callback(TakeAllMemory())
-        return trainer
-
-    monkeypatch.setattr(training, "make_trainer", make)
+    with_callback(TakeAllMemory())
     with pytest.raises(UserError, match="Out of memory(?s:.*)the same effective batch"):
         train_dpo(policy, tokenizer, *pairs, **call, beta=0.2)
     assert "It may not fit" in capsys.readouterr().out
@@ -444,26 +439,18 @@ class PressStop(TrainerCallback):
 
 
 @pytest_slow
-def test_ctrl_c_saves_restores_and_resumes(policy, pairs, cache, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_saves_restores_and_resumes(policy, pairs, cache, with_callback, tmp_path, capsys):
     policy, tokenizer = policy
     fresh = {name: value.clone() for name, value in get_peft_model_state_dict(policy).items()}
     whole = train_dpo(policy, tokenizer, *pairs, tmp_path / "whole", **SHORT)
     final = {name: value.clone() for name, value in get_peft_model_state_dict(policy).items()}
     training.set_peft_model_state_dict(policy, fresh)
-
-    real = training.make_trainer
-
-    def stopped(*args):
-        trainer = real(*args)
-        trainer.add_callback(PressStop())
-        return trainer
-
-    monkeypatch.setattr(training, "make_trainer", stopped)
+    with_callback(PressStop())
     with pytest.raises(KeyboardInterrupt):
         train_dpo(policy, tokenizer, *pairs, tmp_path / "run", **SHORT)
     assert "Stopped and saved at step 3 of 4" in capsys.readouterr().out
     assert all(torch.equal(value, fresh[name]) for name, value in get_peft_model_state_dict(policy).items())
-    monkeypatch.setattr(training, "make_trainer", real)
+    with_callback(None)
     run = train_dpo(policy, tokenizer, *pairs, tmp_path / "run", **SHORT)
     assert "Resuming from step 3" in capsys.readouterr().out
     assert losses(run) == losses(whole)
