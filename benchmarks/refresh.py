@@ -29,7 +29,7 @@ LIMIT = 500_000  # bytes of a notebook; a repository page refuses large ones
 # What tqdm writes: a bar, or a count with its time and rate.
 _BAR = re.compile(r"\d+%\|.*\||\[[\d:]+(<[\d:?]+)?, .*/\w+\]\s*$|[\u2588-\u258f]")
 _PATH = re.compile(r"(?<![\w.~</:-])/(?:[\w.-]+/)+[\w.-]+|\b[A-Z]:\\+\w")
-_WARNING = re.compile(r"\w+Warning:|DeprecationWarning|^WARNING", re.MULTILINE)
+_WARNING = re.compile(r"\b\w+Warning:|^WARNING", re.MULTILINE)
 
 
 def fingerprint(notebook) -> str:
@@ -44,6 +44,16 @@ def _settled(text: str) -> str:
     return "\n".join(line for line in lines if not _BAR.search(line))
 
 
+def _merged(outputs: list) -> list:
+    merged = []
+    for output in outputs:
+        if output.output_type == "stream" and merged and merged[-1].get("name") == output.name:
+            merged[-1].text += output.text
+        else:
+            merged.append(output)
+    return merged
+
+
 def clean(notebook) -> None:
     """Outputs as a page shows them: streams in one piece and without bars, pictures small, no trace of the run."""
     notebook.metadata.pop("widgets", None)
@@ -51,19 +61,15 @@ def clean(notebook) -> None:
         if cell.cell_type != "code":
             continue
         cell.metadata.pop("execution", None)
-        merged = []
-        for output in cell.outputs:
-            if output.output_type == "stream" and merged and merged[-1].get("name") == output.name:
-                merged[-1].text += output.text
-            else:
-                merged.append(output)
-        for output in merged:
+        outputs = _merged(cell.outputs)
+        for output in outputs:
             if output.output_type == "stream":
                 output.text = _settled(output.text)
             elif "image/png" in output.get("data", {}):
                 picture = base64.b64decode(output.data["image/png"])
                 output.data["image/png"] = base64.b64encode(small_png(picture)).decode()
-        cell.outputs = [output for output in merged if output.output_type != "stream" or output.text]
+        # Merged again, since a bar may have stood between two pieces.
+        cell.outputs = _merged([o for o in outputs if o.output_type != "stream" or o.text.strip()])
 
 
 def _texts(cell) -> list[str]:
