@@ -1,10 +1,10 @@
-# make setup | run | test | fast | lab | lint | lock | newest
+# make setup | run | refresh | test | fast | lab | lint | lock | newest
 PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 
-.PHONY: setup run test fast lab lint lock newest
+.PHONY: setup run refresh test fast lab lint lock newest chromium
 
 setup: $(VENV)/installed
 
@@ -20,8 +20,20 @@ run: setup
 	mkdir -p outputs/notebooks
 	$(BIN)/jupyter nbconvert --to notebook --execute --output-dir outputs/notebooks $(NOTEBOOKS)
 
+# Executes the notebooks and writes them in place, with what they print and draw: what is committed.
+# Some of them: make refresh NOTEBOOKS=notebooks/01_setup.ipynb (06 goes on from the run of 03: name both).
+refresh: setup
+	$(BIN)/python benchmarks/refresh.py $(NOTEBOOKS)
+
+# The browser for tests/test_jupyterlab.py, which skips where there is none (in CI it fails).
+chromium:
+	@command -v chromium >/dev/null || { \
+	  test "$$(id -u)" = 0 || sudo="sudo -n"; \
+	  $$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends chromium; \
+	} || echo "Chromium could not be installed."
+
 # The notebooks get an output folder of their own, so that they train and do not load an earlier run.
-test: setup
+test: setup chromium
 	$(BIN)/python -m pytest --cov=helpers
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
 	  DPO_OUTPUT_DIR="$$folder" $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 --durations=0 notebooks

@@ -133,6 +133,10 @@ def kept_update(model: PeftModel, dtype: torch.dtype = torch.float16) -> float:
 
     For the weights W and their updates D, the part of the rounded change that lies along D: (round(W + D) - W)·D / D·D,
     over all layers. 1 where nothing is lost; 0 where every weight rounds back to what it was.
+
+    Args:
+        model: base and adapter, not merged.
+        dtype: what the merged weights are rounded to.
     """
     kept = whole = 0.0
     with torch.no_grad():
@@ -146,7 +150,7 @@ def kept_update(model: PeftModel, dtype: torch.dtype = torch.float16) -> float:
 
 
 def merged_model(run: Run) -> tuple[PreTrainedModel, float]:
-    """(model, kept): the base model in float16 with the adapter added into its weights, for plain transformers.
+    """(model, kept): the base model of `run` in float16, the adapter added into its weights, for plain transformers.
 
     float16, not bfloat16, though most base models are stored in that: an update is small beside its weight, and
     bfloat16's coarser steps (8 significant bits, not 11) would round much of it away. `kept` says how much of it

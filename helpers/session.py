@@ -68,6 +68,8 @@ def _quiet_loading() -> None:
 
     disable_progress_bar()  # takes the hub's bars along
     enable_progress_bars()
+    # Unsloth sets this for a library that the hub no longer uses; in a process started from here it only warns.
+    os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)
 
 
 load_settings()

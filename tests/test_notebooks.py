@@ -1,10 +1,16 @@
 """The committed notebooks: valid, portable, and with the parts that each of them has."""
 
+import base64
+import io
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
+from nbformat import v4
+from PIL import Image
+
+from benchmarks.refresh import faults, fingerprint, refresh
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -48,3 +54,105 @@ def test_parts_of_a_lesson(notebook):
     headings = re.findall(r"^#+ (.+)$", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"), re.M)
     assert {"Recap", "Exercises", "Solutions"} <= set(headings)
     assert headings[0].startswith(tuple("0123456789"))
+
+
+def test_outputs_are_complete_and_of_this_source(notebook):
+    assert faults(notebook) == [], "make refresh"
+
+
+CELLS = [
+    "print('trl 1.15.0, CPU x86_64, 2 threads')\nprint('and more', flush=True)\nprint('to come')",
+    "import sys\nfrom tqdm import tqdm\nfor _ in tqdm(range(3)): pass\nprint('10%| read\\rdone', flush=True)",
+    "import matplotlib.pyplot as plt\nplt.plot([1, 2]);",
+]
+
+
+def written(folder: Path, *sources: str) -> Path:
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    cells = [v4.new_markdown_cell("# 07 Small"), *map(v4.new_code_cell, sources)]
+    nbformat.write(v4.new_notebook(cells=cells, metadata=metadata), folder / "07_small.ipynb")
+    return folder / "07_small.ipynb"
+
+
+@pytest.fixture(scope="module")
+def refreshed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refreshed")
+    path = written(folder, *CELLS)
+    refresh(path, folder / "rejected")
+    return path
+
+
+@pytest.fixture
+def small(refreshed):
+    return nbformat.read(refreshed, as_version=nbformat.NO_CONVERT)
+
+
+def test_refresh_writes_outputs_as_a_page_shows_them(small, refreshed):
+    lines, bar, figure = (cell.outputs for cell in small.cells[1:])
+    assert [output.text for output in lines] == ["trl 1.15.0, CPU x86_64, 2 threads\nand more\nto come\n"]
+    assert [(output.name, output.text) for output in bar] == [("stdout", "done\n")]
+    picture = Image.open(io.BytesIO(base64.b64decode(figure[0].data["image/png"])))
+    assert picture.mode == "P" and picture.width > 300
+    assert set(small.metadata) == {"kernelspec", "executed"}
+    assert faults(small) == []
+    assert list(refreshed.parent.iterdir()) == [refreshed]
+
+
+def test_a_notebook_that_fails_stays_as_it_was(tmp_path):
+    path = written(tmp_path, "1 + 1", "1 / 0")
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError, match=r"(?s)07_small.ipynb was left as it was.*cell 2 .*ZeroDivisionError"):
+        refresh(path, tmp_path / "rejected")
+    assert path.read_bytes() == before
+    executed = nbformat.read(tmp_path / "rejected" / path.name, as_version=4)
+    assert executed.cells[1].outputs[0].data["text/plain"] == "2"
+
+
+def shows(text: str, name: str = "stdout"):
+    return lambda cells: cells[2].outputs.append(v4.new_output("stream", name=name, text=text))
+
+
+def displays(**data: str):
+    data = {mime.replace("_", "/"): value for mime, value in data.items()}
+    return lambda cells: cells[3].outputs.append(v4.new_output("display_data", data=data))
+
+
+FAULTS = {
+    "not all executed": lambda cells: cells[2].update(execution_count=None),
+    "in order": lambda cells: cells[2].update(execution_count=7),
+    "belong to another source": lambda cells: cells[1].update(source=cells[1].source + " "),
+    "another source": lambda cells: cells.append(v4.new_code_cell("1", execution_count=4)),
+    "times of the run": lambda cells: cells[1].metadata.update(execution={"iopub.status.busy": "2026-01-01"}),
+    "an error": lambda cells: cells[1].outputs.append(v4.new_output("error", ename="E", evalue="", traceback=[])),
+    "a stream in pieces": shows("more"),
+    "a widget": lambda cells: displays(**{"application/vnd.jupyter.widget-view+json": "{}"})(cells),
+    "stderr": shows("something", "stderr"),
+    "a progress bar": shows("a\rb\n"),
+    "progress bar": shows("Map: 100%|          | 8/8 [00:00<00:00, 22.47 examples/s]"),
+    "bar": shows("\u2588\u258f"),
+    "a path of this machine": shows("see /home/somebody/outputs/run"),
+    "path of this machine": displays(text_html="<b>/opt/venv/lib/python3</b>"),
+    "of this machine": shows("C:\\Users"),
+    "a library's warning": shows("x.py:3: FutureWarning: gone soon"),
+    "no versions": lambda cells: cells[1].outputs.clear(),
+    "kB, at most 500": displays(text_plain="x" * 500_000),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_found(small, fault):
+    FAULTS[fault](small.cells)
+    assert [found for found in faults(small) if fault in found], faults(small)
+
+
+def test_state_of_widgets_is_found(small):
+    small.metadata.widgets = {}
+    assert faults(small) == ["state of widgets"]
+
+
+def test_the_fingerprint_is_of_code_in_its_order(small):
+    before = fingerprint(small)
+    small.cells[0].source = "# 07 Other words"
+    assert fingerprint(small) == before
+    small.cells[1], small.cells[2] = small.cells[2], small.cells[1]
+    assert fingerprint(small) != before

@@ -1,0 +1,178 @@
+"""Execute notebooks and write them in place, with all that they print and draw: python benchmarks/refresh.py FILES
+
+They run in order and share a new output folder, so that they train and that 06 finds the run of 03. A notebook is
+written when it has run to its end and `faults` finds nothing in it; one that fails stays as it was. Prints one JSON
+object as its last line: the seconds of each. All six take about 25 minutes on two CPU cores.
+"""
+
+import base64
+import hashlib
+import itertools
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellControlSignal, DeadKernelError
+
+from helpers.files import write_atomic
+from helpers.plots import small_png
+from helpers.runs import machine, versions
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 500_000  # bytes of a notebook; a repository page refuses large ones
+# What tqdm writes: a bar, or a count with its time and rate.
+_BAR = re.compile(r"\d+%\|.*\||\[[\d:]+(<[\d:?]+)?, .*/\w+\]\s*$|[\u2588-\u258f]")
+_PATH = re.compile(r"(?<![\w.~</:-])/(?:[\w.-]+/)+[\w.-]+|\b[A-Z]:\\+\w")
+_WARNING = re.compile(r"\b\w+Warning:|^WARNING", re.MULTILINE)
+
+
+def fingerprint(notebook) -> str:
+    """Hash of the code cells' sources in their order: the outputs are theirs. Prose can change without a new run."""
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
+
+
+def _settled(text: str) -> str:
+    # As a terminal shows it: what \r went back over is gone. A finished bar has nothing more to say.
+    lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
+    return "\n".join(line for line in lines if not _BAR.search(line))
+
+
+def _merged(outputs: list) -> list:
+    merged = []
+    for output in outputs:
+        if output.output_type == "stream" and merged and merged[-1].get("name") == output.name:
+            merged[-1].text += output.text
+        else:
+            merged.append(output)
+    return merged
+
+
+def clean(notebook) -> None:
+    """Outputs as a page shows them: streams in one piece and without bars, pictures small, no trace of the run."""
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        cell.metadata.pop("execution", None)
+        outputs = _merged(cell.outputs)
+        for output in outputs:
+            if output.output_type == "stream":
+                output.text = _settled(output.text)
+            elif "image/png" in output.get("data", {}):
+                picture = base64.b64decode(output.data["image/png"])
+                output.data["image/png"] = base64.b64encode(small_png(picture)).decode()
+        # Merged again, since a bar may have stood between two pieces.
+        cell.outputs = _merged([o for o in outputs if o.output_type != "stream" or o.text.strip()])
+
+
+def _texts(cell) -> list[str]:
+    """All that a cell shows in letters; pictures inside HTML are left out."""
+    texts = []
+    for output in cell.outputs:
+        data = output.get("data", {})
+        texts += [output.text] if output.output_type == "stream" else []
+        texts += [str(value) for mime, value in data.items() if not mime.startswith("image/")]
+    return [re.sub(r"data:image/\w+;base64,[\w+/=]+", "", text) for text in texts]
+
+
+def faults(notebook) -> list[str]:
+    """What is wrong with an executed notebook, in words; an empty list where it can be committed."""
+    found = []
+    cells = [(place, cell) for place, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+    if [cell.execution_count for _, cell in cells] != list(range(1, len(cells) + 1)):
+        found.append("cells were not all executed, in order, by a new kernel")
+    if notebook.metadata.get("executed") != fingerprint(notebook):
+        found.append("outputs belong to another source")
+    if "widgets" in notebook.metadata:
+        found.append("state of widgets")
+    for place, cell in cells:
+        where = f"cell {place} ({cell.id}): "
+        if "execution" in cell.metadata:
+            found.append(where + "times of the run")
+        kinds = [(output.output_type, output.get("name")) for output in cell.outputs]
+        if any(kind == "error" for kind, _ in kinds):
+            found.append(where + "an error")
+        if any(one == other and one[0] == "stream" for one, other in itertools.pairwise(kinds)):
+            found.append(where + "a stream in pieces")
+        if any("widget" in mime for output in cell.outputs for mime in output.get("data", {})):
+            found.append(where + "a widget")
+        found += [where + "stderr: " + output.text[:80] for output in cell.outputs if output.get("name") == "stderr"]
+        for text in _texts(cell):
+            if "\r" in text or any(_BAR.search(line) for line in text.splitlines()):
+                found.append(where + "a progress bar")
+            found += [where + "a path of this machine: " + match[0] for match in _PATH.finditer(text)]
+            found += [where + "a library's warning: " + match[0] for match in _WARNING.finditer(text)]
+    shown = "\n".join(text for _, cell in cells for text in _texts(cell))
+    if not re.search(r"\btrl\W+\d+\.\d", shown) or not re.search(r"CPU \w+, \d+ threads|NVIDIA|AMD", shown):
+        found.append("no versions or no machine printed")
+    size = len(nbformat.writes(notebook).encode())
+    if size >= LIMIT:
+        found.append(f"{size / 1000:.0f} kB, at most {LIMIT / 1000:.0f}")
+    return found
+
+
+def refresh(path: Path, rejected: Path) -> None:
+    """Execute a notebook and write it in place.
+
+    Args:
+        rejected: folder for the executed copy of a notebook that cannot be written in place.
+
+    Raises:
+        RuntimeError: a cell fails, or the executed notebook has faults; the text names them.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    metadata = notebook.metadata.copy()
+    running = 0
+
+    def note(cell, cell_index):
+        nonlocal running
+        running = cell_index
+
+    client = NotebookClient(
+        notebook,
+        timeout=900,
+        record_timing=False,
+        on_cell_start=note,
+        resources={"metadata": {"path": str(path.parent)}},
+    )
+    problems = []
+    try:
+        client.execute()
+    except (CellControlSignal, DeadKernelError) as error:
+        problems = [f"cell {running} ({notebook.cells[running].id}) failed:\n{error}"]
+    notebook.metadata = metadata | {"executed": fingerprint(notebook)}
+    clean(notebook)
+    problems = problems or faults(notebook)
+    target = rejected / path.name if problems else path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(target, lambda part: nbformat.write(notebook, part))
+    if problems:
+        raise RuntimeError("\n".join([f"{path.name} was left as it was; the executed copy is {target}.", *problems]))
+
+
+def main(paths: list[Path]) -> None:
+    for name in ("DPO_PROFILE", "DPO_MODEL", "DPO_THINKING_MODEL", "DPO_DATA"):
+        os.environ[name] = ""  # a person's own settings are not for the committed outputs
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["DPO_OUTPUT_DIR"] = folder
+        for path in sorted(paths):
+            began = time.monotonic()
+            try:
+                refresh(path, ROOT / "outputs" / "notebooks")
+            except RuntimeError as error:
+                sys.exit(str(error))
+            seconds[path.stem] = round(time.monotonic() - began, 1)
+            print(f"{path.name}: {seconds[path.stem]:.0f} s, {path.stat().st_size / 1000:.0f} kB", flush=True)
+    print(json.dumps({"seconds": seconds, "versions": versions(), "machine": machine()}))
+
+
+if __name__ == "__main__":
+    main([Path(name).resolve() for name in sys.argv[1:]])
