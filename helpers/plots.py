@@ -321,7 +321,7 @@ def plot_thought_lengths(tokens: dict[str, list[int]]) -> plt.Figure:
 
 
 def small_png(picture: bytes) -> bytes:
-    """The bytes of `picture`, a PNG, with a palette of 256 colours: a third as many, and line drawings look the same."""
+    """The PNG `picture` with a palette of 256 colours: a third of the bytes, and line drawings look the same."""
     buffer = io.BytesIO()
     Image.open(io.BytesIO(picture)).convert("RGB").quantize(256).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
