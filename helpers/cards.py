@@ -1,4 +1,8 @@
-"""The model card: what a run says of itself, in its own folder and in each form that it is handed over in."""
+"""The model card: what a run says of itself, in its own folder and in each form that it is handed over in.
+
+It names data, settings, figures and limits, and no licence that it does not know. Made from a `Run` alone, without its
+model.
+"""
 
 import re
 

@@ -1,4 +1,8 @@
-"""Handing a finished run over: its adapter, the merged model, a GGUF file, or the run itself for more processes."""
+"""Handing a finished run over: its adapter, the merged model, a GGUF file, or the run itself for more processes.
+
+`export_run` writes a folder that is whole or not there. What it hands over is what was trained and measured: a 4-bit
+base is de-quantised, not replaced by another copy.
+"""
 
 import json
 import shutil

@@ -1,4 +1,7 @@
-"""Writing that leaves nothing half-made."""
+"""Writing that leaves nothing half-made.
+
+Whatever a user may lose is written through here: run folders, sweeps, cached log-probs.
+"""
 
 import json
 import os

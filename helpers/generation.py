@@ -1,4 +1,7 @@
-"""Replies of a model to prompts, in batches, and what can be counted in them."""
+"""Replies of a model to prompts, in batches, and what can be counted in them.
+
+For comparing models: the same prompts, the same settings, a reply of each with its token ids.
+"""
 
 from typing import Any, NamedTuple
 

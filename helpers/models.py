@@ -1,4 +1,8 @@
-"""Models: which one a machine gets (profiles), loading it, its pad token and its LoRA adapter."""
+"""Models: which one a machine gets (profiles), loading it, its pad token and its LoRA adapter.
+
+A profile is all that differs between a GPU and a CPU. The embedded model comes from a Python package, so that
+notebooks and tests need no model hub.
+"""
 
 import contextlib
 import ctypes

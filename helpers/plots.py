@@ -1,4 +1,8 @@
-"""Figures from plain numbers: each answers one question, with its axes named."""
+"""Figures from plain numbers: each answers one question, with its axes named.
+
+The functions take lists and tables, load nothing and print nothing; they return a figure, which a cell shows as its
+value.
+"""
 
 import base64
 import html

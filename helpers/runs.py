@@ -1,4 +1,8 @@
-"""The run folder: all that a training run leaves, and all that passes between the notebooks."""
+"""The run folder: all that a training run leaves, and all that passes between the notebooks.
+
+`Run.load` reads one without a model. What is written here holds no path, no host and no token, so that a folder can be
+copied to another machine.
+"""
 
 import contextlib
 import dataclasses

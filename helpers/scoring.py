@@ -1,4 +1,8 @@
-"""Scoring: log-probs of pairs under a model, the reference's kept in a cache, and what follows from the two."""
+"""Scoring: log-probs of pairs under a model, the reference's kept in a cache, and what follows from the two.
+
+Training, sweep and inspection all score through `pair_logps`, so that their figures can be compared. Hashes of weights
+and token ids say when two things are the same.
+"""
 
 import contextlib
 import hashlib

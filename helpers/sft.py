@@ -1,4 +1,7 @@
-"""Supervised fine-tuning (SFT): a start for DPO where the model lacks a habit that its reference must have."""
+"""Supervised fine-tuning (SFT): a start for DPO where the model lacks a habit that its reference must have.
+
+DPO only shifts what the reference already says at times: a model that never thinks is shown thoughts first.
+"""
 
 import tempfile
 from typing import Any

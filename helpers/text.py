@@ -1,4 +1,7 @@
-"""Showing text of data sets, models and file names, which may hold anything."""
+"""Showing text of data sets, models and file names, which may hold anything.
+
+What a table or a message shows goes through `visible`: control characters, writing direction and length can do no harm.
+"""
 
 import re
 
