@@ -2,7 +2,7 @@
 
 They run in order and share a new output folder, so that they train and that 06 finds the run of 03. A notebook is
 written when it has run to its end and `faults` finds nothing in it; one that fails stays as it was. Prints one JSON
-object as its last line: the seconds of each. All six take about 25 minutes on two CPU cores.
+object as its last line: the seconds of each.
 """
 
 import base64
@@ -20,15 +20,17 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellControlSignal, DeadKernelError
 
-from helpers.files import write_atomic
-from helpers.plots import small_png
-from helpers.runs import machine, versions
+ENVIRONMENT = dict(os.environ)  # the kernels' own, before Unsloth, which comes with helpers, adds to it
+
+from helpers.files import write_atomic  # noqa: E402
+from helpers.plots import small_png  # noqa: E402
+from helpers.runs import machine, versions  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 500_000  # bytes of a notebook; a repository page refuses large ones
 # What tqdm writes: a bar, or a count with its time and rate.
 _BAR = re.compile(r"\d+%\|.*\||\[[\d:]+(<[\d:?]+)?, .*/\w+\]\s*$|[\u2588-\u258f]")
-_PATH = re.compile(r"(?<![\w.~</:-])/(?:[\w.-]+/)+[\w.-]+|\b[A-Z]:\\+\w")
+_PATH = re.compile(r"(?<![\w.~</:-])/(?:[\w.-]+/)+[\w.-]+|\b[A-Z]:\\+Users\b")
 _WARNING = re.compile(r"\b\w+Warning:|^WARNING", re.MULTILINE)
 
 
@@ -118,10 +120,11 @@ def faults(notebook) -> list[str]:
     return found
 
 
-def refresh(path: Path, rejected: Path) -> None:
+def refresh(path: Path, rejected: Path, **settings: str) -> None:
     """Execute a notebook and write it in place.
 
     Args:
+        settings: variables for its environment.
         rejected: folder for the executed copy of a notebook that cannot be written in place.
 
     Raises:
@@ -144,7 +147,7 @@ def refresh(path: Path, rejected: Path) -> None:
     )
     problems = []
     try:
-        client.execute()
+        client.execute(env=ENVIRONMENT | settings)
     except (CellControlSignal, DeadKernelError) as error:
         problems = [f"cell {running} ({notebook.cells[running].id}) failed:\n{error}"]
     notebook.metadata = metadata | {"executed": fingerprint(notebook)}
@@ -153,20 +156,20 @@ def refresh(path: Path, rejected: Path) -> None:
     target = rejected / path.name if problems else path
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(target, lambda part: nbformat.write(notebook, part))
+    target.chmod(0o644)  # a temporary file is its owner's alone
     if problems:
         raise RuntimeError("\n".join([f"{path.name} was left as it was; the executed copy is {target}.", *problems]))
 
 
 def main(paths: list[Path]) -> None:
-    for name in ("DPO_PROFILE", "DPO_MODEL", "DPO_THINKING_MODEL", "DPO_DATA"):
-        os.environ[name] = ""  # a person's own settings are not for the committed outputs
+    # A person's own settings are not for the committed outputs.
+    settings = dict.fromkeys(("DPO_PROFILE", "DPO_MODEL", "DPO_THINKING_MODEL", "DPO_DATA"), "")
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["DPO_OUTPUT_DIR"] = folder
         for path in sorted(paths):
             began = time.monotonic()
             try:
-                refresh(path, ROOT / "outputs" / "notebooks")
+                refresh(path, ROOT / "outputs" / "notebooks", DPO_OUTPUT_DIR=folder, **settings)
             except RuntimeError as error:
                 sys.exit(str(error))
             seconds[path.stem] = round(time.monotonic() - began, 1)

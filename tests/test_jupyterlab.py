@@ -86,7 +86,6 @@ class Lab:
             "JUPYTER_CONFIG_DIR": str(folder / "config"),
             "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
         }
-        environment.pop("PYTEST_CURRENT_TEST", None)
         options = ("--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0", "--LabApp.expose_app_in_browser=True")
         with open(folder / "server.log", "w") as log:
             self.server = subprocess.Popen(

@@ -57,7 +57,8 @@ def test_parts_of_a_lesson(notebook):
 
 
 def test_outputs_are_complete_and_of_this_source(notebook):
-    assert faults(notebook) == [], "make refresh"
+    found = faults(notebook)
+    assert not found, "\n".join([*found, "`make refresh` writes the outputs anew."])
 
 
 CELLS = [
