@@ -92,6 +92,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep each seed's result here, and do not run it again")
     args = parser.parse_args()
     seeds = []
+    if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
             kept = (args.folder or Path(folder)) / f"seed-{seed}.json"
