@@ -157,5 +157,4 @@ def changed_settings(config: dict) -> dict:
         config: as `describe_config` gives it.
     """
     defaults = describe_config(_trl_config()(output_dir="output"))
-    del defaults["dataset_num_proc"]  # on a GPU Unsloth sets it by this machine's cores; it changes no result
     return {name: value for name, value in config.items() if name in defaults and value != defaults[name]}

@@ -118,11 +118,13 @@ def machine() -> str:
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
+# Paths, tokens, and what belongs to the machine: on a GPU Unsloth sets the last one by its cores and free memory.
 _PRIVATE_SETTINGS = ("output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id", "push_to_hub_token")
+_PRIVATE_SETTINGS += ("dataset_num_proc",)
 
 
 def describe_config(config: TrainingArguments) -> dict:
-    """The settings of a config (a DPOConfig, say), without paths and tokens, as plain JSON."""
+    """The settings of a config (a DPOConfig, say) without paths, tokens and what differs by machine, as plain JSON."""
     values = {name: value for name, value in config.to_dict().items() if name not in _PRIVATE_SETTINGS}
     return json.loads(json.dumps(values, default=str))
 

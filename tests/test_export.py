@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import helpers
 from helpers import UserError, export, export_run, load_pairs, trl_dpo
-from helpers.cards import model_card
+from helpers.cards import changed_settings, model_card
 from helpers.runs import Run
 from helpers.scoring import pair_logps
 from helpers.training import train_dpo
@@ -281,7 +281,7 @@ def test_other_pairs_and_other_references_are_refused(run, pairs, tmp_path):
 @pytest.mark.slow
 def test_settings_of_the_machine_are_left_out(run):
     config = run.info["config"] | {"dataset_num_proc": 4, "beta": 0.2}  # the first as Unsloth sets it on a GPU
-    assert export._changed_settings(config) == export._changed_settings(run.info["config"]) | {"beta": 0.2}
+    assert changed_settings(config) == changed_settings(run.info["config"]) | {"beta": 0.2}
 
 
 def test_global_batch_is_shared_exactly():
