@@ -18,7 +18,7 @@ def result(name: str) -> dict:
 def stated() -> list[str]:
     train, profile, memory, seeds = (result(name) for name in ("train", "profile_step", "memory", "seeds"))
     beta = pd.DataFrame(result("beta")["table"]).groupby("beta")[["log_ratio_gap", "kl", "accuracy"]].mean()
-    thinking = result("thinking")
+    thinking, sweep = result("thinking"), result("sweep")
     ratios = [case["estimated_gb"] / case["measured_gb"] for case in memory["cases"]]
     share = {name: f"{value:.0%}" for name, value in profile["share"].items()}
     return [
@@ -37,6 +37,8 @@ def stated() -> list[str]:
         "gap " + ", ".join(f"{value:.1f}" for value in beta.log_ratio_gap),
         "KL " + ", ".join(f"{value:.1f}" for value in beta.kl),
         f"accuracy {beta.accuracy.min():.2f} to {beta.accuracy.max():.2f} at all",
+        f"{sweep['wall_ratio']:.2f} of the time, {sweep['floor_ratio']:.2f} times its own forward and backward",
+        f"alone, and {sweep['peak_ratio']:.2f} times the memory",
         ", ".join(f"{value:.3f}" for value in thinking["accuracies"]) + f"; mean {thinking['accuracy_mean']:.3f}",
         ", ".join(f"{value:.3f}" for value in thinking["naive_accuracies"])
         + f"; mean {mean(thinking['naive_accuracies']):.3f}",
