@@ -1,0 +1,83 @@
+"""The way of the notebooks on a model of two small layers with random weights, in seconds.
+
+What real weights learn is tested room by room; those tests are slow.
+"""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import helpers
+from helpers import UserError, scoring
+from helpers.inspection import open_run
+from helpers.runs import Run
+from helpers.sft import train_sft
+
+QUICK = {
+    "max_steps": 2,
+    "warmup_steps": 0,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def small(tokenizer, tmp_path_factory):
+    """The folder of such a model, with the embedded model's tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_folders(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setenv("DPO_MODEL", str(small))  # where an adapter finds its base again
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    loaded = helpers.load_pairs()
+    return loaded.select(range(16)), loaded.select(range(16, 20))
+
+
+def test_from_pairs_to_a_merged_model(pairs, tmp_path):
+    train, test = pairs
+    model, tokenizer = helpers.load_model()
+    policy = helpers.add_lora(model)
+    assert all(math.isfinite(loss) for loss in train_sft(policy, tokenizer, train, learning_rate=1e-2))
+    run = helpers.train_dpo(policy, tokenizer, train, test, tmp_path / "run", learning_rate=1e-2, **QUICK)
+    assert run.info["model"] == "small" and run.reference is not None  # the SFT adapter
+    assert float(run.history[0]["loss"]) == pytest.approx(math.log(2), abs=1e-3)
+    assert helpers.diagnose(run).codes == helpers.diagnose(tmp_path / "run").codes
+
+    opened = open_run(Run.load(tmp_path / "run"))
+    rewards = helpers.implicit_rewards(opened, test)
+    assert rewards.log_ratio_gap.abs().max() > 0
+    words = helpers.token_rewards(opened, test[0])
+    for side in ("chosen", "rejected"):
+        assert words[words.side == side].reward.sum() == pytest.approx(rewards[f"{side}_reward"][0], abs=1e-3)
+    replies = helpers.compare_generations(opened, ["Why is the sky blue?"], max_new_tokens=4)
+    assert replies.policy_tokens[0] <= 4
+
+    adapter = helpers.export_run(run, "adapter", tmp_path / "adapter")
+    assert "figures" in (run.folder / "README.md").read_text() and "# small" in (adapter / "README.md").read_text()
+    merged = helpers.export_run(run, "merged", tmp_path / "merged")
+    assert AutoModelForCausalLM.from_pretrained(merged).config.num_hidden_layers == 2
+    with pytest.raises(UserError, match="started from a trained adapter"):
+        helpers.export_run(run, "trl", tmp_path / "trl", train=train, test=test)
