@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def prepare(folder: Path, args: argparse.Namespace) -> None:
     """Train the run that is exported, in a process of its own, which leaves the GPU free."""
     from helpers import add_lora, export_run, load_model, load_pairs, train_dpo
-    from helpers.models import adapter_base
+    from helpers.export import base_of
 
     def length(row: dict) -> int:
         return sum(len(message["content"]) for side in ("prompt", "chosen", "rejected") for message in row[side])
@@ -63,7 +63,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
         **settings,
     )
     export_run(run, "trl", folder / "export", train=train, test=test)
-    (folder / "base").write_text(adapter_base(str(run.adapter)) or run.info["model"])
+    (folder / "base").write_text(base_of(run))
 
 
 def environment(processes: int, args: argparse.Namespace) -> dict[str, str]:

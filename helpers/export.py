@@ -122,8 +122,8 @@ def _upload(folder: Path, name: str) -> None:
 # ---------------------------------------------------------------------------------------------- models
 
 
-def _base(run: Run) -> str:
-    """Where the base model is: the embedded one's folder, that of DPO_MODEL, or a name on the hub."""
+def base_of(run: Run) -> str:
+    """Where the base model of `run` is: the embedded one's folder, that of DPO_MODEL, or a name on the hub."""
     return adapter_base(str(run.adapter)) or run.info["model"]
 
 
@@ -164,7 +164,7 @@ def merged_model(run: Run) -> tuple[PreTrainedModel, float]:
     Raises:
         UserError: the base model is not here, or the merged weights would not be numbers.
     """
-    base = _base(run)
+    base = base_of(run)
     four_bit = BitsAndBytesConfig(  # as Unsloth loads it; a model that is stored in 4-bit keeps its own
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -319,7 +319,7 @@ def _write_trl(run: Run, part: Path, train: Dataset | None, test: Dataset | None
     if quantised:
         settings |= {"load_in_4bit": True, "use_bnb_nested_quant": True}
     (part / "data").mkdir()
-    for name, pairs in _same_pairs(run, load_tokenizer(_base(run)), train, test).items():
+    for name, pairs in _same_pairs(run, load_tokenizer(base_of(run)), train, test).items():
         columns = [c for c in ("prompt", "chosen", "rejected", "chat_template_kwargs") if c in pairs.column_names]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in pairs.select_columns(columns)]
         (part / "data" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

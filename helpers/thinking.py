@@ -24,6 +24,7 @@ from trl.data_utils import common_prefix_length
 from helpers.checks import Finding
 from helpers.errors import UserError
 from helpers.generation import Reply
+from helpers.pairs import template_options
 from helpers.scoring import wilson_interval
 from helpers.word_problems import false_steps, is_right
 
@@ -459,7 +460,7 @@ def _side_codes(
 ) -> tuple[set[str], bool]:
     """The codes of what is wrong with one side, and whether it thinks."""
     prompt, reply = row["prompt"], row[side]
-    kwargs = {key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
+    kwargs = template_options(row)
     if isinstance(prompt, str):
         before, full, written = prompt, prompt + reply, Thinking(None, None)
     else:
