@@ -4,6 +4,8 @@ The estimate is arithmetic over the model's sizes, so it needs no trial run; `te
 measured runs.
 """
 
+import contextlib
+import ctypes
 from typing import NamedTuple
 
 import psutil
@@ -190,10 +192,15 @@ def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstima
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that are free on `device`, the model's: of the GPU with what torch holds unused, or of the machine."""
+    """Bytes that are free on `device`, the model's: of the GPU with what torch holds unused, or of the machine.
+
+    On a CPU it first returns what earlier work freed and glibc kept for reuse (`load_model` asks it to keep it).
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    with contextlib.suppress(OSError, AttributeError):  # no glibc: Windows, macOS, musl
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     return psutil.virtual_memory().available
 
 

@@ -4,11 +4,13 @@ import json
 import mmap
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import LlamaConfig, Qwen3Config
 
 from helpers.memory import ESTIMATE_MARGIN, estimate_memory, free_memory, is_out_of_memory, plan_batch
+from helpers.models import _keep_freed_memory
 
 QWEN3_4B = Qwen3Config(
     vocab_size=151936,
@@ -85,6 +87,20 @@ def test_free_memory_is_less_after_taking_some():
         for page in range(0, size, mmap.PAGESIZE):
             held[page] = 1
         assert 2.2e9 < before - free_memory(torch.device("cpu")) < 3.8e9
+
+
+def test_what_earlier_work_freed_is_free():
+    _keep_freed_memory()  # as load_model does
+    used = psutil.Process().memory_info
+    free_memory(torch.device("cpu"))
+    before = used().rss
+    work = [torch.ones(25_000_000), torch.ones(1_000_000), torch.ones(25_000_000)]
+    kept = work[1]  # between the two that are freed
+    del work
+    assert used().rss - before > 150e6
+    free_memory(torch.device("cpu"))
+    assert used().rss - before < 50e6
+    assert kept.sum() == 1e6
 
 
 def test_running_out_is_told_from_other_errors():
