@@ -29,8 +29,8 @@ from helpers.thinking import load_thinking_pairs, render_thinking, split_thinkin
 from helpers.word_problems import KINDS, make_thinking_pairs
 
 HELD_OUT = ("everyday", "logic")  # topics of the written pairs; this and what follows as in the notebook
-ONCE = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "learning_rate": 4e-4}
-WITH_NLL = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
+ONCE = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "learning_rate": 2e-4}
+WITH_NLL = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 2.0]}
 
 written, made = load_thinking_pairs(), make_thinking_pairs(1000)
 lesson = [pair for pair in written if pair["topic"] not in HELD_OUT]

@@ -4,32 +4,14 @@ DPO only shifts what the reference already says at times: a model that never thi
 """
 
 import tempfile
-from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
-from transformers import (
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from helpers.pairs import quiet_progress
-from helpers.training import dpo_settings
-
-
-class _Lines(TrainerCallback):
-    """One line of text for each logging step."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs: Any
-    ) -> None:
-        if "loss" in logs:
-            print(f"step {state.global_step:4d} of {state.max_steps}   loss {float(logs['loss']):.3f}", flush=True)
+from helpers.training import dpo_settings, text_progress
 
 
 def train_sft(
@@ -68,8 +50,7 @@ def train_sft(
             **settings,
         )
         trainer = SFTTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_Lines())
+        text_progress(trainer)
         trainer.train()
     # The trainer gave the model a forward for its own loss; what comes next must find the model's.
     vars(inner).pop("forward", None)

@@ -173,9 +173,13 @@ class _TextProgress(TrainerCallback):
             return
         seconds = time.monotonic() - self.begin
         left = seconds / max(state.global_step - self.first, 1) * (state.max_steps - state.global_step)
+        scores = ""
+        if "rewards/margins" in logs:  # not in SFT
+            scores = (
+                f"margin {float(logs['rewards/margins']):+.3f}   accuracy {float(logs['rewards/accuracies']):.2f}   "
+            )
         print(
-            f"step {state.global_step:4d} of {state.max_steps}   loss {float(logs['loss']):.3f}   "
-            f"margin {float(logs['rewards/margins']):+.3f}   accuracy {float(logs['rewards/accuracies']):.2f}   "
+            f"step {state.global_step:4d} of {state.max_steps}   loss {float(logs['loss']):.3f}   {scores}"
             f"{left / 60:.1f} min left",
             flush=True,
         )

@@ -19,6 +19,11 @@ def stated() -> list[str]:
     train, profile, memory, seeds = (result(name) for name in ("train", "profile_step", "memory", "seeds"))
     beta = pd.DataFrame(result("beta")["table"]).groupby("beta")[["log_ratio_gap", "kl", "accuracy"]].mean()
     thinking, sweep = result("thinking"), result("sweep")
+    replies = thinking["asked"] * len(thinking["seeds"])
+    before, after, naive = (
+        round(sum(seed[name]["replies"]["well_formed"] * thinking["asked"] for seed in thinking["seeds"]))
+        for name in ("SFT", "both think", "naive")
+    )
     ratios = [case["estimated_gb"] / case["measured_gb"] for case in memory["cases"]]
     share = {name: f"{value:.0%}" for name, value in profile["share"].items()}
     return [
@@ -42,6 +47,7 @@ def stated() -> list[str]:
         ", ".join(f"{value:.3f}" for value in thinking["accuracies"]) + f"; mean {thinking['accuracy_mean']:.3f}",
         ", ".join(f"{value:.3f}" for value in thinking["naive_accuracies"])
         + f"; mean {mean(thinking['naive_accuracies']):.3f}",
+        f"of {replies}: {before} before, {after} after, {naive} after naive pairs",
     ]
 
 
