@@ -191,16 +191,18 @@ def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstima
     )
 
 
-def free_memory(device: torch.device) -> float:
-    """Bytes that are free on `device`, the model's: of the GPU with what torch holds unused, or of the machine.
+def return_freed_memory() -> None:
+    """Give the kernel what was freed and glibc kept for reuse (`load_model` asks it to); elsewhere nothing happens."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc: Windows, macOS, musl
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
-    On a CPU it first returns what earlier work freed and glibc kept for reuse (`load_model` asks it to keep it).
-    """
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on `device`, the model's: of the GPU with what torch holds unused, or of the machine."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    with contextlib.suppress(OSError, AttributeError):  # no glibc: Windows, macOS, musl
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return_freed_memory()
     return psutil.virtual_memory().available
 
 

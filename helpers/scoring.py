@@ -111,7 +111,8 @@ def pair_logps(
     # The trainer's own precision, so that the policy and its reference are rounded alike.
     autocast = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=inner.dtype == torch.bfloat16)
     with torch.no_grad(), autocast, _pair_forward(inner):
-        for start in range(0, len(rows), batch_size):
+        # Longest first: what a batch frees then has room for the next, and memory does not grow to the end.
+        for start in reversed(range(0, len(rows), batch_size)):
             index = order[start : start + batch_size]
             batch = {name: tensor.to(model.device) for name, tensor in collate([rows[i] for i in index]).items()}
             mask = batch["completion_mask"]

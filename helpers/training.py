@@ -40,7 +40,7 @@ from helpers.cards import model_card
 from helpers.checks import MAX_PROMPT_LENGTH, check_pairs
 from helpers.errors import UserError
 from helpers.files import write_json
-from helpers.memory import ESTIMATE_MARGIN, estimate_for, free_memory, is_out_of_memory
+from helpers.memory import ESTIMATE_MARGIN, estimate_for, free_memory, is_out_of_memory, return_freed_memory
 from helpers.models import Profile, current_profile, public_name
 from helpers.pairs import quiet_progress
 from helpers.runs import Run, describe_config, machine, read_info, save_adapter, save_run, set_aside, versions
@@ -515,6 +515,7 @@ def train_dpo(
         )
         if checkpoint is not None:
             print(f"Resuming from step {checkpoint.name.rpartition('-')[2]}.")
+        return_freed_memory()  # what scoring freed rarely fits the batches of training
         began = time.monotonic()
         with stop.listening():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
