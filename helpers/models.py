@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import importlib.util
 import json
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -280,6 +281,14 @@ def _keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def _keep_few_kernels() -> None:
+    """Make oneDNN keep 64 compiled kernels and not 1024, some hundred megabytes once many lengths have been seen.
+
+    Each length of a batch has some twenty of its own, used in all layers; the next batch has another length anyway.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
+
 def load_model(
     name: str | None = None,
     *,
@@ -306,6 +315,7 @@ def load_model(
     profile = current_profile()
     if profile.name == "cpu":
         _keep_freed_memory()
+        _keep_few_kernels()
     name = _model_name(name, thinking)
     base = adapter_base(name)
     try:
