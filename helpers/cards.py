@@ -146,8 +146,8 @@ def model_card(run: Run, form: str, kept: float | None = None) -> str:
 
 
 def _trl_config() -> type:
-    """TRL's DPOConfig itself: on a GPU Unsloth's stands in its place, with other defaults and settings of its own."""
-    return next(base for base in trl.DPOConfig.__mro__ if base.__module__.startswith("trl."))
+    """TRL's DPOConfig itself: on a GPU Unsloth's stands in its place, under its name, with defaults of its own."""
+    return [base for base in trl.DPOConfig.__mro__ if base.__name__ == "DPOConfig"][-1]
 
 
 def changed_settings(config: dict) -> dict:

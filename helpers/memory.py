@@ -6,6 +6,7 @@ measured runs.
 
 import contextlib
 import ctypes
+import math
 from typing import NamedTuple
 
 import psutil
@@ -15,6 +16,7 @@ from peft import PeftModel
 from transformers import PretrainedConfig
 
 from helpers.scoring import pair_lengths
+from helpers.shared_prompt import can_share
 
 # Bytes of optimizer state for each trained parameter: Adam's two moments, in fp32 or in 8 bits.
 _STATE_BYTES = {"adamw_8bit": 2.1, "adamw_bnb_8bit": 2.1, "paged_adamw_8bit": 2.1}
@@ -22,7 +24,9 @@ _STATE_BYTES = {"adamw_8bit": 2.1, "adamw_bnb_8bit": 2.1, "paged_adamw_8bit": 2.
 # What transformers' and PEFT's layers keep against Unsloth's kernels (norms in 32 bits, inputs of the LoRA matrices),
 # less what one forward for both sides of a pair takes off: fitted to benchmarks/memory.py.
 PLAIN_FACTOR = 1.6
-# What recomputing such layers took on top, at every size tried there.
+# Unsloth's kernels keep less than the formula says: fitted to benchmarks/gpu.py.
+FUSED_FACTOR = 0.8
+# What recomputing plain layers took on top, at every size tried there.
 PLAIN_CHECKPOINTING_BYTES = 1.1e9
 
 # How far the estimate may be off: below this multiple of what is free, training is tried with a warning.
@@ -74,7 +78,8 @@ def estimate_memory(
     *,
     pairs: int,
     tokens: int,
-    checkpointing: bool,
+    prompt: int = 0,
+    checkpointing: bool | str,
     load_in_4bit: bool,
     rank: int = 16,
     optim: str = "adamw_torch_fused",
@@ -86,7 +91,9 @@ def estimate_memory(
         config: of a Llama-like transformers model, e.g. from AutoConfig.
         pairs: in a micro-batch (`per_device_train_batch_size`).
         tokens: of the longest sequence, prompt and answer.
-        checkpointing: gradient checkpointing; one layer's activations are kept at a time.
+        prompt: tokens of it that are the prompt's, which both answers share. It counts where not `plain`.
+        checkpointing: gradient checkpointing; one layer's activations are kept at a time, and the inputs of all layers.
+            "unsloth": these go to the machine's memory.
         load_in_4bit: weights of the projections in bitsandbytes' NF4, else all in 16 bits.
         rank: of the LoRA adapter.
         optim: the name of the optimizer as in DPOConfig; an 8-bit one keeps a quarter of the state.
@@ -101,14 +108,18 @@ def estimate_memory(
     weights = embeddings * 2 + in_layers * ((0.5 + 0.127 / 8) if load_in_4bit else 2)
     lora = s["layers"] * rank * sum(a + b for a, b in projections)
     adapter = lora * (4 + 4 + _STATE_BYTES.get(optim, 8))
-    rows = 2 * pairs * tokens
+    rows = pairs * (2 * tokens - (0 if plain else prompt))
     # Saved for the backward pass of a layer, in 16 bits: inputs of the norms and projections, q, k, v, the attention's
     # output, and four values of the MLP (gate, up, their activation and product).
     layer = rows * 2 * (4 * s["hidden"] + 3 * s["query"] + 3 * s["key"] + 4 * s["mlp"])
     if plain:
         layer = layer * PLAIN_FACTOR + 2 * pairs * s["heads"] * tokens**2 * 6  # scores and softmax, 32 and 16 bits
-    # With checkpointing one layer's activations and their gradients; its inputs go to the machine's memory.
-    activations = 2 * layer + plain * PLAIN_CHECKPOINTING_BYTES if checkpointing else s["layers"] * layer
+        recomputing = PLAIN_CHECKPOINTING_BYTES
+    else:
+        layer *= FUSED_FACTOR
+        recomputing = s["layers"] * rows * s["hidden"] * 2 * (checkpointing != "unsloth")  # the layers' inputs
+    # With checkpointing one layer's activations at a time, with their gradients.
+    activations = 2 * layer + recomputing if checkpointing else s["layers"] * layer
     logits = min(rows * s["vocabulary"], 16 * 2**20) * 4 * 3
     return MemoryEstimate(weights, adapter, activations, logits)
 
@@ -179,15 +190,22 @@ def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstima
         ids: the training pairs, as `tokenize_pairs` gives them.
         settings: DPOConfig settings, complete as `dpo_settings` gives them.
     """
+    plain, tokens, prompt = model.device.type == "cpu", max(pair_lengths(ids)), 0
+    if not plain and can_share(model.get_base_model()):  # the pair with most tokens, its sides taken to be alike
+        prompt, answers = max(
+            ((len(row["prompt_ids"]), len(row["chosen_ids"]) + len(row["rejected_ids"])) for row in ids), key=sum
+        )
+        tokens = prompt + math.ceil(answers / 2)
     return estimate_memory(
         model.config,
         pairs=settings["per_device_train_batch_size"],
-        tokens=min(max(pair_lengths(ids)), settings["max_length"]),
-        checkpointing=bool(settings["gradient_checkpointing"]),
+        tokens=min(tokens, settings["max_length"]),
+        prompt=prompt,
+        checkpointing=settings["gradient_checkpointing"],
         load_in_4bit=bool(getattr(model, "is_loaded_in_4bit", False)),
         rank=next(iter(model.peft_config.values())).r,
         optim=settings["optim"],
-        plain=model.device.type == "cpu",
+        plain=plain,
     )
 
 

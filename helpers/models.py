@@ -174,11 +174,16 @@ def embedded_model() -> str:
     return str(folder)
 
 
+def named_model(profile: Profile, thinking: bool = False) -> str:
+    """What `.env` names as the model (`DPO_MODEL`; `DPO_THINKING_MODEL` where `thinking`), else the profile's."""
+    if thinking:
+        return setting("DPO_THINKING_MODEL", profile.thinking_model)
+    return setting("DPO_MODEL", profile.model)
+
+
 def _model_name(name: str | None, thinking: bool) -> str:
-    profile = current_profile()
     if name is None:
-        key = "DPO_THINKING_MODEL" if thinking else "DPO_MODEL"
-        name = setting(key, profile.thinking_model if thinking else profile.model)
+        name = named_model(current_profile(), thinking)
         if (PROJECT / name).is_dir():  # a folder, like the other paths in .env relative to the project
             name = str(PROJECT / name)
     return embedded_model() if name == EMBEDDED else str(name)
@@ -325,7 +330,8 @@ def load_model(
             dtype=None,  # bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU
             load_in_4bit=profile.load_in_4bit,
             # Recomputing activations saves memory and costs time; on a CPU with a small model memory is no concern.
-            use_gradient_checkpointing="unsloth" if profile.name == "gpu" else False,
+            # "unsloth" would also move layer inputs to the machine's memory: less than a gigabyte, and slower.
+            use_gradient_checkpointing=profile.name == "gpu",
             token=setting("HF_TOKEN"),
             use_safetensors=True,  # other formats can run code when they are read
             trust_remote_code=False,
@@ -393,6 +399,6 @@ def add_lora(model: PreTrainedModel, *, rank: int = 16, seed: int = 0) -> PeftMo
         lora_dropout=0,
         target_modules=LORA_TARGETS,
         bias="none",
-        use_gradient_checkpointing="unsloth" if current_profile().name == "gpu" else False,
+        use_gradient_checkpointing=current_profile().name == "gpu",
         random_state=seed,
     )

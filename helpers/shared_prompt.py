@@ -2,7 +2,8 @@
 
 DPOTrainer runs prompt + chosen and prompt + rejected as two rows. Here they are one row, with a mask that hides
 chosen from rejected and position ids that start again after the prompt. The trainer is not changed: only the
-model's forward is, and it returns what the trainer expects.
+model's forward is, and it returns what the trainer expects. On a GPU a mask of our own would cost the fused attention
+kernels; there all pairs of a batch are segments of one row, for the kernel that Unsloth has for GRPO's shared prompts.
 """
 
 from typing import Any
@@ -15,9 +16,8 @@ from transformers.utils import ModelOutput
 # Architectures whose attention takes any mask and whose positions are all in position_ids.
 _KNOWN = ("llama", "qwen2", "qwen3")
 
-# On a GPU a mask of our own would cost the fused attention kernels. There, Unsloth's kernel for GRPO's shared prompts
-# takes the pairs of a batch as segments of one row. Off: benchmarks/gpu.py measures it.
-ON_GPU = False
+# Set to False, a GPU computes each pair as two rows: for benchmarks/gpu.py and tests, which compare.
+ON_GPU = True
 
 
 def _pack(ids: torch.Tensor, lengths: list[int], starts: list[int], dtype: torch.dtype) -> tuple:
@@ -100,15 +100,20 @@ def _segments(ids: torch.Tensor, lengths: list[int], starts: list[int]) -> tuple
     return *flat, specs, [torch.tensor(i) for i in index]
 
 
+def can_share(inner: PreTrainedModel) -> bool:
+    """Whether `share_prompts` changes anything about `inner`, the model inside a PeftModel."""
+    return inner.config.model_type in _KNOWN and (ON_GPU or inner.device.type == "cpu")
+
+
 def share_prompts(inner: PreTrainedModel) -> None:
     """Make `inner(..., fused_lm_head=True)` compute each pair's prompt once, where its batch is [chosen; rejected].
 
     `inner` is the model inside a PeftModel, after TRL's `add_fused_lm_head`. Batches that are no pairs with equal
-    prompts (a row that truncation left without completion) run as before. So does a model on a GPU (`ON_GPU`).
+    prompts (a row that truncation left without completion) run as before, and so do architectures not in `_KNOWN`.
     """
-    on_cpu = inner.device.type == "cpu"
-    if not (on_cpu or ON_GPU) or inner.config.model_type not in _KNOWN:
+    if not can_share(inner):
         return
+    on_cpu = inner.device.type == "cpu"
     fused = inner.forward
 
     def forward(

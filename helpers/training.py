@@ -41,7 +41,7 @@ from helpers.checks import MAX_PROMPT_LENGTH, check_pairs
 from helpers.errors import UserError
 from helpers.files import write_json
 from helpers.memory import ESTIMATE_MARGIN, estimate_for, free_memory, is_out_of_memory, return_freed_memory
-from helpers.models import Profile, current_profile, public_name
+from helpers.models import EMBEDDED, Profile, current_profile, named_model, public_name
 from helpers.pairs import quiet_progress
 from helpers.runs import Run, describe_config, machine, read_info, save_adapter, save_run, set_aside, versions
 from helpers.scoring import (
@@ -135,7 +135,8 @@ def dpo_settings(profile: Profile | None = None, *, thinking: bool = False) -> d
     }
     if profile.name == "gpu":
         return common | {
-            "learning_rate": 5e-6,  # ten times below SFT: a larger one drives both log-probs down
+            # Ten times below SFT: a larger one drives both log-probs down. The embedded model is small: as on a CPU.
+            "learning_rate": 2e-4 if named_model(profile, thinking) == EMBEDDED else 5e-6,
             "optim": "adamw_8bit",  # optimizer state in a quarter of the memory
             "per_device_train_batch_size": 8,  # effective batch 8 in one piece: the GPU is busy only then
             "gradient_accumulation_steps": 1,
@@ -225,7 +226,7 @@ def make_trainer(
     # On a GPU Unsloth checkpoints as the adapter was made, whatever the config says; here the config decides.
     made = getattr(model, "_unsloth_gradient_checkpointing", None)
     if model.device.type != "cpu" and made is not None and bool(made) != config.gradient_checkpointing:
-        model._unsloth_gradient_checkpointing = "unsloth" if config.gradient_checkpointing else False
+        model._unsloth_gradient_checkpointing = config.gradient_checkpointing
     with quiet_progress(len(train)):
         trainer = trl.DPOTrainer(
             model=model,

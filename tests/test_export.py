@@ -14,6 +14,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import trl
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -282,6 +283,19 @@ def test_other_pairs_and_other_references_are_refused(run, pairs, tmp_path):
 def test_settings_of_the_machine_are_left_out(run):
     config = run.info["config"] | {"dataset_num_proc": 4, "beta": 0.2}  # the first as Unsloth sets it on a GPU
     assert changed_settings(config) == changed_settings(run.info["config"]) | {"beta": 0.2}
+
+
+def test_settings_that_are_unsloths_defaults_are_kept(monkeypatch):
+    """On a GPU Unsloth puts its own class in the place of TRL's, under the same name: an export would lose these."""
+
+    @dataclasses.dataclass
+    class DPOConfig(trl.DPOConfig):
+        logging_steps: float = 1
+
+    DPOConfig.__module__ = trl.DPOConfig.__module__
+    DPOConfig.__qualname__ = trl.DPOConfig.__qualname__
+    monkeypatch.setattr(trl, "DPOConfig", DPOConfig)
+    assert changed_settings({"logging_steps": 1, "beta": 0.1}) == {"logging_steps": 1}
 
 
 def test_global_batch_is_shared_exactly():

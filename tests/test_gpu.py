@@ -190,7 +190,7 @@ def test_memory_is_back_after_the_last_cell(tmp_path):
     text = "".join(output["text"] for output in notebook.cells[2].outputs)
     print(text)
     held, left = map(int, text.splitlines()[0].split())  # in the kernel, once its last cell has run
-    assert held > 80e6 and left < 0.1 * held
+    assert held > 80e6 and left < 34e6  # cuBLAS keeps 32 MiB for itself as long as the process lives
 
 
 def test_replies_of_a_batch_are_those_of_one_by_one(base):

@@ -88,6 +88,12 @@ def test_gpu_defaults_are_those_of_the_readme(monkeypatch):
     assert dpo_settings(PROFILES["gpu"], thinking=True)["max_length"] == 1024
 
 
+def test_embedded_model_learns_at_its_own_rate_on_a_gpu_too(monkeypatch):
+    monkeypatch.setenv("DPO_MODEL", "embedded")
+    assert dpo_settings(PROFILES["gpu"])["learning_rate"] == dpo_settings(PROFILES["cpu"])["learning_rate"]
+    assert dpo_settings(PROFILES["gpu"], thinking=True)["learning_rate"] == 5e-6  # that is DPO_THINKING_MODEL
+
+
 def test_every_default_is_a_setting_of_trl():
     for profile in PROFILES.values():
         training.check_settings(dpo_settings(profile))
