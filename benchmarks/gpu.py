@@ -62,7 +62,7 @@ WAVES = [
 ]
 
 
-def make_pairs(tokenizer, longest: int) -> list[dict]:
+def make_pairs(tokenizer, longest: int, count: int = BATCH * (WARM_UP + COUNTED)) -> list[dict]:
     """Pairs of random words, about 350 tokens a sequence where `longest` is 512, in the form of a conversation."""
     source = random.Random(0)
     words = [w for w in "cat dog sun tree blue red one two fish bird house river stone wind rain".split()]
@@ -79,7 +79,7 @@ def make_pairs(tokenizer, longest: int) -> list[dict]:
             "chosen": turn("assistant", 120, 240),
             "rejected": turn("assistant", 120, 240),
         }
-        for _ in range(BATCH * (WARM_UP + COUNTED))
+        for _ in range(count)
     ]
 
 

@@ -5,10 +5,12 @@ in one process, in two, in two that are killed (SIGKILL) after half of the steps
 by `accelerate launch`. The global batch is the same each time, so the losses have to be the same too, step by step, and
 those of `train_dpo` as well. Pairs a second are those of the median step after the first.
 
-On GPUs in bf16 with the model of the profile, or --model. With one of random weights, as benchmarks/gpu.py makes it,
-speed and memory are those of the real one, and the losses say little. With --cpu two CPU processes take the GPUs'
-place, in fp32 with the embedded model and few short pairs: it shows that all this works, and says nothing about speed.
-Two minutes on two cores. Each launch prints its result when it ends; the last line is one JSON object.
+On GPUs in bf16 with the model of the profile, or --model, and the pairs of benchmarks/gpu.py, 32 in a forward: with
+eight short ones the GPUs waited for the CPU, and two were only 1.55 times as fast as one. With a model of random
+weights, as benchmarks/gpu.py makes it, speed and memory are those of the real one, and the losses say little. With
+--cpu two CPU processes take the GPUs' place, in fp32 with the embedded model and few short pairs: it shows that all
+this works, and says nothing about speed. Two minutes on two cores. Each launch prints its result when it ends; the
+last line is one JSON object.
 """
 
 import argparse
@@ -25,23 +27,27 @@ import time
 from pathlib import Path
 
 import psutil
+from gpu import make_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def prepare(folder: Path, args: argparse.Namespace) -> None:
     """Train the run that is exported, in a process of its own, which leaves the GPU free."""
-    from helpers import add_lora, export_run, load_model, load_pairs, train_dpo
+    from helpers import Dataset, add_lora, export_run, load_model, load_pairs, train_dpo
     from helpers.export import base_of
+    from helpers.models import load_tokenizer
 
     def length(row: dict) -> int:
         return sum(len(message["content"]) for side in ("prompt", "chosen", "rejected") for message in row[side])
 
     if args.model and Path(args.model).is_dir():
         os.environ["DPO_MODEL"] = args.model  # a run folder names it without its path
-    pairs = load_pairs()
     if args.cpu:
+        pairs = load_pairs()
         pairs = pairs.select(sorted(range(len(pairs)), key=lambda i: length(pairs[i])))
+    else:
+        pairs = Dataset.from_list(make_pairs(load_tokenizer(args.model), 512, 4 + args.steps * args.batch))
     test, train = pairs.select(range(4)), pairs.select(range(4, 4 + args.steps * args.batch))
     model, tokenizer = load_model(args.model)
     if args.cpu:
@@ -100,7 +106,7 @@ def launch(
         stderr=subprocess.STDOUT,
         text=True,
     )
-    seen, lines, started = [], [], ""
+    begin, seen, lines, started = time.perf_counter(), [], [], ""
     for line in process.stdout:
         lines.append(line)
         if "{'loss'" in line:  # two processes share this pipe: a line may begin with what the other says
@@ -121,6 +127,7 @@ def launch(
         raise SystemExit("".join(lines[-200:]) + f"\nThe run {output} ended with exit status {status}.")
     state = json.loads((folder / output / f"checkpoint-{args.steps}" / "trainer_state.json").read_text())
     result = {"start": started, "losses": [row["loss"] for row in state["log_history"] if "loss" in row]}
+    result["seconds"] = round(time.perf_counter() - begin)
     if len(seen) > 2:
         step = statistics.median(later - earlier for earlier, later in itertools.pairwise(seen))
         result["pairs_per_s"] = round(args.batch / step, 2)
@@ -142,7 +149,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="pairs a step, over all processes; a multiple of 4")
     parser.add_argument("--prepare", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.steps, args.batch = args.steps or (4 if args.cpu else 14), args.batch or (4 if args.cpu else 32)
+    args.steps, args.batch = args.steps or (4 if args.cpu else 6), args.batch or (4 if args.cpu else 128)
     if args.model and Path(args.model).is_dir():
         args.model = str(Path(args.model).resolve())
     if args.prepare:

@@ -464,6 +464,10 @@ def guide(results: list[dict]) -> list[dict]:
 
     Args:
         results: what calls of it printed, on one machine or on several.
+
+    Returns:
+        Cells by the name of their column. Beside them "curve", the name of a series, or None, and "histories" of the
+        "sick" and the "cured" run, as in `Run.history`.
     """
     rows = []
     for code, (number, label, curve) in SHOWN.items():

@@ -4,16 +4,13 @@ The functions take lists and tables, load nothing and print nothing; they return
 value.
 """
 
-import base64
 import html
-import io
 import math
 from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import HTML
-from PIL import Image
 
 # Two colours that differ in lightness too, so that they read in grey and for the colour-blind.
 CHOSEN, REJECTED = "#1b6ca8", "#d9822b"
@@ -324,49 +321,43 @@ def plot_thought_lengths(tokens: dict[str, list[int]]) -> plt.Figure:
     return figure
 
 
-def small_png(picture: bytes) -> bytes:
-    """The PNG `picture` with a palette of 256 colours: a third of the bytes, and line drawings look the same."""
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(picture)).convert("RGB").quantize(256).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+def plot_symptoms(rows: list[dict]) -> plt.Figure:
+    """How does each symptom look, beside the cured run? Symptoms that no curve shows are left out.
 
-
-def _picture(curves: dict[str, tuple[list, list]], label: str) -> str:
-    """A small figure as the `src` of an HTML image."""
-    figure, axis = plt.subplots(figsize=(2.6, 1.5), layout="constrained")
-    for (name, points), colour, marker in zip(curves.items(), (REJECTED, CHOSEN), ("o", "D"), strict=True):
-        axis.plot(*points, color=colour, marker=marker, markersize=2.5, linewidth=1.2, label=name)
-    axis.set_xlabel("step", fontsize=7)
-    axis.set_ylabel(label, fontsize=7)
-    axis.tick_params(labelsize=7)
-    axis.legend(fontsize=6)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    Args:
+        rows: as `diagnosis.guide` gives them.
+    """
+    drawn = [row for row in rows if row["curve"]]
+    height = math.ceil(len(drawn) / 3)
+    figure, axes = plt.subplots(height, 3, figsize=(9, 1.9 * height), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(drawn) :]:
+        axis.axis("off")
+    for axis, row in zip(axes.flat, drawn, strict=False):
+        for state, colour, marker in (("sick", REJECTED, "o"), ("cured", CHOSEN, "D")):
+            points = _series(row["histories"][state], row["curve"])
+            axis.plot(*points, color=colour, marker=marker, markersize=2.5, linewidth=1.2, label=state)
+        label = row["curve"].replace("eval_", "held-out ").replace("rewards/accuracies", "accuracy").replace("s/", " ")
+        axis.set_title(row["symptom"].partition(":")[0], fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.set_ylabel(label, fontsize=8)
+        axis.tick_params(labelsize=7)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8)
     plt.close(figure)
-    return "data:image/png;base64," + base64.b64encode(small_png(buffer.getvalue())).decode()
+    return figure
 
 
 def symptom_table(rows: list[dict]) -> HTML:
-    """A table with a small picture in each row: how does a symptom look, beside the cured run?
+    """The words and numbers of each symptom, in full width.
 
     Args:
-        rows: cells by the name of their column. Beside them "curve", the name of a series, and "histories" of the
-            "sick" and the "cured" run, as in `Run.history`, make the picture; a curve of None has none.
+        rows: as `diagnosis.guide` gives them.
     """
-    e, lines = html.escape, []
-    for row in rows:
-        *cells, (_, curve), (_, histories) = row.items()
-        picture = ""
-        if curve:
-            label = curve.replace("eval_", "held-out ").replace("rewards/", "").replace("accuracies", "accuracy")
-            source = _picture({state: _series(histories[state], curve) for state in ("sick", "cured")}, label)
-            # A table shrinks its pictures to nothing where it may.
-            size = 'width="260" style="max-width:none"'
-            picture = f'<img {size} alt="{e(label)} by step, sick and cured" src="{source}">'
-        texts = "".join(f'<td style="text-align:left">{e(str(text))}</td>' for _, text in cells)
-        lines.append(f'<tr><td width="270">{picture}</td>{texts}</tr>')
-    head = "".join(f'<th style="text-align:left">{e(name)}</th>' for name in ("how it looks", *list(rows[0])[:-2]))
-    return HTML(f"<table><tr>{head}</tr>{''.join(lines)}</table>")
+    names = [name for name in rows[0] if name not in ("curve", "histories")]
+    head = "".join(f'<th style="text-align:left">{html.escape(name)}</th>' for name in names)
+    lines = [
+        "".join(f'<td style="text-align:left">{html.escape(str(row[name]))}</td>' for name in names) for row in rows
+    ]
+    return HTML(f"<table><tr>{head}</tr><tr>{'</tr><tr>'.join(lines)}</tr></table>")
 
 
 def plot_measured(seeds: list[dict], sweep: pd.DataFrame) -> plt.Figure:

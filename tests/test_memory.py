@@ -1,16 +1,19 @@
 """The memory estimate against measured runs, and what is recognised as running out."""
 
+import copy
 import importlib.util
 import json
 import mmap
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+from datasets import Dataset
 from transformers import LlamaConfig, Qwen3Config
 
-from helpers.memory import ESTIMATE_MARGIN, estimate_memory, free_memory, is_out_of_memory, plan_batch
+from helpers.memory import ESTIMATE_MARGIN, estimate_for, estimate_memory, free_memory, is_out_of_memory, plan_batch
 from helpers.models import _keep_freed_memory
 
 QWEN3_4B = Qwen3Config(
@@ -65,6 +68,29 @@ def test_estimate_agrees_with_the_gpu_benchmark(name):
         optim="adamw_8bit",
     )
     assert 0.95 < estimate.total / 1e9 / ON_A_GPU["sides"][name]["peak_gb"] < 1.25
+
+
+def test_pairs_that_share_a_forward_count_their_prompt_once():
+    pairs = [(100, 50, 150), (180, 20, 90)]  # tokens of prompt, chosen, rejected
+    ids = Dataset.from_list(
+        [
+            {f"{name}_ids": [0] * n for name, n in zip(("prompt", "chosen", "rejected"), row, strict=True)}
+            for row in pairs
+        ]
+    )
+    settings = {"per_device_train_batch_size": 8, "gradient_checkpointing": False, "optim": "adamw_8bit"}
+    settings["max_length"] = 512
+
+    def activations(kind: str) -> float:
+        config = copy.copy(QWEN3_4B)
+        config.model_type = kind
+        inner = SimpleNamespace(config=config, device=torch.device("cuda"))
+        lora = SimpleNamespace(r=16)
+        model = SimpleNamespace(**vars(inner), get_base_model=lambda: inner, peft_config={"default": lora})
+        return estimate_for(model, ids, settings).activations
+
+    # 300 tokens in a row, against two rows of 270.
+    assert activations("qwen3") / activations("gemma3") == pytest.approx(300 / 540)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,27 @@ def stated() -> list[str]:
         ", ".join(f"{value:.3f}" for value in thinking["naive_accuracies"])
         + f"; mean {mean(thinking['naive_accuracies']):.3f}",
         f"of {replies}: {before} before, {after} after, {naive} after naive pairs",
+        *stated_of_gpus(),
+    ]
+
+
+def stated_of_gpus() -> list[str]:
+    gpu, two = result("gpu"), result("two_gpus")
+    sides, against = gpu["sides"], gpu["against_usual"]
+    speed, apart = [two[name]["pairs_per_s"] for name in ("one", "two")], two["difference_of_two"]
+    rows = [
+        f"| {sides[name]['pairs_per_s']:.2f} | {sides[name]['peak_gb']:.2f} | {against[name]['times_usual']:.2f} |"
+        for name in ("stock", "usual", "explicit", "ours", "offloaded", "kept", "two_rows", "two_rows_kept")
+    ]
+    ours, once = sides["ours"], sides["ours"]["pairs_per_s_with_reference_once"]
+    furthest = max(side.get("max_loss_difference", 0) for side in against.values())
+    return rows + [
+        f"{once:.2f} pairs a second of the {ours['pairs_per_s']:.2f}: {once / sides['usual']['pairs_per_s']:.2f} times",
+        f"{ours['tflop_per_s']:.0f} of the {gpu['matrix_tflop_per_s']} TFLOP/s",
+        f"within {furthest:.3f} of the usual",
+        f"{sides['two_rows_offloaded']['generation_tokens_per_s']:.0f} tokens a second",
+        f"{speed[0]:.2f} and {speed[1]:.2f} pairs a second, {two['scaling']:.2f} times",
+        f"within {apart:.4f} of each other; killed and resumed, within {two['difference_after_kill']:.4f}",
     ]
 
 
