@@ -1,8 +1,8 @@
 """CI has an hour, and a machine whose CPU has no bf16 of its own needs two for everything.
 
-Where DPO_TESTS_UNTIL and DPO_NOTEBOOKS_UNTIL are set (seconds since 1970; `.ci/run` sets them), no slow test is begun
-after the one and no notebook that would end after the other. What was left out is named in the summary, and the limit
-on coverage, which counts on all tests, is then not applied. Nothing is left out elsewhere.
+There, where DPO_TESTS_UNTIL and DPO_NOTEBOOKS_UNTIL are set (seconds since 1970; `.ci/run` sets them), no slow test is
+begun after the one and no notebook that would end after the other. What was left out is named in the summary, and the
+limit on coverage, which counts on all tests, is then not applied. Nothing is left out elsewhere.
 """
 
 import os
@@ -14,23 +14,21 @@ import pytest
 # Slow tests that are begun first, where not all can be.
 FIRST = ("test_training", "test_export", "test_sweep", "test_shared_prompt", "test_models", "test_generation")
 LAST = "test_jupyterlab"  # what it runs, the notebooks' own tests run too
-# Minutes that the notebooks took under `make refresh` on two cores with bf16.
-MINUTES = {"01_setup": 0.3, "02_data": 0.3, "03_train": 2.4, "04_thinking_pairs": 4.3, "05_beta_sweep": 9.4}
-MINUTES |= {"06_inspect": 2.9}
+# Minutes of a notebook on two such cores. 01, 03 and 06 under `make refresh`; the others in proportion to 03.
+MINUTES = {
+    "01_setup": 0.4,
+    "02_data": 0.7,
+    "03_train": 8.3,
+    "04_thinking_pairs": 15,
+    "05_beta_sweep": 32,
+    "06_inspect": 4,
+}
 
 
 def _until(name: str) -> float:
-    return float(os.environ.get(name) or "inf")
-
-
-def _is_notebook(item: pytest.Item) -> bool:
-    return item.path.suffix == ".ipynb"
-
-
-def _slowness() -> float:
-    """How many times as long as above notebooks take here, about."""
     cpu = Path("/proc/cpuinfo")
-    return 3.6 if cpu.is_file() and "bf16" not in cpu.read_text() else 1.0  # avx512_bf16, amx_bf16
+    slow = cpu.is_file() and "bf16" not in cpu.read_text()  # avx512_bf16, amx_bf16
+    return float(os.environ.get(name) or "inf") if slow else float("inf")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,10 +46,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what would be begun too late."""
-    if _is_notebook(item):
-        if _until("DPO_NOTEBOOKS_UNTIL") == float("inf"):
-            return
-        late = time.time() + 60 * MINUTES[item.path.stem] * _slowness() > _until("DPO_NOTEBOOKS_UNTIL")
+    if item.path.suffix == ".ipynb":
+        late = time.time() + 60 * MINUTES.get(item.path.stem, 0) > _until("DPO_NOTEBOOKS_UNTIL")
     else:
         late = bool(item.get_closest_marker("slow")) and time.time() > _until("DPO_TESTS_UNTIL")
     if not late:
