@@ -102,7 +102,11 @@ def _segments(ids: torch.Tensor, lengths: list[int], starts: list[int]) -> tuple
 
 def can_share(inner: PreTrainedModel) -> bool:
     """Whether `share_prompts` changes anything about `inner`, the model inside a PeftModel."""
-    return inner.config.model_type in _KNOWN and (ON_GPU or inner.device.type == "cpu")
+    if inner.config.model_type not in _KNOWN:
+        return False
+    if inner.device.type == "cuda":  # the kernel was tried on Hopper; before Ampere cards have no bf16
+        return ON_GPU and torch.cuda.get_device_capability(inner.device)[0] >= 8
+    return inner.device.type == "cpu"
 
 
 def share_prompts(inner: PreTrainedModel) -> None:
