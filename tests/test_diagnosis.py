@@ -181,6 +181,7 @@ def test_tables_of_the_guide():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # over 15 minutes on a CPU without bf16
 def test_every_symptom_is_reproduced_named_and_cured(base, tmp_path):
     model, tokenizer = base
     bench = Bench(model, tokenizer, tmp_path)
