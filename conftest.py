@@ -14,8 +14,7 @@ import pytest
 # Slow tests that are begun first, where not all can be.
 FIRST = ("test_training", "test_export", "test_sweep", "test_shared_prompt", "test_models", "test_generation")
 LAST = "test_jupyterlab"  # what it runs, the notebooks' own tests run too
-# Minutes on two such cores of what takes many: 01, 03 and 06 under `make refresh`, 04 and 05 in proportion to 03. The
-# test of each symptom was stopped after 15.
+# Minutes on two such cores of what takes many; those of 04 and 05 are in proportion to 03.
 MINUTES = {
     "01_setup": 0.4,
     "02_data": 0.7,
