@@ -22,14 +22,15 @@ MINUTES = {
     "04_thinking_pairs": 15,
     "05_beta_sweep": 32,
     "06_inspect": 4,
+    "test_every_symptom_is_reproduced_named_and_cured": 20,
+    "test_runs_in_jupyterlab[03_train]": 10,
 }
-MINUTES |= {"test_every_symptom_is_reproduced_named_and_cured": 20, "test_runs_in_jupyterlab[03_train-840]": 10}
+CPU = Path("/proc/cpuinfo")
+SLOW = CPU.is_file() and "bf16" not in CPU.read_text()  # avx512_bf16, amx_bf16
 
 
 def _until(name: str) -> float:
-    cpu = Path("/proc/cpuinfo")
-    slow = cpu.is_file() and "bf16" not in cpu.read_text()  # avx512_bf16, amx_bf16
-    return float(os.environ.get(name) or "inf") if slow else float("inf")
+    return float(SLOW and os.environ.get(name) or "inf")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

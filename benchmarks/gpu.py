@@ -275,8 +275,8 @@ def side(name: str, folder: str, longest: int, say) -> dict:
             random_state=0,
         )
         ids = tokenize_pairs(data, tokenizer)
-        estimate = estimate_for(model, ids, settings | {"gradient_checkpointing": how})
-        result["estimated_gb"] = round(estimate.total / 1e9, 2)
+        needed = estimate_for(model, ids, settings | {"gradient_checkpointing": how}).total
+        result["estimated_gb"] = round(needed / 1e9, 2)
         if options["cached"]:
             torch.cuda.synchronize()
             begin = time.perf_counter()
@@ -441,26 +441,31 @@ def compare(results: dict[str, dict], rate: float) -> dict:
     return table
 
 
+def estimate(config, options: dict):
+    """The memory estimate of a side, before there is a model: the longest pair is taken for all."""
+    from helpers.memory import estimate_memory
+
+    scale = options.get("tokens", 512) / 512
+    return estimate_memory(
+        config,
+        pairs=options["pairs"],
+        tokens=LONGEST * scale,
+        prompt=PROMPT * scale if options["shared"] else 0,
+        checkpointing=options["checkpointing"],
+        load_in_4bit=True,
+        optim="adamw_8bit",
+    )
+
+
 def dry_run(names: list[str]) -> None:
     from transformers import AutoConfig
-
-    from helpers.memory import estimate_memory
 
     config = AutoConfig.from_pretrained(HERE / "qwen3_4b")
     sides = {}
     for name in names:
         options = SIDES[name]
-        scale = options.get("tokens", 512) / 512
-        estimate = estimate_memory(
-            config,
-            pairs=options["pairs"],
-            tokens=LONGEST * scale,
-            prompt=PROMPT * scale if options["shared"] else 0,
-            checkpointing=options["checkpointing"],
-            load_in_4bit=True,
-            optim="adamw_8bit",
-        )
-        sides[name] = options | {"pieces": BATCH // options["pairs"], "estimated_gb": round(estimate.total / 1e9, 2)}
+        gb = round(estimate(config, options).total / 1e9, 2)
+        sides[name] = options | {"pieces": BATCH // options["pairs"], "estimated_gb": gb}
         print(f"{name:12} {sides[name]}")
     rule = {f"{card} GB": predictions(card * 1e9) for card in (8, 16, 24, 80)}
     print(json.dumps({"sides": sides, "steps": [WARM_UP, COUNTED], "rule": rule}))

@@ -6,7 +6,7 @@ by `accelerate launch`. The global batch is the same each time, so the losses ha
 those of `train_dpo` as well. Pairs a second are those of the median step after the first.
 
 On GPUs in bf16 with the model of the profile, or --model, and the pairs of benchmarks/gpu.py, 32 in a forward: with
-eight short ones the GPUs waited for the CPU, and two were only 1.55 times as fast as one. With a model of random
+eight short ones two GPUs were only 1.55 times as fast as one. With a model of random
 weights, as benchmarks/gpu.py makes it, speed and memory are those of the real one, and the losses say little. With
 --cpu two CPU processes take the GPUs' place, in fp32 with the embedded model and few short pairs: it shows that all
 this works, and says nothing about speed. Two minutes on two cores. Each launch prints its result when it ends; the
@@ -36,20 +36,19 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
     """Train the run that is exported, in a process of its own, which leaves the GPU free."""
     from helpers import Dataset, add_lora, export_run, load_model, load_pairs, train_dpo
     from helpers.export import base_of
-    from helpers.models import load_tokenizer
 
     def length(row: dict) -> int:
         return sum(len(message["content"]) for side in ("prompt", "chosen", "rejected") for message in row[side])
 
     if args.model and Path(args.model).is_dir():
         os.environ["DPO_MODEL"] = args.model  # a run folder names it without its path
+    model, tokenizer = load_model(args.model)
     if args.cpu:
         pairs = load_pairs()
         pairs = pairs.select(sorted(range(len(pairs)), key=lambda i: length(pairs[i])))
     else:
-        pairs = Dataset.from_list(make_pairs(load_tokenizer(args.model), 512, 4 + args.steps * args.batch))
+        pairs = Dataset.from_list(make_pairs(tokenizer, 512, 4 + args.steps * args.batch))
     test, train = pairs.select(range(4)), pairs.select(range(4, 4 + args.steps * args.batch))
-    model, tokenizer = load_model(args.model)
     if args.cpu:
         model = model.float()
     settings = {"bf16": False} if args.cpu else {}

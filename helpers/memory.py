@@ -190,12 +190,14 @@ def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstima
         ids: the training pairs, as `tokenize_pairs` gives them.
         settings: DPOConfig settings, complete as `dpo_settings` gives them.
     """
-    plain, tokens, prompt = model.device.type == "cpu", max(pair_lengths(ids)), 0
+    plain = model.device.type == "cpu"
     if not plain and can_share(model.get_base_model()):  # the pair with most tokens, its sides taken to be alike
         prompt, answers = max(
             ((len(row["prompt_ids"]), len(row["chosen_ids"]) + len(row["rejected_ids"])) for row in ids), key=sum
         )
         tokens = prompt + math.ceil(answers / 2)
+    else:
+        prompt, tokens = 0, max(pair_lengths(ids))
     return estimate_memory(
         model.config,
         pairs=settings["per_device_train_batch_size"],

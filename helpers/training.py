@@ -121,7 +121,10 @@ def dpo_settings(profile: Profile | None = None, *, thinking: bool = False) -> d
         Arguments of DPOConfig by name: `DPOConfig(output_dir=..., **dpo_settings())`.
     """
     profile = profile or current_profile()
+    small = profile.name == "cpu" or named_model(profile, thinking) == EMBEDDED
     common = {
+        # Ten times below SFT: a larger one drives both log-probs down. A small model and few steps need more.
+        "learning_rate": 2e-4 if small else 5e-6,
         "beta": 0.1,  # the paper's value for dialogue (section 6) and TRL's default
         "max_length": profile.thinking_max_length if thinking else profile.max_length,
         "num_train_epochs": 1,  # preferences overfit fast: more epochs raise the margin before they raise accuracy
@@ -135,8 +138,6 @@ def dpo_settings(profile: Profile | None = None, *, thinking: bool = False) -> d
     }
     if profile.name == "gpu":
         return common | {
-            # Ten times below SFT: a larger one drives both log-probs down. The embedded model is small: as on a CPU.
-            "learning_rate": 2e-4 if named_model(profile, thinking) == EMBEDDED else 5e-6,
             "optim": "adamw_8bit",  # optimizer state in a quarter of the memory
             "per_device_train_batch_size": 8,  # effective batch 8 in one piece: the GPU is busy only then
             "gradient_accumulation_steps": 1,
@@ -146,7 +147,6 @@ def dpo_settings(profile: Profile | None = None, *, thinking: bool = False) -> d
             "fp16": not unsloth.is_bfloat16_supported(),  # GPUs before Ampere
         }
     return common | {
-        "learning_rate": 2e-4,  # a small model and few steps
         "optim": "adamw_torch_fused",  # bitsandbytes' 8-bit optimizer needs a GPU
         "per_device_train_batch_size": 4,  # effective batch 8 in two pieces: less padding than in one
         "gradient_accumulation_steps": 2,

@@ -1,15 +1,10 @@
 """The GPU benchmark without a GPU: what it would run, its arithmetic, and a side that fails."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
-PATH = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
-spec = importlib.util.spec_from_file_location("gpu_benchmark", PATH)
-gpu = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gpu)
+from benchmarks import gpu
 
 
 def test_dry_run_says_what_would_run(capsys):
@@ -50,7 +45,7 @@ def test_pairs_are_the_same_each_time_and_of_the_length_told():
 
 
 def test_operations_of_a_pair():
-    config = json.loads((PATH.parent / "qwen3_4b" / "config.json").read_text())
+    config = json.loads((gpu.HERE / "qwen3_4b" / "config.json").read_text())
     # 3.6 billion weights in the layers, 2 operations each for a token, forward and backward; the head for completions.
     assert gpu.needed_flops(config, 700, 360) == pytest.approx(4 * 3.63e9 * 700 + 4 * 0.389e9 * 360, rel=0.01)
 

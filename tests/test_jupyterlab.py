@@ -170,8 +170,11 @@ def cells_on_page(page: Page) -> list:
 
 
 # Seconds that a notebook may take on two cores, with room for a slow machine.
-@pytest.mark.parametrize(("name", "seconds"), [("01_setup", 180), ("02_data", 180), ("03_train", 840)])
-def test_runs_in_jupyterlab(lab, page, name, seconds):
+SECONDS = {"01_setup": 180, "02_data": 180, "03_train": 840}
+
+
+@pytest.mark.parametrize("name", SECONDS)
+def test_runs_in_jupyterlab(lab, page, name):
     open_notebook(page, lab, name)
     page.run(
         "await window.jupyterapp.commands.execute('notebook:clear-all-cell-outputs');"
@@ -184,7 +187,7 @@ def test_runs_in_jupyterlab(lab, page, name, seconds):
         assert failed == [], failed
         return all(cell.execution_count for cell in cells) and lab.get("api/kernels") == []
 
-    wait_for(finished, seconds, f"{name} runs to its end and its kernel is gone")
+    wait_for(finished, SECONDS[name], f"{name} runs to its end and its kernel is gone")
     # The page notices a little later; a dialog, or a kernel started again, would come then.
     wait_for(lambda: page.run("return panel.sessionContext.hasNoKernel"), 60, "the page shows no kernel")
     time.sleep(3)

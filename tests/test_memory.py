@@ -1,7 +1,6 @@
 """The memory estimate against measured runs, and what is recognised as running out."""
 
 import copy
-import importlib.util
 import json
 import mmap
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, Qwen3Config
 
+from benchmarks import gpu
 from helpers.memory import ESTIMATE_MARGIN, estimate_for, estimate_memory, free_memory, is_out_of_memory, plan_batch
 from helpers.models import _keep_freed_memory
 
@@ -38,9 +38,6 @@ SMOLLM2_135M = LlamaConfig(
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 RESULTS = json.loads((BENCHMARKS / "results" / "memory.json").read_text())
 ON_A_GPU = json.loads((BENCHMARKS / "results" / "gpu.json").read_text())
-spec = importlib.util.spec_from_file_location("gpu_benchmark", BENCHMARKS / "gpu.py")
-gpu = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gpu)
 
 
 # Two rows a pair, measured on an H100 before benchmarks/gpu.py was written: about 350 tokens a sequence, 446 at most.
@@ -57,16 +54,7 @@ def test_estimate_agrees_with_measured_gpu_runs(pairs, checkpointing, gb):
 @pytest.mark.parametrize("name", ["usual", "ours", "kept", "offloaded", "two_rows", "two_rows_kept"])
 def test_estimate_agrees_with_the_gpu_benchmark(name):
     """Where both answers share a forward, the longest pair is taken for all, which is up to 22% over."""
-    side = gpu.SIDES[name]
-    estimate = estimate_memory(
-        QWEN3_4B,
-        pairs=side["pairs"],
-        tokens=gpu.LONGEST,
-        prompt=gpu.PROMPT if side["shared"] else 0,
-        checkpointing=side["checkpointing"],
-        load_in_4bit=True,
-        optim="adamw_8bit",
-    )
+    estimate = gpu.estimate(QWEN3_4B, gpu.SIDES[name])
     assert 0.95 < estimate.total / 1e9 / ON_A_GPU["sides"][name]["peak_gb"] < 1.25
 
 
