@@ -34,9 +34,9 @@ chromium:
 
 # The notebooks get an output folder of their own, so that they train and do not load an earlier run.
 test: setup chromium
-	$(BIN)/python -m pytest --cov=helpers
+	$(BIN)/python -m pytest --cov=helpers --durations=12
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
-	  DPO_OUTPUT_DIR="$$folder" $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 --durations=0 notebooks
+	  DPO_OUTPUT_DIR="$$folder" $(BIN)/python -m pytest --nbmake --timeout=3600 --nbmake-timeout=3600 --durations=0 notebooks
 
 # Every helper without a model, in under a minute.
 fast: setup

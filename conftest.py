@@ -18,12 +18,12 @@ LAST = "test_jupyterlab"  # what it runs, the notebooks' own tests run too
 MINUTES = {
     "01_setup": 0.4,
     "02_data": 0.7,
-    "03_train": 8.3,
+    "03_train": 7,
     "04_thinking_pairs": 15,
     "05_beta_sweep": 32,
-    "06_inspect": 4,
+    "06_inspect": 5,
     "test_every_symptom_is_reproduced_named_and_cured": 20,
-    "test_runs_in_jupyterlab[03_train]": 10,
+    "test_runs_in_jupyterlab[03_train]": 4,
 }
 CPU = Path("/proc/cpuinfo")
 SLOW = CPU.is_file() and "bf16" not in CPU.read_text()  # avx512_bf16, amx_bf16

@@ -148,7 +148,7 @@ def refresh(path: Path, rejected: Path, **settings: str) -> None:
 
     client = NotebookClient(
         notebook,
-        timeout=900,
+        timeout=3600,
         record_timing=False,
         on_cell_start=note,
         resources={"metadata": {"path": str(path.parent)}},
