@@ -1,10 +1,10 @@
 """Training runs made sick on purpose, and cured: python benchmarks/diagnosis.py [--seeds 3] [--only CASE ...]
 
-Each case trains the embedded model for a few steps with one fault, and once more with the cure that `diagnose` names
-for it. Then the advice that usual guides give is tried. About 25 minutes on two CPU cores. Finished runs are kept in
-outputs/diagnosis and not trained again, so an interrupted benchmark goes on where it stopped. The last line is one
-JSON object with all histories and figures. benchmarks/results/diagnosis.json is a list of such objects, from two
-machines.
+Each case trains the embedded model for a few steps with a fault, and once more without it, which goes in the direction
+of the cure that `diagnose` names, and not always as far. Then the advice that usual guides give is tried. About 25
+minutes on two CPU cores. Finished runs are kept in outputs/diagnosis and not trained again, so an interrupted benchmark
+goes on where it stopped. The last line is one JSON object with all histories and figures.
+benchmarks/results/diagnosis.json is a list of such objects, from two machines.
 """
 
 import argparse

@@ -478,7 +478,7 @@ def guide(results: list[dict]) -> list[dict]:
             {
                 "symptom": f"{code}: {CATALOGUE[code][0]}",
                 "made by": runs["sick"]["fault"],
-                "cure": CATALOGUE[code][1][0][1],
+                "try first": CATALOGUE[code][1][0][1],
                 "measured": label,
                 "sick": _spread(values["sick"]),
                 "cured": _spread(values["cured"]),
