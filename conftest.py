@@ -1,4 +1,4 @@
-"""CI has an hour, and a machine whose CPU has no bf16 of its own needs two for everything.
+"""CI has an hour, and a machine whose CPU has no bf16 of its own needs an hour and a half for everything.
 
 There, where DPO_TESTS_UNTIL and DPO_NOTEBOOKS_UNTIL are set (seconds since 1970; `.ci/run` sets them), no slow test is
 begun after the one and no notebook after the other, nor what is known to end after it. The summary names what was left
