@@ -6,11 +6,10 @@ by `accelerate launch`. The global batch is the same each time, so the losses ha
 those of `train_dpo` as well. Pairs a second are those of the median step after the first.
 
 On GPUs in bf16 with the model of the profile, or --model, and the pairs of benchmarks/gpu.py, 32 in a forward: with
-eight short ones two GPUs were only 1.55 times as fast as one. With a model of random
-weights, as benchmarks/gpu.py makes it, speed and memory are those of the real one, and the losses say little. With
---cpu two CPU processes take the GPUs' place, in fp32 with the embedded model and few short pairs: it shows that all
-this works, and says nothing about speed. Two minutes on two cores. Each launch prints its result when it ends; the
-last line is one JSON object.
+eight short ones two GPUs were only 1.55 times as fast as one. With a model of random weights, as benchmarks/gpu.py
+makes it, speed and memory are those of the real one, and the losses say little. With --cpu two CPU processes take the
+GPUs' place, in fp32 with the embedded model and few short pairs: it shows that all this works, and says nothing about
+speed. Two minutes on two cores. Each launch prints its result when it ends; the last line is one JSON object.
 """
 
 import argparse

@@ -18,6 +18,7 @@ from itertools import count
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import websocket
 
@@ -82,9 +83,8 @@ class Lab:
     def __init__(self, folder: Path):
         shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".*"))
         (folder / "benchmarks").symlink_to(ROOT / "benchmarks")  # 01 reads a model's sizes there
-        rows = [json.loads(line) for line in BUNDLED.read_text().splitlines()[:PAIRS]]
-        own = [json.dumps({name: row[name] for name in ("prompt", "chosen", "rejected")}) for row in rows]
-        (folder / "my_pairs.jsonl").write_text("\n".join(own))
+        own = pd.read_json(BUNDLED, lines=True, nrows=PAIRS)[["prompt", "chosen", "rejected"]]
+        own.to_json(folder / "my_pairs.jsonl", orient="records", lines=True)
         quiet = folder / "config/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
         quiet.parent.mkdir(parents=True)
         quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # no question, no request to the outside
