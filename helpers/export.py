@@ -314,6 +314,7 @@ def _write_trl(run: Run, part: Path, train: Dataset | None, test: Dataset | None
         "lora_dropout": adapter["lora_dropout"],
         "lora_target_modules": sorted(adapter["target_modules"]),
         "precompute_ref_log_probs": True,  # the reference's forward once, as in the run, and not in each step
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},  # on a GPU Unsloth says True, which DDP can't take
     }
     quantised = PROFILES[info["profile"]].load_in_4bit
     if quantised:

@@ -280,6 +280,22 @@ def test_other_pairs_and_other_references_are_refused(run, pairs, tmp_path):
 
 
 @pytest.mark.slow
+def test_checkpointing_of_the_export_is_one_that_several_processes_can_take(run, pairs, tmp_path):
+    """As Unsloth's config has it on a GPU, "a variable is marked ready twice"."""
+    train, test = pairs
+    config = run.info["config"] | {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    }
+    on_gpu = dataclasses.replace(run, info=run.info | {"config": config})
+    settings = yaml.safe_load(
+        (export_run(on_gpu, "trl", tmp_path / "trl", train=train, test=test) / "dpo.yaml").read_text()
+    )
+    assert settings["gradient_checkpointing"]
+    assert settings["gradient_checkpointing_kwargs"] == {"use_reentrant": False}
+
+
+@pytest.mark.slow
 def test_settings_of_the_machine_are_left_out(run):
     config = run.info["config"] | {"dataset_num_proc": 4, "beta": 0.2}  # the first as Unsloth sets it on a GPU
     assert changed_settings(config) == changed_settings(run.info["config"]) | {"beta": 0.2}
