@@ -227,5 +227,9 @@ def free_memory(device: torch.device) -> float:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether `error` says so: CUDA has an exception of its own, on a CPU torch raises a RuntimeError with words."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """Whether `error` says so: CUDA's allocator has an exception of its own, all others say it in words.
+
+    Those are the CPU's allocator and, on a GPU that is full already, the driver that loads a kernel.
+    """
+    words = ("can't allocate memory", "out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error).lower() for w in words)

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import trl
 import unsloth
 from datasets import Dataset
@@ -517,10 +518,22 @@ def train_dpo(
         if checkpoint is not None:
             print(f"Resuming from step {checkpoint.name.rpartition('-')[2]}.")
         return_freed_memory()  # what scoring freed rarely fits the batches of training
+        on_gpu = model.device.type == "cuda"
+        if on_gpu:
+            loaded = torch.cuda.memory_allocated(model.device)
+            torch.cuda.reset_peak_memory_stats(model.device)
         began = time.monotonic()
         with stop.listening():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         train_seconds = time.monotonic() - began
+        if on_gpu:
+            peak = torch.cuda.max_memory_allocated(model.device)
+            memory = info["memory_gb"] | {"used": round((peak - loaded) / 1e9, 2), "peak": round(peak / 1e9, 2)}
+            info["memory_gb"] = memory
+            print(
+                f"Peak GPU memory {memory['peak']:.2f} GB, {memory['used']:.2f} beside the loaded model "
+                f"(estimated: {memory['needed']:.2f})."
+            )
         finished = not stop.asked
         if not finished:
             step, total = trainer.state.global_step, trainer.state.max_steps

@@ -12,6 +12,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 import helpers
 from helpers import UserError, scoring, shared_prompt, training
 from helpers.generation import generate_replies
+from helpers.memory import is_out_of_memory
 from helpers.pairs import load_pairs
 from helpers.scoring import _pair_forward, pair_logps, tokenize_pairs
 from helpers.training import DPOConfig, dpo_settings, make_trainer, train_dpo, with_reference
@@ -88,13 +89,18 @@ def test_step_zero_and_the_reference_of_the_patched_trainer(base, pairs, tmp_pat
         strip(model)
 
 
-def test_train_dpo_starts_at_ln_2_and_moves_away(policy, pairs, cache, tmp_path):
+def test_train_dpo_starts_at_ln_2_moves_away_and_says_its_peak(policy, pairs, cache, tmp_path, capsys):
     policy, tokenizer = policy
-    run = train_dpo(policy, tokenizer, *pairs, tmp_path / "run", max_steps=4, logging_steps=1, learning_rate=5e-4)
+    run = train_dpo(policy, tokenizer, *pairs, tmp_path / "run", max_steps=8, logging_steps=1, learning_rate=1e-3)
+    memory = run.info["memory_gb"]
+    assert 0 < memory["used"] < memory["peak"] and memory["used"] < 1.1 * memory["needed"]
+    assert f"Peak GPU memory {memory['peak']:.2f} GB" in capsys.readouterr().out
     losses = [float(row["loss"]) for row in run.history if "loss" in row]
     print("losses", losses)
     assert losses[0] == pytest.approx(math.log(2), abs=0.02)
-    assert (run.held_out.chosen_policy - run.held_out.chosen_reference).abs().mean() > 0.5
+    moved = (run.held_out.chosen_policy - run.held_out.chosen_reference).abs().mean()
+    print("moved by", moved)
+    assert moved > 0.5
 
 
 def test_misspelt_setting_is_an_error(tmp_path):
@@ -164,7 +170,7 @@ def test_full_card_is_answered_before_training_and_when_it_runs_out(policy, pair
         patch.setattr(training, "free_memory", lambda device: 1e12)
         with pytest.raises(UserError, match="(?s)Out of memory.*per_device_train_batch_size=4") as caught:
             train()
-    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    assert is_out_of_memory(caught.value.__cause__)  # of torch's allocator, or of the driver that loads a kernel
     del held, caught
     gc.collect()
     torch.cuda.empty_cache()

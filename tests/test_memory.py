@@ -147,6 +147,7 @@ def test_running_out_is_told_from_other_errors():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 50)
     assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(RuntimeError("CUDA driver error: out of memory"))  # a kernel that finds no room on a GPU
     with pytest.raises(RuntimeError) as caught:
         torch.ones(2) @ torch.ones(3)
     assert not is_out_of_memory(caught.value)
