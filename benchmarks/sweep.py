@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from train import Turns, give_turn, load_plain, plain_trainer, start_side, take_turns
+from train import Turns, give_turn, load_plain, plain_trainer, start_sides, take_turns
 
 BETAS = (0.01, 0.05, 0.1, 0.3, 1.0)
 HELD_OUT = 8
@@ -117,8 +117,6 @@ def side(name: str, size: int, weights: str | None) -> dict:
 
 
 def main() -> None:
-    from helpers.runs import machine, versions
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=480)
     parser.add_argument("--model", help="a folder, instead of the embedded model")
@@ -131,14 +129,17 @@ def main() -> None:
     if args.model:
         command += ["--model", args.model]
     waiting = {"sweep": ["sweep"], "plain": [str(beta) for beta in BETAS]}
+    workers = start_sides(command, [*waiting["sweep"], *waiting["plain"]])
     current, results = {}, {"sweep": [], "plain": []}
     while any(waiting.values()) or current:
         for lane in ("plain", "sweep"):
             if lane not in current and waiting[lane]:
-                current[lane] = (waiting[lane][0], start_side(command, waiting[lane].pop(0)))
-            if lane in current and (result := give_turn(*current[lane])) is not None:
+                current[lane] = waiting[lane].pop(0)
+            if lane in current and (result := give_turn(current[lane], workers[current[lane]])) is not None:
                 results[lane].append(result)
                 del current[lane]
+    from helpers.runs import machine, versions
+
     sweep, plain = results["sweep"][0], results["plain"]
     plain_seconds = sum(run["seconds"] for run in plain)
     print(

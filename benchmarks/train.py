@@ -140,11 +140,13 @@ def wait(name: str, worker: subprocess.Popen) -> dict | None:
     raise SystemExit(f"The {name} side ended with exit status {worker.wait()}.")
 
 
-def start_side(command: list[str], name: str) -> subprocess.Popen:
-    """A process that waits for its first turn; its errors go to the screen."""
-    worker = subprocess.Popen([*command, "--side", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    wait(name, worker)
-    return worker
+def start_sides(command: list[str], names: list[str]) -> dict[str, subprocess.Popen]:
+    """A process for each side, their errors on the screen. All have done their imports, and none has had a turn."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    workers = {name: subprocess.Popen([*command, "--side", name], **pipes) for name in names}
+    for name, worker in workers.items():
+        wait(name, worker)
+    return workers
 
 
 def give_turn(name: str, worker: subprocess.Popen) -> dict | None:
@@ -155,7 +157,7 @@ def give_turn(name: str, worker: subprocess.Popen) -> dict | None:
 
 def run_sides(command: list[str], names: list[str]) -> dict[str, dict]:
     """Start a process for each side, and give each its turn until all are done."""
-    workers, results = {name: start_side(command, name) for name in names}, {}
+    workers, results = start_sides(command, names), {}
     while len(results) < len(names):
         for name in names:
             if name not in results:

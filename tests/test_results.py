@@ -53,22 +53,39 @@ def stated() -> list[str]:
 
 
 def stated_of_gpus() -> list[str]:
-    gpu, two = result("gpu"), result("two_gpus")
+    gpu, two, sweep = result("gpu"), result("two_gpus"), result("sweep_gpu")
     sides, against = gpu["sides"], gpu["against_usual"]
-    speed, apart = [two[name]["pairs_per_s"] for name in ("one", "two")], two["difference_of_two"]
-    rows = [
-        f"| {sides[name]['pairs_per_s']:.2f} | {sides[name]['peak_gb']:.2f} | {against[name]['times_usual']:.2f} |"
-        for name in ("stock", "usual", "explicit", "ours", "offloaded", "kept", "two_rows", "two_rows_kept")
-    ]
-    ours, once = sides["ours"], sides["ours"]["pairs_per_s_with_reference_once"]
+    usual, ours = sides["usual"]["pairs_per_s"], sides["ours"]
+    once, busy = ours["pairs_per_s_with_reference_once"], ours["gpu_busy_share"]
+    rows = []
+    for name, side in sides.items():
+        if name not in ("two_rows_offloaded", "kept_graphs"):
+            estimate = "" if name in ("stock", "explicit", "graphs") else f"{side['estimated_gb']:.2f}"
+            times = f"{against[name]['times_usual']:.2f}" if "times_usual" in against[name] else ""
+            cells = (
+                f"{side['pairs_per_s']:.2f}",
+                f"{side['peak_gb']:.2f}",
+                estimate,
+                f"{side['gpu_busy_share']:.2f}",
+                times,
+            )
+            rows.append("| " + " | ".join(cells) + " |")
+    estimated = [side for name, side in sides.items() if name not in ("stock", "explicit", "graphs", "kept_graphs")]
+    ratios = [side["estimated_gb"] / side["peak_gb"] for side in estimated]
     furthest = max(side.get("max_loss_difference", 0) for side in against.values())
+    speed, wide = two["pairs_per_s"], two["one_of_32"]["pairs_per_s"]
     return rows + [
-        f"{once:.2f} pairs a second of the {ours['pairs_per_s']:.2f}: {once / sides['usual']['pairs_per_s']:.2f} times",
+        f"{once:.2f} pairs a second of the {ours['pairs_per_s']:.2f}: {once / usual:.2f} times",
         f"{ours['tflop_per_s']:.0f} of the {gpu['matrix_tflop_per_s']} TFLOP/s",
+        f"Without any waiting its rate would be {ours['pairs_per_s'] / busy / usual:.1f} times",
+        f"estimate was {min(ratios):.2f} to {max(ratios):.2f} times",
         f"within {furthest:.3f} of the usual",
-        f"{sides['two_rows_offloaded']['generation_tokens_per_s']:.0f} tokens a second",
+        f"{ours['generation_tokens_per_s']:.0f} tokens a second",
+        f"{sweep['wall_ratio']:.2f} of the time of five plain runs, with {sweep['peak_ratio']:.2f} times the memory",
         f"{speed[0]:.2f} and {speed[1]:.2f} pairs a second, {two['scaling']:.2f} times",
-        f"within {apart:.4f} of each other; killed and resumed, within {two['difference_after_kill']:.4f}",
+        f"within {two['difference_of_two']:.4f} of each other",
+        f"within {two['difference_after_kill']:.4f} of those of the run in one piece",
+        f"{wide:.2f} pairs a second with 32 in a forward; two are {speed[1] / wide:.2f} times",
     ]
 
 
