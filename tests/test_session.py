@@ -47,6 +47,12 @@ def test_progress_is_text_in_every_library():
     assert "tqdm.notebook" not in sys.modules
 
 
+def test_trainers_tokenise_without_processes_of_their_own():
+    from unsloth_zoo.dataset_num_proc import get_dataset_num_proc
+
+    assert get_dataset_num_proc() is None
+
+
 def test_bf16_question_has_an_answer():
     assert helpers.is_bf16_supported() in (True, False)
 
