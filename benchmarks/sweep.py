@@ -130,14 +130,15 @@ def main() -> None:
         command += ["--model", args.model]
     waiting = {"sweep": ["sweep"], "plain": [str(beta) for beta in BETAS]}
     workers = start_sides(command, [*waiting["sweep"], *waiting["plain"]])
-    current, results = {}, {"sweep": [], "plain": []}
-    while any(waiting.values()) or current:
+    results = {"sweep": [], "plain": []}
+    while any(waiting.values()):
         for lane in ("plain", "sweep"):
-            if lane not in current and waiting[lane]:
-                current[lane] = waiting[lane].pop(0)
-            if lane in current and (result := give_turn(current[lane], workers[current[lane]])) is not None:
+            if not waiting[lane]:
+                continue
+            name = waiting[lane][0]
+            if (result := give_turn(name, workers[name])) is not None:
                 results[lane].append(result)
-                del current[lane]
+                del waiting[lane][0]
     from helpers.runs import machine, versions
 
     sweep, plain = results["sweep"][0], results["plain"]

@@ -528,8 +528,8 @@ def train_dpo(
         train_seconds = time.monotonic() - began
         if on_gpu:
             peak = torch.cuda.max_memory_allocated(model.device)
-            memory = info["memory_gb"] | {"used": round((peak - loaded) / 1e9, 2), "peak": round(peak / 1e9, 2)}
-            info["memory_gb"] = memory
+            memory = info["memory_gb"]
+            memory |= {"used": round((peak - loaded) / 1e9, 2), "peak": round(peak / 1e9, 2)}
             print(
                 f"Peak GPU memory {memory['peak']:.2f} GB, {memory['used']:.2f} beside the loaded model "
                 f"(estimated: {memory['needed']:.2f})."

@@ -57,21 +57,15 @@ def stated_of_gpus() -> list[str]:
     sides, against = gpu["sides"], gpu["against_usual"]
     usual, ours = sides["usual"]["pairs_per_s"], sides["ours"]
     once, busy = ours["pairs_per_s_with_reference_once"], ours["gpu_busy_share"]
+    not_estimated = ("stock", "explicit", "graphs", "kept_graphs")
+    estimates = {name: side["estimated_gb"] for name, side in sides.items() if name not in not_estimated}
+    ratios = [estimate / sides[name]["peak_gb"] for name, estimate in estimates.items()]
     rows = []
     for name, side in sides.items():
         if name not in ("two_rows_offloaded", "kept_graphs"):
-            estimate = "" if name in ("stock", "explicit", "graphs") else f"{side['estimated_gb']:.2f}"
-            times = f"{against[name]['times_usual']:.2f}" if "times_usual" in against[name] else ""
-            cells = (
-                f"{side['pairs_per_s']:.2f}",
-                f"{side['peak_gb']:.2f}",
-                estimate,
-                f"{side['gpu_busy_share']:.2f}",
-                times,
-            )
-            rows.append("| " + " | ".join(cells) + " |")
-    estimated = [side for name, side in sides.items() if name not in ("stock", "explicit", "graphs", "kept_graphs")]
-    ratios = [side["estimated_gb"] / side["peak_gb"] for side in estimated]
+            times = against[name].get("times_usual")
+            cells = (side["pairs_per_s"], side["peak_gb"], estimates.get(name), side["gpu_busy_share"], times)
+            rows.append("| " + " | ".join("" if cell is None else f"{cell:.2f}" for cell in cells) + " |")
     furthest = max(side.get("max_loss_difference", 0) for side in against.values())
     speed, wide = two["pairs_per_s"], two["one_of_32"]["pairs_per_s"]
     return rows + [
