@@ -8,8 +8,8 @@ favours neither. Seconds count from before the model is loaded (imports apart) t
 
 *Floor* is the time that the sweep's own five runs spend in the policy's forward and backward passes.
 
-On a GPU both sides load in 4-bit, and the sweep takes the micro-batches of its profile (8x1); memory is that of the
-card. Half an hour on two CPU cores. The last line is one JSON object.
+On a GPU both sides load in 4-bit, and the sweep takes 8x1 with checkpointing, as on a card whose memory is short;
+memory is that of the card. Half an hour on two CPU cores. The last line is one JSON object.
 """
 
 import argparse
@@ -57,9 +57,10 @@ def sweep_side(turns: Turns, weights: str, pairs, held_out, folder: str) -> dict
     training.make_trainer = make
     turns.start()
     model, tokenizer = load_model(weights)
-    on_gpu = model.device.type == "cuda"
-    batch = {} if on_gpu else {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    sweep = sweep_beta(model, tokenizer, pairs, held_out, f"{folder}/sweep", betas=BETAS, prompts=0, **batch)
+    step = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    if model.device.type == "cuda":
+        step = {"gradient_checkpointing": True}
+    sweep = sweep_beta(model, tokenizer, pairs, held_out, f"{folder}/sweep", betas=BETAS, prompts=0, **step)
     turns.stop()
     runs = [sweep.run(beta) for beta in BETAS]
     return {

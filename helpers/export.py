@@ -314,11 +314,11 @@ def _write_trl(run: Run, part: Path, train: Dataset | None, test: Dataset | None
         "lora_dropout": adapter["lora_dropout"],
         "lora_target_modules": sorted(adapter["target_modules"]),
         "precompute_ref_log_probs": True,  # the reference's forward once, as in the run, and not in each step
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},  # on a GPU Unsloth says True, which DDP can't take
     }
     quantised = PROFILES[info["profile"]].load_in_4bit
     if quantised:
-        settings |= {"load_in_4bit": True, "use_bnb_nested_quant": True}
+        # A run on a large card may have done without checkpointing; TRL alone needs more memory than Unsloth.
+        settings |= {"load_in_4bit": True, "use_bnb_nested_quant": True, "gradient_checkpointing": True}
     (part / "data").mkdir()
     for name, pairs in _same_pairs(run, load_tokenizer(base_of(run)), train, test).items():
         columns = [c for c in ("prompt", "chosen", "rejected", "chat_template_kwargs") if c in pairs.column_names]

@@ -74,7 +74,6 @@ def generate_replies(
             output = model.generate(
                 **batch,
                 max_new_tokens=max_new_tokens,
-                max_length=None,  # some models' own setting; two limits would be warned of
                 do_sample=temperature > 0,
                 top_k=0 if temperature else None,
                 pad_token_id=tokenizer.pad_token_id,

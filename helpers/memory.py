@@ -7,6 +7,7 @@ measured runs.
 import contextlib
 import ctypes
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import psutil
@@ -31,6 +32,9 @@ PLAIN_CHECKPOINTING_BYTES = 1.1e9
 
 # How far the estimate may be off: below this multiple of what is free, training is tried with a warning.
 ESTIMATE_MARGIN = 1.25
+
+# The settings that say how a step is made; its pairs are the product of the first two.
+BATCH_SETTINGS = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
 
 
 class MemoryEstimate(NamedTuple):
@@ -142,35 +146,17 @@ class BatchPlan(NamedTuple):
     reason: str
 
 
-def plan_batch(
-    config: PretrainedConfig, free: float, *, tokens: int, batch: int = 8, load_in_4bit: bool = True
-) -> BatchPlan | None:
-    """The fastest way to train `batch` pairs a step in `free` bytes of a GPU, with room for the estimate's error.
+def _plan(need: Callable[[int, bool], float], free: float, batch: int) -> BatchPlan | None:
+    """The fastest way that fits; `need` gives the bytes for pairs in a micro-batch, and checkpointing.
 
     A pass over few tokens leaves a GPU waiting for its next kernel, so the batch stays whole where it can. Without
     checkpointing a step has two passes (forward, backward), with it three; so dropping it comes first where there is
-    room. The reference's log-probs are cached in any case: that saves one more pass and needs no memory.
-
-    Args:
-        config, tokens, load_in_4bit: as in `estimate_memory`.
-        free: bytes.
-        batch: pairs a step, a power of two.
-
-    Returns:
-        The plan, or None where not even one pair fits.
+    room. benchmarks/gpu.py measures both.
     """
     needs = []
     for checkpointing, pieces in [(False, 1)] + [(True, 2**i) for i in range(batch.bit_length())]:
-        need = estimate_memory(
-            config,
-            pairs=batch // pieces,
-            tokens=tokens,
-            checkpointing=checkpointing,
-            load_in_4bit=load_in_4bit,
-            optim="adamw_8bit",
-        ).total
-        needs.append(need)
-        if need * ESTIMATE_MARGIN > free:
+        needs.append(need(batch // pieces, checkpointing))
+        if needs[-1] * ESTIMATE_MARGIN > free:
             continue
         if not checkpointing:
             reason = "everything is kept for the backward pass"
@@ -178,8 +164,37 @@ def plan_batch(
             reason = f"without checkpointing {needs[0] / 1e9:.0f} GB would be needed"
         else:
             reason = f"in fewer pieces {needs[-2] / 1e9:.1f} GB would be needed"
-        return BatchPlan(batch // pieces, pieces, checkpointing, need, reason)
+        return BatchPlan(batch // pieces, pieces, checkpointing, needs[-1], reason)
     return None
+
+
+def plan_batch(
+    config: PretrainedConfig, free: float, *, tokens: int, batch: int = 8, load_in_4bit: bool = True
+) -> BatchPlan | None:
+    """The fastest way to train `batch` pairs a step on a GPU, with room for the estimate's error; needs no GPU.
+
+    The reference's log-probs are cached in any case: that saves a pass in each step and needs no memory.
+
+    Args:
+        config, tokens, load_in_4bit: as in `estimate_memory`; every pair is taken to be that long.
+        free: bytes, before the model is loaded.
+        batch: pairs a step, a power of two.
+
+    Returns:
+        The plan, or None where not even one pair fits.
+    """
+
+    def need(pairs: int, checkpointing: bool) -> float:
+        return estimate_memory(
+            config,
+            pairs=pairs,
+            tokens=tokens,
+            checkpointing=checkpointing,
+            load_in_4bit=load_in_4bit,
+            optim="adamw_8bit",
+        ).total
+
+    return _plan(need, free, batch)
 
 
 def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstimate:
@@ -209,6 +224,26 @@ def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstima
         optim=settings["optim"],
         plain=plain,
     )
+
+
+def plan_for(model: PeftModel, ids: Dataset, settings: dict, free: float) -> BatchPlan:
+    """`plan_batch` for a policy that is loaded, by its own pairs; where nothing fits, what needs least.
+
+    Args:
+        model, ids, settings: as in `estimate_for`. The step keeps the number of pairs that it has by the settings,
+            a power of two.
+        free: bytes beside the loaded model.
+
+    Returns:
+        The plan, its `bytes` beside the loaded model.
+    """
+    batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+
+    def need(pairs: int, checkpointing: bool) -> float:
+        changed = {"per_device_train_batch_size": pairs, "gradient_checkpointing": checkpointing}
+        return estimate_for(model, ids, settings | changed).training
+
+    return _plan(need, free, batch) or BatchPlan(1, batch, True, need(1, True), "no other way needs less")
 
 
 def return_freed_memory() -> None:

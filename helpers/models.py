@@ -352,6 +352,8 @@ def load_model(
         model = PeftModel.from_pretrained(model, name, is_trainable=True)
     _check_chat_template(tokenizer, chat_template, name)
     fix_pad_token(model, tokenizer)
+    # Some models bring a limit, and on a GPU Unsloth sets one; beside max_new_tokens each reply would warn of it.
+    model.generation_config.max_length = None
     return model, tokenizer
 
 

@@ -118,9 +118,10 @@ def machine() -> str:
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
-# Paths, tokens, and what belongs to the machine: on a GPU Unsloth sets the last one by its cores and free memory.
+# Paths, tokens, and what Unsloth sets on a GPU: workers by its cores and free memory, and reentrant checkpointing,
+# which its kernels need and processes that share a step (DDP) can't take.
 _PRIVATE_SETTINGS = ("output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id", "push_to_hub_token")
-_PRIVATE_SETTINGS += ("dataset_num_proc",)
+_PRIVATE_SETTINGS += ("dataset_num_proc", "gradient_checkpointing_kwargs")
 
 
 def describe_config(config: TrainingArguments) -> dict:

@@ -68,6 +68,10 @@ def _quiet_loading() -> None:
 
     disable_progress_bar()  # takes the hub's bars along
     enable_progress_bars()
+    # On a GPU Unsloth says of each folder it saves a tokenizer to, with its path, that it mended its own omission.
+    logging.getLogger("transformers.models.llama.modeling_llama").addFilter(
+        lambda record: "Restored added_tokens_decoder" not in record.getMessage()
+    )
     # Unsloth sets this for a library that the hub no longer uses; in a process started from here it only warns.
     os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)
 

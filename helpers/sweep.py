@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from helpers.errors import UserError
 from helpers.files import write_atomic, write_json
 from helpers.generation import Reply, generate_replies, repetition
+from helpers.memory import BATCH_SETTINGS
 from helpers.models import add_lora, public_name
 from helpers.pairs import template_options
 from helpers.runs import Run, describe_config, machine, versions
@@ -322,9 +323,10 @@ def sweep_beta(
         row, history, gaps = {"beta": beta, "seed": seed}, [], None
         policy = add_lora(model, seed=seed)
         try:
-            run = train_dpo(
-                policy, tokenizer, train, test, folder / _name(beta, seed), beta=beta, seed=seed, **settings
-            )
+            # On a GPU the first run chooses by free memory how a step is made; the others make it alike.
+            call = settings | sweep.info.get("step", {}) | {"beta": beta, "seed": seed}
+            run = train_dpo(policy, tokenizer, train, test, folder / _name(beta, seed), **call)
+            sweep.info["step"] = {name: run.info["config"][name] for name in BATCH_SETTINGS}
             history = _history(run, beta, seed)
             if not math.isfinite(run.metrics["loss"]):
                 raise FloatingPointError("the loss is not a number")

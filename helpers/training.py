@@ -41,7 +41,15 @@ from helpers.cards import model_card
 from helpers.checks import MAX_PROMPT_LENGTH, check_pairs
 from helpers.errors import UserError
 from helpers.files import write_json
-from helpers.memory import ESTIMATE_MARGIN, estimate_for, free_memory, is_out_of_memory, return_freed_memory
+from helpers.memory import (
+    BATCH_SETTINGS,
+    ESTIMATE_MARGIN,
+    estimate_for,
+    free_memory,
+    is_out_of_memory,
+    plan_for,
+    return_freed_memory,
+)
 from helpers.models import EMBEDDED, Profile, current_profile, named_model, public_name
 from helpers.pairs import quiet_progress
 from helpers.runs import Run, describe_config, machine, read_info, save_adapter, save_run, set_aside, versions
@@ -143,7 +151,7 @@ def dpo_settings(profile: Profile | None = None, *, thinking: bool = False) -> d
             "per_device_train_batch_size": 8,  # effective batch 8 in one piece: the GPU is busy only then
             "gradient_accumulation_steps": 1,
             "per_device_eval_batch_size": 8,
-            "gradient_checkpointing": True,
+            "gradient_checkpointing": True,  # train_dpo drops it where there is room, which is faster (plan_for)
             "bf16": unsloth.is_bfloat16_supported(),
             "fp16": not unsloth.is_bfloat16_supported(),  # GPUs before Ampere
         }
@@ -323,6 +331,26 @@ def _steps(pairs: int, values: dict) -> int:
     return math.ceil(math.ceil(pairs / batch) * values["num_train_epochs"])
 
 
+def _run_config(folder: Path, pairs: int, values: dict) -> DPOConfig:
+    """The settings of a run on so many `pairs`: with `values`, what lets it be resumed and watched."""
+    every = max(1, math.ceil(_steps(pairs, values) / 3))  # three evaluations, three checkpoints
+    usual = {
+        "eval_strategy": "steps",
+        "eval_steps": every,
+        "save_strategy": "steps",
+        "save_steps": every,
+        "save_total_limit": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+    }
+    if values.get("eval_strategy", "steps") != "steps":
+        del usual["eval_steps"]  # on a GPU Unsloth prints that it is ignored
+    return DPOConfig(
+        output_dir=str(folder / "checkpoints"), disable_tqdm=True, remove_unused_columns=True, **usual | values
+    )
+
+
 # What makes two calls the same run; versions and machine may differ when it is resumed.
 _IDENTITY = ("model", "base", "reference", "config", "data")
 
@@ -342,6 +370,19 @@ def _difference(before: dict, info: dict) -> str:
     ]
     changed += [f"other {name}" for name in ("model", "reference", "data") if before.get(name) != info[name]]
     return "; ".join(changed[:3]) or "another adapter to start from"
+
+
+def _step_of(before: dict | None, info: dict) -> dict | None:
+    """How the run `before` makes a step, where it is the one of `info` but for that; else None.
+
+    The same pairs a step, in other pieces or with checkpointing, give the same gradient up to rounding.
+    """
+    if before is None or not before["config"].keys() >= set(BATCH_SETTINGS):
+        return None
+    step = {name: before["config"][name] for name in BATCH_SETTINGS}
+    like_before = info | {"config": info["config"] | step}
+    pairs = [c["per_device_train_batch_size"] * c["gradient_accumulation_steps"] for c in (step, info["config"])]
+    return step if pairs[0] == pairs[1] and _same_run(before, like_before) else None
 
 
 def _savings(model: PeftModel, ids: Dataset, values: dict) -> str:
@@ -401,6 +442,9 @@ def train_dpo(
     An interrupted run (Ctrl-C, the stop button, a killed process) is resumed by the same call from its last complete
     checkpoint, with the result that it would have had. A finished one is loaded, adapter and all.
 
+    On a GPU the step's pairs are cut into micro-batches, with or without gradient checkpointing, as free memory
+    allows (`plan_for`); it says which and why. A run that goes on keeps what it began with.
+
     Args:
         model: a model with a LoRA adapter (`add_lora`); trained in place. Left as it was where the run is not finished.
         tokenizer: the model's, as `load_model` gives it.
@@ -412,6 +456,8 @@ def train_dpo(
         replace: start anew where `folder` holds another run; the old one is kept beside it as `NAME.old-1` and so on.
         thinking: whether `max_length` is the profile's for thinking pairs.
         settings: DPOConfig settings that differ from `dpo_settings()`: beta, learning_rate, num_train_epochs ...
+            With per_device_train_batch_size, gradient_accumulation_steps or gradient_checkpointing among them, a GPU's
+            free memory decides nothing.
 
     Returns:
         The run: `run.metrics` has the held-out figures, `run.history` the logged steps, `run.adapter` the folder of the
@@ -433,45 +479,40 @@ def train_dpo(
     train_ids, test_ids = tokenize_pairs(train, tokenizer), tokenize_pairs(test, tokenizer)
     base = base_hash(model)
     reference_model, reference_base = (model, base) if ref_model is None else (ref_model, base_hash(ref_model))
-    every = max(1, math.ceil(_steps(len(train), values) / 3))  # three evaluations, three checkpoints
-    config = DPOConfig(
-        output_dir=str(folder / "checkpoints"),
-        disable_tqdm=True,
-        remove_unused_columns=True,
-        **{
-            "eval_strategy": "steps",
-            "eval_steps": every,
-            "save_strategy": "steps",
-            "save_steps": every,
-            "save_total_limit": 2,
-            "load_best_model_at_end": True,
-            "metric_for_best_model": "eval_loss",
-            "greater_is_better": False,
-        }
-        | values,
-    )
     info = {
         "status": "running",
         "model": public_name(model),
         "profile": current_profile().name,
-        "config": describe_config(config),
+        "config": describe_config(_run_config(folder, len(train), values)),
         "steps": None,
         "train_pairs": len(train),
         "test_pairs": len(test),
         "data": {"train": data_hash(train_ids), "test": data_hash(test_ids), "findings": findings},
-        "memory_gb": {
-            "needed": round(estimate_for(model, train_ids, values).training / 1e9, 2),
-            "free": round(free_memory(model.device) / 1e9, 2),
-        },
         "base": base,
         "start": adapter_hash(model),
         "reference": "the policy at its start" if ref_model is None else fingerprint(ref_model, reference_base),
         "versions": versions(),
         "machine": machine(),
     }
-    before = read_info(folder)
+    before, free, plan = read_info(folder), free_memory(model.device), None
+    nothing_kept = (
+        before is not None and before["status"] != "finished" and not any(folder.glob("checkpoints/checkpoint-*"))
+    )
+    if model.device.type == "cuda" and not settings.keys() & set(BATCH_SETTINGS):
+        step = None if nothing_kept else _step_of(before, info)
+        if step is None:
+            plan = plan_for(model, train_ids, values, free)
+            step = dict(zip(BATCH_SETTINGS, plan[:3], strict=True))
+        values |= step
+    config = _run_config(folder, len(train), values)
+    info |= {
+        "config": describe_config(config),
+        "memory_gb": {
+            "needed": round(estimate_for(model, train_ids, values).training / 1e9, 2),
+            "free": round(free / 1e9, 2),
+        },
+    }
     if before is not None and not _same_run(before, info):
-        nothing_kept = before["status"] != "finished" and not any(folder.glob("checkpoints/checkpoint-*"))
         if not replace and not nothing_kept:
             raise UserError(
                 f"{folder} holds another run ({_difference(before, info)}). Give this one a folder of its own, "
@@ -485,6 +526,12 @@ def train_dpo(
         return Run.load(folder)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = _last_complete(folder / "checkpoints") if before is not None else None
+    if plan is not None:
+        at_once, on = f"{plan.pairs} pair{'s' * (plan.pairs > 1)} at once", "on" if plan.checkpointing else "off"
+        print(
+            f"{at_once}, checkpointing {on}: needs about {plan.bytes / 1e9:.1f} of {free / 1e9:.1f} GB free; "
+            f"{plan.reason}."
+        )
     _check_memory(model, train_ids, values, folder, info)
     write_json(folder / "run.json", info)
 

@@ -280,19 +280,19 @@ def test_other_pairs_and_other_references_are_refused(run, pairs, tmp_path):
 
 
 @pytest.mark.slow
-def test_checkpointing_of_the_export_is_one_that_several_processes_can_take(run, pairs, tmp_path):
-    """As Unsloth's config has it on a GPU, "a variable is marked ready twice"."""
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_checkpointing_of_a_gpus_run_is_exported_for_trl_alone(run, pairs, tmp_path, checkpointing):
+    """Without it TRL needs far more memory; reentrant, as Unsloth sets it there, "a variable is marked ready twice"."""
     train, test = pairs
     config = run.info["config"] | {
-        "gradient_checkpointing": True,
+        "gradient_checkpointing": checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
     }
-    on_gpu = dataclasses.replace(run, info=run.info | {"config": config})
-    settings = yaml.safe_load(
-        (export_run(on_gpu, "trl", tmp_path / "trl", train=train, test=test) / "dpo.yaml").read_text()
-    )
-    assert "gradient_checkpointing" not in settings  # True is TRL's default
-    assert settings["gradient_checkpointing_kwargs"] == {"use_reentrant": False}
+    on_gpu = dataclasses.replace(run, info=run.info | {"config": config, "profile": "gpu"})
+    folder = export_run(on_gpu, "trl", tmp_path / "trl", train=train, test=test)
+    settings = yaml.safe_load((folder / "dpo.yaml").read_text())
+    assert settings["gradient_checkpointing"] is True and settings["load_in_4bit"] is True
+    assert "gradient_checkpointing_kwargs" not in settings  # TRL's default: use_reentrant is False
 
 
 @pytest.mark.slow

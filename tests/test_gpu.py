@@ -12,7 +12,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 import helpers
 from helpers import UserError, scoring, shared_prompt, training
 from helpers.generation import generate_replies
-from helpers.memory import is_out_of_memory
+from helpers.memory import ESTIMATE_MARGIN, estimate_for, free_memory, is_out_of_memory
 from helpers.pairs import load_pairs
 from helpers.scoring import _pair_forward, pair_logps, tokenize_pairs
 from helpers.training import DPOConfig, dpo_settings, make_trainer, train_dpo, with_reference
@@ -94,7 +94,9 @@ def test_train_dpo_starts_at_ln_2_moves_away_and_says_its_peak(policy, pairs, ca
     run = train_dpo(policy, tokenizer, *pairs, tmp_path / "run", max_steps=8, logging_steps=1, learning_rate=1e-3)
     memory = run.info["memory_gb"]
     assert 0 < memory["used"] < memory["peak"] and memory["used"] < 1.1 * memory["needed"]
-    assert f"Peak GPU memory {memory['peak']:.2f} GB" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"Peak GPU memory {memory['peak']:.2f} GB" in printed
+    assert "8 pairs at once, checkpointing off" in printed and not run.info["config"]["gradient_checkpointing"]
     losses = [float(row["loss"]) for row in run.history if "loss" in row]
     print("losses", losses)
     assert losses[0] == pytest.approx(math.log(2), abs=0.02)
@@ -164,7 +166,7 @@ def test_full_card_is_answered_before_training_and_when_it_runs_out(policy, pair
     def train():
         return train_dpo(policy, tokenizer, *pairs, tmp_path / "run", max_steps=1)
 
-    with pytest.raises(UserError, match="(?s)GB are free.*per_device_train_batch_size=4"):
+    with pytest.raises(UserError, match="(?s)GB are free.*max_length="):
         train()
     with monkeypatch.context() as patch:
         patch.setattr(training, "free_memory", lambda device: 1e12)
@@ -175,6 +177,33 @@ def test_full_card_is_answered_before_training_and_when_it_runs_out(policy, pair
     gc.collect()
     torch.cuda.empty_cache()
     assert train().info["status"] == "finished"  # the same call, once there is room
+
+
+def test_full_card_gets_checkpointing_and_a_run_keeps_what_it_began_with(policy, pairs, cache, tmp_path, capsys):
+    policy, tokenizer = policy
+    ids, settings = tokenize_pairs(pairs[0], tokenizer), dpo_settings()
+    kept, recomputed = (
+        estimate_for(policy, ids, settings | {"gradient_checkpointing": on}).training for on in (False, True)
+    )
+    torch.cuda.empty_cache()
+    left = 1.2 * kept  # keeping everything would fit, but not with room for the estimate's error
+    assert ESTIMATE_MARGIN * recomputed < left
+    held = torch.empty(int(free_memory(policy.device) - left), dtype=torch.uint8, device="cuda")
+
+    def train(**options):
+        capsys.readouterr()
+        run = train_dpo(policy, tokenizer, *pairs, tmp_path / "run", max_steps=1, **options)
+        print(run.info["memory_gb"])
+        return run.info["config"]["gradient_checkpointing"], capsys.readouterr().out
+
+    checkpointing, printed = train()
+    assert checkpointing and "checkpointing on" in printed and "without checkpointing" in printed
+    del held
+    torch.cuda.empty_cache()
+    checkpointing, printed = train()
+    assert checkpointing and "finished already" in printed
+    checkpointing, printed = train(beta=0.2, replace=True)  # another run
+    assert not checkpointing and "checkpointing off" in printed
 
 
 def test_memory_is_back_after_the_last_cell(tmp_path):

@@ -13,7 +13,15 @@ from datasets import Dataset
 from transformers import LlamaConfig, Qwen3Config
 
 from benchmarks import gpu
-from helpers.memory import ESTIMATE_MARGIN, estimate_for, estimate_memory, free_memory, is_out_of_memory, plan_batch
+from helpers.memory import (
+    ESTIMATE_MARGIN,
+    estimate_for,
+    estimate_memory,
+    free_memory,
+    is_out_of_memory,
+    plan_batch,
+    plan_for,
+)
 from helpers.models import _keep_freed_memory
 
 QWEN3_4B = Qwen3Config(
@@ -58,31 +66,56 @@ def test_estimate_agrees_with_the_gpu_benchmark(name):
     assert 0.95 < estimate.total / 1e9 / ON_A_GPU["sides"][name]["peak_gb"] < 1.25
 
 
+def gpu_policy(kind: str = "qwen3") -> SimpleNamespace:
+    """What the estimate asks of a policy on a GPU."""
+    config = copy.copy(QWEN3_4B)
+    config.model_type = kind
+    inner = SimpleNamespace(config=config, device=torch.device("cuda"))
+    lora = SimpleNamespace(r=16)
+    return SimpleNamespace(**vars(inner), get_base_model=lambda: inner, peft_config={"default": lora})
+
+
+def ids_of(*pairs: tuple[int, int, int]) -> Dataset:
+    """Tokenised pairs of so many tokens: prompt, chosen, rejected."""
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return Dataset.from_list([{name: [0] * n for name, n in zip(names, pair, strict=True)} for pair in pairs])
+
+
+GPU_STEP = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "gradient_checkpointing": True}
+GPU_STEP |= {"optim": "adamw_8bit", "max_length": 512}
+
+
 def test_pairs_that_share_a_forward_count_their_prompt_once(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     capability = (9, 0)
-    pairs = [(100, 50, 150), (180, 20, 90)]  # tokens of prompt, chosen, rejected
-    ids = Dataset.from_list(
-        [
-            {f"{name}_ids": [0] * n for name, n in zip(("prompt", "chosen", "rejected"), row, strict=True)}
-            for row in pairs
-        ]
-    )
-    settings = {"per_device_train_batch_size": 8, "gradient_checkpointing": False, "optim": "adamw_8bit"}
-    settings["max_length"] = 512
+    ids, settings = ids_of((100, 50, 150), (180, 20, 90)), GPU_STEP | {"gradient_checkpointing": False}
 
     def activations(kind: str) -> float:
-        config = copy.copy(QWEN3_4B)
-        config.model_type = kind
-        inner = SimpleNamespace(config=config, device=torch.device("cuda"))
-        lora = SimpleNamespace(r=16)
-        model = SimpleNamespace(**vars(inner), get_base_model=lambda: inner, peft_config={"default": lora})
-        return estimate_for(model, ids, settings).activations
+        return estimate_for(gpu_policy(kind), ids, settings).activations
 
     # 300 tokens in a row, against two rows of 270.
     assert activations("qwen3") / activations("gemma3") == pytest.approx(300 / 540)
     capability = (7, 5)
     assert activations("qwen3") == activations("gemma3")
+
+
+def test_plan_for_a_policy_takes_less_at_once_the_less_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    policy, ids = gpu_policy(), ids_of((150, 200, 200))
+
+    def need(pairs: int, checkpointing: bool) -> float:
+        step = {"per_device_train_batch_size": pairs, "gradient_checkpointing": checkpointing}
+        return estimate_for(policy, ids, GPU_STEP | step).training
+
+    steps = [(8, 1, False), (8, 1, True), (4, 2, True), (2, 4, True), (1, 8, True)]
+    for step, larger in zip(steps[1:], steps, strict=False):
+        free = need(larger[0], larger[2]) * ESTIMATE_MARGIN
+        assert plan_for(policy, ids, GPU_STEP, free)[:3] == larger
+        plan = plan_for(policy, ids, GPU_STEP, free * 0.999)
+        assert plan[:3] == step and plan.bytes == need(step[0], step[2])
+    assert "without checkpointing 17 GB would be needed" in plan_for(policy, ids, GPU_STEP, 20e9).reason
+    nothing_fits = plan_for(policy, ids, GPU_STEP, 1e6)
+    assert nothing_fits[:3] == (1, 8, True) and nothing_fits.reason == "no other way needs less"
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,14 @@ def test_more_betas_and_seeds_add_to_it_and_an_interruption_loses_nothing(
     reference = sorted(made.folder.parent.glob("cache/reference/*"))
     assert len(reference) == 2  # of the training and the held-out pairs, for all betas
     first = [json.loads((made.folder / "beta-1-seed-0" / "run.json").read_text())]
+    stored = json.loads((made.folder / "sweep.json").read_text())
+    assert stored["info"]["step"] == {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": False,
+    }
+    stored["info"]["step"] |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    (made.folder / "sweep.json").write_text(json.dumps(stored))
     with_callback(PressStop())
     with pytest.raises(KeyboardInterrupt):
         sweep_beta(*base, *pairs, betas=(1.0, 0.3), seeds=(0, 1), **call)
@@ -184,6 +192,8 @@ def test_more_betas_and_seeds_add_to_it_and_an_interruption_loses_nothing(
     assert sorted(made.folder.parent.glob("cache/reference/*")) == reference
     assert first == [json.loads((made.folder / "beta-1-seed-0" / "run.json").read_text())]
     assert (sweep.gaps[1.0, 0] != sweep.gaps[1.0, 1]).any()
+    later = [sweep.run(*which).info["config"] for which in ((0.3, 0), (0.3, 1), (1.0, 1))]
+    assert [c["gradient_accumulation_steps"] for c in later] == [4] * 3  # steps are made as in the sweep so far
     assert "Nothing" not in sweep_beta(*base, *pairs, betas=(1.0,), **call).table and capsys.readouterr().out == ""
     assert [str(w.message) for w in recwarn if "PEFT" in str(w.message)] == []
 

@@ -102,6 +102,22 @@ def test_every_default_is_a_setting_of_trl():
 # ------------------------------------------------------------------------------------------------ run folders
 
 
+def test_a_run_that_differs_in_how_a_step_is_made_is_the_same_run():
+    step = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "gradient_checkpointing": False}
+    cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
+    info = {name: name for name in ("model", "base", "reference", "data", "start")} | {"config": {"beta": 0.1} | step}
+
+    def before(**config) -> dict:
+        return info | {"config": info["config"] | config}
+
+    assert training._step_of(before(**cut), info) == cut
+    assert training._step_of(before(**cut, beta=0.2), info) is None
+    assert training._step_of(before(**cut | {"gradient_accumulation_steps": 8}), info) is None  # 16 pairs a step
+    assert training._step_of(before(**cut) | {"data": "other"}, info) is None
+    assert training._step_of(info | {"config": {"beta": 0.1}}, info) is None
+    assert training._step_of(None, info) is None
+
+
 def test_run_folders_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="no run.json.*03_train"):
         Run.load(tmp_path)
