@@ -9,8 +9,8 @@ of rank 16 on the seven projections, adamw_8bit. Each is a process of its own. T
 takes its counted steps alone, of which the median counts, since a width that was not there before may have a kernel
 compiled; and one more under torch's profiler: `gpu_busy_share` is the time that the GPU's kernels take in it, as a
 share of the median step; for the rest of the step the GPU waits for the CPU. `--only NAME ...` runs some sides,
-`--dry-run` prints what would run and what the memory estimate and the rule say, without a GPU. Twelve minutes on an
-H100. The last line is one JSON object.
+`--dry-run` prints what would run and what the memory estimate and the rule say, without a GPU. About eight minutes on
+an H100. The last line is one JSON object.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -51,9 +52,6 @@ SIDES = {
     "explicit": USUAL | {"explicit": True},
     "ours_1024": OURS | {"tokens": 1024},
     "kept_1024": OURS | {"checkpointing": False, "tokens": 1024},
-    # CUDA graphs of each layer: no waiting for the CPU, but only where batches have few widths.
-    "graphs": TWO_ROWS | {"graphs": True},
-    "kept_graphs": TWO_ROWS | {"checkpointing": False, "graphs": True},
 }
 # Sides that fit a card of 80 GB together.
 WAVES = [
@@ -61,8 +59,6 @@ WAVES = [
     ["ours_1024", "kept_1024"],
     ["explicit", "offloaded", "two_rows", "two_rows_offloaded"],
     ["two_rows_kept"],
-    ["graphs"],
-    ["kept_graphs"],
 ]
 
 
@@ -203,7 +199,6 @@ def generation_rate(model, tokenizer) -> float:
 def side(name: str, folder: str, longest: int, say) -> dict:
     """Train one side; `say` tells the parent that it is warm, and waits for its turn."""
     options = SIDES[name]
-    os.environ["UNSLOTH_BLOCK_CUDAGRAPHS"] = "1" if options.get("graphs") else "0"
     if name != "stock":
         import helpers  # first: Unsloth before TRL
     import torch
@@ -253,8 +248,6 @@ def side(name: str, folder: str, longest: int, say) -> dict:
         "bf16": True,
         "seed": 0,
     }
-    if options.get("graphs"):
-        settings["pad_to_multiple_of"] = 64  # few widths: a graph is recorded for each
     result = {}
     if name == "stock":
         from peft import LoraConfig
@@ -299,7 +292,7 @@ def side(name: str, folder: str, longest: int, say) -> dict:
             result["reference_seconds_while_others_load"] = round(time.perf_counter() - begin, 2)
             config = helpers.DPOConfig(**settings)
             trainer = make_trainer(model, tokenizer, with_reference(data, cached), None, config)
-            if longest == 512 and not options.get("graphs"):
+            if longest == 512:
                 result["step_zero"] = step_zero(trainer, tokenizer, cached, ids, longest)
         else:
             reference = None
@@ -320,7 +313,10 @@ def side(name: str, folder: str, longest: int, say) -> dict:
     peak = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     on_gpu = [e for e in timer.profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     kernels = [event for event in on_gpu if not event.is_user_annotation]
-    busy = sum(kernel.time_range.elapsed_us() for kernel in kernels) / 1e6
+    by_name = Counter()
+    for kernel in kernels:
+        by_name[kernel.name[:80]] += kernel.time_range.elapsed_us() / 1e6
+    busy = sum(by_name.values())
     step = statistics.median(timer.seconds)
     pairs_per_s = BATCH / step
     config = json.loads((HERE / "qwen3_4b" / "config.json").read_text())
@@ -343,6 +339,7 @@ def side(name: str, folder: str, longest: int, say) -> dict:
         "step_seconds": [round(seconds, 4) for seconds in timer.seconds],
         "gpu_busy_share": round(busy / step, 3),
         "kernels_a_step": len(kernels),
+        "slowest_kernels": {kernel: round(seconds, 4) for kernel, seconds in by_name.most_common(12)},
         "tflop_per_s": round(pairs_per_s * needed_flops(config, tokens, completion) / 1e12, 1),
         "peak_gb": round(peak[0] / 1e9, 2),
         "reserved_gb": round(peak[1] / 1e9, 2),

@@ -3,10 +3,12 @@
 DPOTrainer runs prompt + chosen and prompt + rejected as two rows. Here they are one row, with a mask that hides
 chosen from rejected and position ids that start again after the prompt. The trainer is not changed: only the
 model's forward is, and it returns what the trainer expects. On a GPU a mask of our own would cost the fused attention
-kernels; there all pairs of a batch are segments of one row, for the kernel that Unsloth has for GRPO's shared prompts.
+kernels; there all pairs of a batch are segments of one row, for torch's attention over sequences of different lengths.
 """
 
-from typing import Any
+import functools
+import inspect
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -100,12 +102,78 @@ def _segments(ids: torch.Tensor, lengths: list[int], starts: list[int]) -> tuple
     return *flat, specs, [torch.tensor(i) for i in index]
 
 
+class _Keys(NamedTuple):
+    """Which keys the queries of each segment see: a completion's, those of its prompt and its own up to themselves.
+
+    Attributes:
+        index: places of the keys in the one row, segment after segment; a prompt's come once for each that sees them.
+        ends_q, ends_k: where the queries and keys of each segment end, after a 0; int32.
+        longest_q, longest_k: of a segment.
+    """
+
+    index: torch.Tensor
+    ends_q: torch.Tensor
+    ends_k: torch.Tensor
+    longest_q: int
+    longest_k: int
+
+
+def _keys(specs: list[tuple[int, list[int]]], device: torch.device) -> _Keys:
+    """For segments as `_segments` gives them."""
+    index, queries, base = [], [], 0
+    for prompt, sizes in specs:
+        start = base
+        for size in (prompt, *sizes):
+            own = torch.arange(start, start + size)
+            index.append(own if start == base else torch.cat([torch.arange(base, base + prompt), own]))
+            queries.append(size)
+            start += size
+        base = start
+    keys = [len(seen) for seen in index]
+    ends_q, ends_k = (torch.tensor([0, *sizes]).cumsum(0).int().to(device) for sizes in (queries, keys))
+    return _Keys(torch.cat(index).to(device), ends_q, ends_k, max(queries), max(keys))
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: _Keys, scale: float | None = None) -> torch.Tensor:
+    """Attention of one row of segments, each of q, k, v and the result of shape (1, tokens, heads, size of a head)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    k, v = (x[0].index_select(0, keys.index) for x in (k, v))
+    sizes = (keys.ends_q, keys.ends_k, keys.longest_q, keys.longest_k)
+    # Causal, and where there are more keys than queries, the last query sees all.
+    return varlen_attn(q[0], k, v, *sizes, scale=scale, window_size=(-1, 0), **_grouped_heads())[None]
+
+
+@functools.cache
+def _grouped_heads() -> dict:
+    """What `varlen_attn` must be told where keys have fewer heads than queries; before torch 2.12 it takes them."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def _take_segments() -> None:
+    """Give Unsloth's layers an attention for `_Keys`, where they look for that of GRPO's shared prompts."""
+    from unsloth.utils import attention_dispatch, prefix_grouper_kernel
+
+    grpo = prefix_grouper_kernel.flex_shared_prefix_attention
+    if getattr(grpo, "takes_keys", False):
+        return
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, info: Any, **options: Any) -> torch.Tensor:
+        return (_attend if isinstance(info, _Keys) else grpo)(q, k, v, info, **options)
+
+    attend.takes_keys = True
+    prefix_grouper_kernel.flex_shared_prefix_attention = attend
+    attention_dispatch._flex_shared_prefix_attention = attend
+
+
 def can_share(inner: PreTrainedModel) -> bool:
     """Whether `share_prompts` changes anything about `inner`, the model inside a PeftModel."""
     if inner.config.model_type not in _KNOWN:
         return False
-    if inner.device.type == "cuda":  # the kernel was tried on Hopper; before Ampere cards have no bf16
-        return ON_GPU and torch.cuda.get_device_capability(inner.device)[0] >= 8
+    if inner.device.type == "cuda":  # the kernel takes 16 bits, on Ampere and later
+        return ON_GPU and torch.cuda.get_device_capability(inner.device)[0] >= 8 and inner.dtype != torch.float32
     return inner.device.type == "cpu"
 
 
@@ -118,6 +186,8 @@ def share_prompts(inner: PreTrainedModel) -> None:
     if not can_share(inner):
         return
     on_cpu = inner.device.type == "cpu"
+    if not on_cpu:
+        _take_segments()
     fused = inner.forward
 
     def forward(
@@ -146,10 +216,8 @@ def share_prompts(inner: PreTrainedModel) -> None:
             attention = {"attention_mask": mask}
             row, column, packed_row, packed_column = index
         else:
-            from unsloth.utils.prefix_grouper_kernel import build_seg_info_multigroup
-
             ids, positions, packed_labels, specs, index = _segments(host_ids, lengths, starts)
-            attention = {"prefix_seg_info": build_seg_info_multigroup(specs, device)[0]}
+            attention = {"prefix_seg_info": _keys(specs, device)}
             row, column, packed_column = (i.to(device) for i in index)
             packed_row = torch.zeros_like(packed_column)
         outputs = fused(

@@ -57,21 +57,29 @@ def stated_of_gpus() -> list[str]:
     sides, against = gpu["sides"], gpu["against_usual"]
     usual, ours = sides["usual"]["pairs_per_s"], sides["ours"]
     once, busy = ours["pairs_per_s_with_reference_once"], ours["gpu_busy_share"]
-    not_estimated = ("stock", "explicit", "graphs", "kept_graphs")
+    kept, others = sides["kept"], gpu["same_card_other_hosts"]
+    not_estimated = ("stock", "explicit")
     estimates = {name: side["estimated_gb"] for name, side in sides.items() if name not in not_estimated}
     ratios = [estimate / sides[name]["peak_gb"] for name, estimate in estimates.items()]
     rows = []
     for name, side in sides.items():
-        if name not in ("two_rows_offloaded", "kept_graphs"):
+        if name != "two_rows_offloaded":
             times = against[name].get("times_usual")
             cells = (side["pairs_per_s"], side["peak_gb"], estimates.get(name), side["gpu_busy_share"], times)
             rows.append("| " + " | ".join("" if cell is None else f"{cell:.2f}" for cell in cells) + " |")
     furthest = max(side.get("max_loss_difference", 0) for side in against.values())
     speed, wide = two["pairs_per_s"], two["one_of_32"]["pairs_per_s"]
     return rows + [
-        f"{once:.2f} pairs a second of the {ours['pairs_per_s']:.2f}: {once / usual:.2f} times",
+        f"{once:.2f} pairs a second of the {ours['pairs_per_s']:.2f}, {once / usual:.2f} times",
         f"{ours['tflop_per_s']:.0f} of the {gpu['matrix_tflop_per_s']} TFLOP/s",
-        f"Without any waiting its rate would be {ours['pairs_per_s'] / busy / usual:.1f} times",
+        f"and {kept['tflop_per_s']:.0f} where there is room",
+        f"that would be {ours['pairs_per_s'] / busy / usual:.1f} and "
+        f"{kept['pairs_per_s'] / kept['gpu_busy_share'] / usual:.1f} times",
+        f"the usual made {others[0]['usual']:.2f} and {others[1]['usual']:.2f} pairs a second",
+        f"{others[0]['ours_times_usual']:.2f} and {others[1]['ours_times_usual']:.2f} times that",
+        f"{others[0]['kept_times_usual']:.2f} and {others[1]['kept_times_usual']:.2f} times where there is room",
+        f"step 0 reads {against['two_rows']['step_0_loss']:.3f}",
+        f"With one forward for both it reads {against['ours']['step_0_loss']:.4f}",
         f"estimate was {min(ratios):.2f} to {max(ratios):.2f} times",
         f"within {furthest:.3f} of the usual",
         f"{ours['generation_tokens_per_s']:.0f} tokens a second",

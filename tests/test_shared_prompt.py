@@ -6,7 +6,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 import helpers
-from helpers.shared_prompt import _segments, share_prompts
+from helpers.shared_prompt import _keys, _segments, share_prompts
 
 pytestmark = pytest.mark.slow
 
@@ -99,6 +99,14 @@ def test_segments_of_one_row_give_the_same_log_probs_and_gradient(policy):
     same = (part[:, None] == part[None, :]) | (part == 0)[None, :]
     allowed = (pair[:, None] == pair[None, :]) & same & torch.ones(len(pair), len(pair), dtype=torch.bool).tril()
     mask = torch.zeros(1, 1, len(pair), len(pair)).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    keys = _keys(specs, torch.device("cpu"))  # the same for the kernel: the last queries of a segment see all its keys
+    seen = torch.zeros_like(allowed)
+    for q, q_end, k, k_end in zip(keys.ends_q, keys.ends_q[1:], keys.ends_k, keys.ends_k[1:], strict=False):
+        rows, columns = torch.arange(q, q_end), keys.index[k:k_end]
+        causal = torch.ones(len(rows), len(columns), dtype=torch.bool).tril(len(columns) - len(rows))
+        seen[rows[:, None], columns[None, :]] = causal
+    assert torch.equal(seen, allowed)
+    assert keys.longest_q == keys.ends_q.diff().max() and keys.longest_k == keys.ends_k.diff().max()
     policy.zero_grad()
     out = policy(
         input_ids=ids,
