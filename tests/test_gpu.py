@@ -99,7 +99,7 @@ def test_train_dpo_starts_at_ln_2_moves_away_and_says_its_peak(policy, pairs, ca
     assert "8 pairs at once, checkpointing off" in printed and not run.info["config"]["gradient_checkpointing"]
     losses = [float(row["loss"]) for row in run.history if "loss" in row]
     print("losses", losses)
-    assert losses[0] == pytest.approx(math.log(2), abs=0.02)
+    assert losses[0] == pytest.approx(math.log(2), abs=0.003)
     moved = (run.held_out.chosen_policy - run.held_out.chosen_reference).abs().mean()
     print("moved by", moved)
     assert moved > 0.5
