@@ -32,6 +32,7 @@ from unsloth_zoo.llama_cpp import LLAMA_CPP_CONVERTER_FILENAMES, LLAMA_CPP_DEFAU
 from helpers.cards import changed_settings, model_card
 from helpers.checks import check_pairs
 from helpers.errors import UserError
+from helpers.memory import pairs_a_step
 from helpers.models import EMBEDDED_HUB_NAME, PROFILES, adapter_base, load_tokenizer, not_found
 from helpers.runs import Run, set_aside
 from helpers.scoring import data_hash, tokenize_pairs
@@ -332,7 +333,7 @@ def _write_trl(run: Run, part: Path, train: Dataset | None, test: Dataset | None
         trl=info["versions"]["trl"],
         peft=info["versions"]["peft"],
         more=" bitsandbytes" if quantised else f", on a CPU also unsloth=={info['versions']['unsloth']}",
-        batch=config["per_device_train_batch_size"] * config["gradient_accumulation_steps"],
+        batch=pairs_a_step(config),
         model=info["model"],
         model_note=".\n  On a CPU, with this project's `helpers`, it is the embedded copy; elsewhere the hub's, whose "
         "weights\n  were never rounded to 4 bits and differ a little"

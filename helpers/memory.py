@@ -37,6 +37,11 @@ ESTIMATE_MARGIN = 1.25
 BATCH_SETTINGS = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
 
 
+def pairs_a_step(settings: dict) -> int:
+    """The effective batch of one process by DPOConfig `settings`."""
+    return settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+
+
 class MemoryEstimate(NamedTuple):
     """Bytes by what they are for.
 
@@ -197,22 +202,19 @@ def plan_batch(
     return _plan(need, free, batch)
 
 
-def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstimate:
-    """`estimate_memory` for a policy that is loaded.
-
-    Args:
-        model: with its LoRA adapter.
-        ids: the training pairs, as `tokenize_pairs` gives them.
-        settings: DPOConfig settings, complete as `dpo_settings` gives them.
-    """
-    plain = model.device.type == "cpu"
-    if not plain and can_share(model.get_base_model()):  # the pair with most tokens, its sides taken to be alike
+def _longest(model: PeftModel, ids: Dataset) -> tuple[int, int]:
+    """(tokens of the prompt that both answers share, tokens in all) of what the estimate takes every pair to be."""
+    if model.device.type != "cpu" and can_share(model.get_base_model()):
+        # The pair with most tokens, its sides taken to be alike.
         prompt, answers = max(
             ((len(row["prompt_ids"]), len(row["chosen_ids"]) + len(row["rejected_ids"])) for row in ids), key=sum
         )
-        tokens = prompt + math.ceil(answers / 2)
-    else:
-        prompt, tokens = 0, max(pair_lengths(ids))
+        return prompt, prompt + math.ceil(answers / 2)
+    return 0, max(pair_lengths(ids))
+
+
+def _estimate(model: PeftModel, longest: tuple[int, int], settings: dict) -> MemoryEstimate:
+    prompt, tokens = longest
     return estimate_memory(
         model.config,
         pairs=settings["per_device_train_batch_size"],
@@ -222,8 +224,19 @@ def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstima
         load_in_4bit=bool(getattr(model, "is_loaded_in_4bit", False)),
         rank=next(iter(model.peft_config.values())).r,
         optim=settings["optim"],
-        plain=plain,
+        plain=model.device.type == "cpu",
     )
+
+
+def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstimate:
+    """`estimate_memory` for a policy that is loaded.
+
+    Args:
+        model: with its LoRA adapter.
+        ids: the training pairs, as `tokenize_pairs` gives them.
+        settings: DPOConfig settings, complete as `dpo_settings` gives them.
+    """
+    return _estimate(model, _longest(model, ids), settings)
 
 
 def plan_for(model: PeftModel, ids: Dataset, settings: dict, free: float) -> BatchPlan:
@@ -237,11 +250,11 @@ def plan_for(model: PeftModel, ids: Dataset, settings: dict, free: float) -> Bat
     Returns:
         The plan, its `bytes` beside the loaded model.
     """
-    batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    batch, longest = pairs_a_step(settings), _longest(model, ids)
 
     def need(pairs: int, checkpointing: bool) -> float:
         changed = {"per_device_train_batch_size": pairs, "gradient_checkpointing": checkpointing}
-        return estimate_for(model, ids, settings | changed).training
+        return _estimate(model, longest, settings | changed).training
 
     return _plan(need, free, batch) or BatchPlan(1, batch, True, need(1, True), "no other way needs less")
 

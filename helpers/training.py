@@ -47,6 +47,7 @@ from helpers.memory import (
     estimate_for,
     free_memory,
     is_out_of_memory,
+    pairs_a_step,
     plan_for,
     return_freed_memory,
 )
@@ -327,8 +328,7 @@ def _checked(
 def _steps(pairs: int, values: dict) -> int:
     if values.get("max_steps", -1) > 0:
         return values["max_steps"]
-    batch = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
-    return math.ceil(math.ceil(pairs / batch) * values["num_train_epochs"])
+    return math.ceil(math.ceil(pairs / pairs_a_step(values)) * values["num_train_epochs"])
 
 
 def _run_config(folder: Path, pairs: int, values: dict) -> DPOConfig:
@@ -381,8 +381,8 @@ def _step_of(before: dict | None, info: dict) -> dict | None:
         return None
     step = {name: before["config"][name] for name in BATCH_SETTINGS}
     like_before = info | {"config": info["config"] | step}
-    pairs = [c["per_device_train_batch_size"] * c["gradient_accumulation_steps"] for c in (step, info["config"])]
-    return step if pairs[0] == pairs[1] and _same_run(before, like_before) else None
+    same_pairs = pairs_a_step(step) == pairs_a_step(info["config"])
+    return step if same_pairs and _same_run(before, like_before) else None
 
 
 def _savings(model: PeftModel, ids: Dataset, values: dict) -> str:
@@ -479,11 +479,12 @@ def train_dpo(
     train_ids, test_ids = tokenize_pairs(train, tokenizer), tokenize_pairs(test, tokenizer)
     base = base_hash(model)
     reference_model, reference_base = (model, base) if ref_model is None else (ref_model, base_hash(ref_model))
+    config = _run_config(folder, len(train), values)
     info = {
         "status": "running",
         "model": public_name(model),
         "profile": current_profile().name,
-        "config": describe_config(_run_config(folder, len(train), values)),
+        "config": describe_config(config),
         "steps": None,
         "train_pairs": len(train),
         "test_pairs": len(test),
@@ -504,13 +505,11 @@ def train_dpo(
             plan = plan_for(model, train_ids, values, free)
             step = dict(zip(BATCH_SETTINGS, plan[:3], strict=True))
         values |= step
-    config = _run_config(folder, len(train), values)
-    info |= {
-        "config": describe_config(config),
-        "memory_gb": {
-            "needed": round(estimate_for(model, train_ids, values).training / 1e9, 2),
-            "free": round(free / 1e9, 2),
-        },
+        config = _run_config(folder, len(train), values)
+        info["config"] = describe_config(config)
+    info["memory_gb"] = {
+        "needed": round(estimate_for(model, train_ids, values).training / 1e9, 2),
+        "free": round(free / 1e9, 2),
     }
     if before is not None and not _same_run(before, info):
         if not replace and not nothing_kept:
