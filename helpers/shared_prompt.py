@@ -70,7 +70,7 @@ def _segments(ids: torch.Tensor, lengths: list[int], starts: list[int]) -> tuple
 
     The prompt's last token opens either completion, since it has to predict both first tokens; the last token of a
     completion predicts nothing and is left out. A last segment, without completions, fills the row up to a multiple
-    of 8 tokens.
+    of 128 tokens: for each new width matrix kernels are chosen and loaded, and the fast ones want a multiple of 8.
 
     Returns:
         (ids, positions, next-token labels) of shape (1, tokens), (length of the prompt, lengths of its completions) for
@@ -97,7 +97,7 @@ def _segments(ids: torch.Tensor, lengths: list[int], starts: list[int]) -> tuple
             sizes.append(size)
             base += size
         specs.append((prompt, sizes))
-    if fill := -base % 8:  # products of other widths have slower kernels
+    if fill := -base % 128:
         parts.append(ids.new_zeros(fill))
         positions.append(torch.arange(fill))
         labels.append(ids.new_full((fill,), -100))
