@@ -59,11 +59,11 @@ def test_estimate_agrees_with_measured_gpu_runs(pairs, checkpointing, gb):
     assert estimate.total / 1e9 == pytest.approx(gb, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["usual", "ours", "kept", "offloaded", "two_rows"])
+@pytest.mark.parametrize("name", ["usual", "ours", "kept", "offloaded", "two_rows", "two_rows_kept"])
 def test_estimate_agrees_with_the_gpu_benchmark(name):
-    """Where both answers share a forward, the longest pair is taken for all, which is up to 26% over."""
+    """Where both answers share a forward, the longest pair is taken for all, which is up to a quarter over."""
     estimate = gpu.estimate(QWEN3_4B, gpu.SIDES[name])
-    assert 0.95 < estimate.total / 1e9 / ON_A_GPU["sides"][name]["peak_gb"] < 1.3
+    assert 0.95 < estimate.total / 1e9 / ON_A_GPU["sides"][name]["peak_gb"] < 1.27
 
 
 def gpu_policy(kind: str = "qwen3") -> SimpleNamespace:
@@ -137,7 +137,7 @@ def test_estimate_agrees_with_measured_cpu_runs(case):
     "card, tokens, plan", [(80, 350, (8, 1, False)), (24, 350, (8, 1, True)), (8, 350, (8, 1, True)), (4, 350, None)]
 )
 def test_plan_takes_the_fastest_measured_setting_that_fits(card, tokens, plan):
-    """In the benchmark, without checkpointing was the fastest (19.5 pairs/s), then eight pairs whole (13.6)."""
+    """In the benchmark, without checkpointing was the fastest, then eight pairs whole with it."""
     chosen = plan_batch(QWEN3_4B, card * 1e9, tokens=tokens)
     assert (chosen and chosen[:3]) == plan
 

@@ -67,6 +67,13 @@ def stated_of_gpus() -> list[str]:
             times = against[name].get("times_usual")
             cells = (side["pairs_per_s"], side["peak_gb"], estimates.get(name), side["gpu_busy_share"], times)
             rows.append("| " + " | ".join("" if cell is None else f"{cell:.2f}" for cell in cells) + " |")
+    factors = [against["offloaded"]["times_usual"], *(host["offloaded_times_usual"] for host in others)]
+    offloaded = sorted(factor for factor in factors if factor)
+
+    def several(key: str) -> str:
+        *most, last = (f"{host[key]:.2f}" for host in others)
+        return ", ".join(most) + f" and {last}"
+
     furthest = max(side.get("max_loss_difference", 0) for side in against.values())
     speed, wide = two["pairs_per_s"], two["one_of_32"]["pairs_per_s"]
     return rows + [
@@ -75,9 +82,10 @@ def stated_of_gpus() -> list[str]:
         f"and {kept['tflop_per_s']:.0f} where there is room",
         f"that would be {ours['pairs_per_s'] / busy / usual:.1f} and "
         f"{kept['pairs_per_s'] / kept['gpu_busy_share'] / usual:.1f} times",
-        f"the usual made {others[0]['usual']:.2f} and {others[1]['usual']:.2f} pairs a second",
-        f"{others[0]['ours_times_usual']:.2f} and {others[1]['ours_times_usual']:.2f} times that",
-        f"{others[0]['kept_times_usual']:.2f} and {others[1]['kept_times_usual']:.2f} times where there is room",
+        f"the usual made {several('usual')} pairs a second",
+        f"{several('ours_times_usual')} times that where memory is short",
+        f"{several('kept_times_usual')} times where there is room",
+        f"machine's memory made {offloaded[0]:.2f} to {offloaded[-1]:.2f} times the usual",
         f"step 0 reads {against['two_rows']['step_0_loss']:.3f}",
         f"With one forward for both it reads {against['ours']['step_0_loss']:.4f}",
         f"estimate was {min(ratios):.2f} to {max(ratios):.2f} times",
