@@ -404,24 +404,19 @@ class Worker:
 
 def run_wave(names: list[str], folder: str, seconds: float) -> dict[str, dict]:
     workers = [Worker(name, folder) for name in names]
-    until, results, ready = time.monotonic() + seconds, {}, []
-    for worker in workers:
-        if worker.wait(until - time.monotonic()) is None:
-            results[worker.name] = worker.end()
-            print(worker.name, results[worker.name]["error"], flush=True)
-        else:
-            ready.append(worker)
-    for _ in range(TURNS + 1):  # in the last one a side says its result
-        for worker in list(ready):
-            worker.go()
-            line = worker.wait(150)
+    until, results = time.monotonic() + seconds, {}
+    for turn in range(TURNS + 2):  # before the first turn all get warm, after the last one each says its result
+        for worker in list(workers):
+            if turn > 0:
+                worker.go()
+            line = worker.wait(150 if turn > 0 else until - time.monotonic())
             if line == "ready\n":
                 continue
             results[worker.name] = json.loads(line.removeprefix("result ")) if line else worker.end()
             print(worker.name, json.dumps(results[worker.name]), flush=True)
             worker.process.kill()  # it is done; the next one is to have the card to itself
             worker.process.wait()
-            ready.remove(worker)
+            workers.remove(worker)
     return results
 
 

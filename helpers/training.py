@@ -7,6 +7,7 @@ with TRL's DPOTrainer, and leaves a run folder. Called again after an interrupti
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import json
 import math
@@ -248,12 +249,57 @@ def make_trainer(
         )
     trainer.precompute_ref_logps = True
     share_prompts(model.get_base_model())
+    if model.device.type == "cuda" and config.bf16:
+        cast_weights_once(trainer)
     # TRL copies the adapter as a frozen one named "ref". It is not needed here, and where it stands beside the
     # policy, transformers' resume loads neither: the policy would silently restart from zero.
     if "ref" in model.peft_config:
         model.delete_adapter("ref")
     text_progress(trainer)
     return trainer
+
+
+def cast_weights_once(trainer: trl.DPOTrainer, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Have the adapter's weights cast to `dtype` once for each batch, all together; the results stay the same.
+
+    Unsloth's kernels cast a weight wherever they use it: in the forward pass, where that is repeated for checkpointing,
+    in the backward pass, and its gradient back. That is a fifth of a step's kernels, each of which the CPU hands over.
+    The optimizer, clipping and checkpoints see the 32-bit weights and their gradients, as before.
+    """
+    model = trainer.model
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    modules = [module for name, module in model.named_modules() if f"{name}.weight" in trained]
+    weights = [module.weight for module in modules]
+    if len(weights) < len(trained) or any(weight.dtype != torch.float32 for weight in weights):
+        return  # something beside LoRA's matrices is trained
+    short = [torch.nn.Parameter(weight.detach().to(dtype)) for weight in weights]
+    gradients = [torch.empty_like(weight) for weight in weights]
+    step = trainer.training_step
+
+    def put(parameters: list[torch.nn.Parameter]) -> None:
+        for module, parameter in zip(modules, parameters, strict=True):
+            module._parameters["weight"] = parameter
+
+    @functools.wraps(step)
+    def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch.no_grad():
+            torch._foreach_copy_(short, weights)
+        put(short)
+        try:
+            loss = step(*args, **kwargs)
+        finally:
+            put(weights)
+        first, further = [], []  # batches of a step
+        for weight, gradient, parameter in zip(weights, gradients, short, strict=True):
+            if parameter.grad is not None:
+                (first if weight.grad is None else further).append((gradient, parameter.grad))
+                weight.grad, parameter.grad = gradient, None
+        for add, pairs in ((torch._foreach_copy_, first), (torch._foreach_add_, further)):
+            if pairs:
+                add(*map(list, zip(*pairs, strict=True)))
+        return loss
+
+    trainer.training_step = training_step
 
 
 # ---------------------------------------------------------------------------------------------- interruption

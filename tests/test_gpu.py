@@ -158,6 +158,37 @@ def test_shared_prompts_give_the_same_log_probs_and_gradient(policy, pairs, monk
     assert torch.nn.functional.cosine_similarity(plain_gradient, gradient, dim=0) > 0.98
 
 
+def test_weights_cast_once_give_the_same_gradient_with_fewer_kernels(base, pairs, tmp_path, monkeypatch):
+    model, tokenizer = base
+    gradients, kernels = [], []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            if state.global_step == 1:  # nothing is compiled for the first time any more
+                self.profile.start()
+
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            if state.global_step == 0:
+                gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+            else:
+                torch.cuda.synchronize()
+                self.profile.stop()
+                kernels.append(sum(e.device_type == torch.autograd.DeviceType.CUDA for e in self.profile.events()))
+
+    for once in (training.cast_weights_once, lambda trainer: None):
+        monkeypatch.setattr(training, "cast_weights_once", once)
+        policy = helpers.add_lora(model, seed=0)
+        try:
+            trained(policy, tokenizer, pairs[0], tmp_path, [Watch()], max_steps=2, gradient_checkpointing=True)
+        finally:
+            strip(model)
+    difference = ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()
+    print("relative difference of the gradients", difference, "kernels", kernels)
+    assert gradients[1].norm() > 0 and difference < 0.02
+    assert kernels[0] < 0.9 * kernels[1]
+
+
 def test_full_card_is_answered_before_training_and_when_it_runs_out(policy, pairs, cache, tmp_path, monkeypatch):
     policy, tokenizer = policy
     torch.cuda.empty_cache()
