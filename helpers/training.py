@@ -238,23 +238,25 @@ def make_trainer(
     made = getattr(model, "_unsloth_gradient_checkpointing", None)
     if model.device.type != "cpu" and made is not None and bool(made) != config.gradient_checkpointing:
         model._unsloth_gradient_checkpointing = config.gradient_checkpointing
-    with quiet_progress(len(train)):
-        trainer = trl.DPOTrainer(
-            model=model,
-            args=config,
-            train_dataset=train,
-            eval_dataset=test,
-            processing_class=tokenizer,
-            callbacks=list(callbacks),
-        )
+    try:
+        with quiet_progress(len(train)):
+            trainer = trl.DPOTrainer(
+                model=model,
+                args=config,
+                train_dataset=train,
+                eval_dataset=test,
+                processing_class=tokenizer,
+                callbacks=list(callbacks),
+            )
+    finally:
+        # TRL copies the adapter as a frozen one named "ref". It is not needed here; where it stands beside the policy,
+        # transformers' resume loads neither (the policy would silently restart from zero), and a second try fails.
+        if "ref" in model.peft_config:
+            model.delete_adapter("ref")
     trainer.precompute_ref_logps = True
     share_prompts(model.get_base_model())
     if model.device.type == "cuda" and config.bf16:
         cast_weights_once(trainer)
-    # TRL copies the adapter as a frozen one named "ref". It is not needed here, and where it stands beside the
-    # policy, transformers' resume loads neither: the policy would silently restart from zero.
-    if "ref" in model.peft_config:
-        model.delete_adapter("ref")
     text_progress(trainer)
     return trainer
 
@@ -273,7 +275,6 @@ def cast_weights_once(trainer: trl.DPOTrainer, dtype: torch.dtype = torch.bfloat
     if len(weights) < len(trained) or any(weight.dtype != torch.float32 for weight in weights):
         return  # something beside LoRA's matrices is trained
     short = [torch.nn.Parameter(weight.detach().to(dtype)) for weight in weights]
-    gradients = [torch.empty_like(weight) for weight in weights]
     step = trainer.training_step
 
     def put(parameters: list[torch.nn.Parameter]) -> None:
@@ -290,10 +291,15 @@ def cast_weights_once(trainer: trl.DPOTrainer, dtype: torch.dtype = torch.bfloat
         finally:
             put(weights)
         first, further = [], []  # batches of a step
-        for weight, gradient, parameter in zip(weights, gradients, short, strict=True):
-            if parameter.grad is not None:
-                (first if weight.grad is None else further).append((gradient, parameter.grad))
-                weight.grad, parameter.grad = gradient, None
+        for weight, parameter in zip(weights, short, strict=True):
+            if parameter.grad is None:
+                continue
+            if weight.grad is None:
+                weight.grad = torch.empty_like(weight)
+                first.append((weight.grad, parameter.grad))
+            else:
+                further.append((weight.grad, parameter.grad))
+            parameter.grad = None
         for add, pairs in ((torch._foreach_copy_, first), (torch._foreach_add_, further)):
             if pairs:
                 add(*map(list, zip(*pairs, strict=True)))

@@ -287,6 +287,26 @@ def test_micro_batches_agree(pairs, cache, tmp_path):
     assert losses[2] == pytest.approx(losses[0], abs=5e-4)
 
 
+@pytest_slow
+def test_trainer_that_could_not_be_made_leaves_the_policy_as_it_was(policy, pairs, cache, tmp_path, monkeypatch):
+    policy, tokenizer = policy
+    few = pairs[0].select(range(4))
+    rows = with_reference(few, reference_logps(policy, tokenizer, few, max_length=512))
+    made = []
+
+    def fails(*args, **options):
+        made.append(real(*args, **options))
+        raise RuntimeError("out of memory")
+
+    real = training.trl.DPOTrainer
+    monkeypatch.setattr(training.trl, "DPOTrainer", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make_trainer(policy, tokenizer, rows, None, config(tmp_path))
+    assert made and list(policy.peft_config) == ["default"]
+    monkeypatch.undo()
+    make_trainer(policy, tokenizer, rows, None, config(tmp_path))
+
+
 LOSSES = {
     "ipo": {"loss_type": "ipo"},
     "hinge": {"loss_type": "hinge"},
