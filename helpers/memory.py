@@ -47,7 +47,8 @@ class MemoryEstimate(NamedTuple):
 
     Attributes:
         weights: of the model, which are there before training starts.
-        adapter: LoRA's parameters and gradients in fp32, on a GPU both in bf16 too, and the optimizer's state.
+        adapter: LoRA's parameters and gradients in fp32, and the optimizer's state. (On a GPU the gradients, and a copy
+            of the parameters, are in bf16 while there are activations: just as much, where a step is one batch.)
         activations: what the backward pass of one micro-batch needs.
         logits: of the LM head, a piece of the batch at a time.
     """
@@ -116,7 +117,7 @@ def estimate_memory(
     # NF4: half a byte, and a scale for each 64 weights that is itself quantised (Dettmers et al. 2023, section 3).
     weights = embeddings * 2 + in_layers * ((0.5 + 0.127 / 8) if load_in_4bit else 2)
     lora = s["layers"] * rank * sum(a + b for a, b in projections)
-    adapter = lora * (4 + 4 + (0 if plain else 2 + 2) + _STATE_BYTES.get(optim, 8))
+    adapter = lora * (4 + 4 + _STATE_BYTES.get(optim, 8))
     rows = pairs * (2 * tokens - (0 if plain else prompt))
     # Saved for the backward pass of a layer, in 16 bits: inputs of the norms and projections, q, k, v, the attention's
     # output, and four values of the MLP (gate, up, their activation and product).
