@@ -270,7 +270,7 @@ def cast_weights_once(trainer: trl.DPOTrainer, dtype: torch.dtype = torch.bfloat
     """
     model = trainer.model
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    modules = [module for name, module in model.named_modules() if f"{name}.weight" in trained]
+    modules = [module for name, module in model.named_modules() if "lora_" in name and f"{name}.weight" in trained]
     weights = [module.weight for module in modules]
     if len(weights) < len(trained) or any(weight.dtype != torch.float32 for weight in weights):
         return  # something beside LoRA's matrices is trained

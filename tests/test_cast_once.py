@@ -63,3 +63,15 @@ def test_weights_are_back_after_an_error(policy):
     with pytest.raises(ZeroDivisionError):
         trainer.training_step()
     assert all(weight is weights[name] for name, weight in policy.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["other weights are trained", "weights in 16 bits"])
+def test_other_trainers_are_left_as_they_are(policy, kind):
+    if kind == "weights in 16 bits":
+        policy.bfloat16()
+    else:
+        policy.base_model.model.first.base_layer.weight.requires_grad_(True)
+    step = object()
+    trainer = SimpleNamespace(model=policy, training_step=step)
+    cast_weights_once(trainer)
+    assert trainer.training_step is step
