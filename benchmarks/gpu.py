@@ -15,6 +15,7 @@ H100. The last line is one JSON object.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import queue
@@ -391,8 +392,9 @@ class Worker:
             return None
 
     def go(self) -> None:
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(OSError):  # it has died; `wait` says so
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
 
     def end(self) -> dict:
         """Stop it, and say what it said last."""

@@ -255,7 +255,7 @@ def make_trainer(
             model.delete_adapter("ref")
     trainer.precompute_ref_logps = True
     share_prompts(model.get_base_model())
-    if model.device.type == "cuda" and config.bf16:
+    if model.device.type == "cuda" and config.bf16 and config.world_size == 1:
         cast_weights_once(trainer)
     text_progress(trainer)
     return trainer
@@ -270,7 +270,8 @@ def cast_weights_once(trainer: trl.DPOTrainer, dtype: torch.dtype = torch.bfloat
     """
     model = trainer.model
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    modules = [module for name, module in model.named_modules() if "lora_" in name and f"{name}.weight" in trained]
+    matrices = [(name, module) for name, module in model.named_modules() if ".lora_A." in name or ".lora_B." in name]
+    modules = [module for name, module in matrices if f"{name}.weight" in trained]
     weights = [module.weight for module in modules]
     if len(weights) < len(trained) or any(weight.dtype != torch.float32 for weight in weights):
         return  # something beside LoRA's matrices is trained
@@ -285,8 +286,10 @@ def cast_weights_once(trainer: trl.DPOTrainer, dtype: torch.dtype = torch.bfloat
     def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
         with torch.no_grad():
             torch._foreach_copy_(short, weights)
-        put(short)
+        for parameter in short:
+            parameter.grad = None
         try:
+            put(short)
             loss = step(*args, **kwargs)
         finally:
             put(weights)
@@ -299,7 +302,6 @@ def cast_weights_once(trainer: trl.DPOTrainer, dtype: torch.dtype = torch.bfloat
                 first.append((weight.grad, parameter.grad))
             else:
                 further.append((weight.grad, parameter.grad))
-            parameter.grad = None
         for add, pairs in ((torch._foreach_copy_, first), (torch._foreach_add_, further)):
             if pairs:
                 add(*map(list, zip(*pairs, strict=True)))
@@ -610,15 +612,16 @@ def train_dpo(
         reference_seconds = time.monotonic() - began
         if ref_model is None and not is_fresh(model):
             save_adapter(folder / "reference", model, info)
+        on_gpu = model.device.type == "cuda"
+        if on_gpu:
+            loaded = torch.cuda.memory_allocated(model.device)
         trainer = make_trainer(
             model, tokenizer, with_reference(train, ref_train), with_reference(test, ref_test), config, callbacks
         )
         if checkpoint is not None:
             print(f"Resuming from step {checkpoint.name.rpartition('-')[2]}.")
         return_freed_memory()  # what scoring freed rarely fits the batches of training
-        on_gpu = model.device.type == "cuda"
         if on_gpu:
-            loaded = torch.cuda.memory_allocated(model.device)
             torch.cuda.reset_peak_memory_stats(model.device)
         began = time.monotonic()
         with stop.listening():

@@ -56,19 +56,34 @@ def test_weights_cast_once_give_the_same_loss_and_gradients(policy):
     assert two_pieces(policy, trainer.training_step)[0] != losses  # no old copy is used
 
 
-def test_weights_are_back_after_an_error(policy):
-    weights = dict(policy.named_parameters())
-    trainer = SimpleNamespace(model=policy, training_step=lambda: 1 / 0)
-    cast_weights_once(trainer)
-    with pytest.raises(ZeroDivisionError):
+def test_weights_are_back_after_an_error_and_half_a_gradient_is_forgotten(policy):
+    weights, inputs, fails = dict(policy.named_parameters()), torch.randn(5, 16), [False]
+
+    def step() -> torch.Tensor:
+        loss = policy(inputs).square().mean()
+        loss.backward()
+        if fails[0]:
+            raise RuntimeError("out of memory")
+        return loss.detach()
+
+    trainer = SimpleNamespace(model=policy, training_step=step)
+    cast_weights_once(trainer, torch.float32)
+    _, gradients = two_pieces(policy, trainer.training_step)
+    fails[0] = True
+    with pytest.raises(RuntimeError, match="out of memory"):
         trainer.training_step()
     assert all(weight is weights[name] for name, weight in policy.named_parameters())
+    fails[0] = False
+    _, again = two_pieces(policy, trainer.training_step)
+    assert all(torch.equal(gradient, again[name]) for name, gradient in gradients.items())
 
 
-@pytest.mark.parametrize("kind", ["other weights are trained", "weights in 16 bits"])
+@pytest.mark.parametrize("kind", ["other weights are trained", "DoRA", "weights in 16 bits"])
 def test_other_trainers_are_left_as_they_are(policy, kind):
     if kind == "weights in 16 bits":
         policy.bfloat16()
+    elif kind == "DoRA":  # its magnitudes want 32 bits
+        policy = get_peft_model(Layers(), LoraConfig(r=4, target_modules=["first"], use_dora=True))
     else:
         policy.base_model.model.first.base_layer.weight.requires_grad_(True)
     step = object()

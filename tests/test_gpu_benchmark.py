@@ -71,3 +71,29 @@ def test_sides_are_compared_with_the_usual_one():
 def test_a_side_that_fails_is_told_with_its_error(tmp_path):
     results = gpu.run_wave(["stock"], str(tmp_path / "none"), 120)
     assert list(results) == ["stock"] and "none" in results["stock"]["error"].splitlines()[-1]
+
+
+def test_sides_that_fail_do_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    """One cannot be loaded, one dies while it waits for its turn."""
+    script = tmp_path / "side.py"
+    script.write_text(
+        """
+import sys, time
+name = sys.argv[sys.argv.index("--side") + 1]
+if name == "cannot load":
+    sys.exit("no such model")
+print("ready", flush=True)
+if name == "dies":
+    sys.exit("killed")
+for _ in range(3):
+    sys.stdin.readline()
+    print("ready", flush=True)
+sys.stdin.readline()
+print('result {"pairs_per_s": 2.0}', flush=True)
+"""
+    )
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    results = gpu.run_wave(["cannot load", "dies", "works"], str(tmp_path), 30)
+    assert "no such model" in results["cannot load"]["error"] and "killed" in results["dies"]["error"]
+    assert results["works"] == {"pairs_per_s": 2.0}
+    assert len(capsys.readouterr().out.splitlines()) == 3
