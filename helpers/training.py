@@ -267,6 +267,11 @@ def cast_weights_once(trainer: trl.DPOTrainer, dtype: torch.dtype = torch.bfloat
     Unsloth's kernels cast a weight wherever they use it: in the forward pass, where that is repeated for checkpointing,
     in the backward pass, and its gradient back. That is a fifth of a step's kernels, each of which the CPU hands over.
     The optimizer, clipping and checkpoints see the 32-bit weights and their gradients, as before.
+
+    Args:
+        trainer: its `training_step` is wrapped. One that trains anything beside LoRA's two matrices, or has them in
+            16 bits already, is left as it is.
+        dtype: that of autocast.
     """
     model = trainer.model
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
