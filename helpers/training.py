@@ -261,8 +261,8 @@ def make_trainer(
     return trainer
 
 
-def cast_weights_once(trainer: trl.DPOTrainer, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Have the adapter's weights cast to `dtype` once for each batch, all together; the results stay the same.
+def cast_weights_once(trainer: trl.DPOTrainer) -> None:
+    """Have the adapter's weights cast to bf16 once for each batch, all together; the results stay the same.
 
     Unsloth's kernels cast a weight wherever they use it: in the forward pass, where that is repeated for checkpointing,
     in the backward pass, and its gradient back. That is a fifth of a step's kernels, each of which the CPU hands over.
@@ -271,7 +271,6 @@ def cast_weights_once(trainer: trl.DPOTrainer, dtype: torch.dtype = torch.bfloat
     Args:
         trainer: its `training_step` is wrapped. One that trains anything beside LoRA's two matrices, or has them in
             16 bits already, is left as it is.
-        dtype: that of autocast.
     """
     model = trainer.model
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
@@ -279,8 +278,8 @@ def cast_weights_once(trainer: trl.DPOTrainer, dtype: torch.dtype = torch.bfloat
     modules = [module for name, module in matrices if f"{name}.weight" in trained]
     weights = [module.weight for module in modules]
     if len(weights) < len(trained) or any(weight.dtype != torch.float32 for weight in weights):
-        return  # something beside LoRA's matrices is trained
-    short = [torch.nn.Parameter(weight.detach().to(dtype)) for weight in weights]
+        return
+    short = [torch.nn.Parameter(weight.detach().bfloat16()) for weight in weights]
     step = trainer.training_step
 
     def put(parameters: list[torch.nn.Parameter]) -> None:

@@ -45,7 +45,7 @@ def test_weights_cast_once_give_the_same_loss_and_gradients(policy):
     assert len(gradients) == 4 < len(weights)
     trainer = SimpleNamespace(model=policy, training_step=step)
     cast_weights_once(trainer)
-    for _ in range(2):  # the second time it has its buffers already
+    for _ in range(2):  # the second time its copies hold gradients already
         once, gradients_once = two_pieces(policy, trainer.training_step)
         assert once == losses and gradients.keys() == gradients_once.keys()
         for name, gradient in gradients.items():
@@ -67,7 +67,7 @@ def test_weights_are_back_after_an_error_and_half_a_gradient_is_forgotten(policy
         return loss.detach()
 
     trainer = SimpleNamespace(model=policy, training_step=step)
-    cast_weights_once(trainer, torch.float32)
+    cast_weights_once(trainer)
     _, gradients = two_pieces(policy, trainer.training_step)
     fails[0] = True
     with pytest.raises(RuntimeError, match="out of memory"):

@@ -78,7 +78,7 @@ def test_sides_that_fail_do_not_stop_the_others(tmp_path, monkeypatch, capsys):
     script = tmp_path / "side.py"
     script.write_text(
         """
-import sys, time
+import sys
 name = sys.argv[sys.argv.index("--side") + 1]
 if name == "cannot load":
     sys.exit("no such model")
