@@ -65,4 +65,4 @@ newest: setup
 	$(PYTHON) -m venv --clear outputs/newest/venv
 	$(BIN)/uv pip install --quiet --python outputs/newest/venv/bin/python --no-deps -r outputs/newest/requirements.txt
 	outputs/newest/venv/bin/python -m pytest -m "not slow"
-	outputs/newest/venv/bin/python -m pytest tests/test_training.py -k run_folder_is_complete
+	outputs/newest/venv/bin/python -m pytest tests/train/test_dpo.py -k run_folder_is_complete

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 # Slow tests that are begun first, where not all can be.
-FIRST = ("test_training", "test_export", "test_sweep", "test_shared_prompt", "test_models", "test_generation")
+FIRST = ("test_dpo", "test_export", "test_sweep", "test_shared_prompt", "test_load", "test_generate")
 LAST = "test_jupyterlab"  # what it runs, the notebooks' own tests run too
 # Minutes on two such cores of what takes many, with room: alone, 03, 04 and 05 took 6, 13 and 22.
 MINUTES = {

@@ -24,9 +24,8 @@ def order(values) -> list[float]:
 
 
 def main() -> None:
-    from helpers.files import write_json
-    from helpers.runs import output_folder
-    from helpers.sweep import BETAS, Sweep
+    from helpers.common import output_folder, write_json
+    from helpers.train.sweep import BETAS, Sweep
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--betas", type=float, nargs="+", default=BETAS)
@@ -54,7 +53,7 @@ def main() -> None:
 
 def train(args) -> dict:
     from helpers import load_model, load_pairs, split_pairs
-    from helpers.sweep import sweep_beta
+    from helpers.train.sweep import sweep_beta
 
     pairs = split_pairs(load_pairs())
     train, test = pairs["train"].select(range(args.pairs)), pairs["test"].select(range(args.pairs // 3))
@@ -88,7 +87,7 @@ def command(stored: dict) -> str:
 
 
 def summary(sweep) -> dict:
-    from helpers.sweep import recommend
+    from helpers.after.recommend import recommend
 
     held_out = sweep.history[sweep.history.split == "held out"]
     columns = ["accuracy", "log_ratio_gap", "margin", "kl", "chosen_change", "rejected_change", "reply_tokens"]

@@ -24,15 +24,16 @@ from typing import Any
 from datasets import Dataset
 
 from helpers import load_tokenizer
-from helpers.checks import BATCH, check_pairs
-from helpers.pairs import BUNDLED, load_pairs
+from helpers.data.check import check_pairs
+from helpers.data.load import BUNDLED_PAIRS, load_pairs
+from helpers.data.measure import BATCH
 
 SMALL = 10_000
 
 
 def write_pairs(path: Path, size: int) -> None:
     """A JSONL file of `size` pairs: prompts of 1 to 4 sentences, answers of 2 to 7."""
-    rows = [json.loads(line) for line in BUNDLED.open(encoding="utf-8")]
+    rows = [json.loads(line) for line in BUNDLED_PAIRS.open(encoding="utf-8")]
     questions = [row["prompt"] for row in rows]
     sentences = [
         one

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from helpers import Dataset, UserError, add_lora, load_model, load_pairs, split_pairs, train_dpo
-from helpers.diagnosis import diagnose
-from helpers.files import write_json
-from helpers.generation import generate_replies
-from helpers.runs import Run, machine, output_folder, read_info, versions
+from helpers.after.diagnosis import diagnose
+from helpers.common import output_folder, write_json
+from helpers.model.generate import generate_replies
+from helpers.run.folder import Run, machine, read_info, versions
 
 # isort: split
 from peft import get_peft_model_state_dict, set_peft_model_state_dict  # after helpers: Unsloth comes first

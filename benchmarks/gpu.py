@@ -145,7 +145,7 @@ def step_zero(trainer, tokenizer, cached, ids, max_length: int) -> dict:
     """
     import torch
 
-    from helpers.scoring import pair_logps
+    from helpers.model.logps import pair_logps
 
     model, beta = trainer.model, trainer.beta
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(BATCH)])
@@ -189,7 +189,7 @@ def step_zero(trainer, tokenizer, cached, ids, max_length: int) -> dict:
 
 def generation_rate(model, tokenizer) -> float:
     """Tokens a second of 20 replies at a time, sampled as 04_thinking_pairs does on a GPU."""
-    from helpers.generation import generate_replies
+    from helpers.model.generate import generate_replies
 
     prompts = [[{"role": "user", "content": f"How many legs have {number} spiders?"}] for number in range(20)]
     options = {"temperature": 0.6, "top_p": 0.95, "batch_size": 20}
@@ -258,11 +258,13 @@ def side(name: str, folder: str, longest: int, say) -> dict:
             model, args=DPOConfig(**settings), train_dataset=data, processing_class=tokenizer, peft_config=lora
         )
     else:
-        from helpers import FastLanguageModel, shared_prompt
-        from helpers.memory import estimate_for
-        from helpers.models import LORA_TARGETS, fix_pad_token
-        from helpers.scoring import pair_logps, tokenize_pairs, with_reference
-        from helpers.training import make_trainer
+        from helpers import FastLanguageModel
+        from helpers.data.render import tokenize_pairs
+        from helpers.model.load import LORA_TARGETS, fix_pad_token
+        from helpers.model.logps import pair_logps, with_reference
+        from helpers.model.memory import estimate_for
+        from helpers.patches import shared_prompt
+        from helpers.train.trainer import make_trainer
 
         shared_prompt.ON_GPU = options["shared"]
         how = options["checkpointing"]
@@ -426,7 +428,7 @@ def predictions(free: float) -> dict:
     """For 512 and 1024 tokens (every pair that long): what the rule chooses in `free` bytes, and why."""
     from transformers import AutoConfig
 
-    from helpers.memory import plan_batch
+    from helpers.model.memory import plan_batch
 
     config = AutoConfig.from_pretrained(HERE / "qwen3_4b")
     found = {}
@@ -459,7 +461,7 @@ def compare(results: dict[str, dict], rate: float) -> dict:
 
 def estimate(config, options: dict):
     """The memory estimate of a side, before there is a model: the longest pair is taken for all."""
-    from helpers.memory import estimate_memory
+    from helpers.model.memory import estimate_memory
 
     scale = options.get("tokens", 512) / 512
     return estimate_memory(
@@ -504,7 +506,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not args.tokenizer:
         parser.error("--tokenizer is needed (except for --dry-run)")
 
-    from helpers.runs import machine, versions  # first: Unsloth before torch and transformers  # isort: skip
+    from helpers.run.folder import machine, versions  # first: Unsloth before torch and transformers  # isort: skip
     import torch
 
     rate = matrix_rate()

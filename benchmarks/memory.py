@@ -35,9 +35,10 @@ def memory(peak: bool) -> int:
 
 def measure(pairs: int, tokens: int, checkpointing: bool) -> dict:
     from helpers import Dataset, DPOConfig, add_lora, load_model
-    from helpers.memory import estimate_for, pair_lengths
-    from helpers.scoring import tokenize_pairs
-    from helpers.training import dpo_settings, make_trainer
+    from helpers.data.render import pair_lengths, tokenize_pairs
+    from helpers.model.memory import estimate_for
+    from helpers.train.settings import dpo_settings
+    from helpers.train.trainer import make_trainer
 
     model, tokenizer = load_model()
     model = add_lora(model)
@@ -79,7 +80,7 @@ def measure(pairs: int, tokens: int, checkpointing: bool) -> dict:
 
 
 def main() -> None:
-    from helpers.runs import machine, versions
+    from helpers.run.folder import machine, versions
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)

@@ -10,8 +10,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    from helpers.plots import plot_measured
-    from helpers.sweep import Sweep
+    from helpers.teach.plots import plot_measured
+    from helpers.train.sweep import Sweep
 
     seeds = json.loads((RESULTS / "seeds.json").read_text(encoding="utf-8"))["seeds"]
     figure = plot_measured(seeds, Sweep.load(RESULTS / "beta.json").finished)

@@ -16,9 +16,10 @@ from torch.profiler import ProfilerActivity, profile
 from helpers import DPOConfig, add_lora, load_model, load_pairs  # first: Unsloth before transformers  # isort: skip
 from transformers import TrainerCallback
 
-from helpers.runs import machine, versions
-from helpers.scoring import reference_logps, with_reference
-from helpers.training import dpo_settings, make_trainer
+from helpers.model.logps import reference_logps, with_reference
+from helpers.run.folder import machine, versions
+from helpers.train.settings import dpo_settings
+from helpers.train.trainer import make_trainer
 
 MATRIX = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 

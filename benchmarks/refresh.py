@@ -24,8 +24,8 @@ from PIL import Image
 
 ENVIRONMENT = dict(os.environ)  # the kernels' own, before Unsloth, which comes with helpers, adds to it
 
-from helpers.files import write_atomic  # noqa: E402
-from helpers.runs import machine, versions  # noqa: E402
+from helpers.common import write_atomic  # noqa: E402
+from helpers.run.folder import machine, versions  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 500_000  # bytes of a notebook; a repository page refuses large ones

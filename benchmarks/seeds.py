@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import mean
 
 from helpers import add_lora, load_model, load_pairs, split_pairs, train_dpo
-from helpers.runs import machine, versions
-from helpers.scoring import accuracy_by
+from helpers.run.folder import machine, versions
+from helpers.run.metrics import accuracy_by
 
 pairs = split_pairs(load_pairs())
 train, test = pairs["train"].select(range(192)), pairs["test"]  # as in the notebook

@@ -29,7 +29,7 @@ HELD_OUT = 8
 
 def plain_side(turns: Turns, weights: str, beta: float, pairs, folder: str) -> dict:
     from helpers import add_lora
-    from helpers.training import dpo_settings
+    from helpers.train.settings import dpo_settings
 
     turns.start()
     model, tokenizer = load_plain(weights)
@@ -42,10 +42,11 @@ def plain_side(turns: Turns, weights: str, beta: float, pairs, folder: str) -> d
 
 
 def sweep_side(turns: Turns, weights: str, pairs, held_out, folder: str) -> dict:
-    from helpers import load_model, training
-    from helpers.sweep import sweep_beta
+    from helpers import load_model
+    from helpers.train import dpo
+    from helpers.train.sweep import sweep_beta
 
-    make_trainer, floor = training.make_trainer, [0.0]
+    make_trainer, floor = dpo.make_trainer, [0.0]
 
     def make(*args):
         trainer = make_trainer(*args)
@@ -54,7 +55,7 @@ def sweep_side(turns: Turns, weights: str, pairs, held_out, folder: str) -> dict
         trainer.accelerator.backward = _timed(trainer.accelerator.backward, floor)
         return trainer
 
-    training.make_trainer = make
+    dpo.make_trainer = make
     turns.start()
     model, tokenizer = load_model(weights)
     step = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
@@ -100,7 +101,7 @@ def side(name: str, size: int, weights: str | None) -> dict:
     import torch
 
     from helpers import load_pairs
-    from helpers.models import embedded_model
+    from helpers.model.embedded import embedded_model
 
     pairs = load_pairs().select(range(size))
     train, held_out = pairs.select(range(size - HELD_OUT)), pairs.select(range(size - HELD_OUT, size))
@@ -140,7 +141,7 @@ def main() -> None:
             if (result := give_turn(name, workers[name])) is not None:
                 results[lane].append(result)
                 del waiting[lane][0]
-    from helpers.runs import machine, versions
+    from helpers.run.folder import machine, versions
 
     sweep, plain = results["sweep"][0], results["plain"]
     plain_seconds = sum(run["seconds"] for run in plain)

@@ -20,13 +20,15 @@ from helpers import add_lora, load_model, train_dpo
 
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-from helpers.files import write_json
-from helpers.generation import generate_replies, repetition
-from helpers.runs import machine, versions
-from helpers.scoring import accuracy_by
-from helpers.sft import train_sft
-from helpers.thinking import load_thinking_pairs, render_thinking, split_thinking, thought_table
-from helpers.word_problems import KINDS, make_thinking_pairs
+from helpers.common import write_json
+from helpers.model.generate import generate_replies, repetition
+from helpers.run.folder import machine, versions
+from helpers.run.metrics import accuracy_by
+from helpers.train.sft import train_sft
+from helpers.thinking.pairs import load_thinking_pairs, render_thinking
+from helpers.thinking.score import thought_table
+from helpers.thinking.tags import split_thinking
+from helpers.thinking.word_problems import KINDS, make_thinking_pairs
 
 HELD_OUT = ("everyday", "logic")  # topics of the written pairs; this and what follows as in the notebook
 ONCE = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "learning_rate": 2e-4}

@@ -63,7 +63,7 @@ def load_plain(weights: str) -> tuple:
 def plain_trainer(model, tokenizer, pairs, folder: str, settings: dict):
     """A trainer as the usual notebook makes it: the reference is the policy with its adapter off, in every step."""
     from helpers import DPOConfig, DPOTrainer
-    from helpers.training import text_progress
+    from helpers.train.trainer import text_progress
 
     batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     config = DPOConfig(output_dir=folder, **settings | batch)
@@ -75,9 +75,10 @@ def plain_trainer(model, tokenizer, pairs, folder: str, settings: dict):
 def side(name: str, epochs: float, size: int, fp32: bool) -> dict:
     """Train one side, taking turns; returns its losses, seconds and peak memory."""
     from helpers import DPOConfig, add_lora, load_model, load_pairs
-    from helpers.models import embedded_model
-    from helpers.scoring import reference_logps, with_reference
-    from helpers.training import dpo_settings, make_trainer
+    from helpers.model.embedded import embedded_model
+    from helpers.model.logps import reference_logps, with_reference
+    from helpers.train.settings import dpo_settings
+    from helpers.train.trainer import make_trainer
 
     turns = Turns()
     settings = dpo_settings() | {
@@ -168,7 +169,7 @@ def run_sides(command: list[str], names: list[str]) -> dict[str, dict]:
 
 
 def main() -> None:
-    from helpers.runs import machine, versions
+    from helpers.run.folder import machine, versions
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=float, default=3)

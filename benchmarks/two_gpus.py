@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def prepare(folder: Path, args: argparse.Namespace) -> None:
     """Train the run that is exported, in a process of its own, which leaves the GPU free."""
     from helpers import Dataset, add_lora, export_run, load_model, load_pairs, train_dpo
-    from helpers.export import base_of
+    from helpers.after.export import base_of
 
     def length(row: dict) -> int:
         return sum(len(message["content"]) for side in ("prompt", "chosen", "rejected") for message in row[side])

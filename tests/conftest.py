@@ -11,7 +11,7 @@ for name in ("DPO_PROFILE", "DPO_MODEL", "DPO_THINKING_MODEL", "DPO_DATA", "DPO_
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import helpers  # noqa: E402
-from helpers import training  # noqa: E402
+from helpers.train.trainer import make_trainer  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def base():
 @pytest.fixture
 def with_callback(monkeypatch):
     """A function that gives a callback to every trainer that `train_dpo` makes afterwards; None takes it away again."""
-    real = training.make_trainer
+    real = make_trainer
 
     def give(callback) -> None:
         def make(*args):
@@ -36,6 +36,6 @@ def with_callback(monkeypatch):
             trainer.add_callback(callback)
             return trainer
 
-        monkeypatch.setattr(training, "make_trainer", real if callback is None else make)
+        monkeypatch.setattr("helpers.train.dpo.make_trainer", real if callback is None else make)
 
     return give

@@ -41,7 +41,7 @@ def test_every_direct_requirement_is_in_the_lock():
 
 
 def test_env_example_documents_every_setting():
-    code = "".join(path.read_text() for path in (ROOT / "helpers").glob("*.py"))
+    code = "".join(path.read_text() for path in (ROOT / "helpers").rglob("*.py"))
     used = set(re.findall(r'setting\(\s*"([A-Z_]+)"', code)) | set(re.findall(r'"(DPO_[A-Z_]+)"', code))
     documented = set(re.findall(r"^#?([A-Z_]+)=", (ROOT / ".env.example").read_text(), flags=re.M))
     assert used == documented

@@ -10,12 +10,16 @@ from transformers import TrainerCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import helpers
-from helpers import UserError, scoring, shared_prompt, training
-from helpers.generation import generate_replies
-from helpers.memory import ESTIMATE_MARGIN, estimate_for, free_memory, is_out_of_memory
-from helpers.pairs import load_pairs
-from helpers.scoring import _pair_forward, pair_logps, tokenize_pairs
-from helpers.training import DPOConfig, dpo_settings, make_trainer, train_dpo, with_reference
+from helpers import UserError
+from helpers.data.load import load_pairs
+from helpers.data.render import tokenize_pairs
+from helpers.model.generate import generate_replies
+from helpers.model.logps import _pair_forward, pair_logps, with_reference
+from helpers.model.memory import ESTIMATE_MARGIN, estimate_for, free_memory, is_out_of_memory
+from helpers.patches import cast_once
+from helpers.train.dpo import train_dpo
+from helpers.train.settings import DPOConfig, dpo_settings
+from helpers.train.trainer import make_trainer
 
 pytestmark = [
     pytest.mark.slow,
@@ -41,7 +45,7 @@ def policy(base):
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
     """A cache of reference log-probs of this test's own."""
-    monkeypatch.setattr(scoring, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("helpers.model.logps.cache_folder", lambda: tmp_path / "cache")
 
 
 def config(tmp_path, **settings) -> DPOConfig:
@@ -137,7 +141,7 @@ def test_shared_prompts_give_the_same_log_probs_and_gradient(policy, pairs, monk
     policy.train()
 
     def scores(shared: bool):
-        monkeypatch.setattr(shared_prompt, "ON_GPU", shared)
+        monkeypatch.setattr("helpers.patches.shared_prompt.ON_GPU", shared)
         policy.zero_grad()
         with _pair_forward(policy.get_base_model()), torch.autocast("cuda", dtype=torch.bfloat16):
             out = policy(
@@ -176,8 +180,8 @@ def test_weights_cast_once_give_the_same_gradient_with_fewer_kernels(base, pairs
                 self.profile.stop()
                 kernels.append(sum(e.device_type == torch.autograd.DeviceType.CUDA for e in self.profile.events()))
 
-    for once in (training.cast_weights_once, lambda trainer: None):
-        monkeypatch.setattr(training, "cast_weights_once", once)
+    for once in (cast_once.cast_weights_once, lambda trainer: None):
+        monkeypatch.setattr("helpers.train.trainer.cast_weights_once", once)
         policy = helpers.add_lora(model, seed=0)
         try:
             trained(policy, tokenizer, pairs[0], tmp_path, [Watch()], max_steps=2, gradient_checkpointing=True)
@@ -200,7 +204,7 @@ def test_full_card_is_answered_before_training_and_when_it_runs_out(policy, pair
     with pytest.raises(UserError, match="(?s)GB are free.*max_length="):
         train()
     with monkeypatch.context() as patch:
-        patch.setattr(training, "free_memory", lambda device: 1e12)
+        patch.setattr("helpers.train.dpo.free_memory", lambda device: 1e12)
         with pytest.raises(UserError, match="(?s)Out of memory.*per_device_train_batch_size=4") as caught:
             train()
     assert is_out_of_memory(caught.value.__cause__)  # of torch's allocator, or of the driver that loads a kernel

@@ -22,7 +22,7 @@ import pandas as pd
 import pytest
 import websocket
 
-from helpers.pairs import BUNDLED
+from helpers.data.load import BUNDLED_PAIRS
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "outputs" / "jupyterlab"
@@ -83,7 +83,7 @@ class Lab:
     def __init__(self, folder: Path):
         shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".*"))
         (folder / "benchmarks").symlink_to(ROOT / "benchmarks")  # 01 reads a model's sizes there
-        own = pd.read_json(BUNDLED, lines=True, nrows=PAIRS)[["prompt", "chosen", "rejected"]]
+        own = pd.read_json(BUNDLED_PAIRS, lines=True, nrows=PAIRS)[["prompt", "chosen", "rejected"]]
         own.to_json(folder / "my_pairs.jsonl", orient="records", lines=True)
         quiet = folder / "config/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
         quiet.parent.mkdir(parents=True)

@@ -1,7 +1,10 @@
-"""The package as one reads it: its rooms, which way they import, and what `help()` says. Nothing is run."""
+"""The package as one reads it: its wings, which way they import, and what `help()` says. Nothing is run."""
 
 import ast
+import doctest
+import importlib
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,47 +13,66 @@ import pytest
 import helpers
 
 FOLDER = Path(helpers.__file__).parent
-TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in FOLDER.glob("*.py")}
-ROOMS = re.findall(r"^    (\w+)  +\S", helpers.__doc__, flags=re.M)  # in order of dependence
-
-# What a room knows nothing of, whatever the order allows.
-STRANGERS = {
-    "pairs": ["models"],
-    "models": ["pairs"],
-    "checks": ["training", "thinking"],
-    "thinking": ["training"],
-    "diagnosis": ["models"],
-    "sweep": ["plots"],
-    "inspection": ["sweep"],
-    "plots": ROOMS,
+TREES = {
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted(FOLDER.rglob("*.py"))
 }
+MODULES = sorted(name for name in TREES if not name.endswith("__init__"))
+WINGS = re.findall(r"^    (\w+)  +\S", helpers.__doc__, flags=re.M)  # in order of dependence
 
 
-def imports(room: str) -> set[str]:
-    """Rooms that this one imports, anywhere in its source."""
+def imported(module: str) -> set[str]:
+    """Our modules that this one imports, anywhere in its source."""
     names = set()
-    for node in ast.walk(TREES[room]):
-        if isinstance(node, ast.ImportFrom) and node.module == "helpers":
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("helpers"):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-    return {name.removeprefix("helpers.") for name in names if name.startswith("helpers.") or name in ROOMS}
+    return {name.removeprefix("helpers.") for name in names} & set(MODULES)
 
 
-def test_front_door_names_every_room():
-    assert sorted(ROOMS) == sorted(TREES.keys() - {"__init__"})
+def wing(module: str) -> str:
+    return module.partition(".")[0]
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_imports_run_one_way(room):
-    assert imports(room) <= set(ROOMS[: ROOMS.index(room)])
+def test_front_door_names_every_wing():
+    assert sorted(WINGS) == sorted({wing(module) for module in MODULES})
 
 
-@pytest.mark.parametrize("room", STRANGERS)
-def test_rooms_that_know_nothing_of_each_other(room):
-    assert imports(room).isdisjoint(STRANGERS[room])
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_one_way(module):
+    above = WINGS[: WINGS.index(wing(module)) + 1]
+    assert {wing(other) for other in imported(module)} <= set(above)
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    seen: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, (*path, module)
+        if module not in seen:
+            for other in imported(module):
+                visit(other, (*path, module))
+            seen.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+def top_level(tree: ast.Module) -> Iterator[str]:
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name))
+
+
+def test_no_two_objects_share_a_name():
+    # The script of an export runs without this package, so it has a main and a FOLDER of its own.
+    counts = Counter(name for module in MODULES for name in top_level(TREES[module]))
+    assert [name for name, count in counts.items() if count > 1] == []
 
 
 # ------------------------------------------------------------------------------------------------ what help() says
@@ -66,7 +88,24 @@ def functions(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.Func
                 yield from functions(node.body, f"{prefix}{node.name}.")
 
 
-PUBLIC = dict(found for room in ROOMS for found in functions(TREES[room].body, f"{room}."))
+def named_in(tree: ast.Module, module: str) -> set[str]:
+    """Names of `module` that the front door or another wing imports."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {alias.name for node in nodes if node.module == f"helpers.{module}" for alias in node.names}
+
+
+def offered(module: str) -> set[str]:
+    """What of a module is for others than its own wing."""
+    others = [tree for name, tree in TREES.items() if wing(name) != wing(module)]
+    return set().union(*(named_in(tree, module) for tree in others))
+
+
+PUBLIC = {
+    f"{module}.{name}": function
+    for module in MODULES
+    for name, function in functions(TREES[module].body, "")
+    if name.partition(".")[0] in offered(module)
+}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -82,8 +121,8 @@ def test_docstring_names_every_parameter(name):
 def test_our_names_at_the_front_door_have_a_docstring():
     assert sorted(helpers.__all__) == helpers.__all__
     named = {name: getattr(helpers, name) for name in helpers.__all__}
-    ours = {name: value for name, value in named.items() if value.__module__.startswith("helpers")}
-    assert len(ours) >= 20  # the others are re-exported
+    ours = {name: value for name, value in named.items() if getattr(value, "__module__", "").startswith("helpers")}
+    assert len(ours) >= 20  # the others are re-exported, or constants
     assert [name for name, value in ours.items() if not (value.__doc__ or "").strip()] == []
 
 
@@ -93,3 +132,29 @@ def test_errors_that_a_function_raises_are_in_its_docstring():
             node for node in ast.walk(function) if isinstance(node, ast.Raise) and "UserError" in ast.unparse(node)
         ]
         assert not raises or "UserError" in ast.get_docstring(function), name
+
+
+@pytest.mark.parametrize(
+    "module", [name for name in MODULES if ">>> " in (FOLDER / f"{name.replace('.', '/')}.py").read_text()]
+)
+def test_examples_in_docstrings(module):
+    assert doctest.testmod(importlib.import_module(f"helpers.{module}")).failed == 0
+
+
+# ------------------------------------------------------------------------------------------------ how it is written
+
+
+def lines_of_code(function: ast.FunctionDef, source: list[str]) -> int:
+    """Lines of a function without its docstring, comments and blank lines; its signature counts."""
+    inside = set(range(function.lineno, function.end_lineno + 1))
+    for node in ast.walk(function):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node, clean=False) is not None:
+            inside -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return sum(bool(line.strip()) and not line.strip().startswith("#") for line in (source[i - 1] for i in inside))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_function_is_longer_than_a_screen(module):
+    source = (FOLDER / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8").splitlines()
+    every = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.FunctionDef)]
+    assert [one.name for one in every if lines_of_code(one, source) > 60] == []

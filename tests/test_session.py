@@ -10,7 +10,7 @@ import urllib.request
 import pytest
 
 import helpers
-from helpers import session
+from helpers import common, session
 
 
 def run(code: str, **kwargs) -> subprocess.CompletedProcess:
@@ -65,9 +65,9 @@ def test_settings_come_from_the_nearest_env_file_and_never_override(tmp_path, mo
     monkeypatch.setenv("DPO_TEST_B", "to be removed")
     monkeypatch.delenv("DPO_TEST_B")
     session.load_settings()
-    assert session.setting("DPO_TEST_A") == "set before"
-    assert session.setting("DPO_TEST_B") == "from file"
-    assert session.setting("DPO_TEST_C", "default") == "default"
+    assert common.setting("DPO_TEST_A") == "set before"
+    assert common.setting("DPO_TEST_B") == "from file"
+    assert common.setting("DPO_TEST_C", "default") == "default"
 
 
 def test_shutdown_outside_jupyter_only_frees_memory(capsys):

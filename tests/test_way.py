@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import helpers
-from helpers import UserError, scoring
-from helpers.inspection import open_run
-from helpers.runs import Run
-from helpers.sft import train_sft
+from helpers import UserError
+from helpers.after.inspection import open_run
+from helpers.run.folder import Run
+from helpers.train.sft import train_sft
 
 QUICK = {
     "max_steps": 2,
@@ -46,7 +46,7 @@ def small(tokenizer, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def own_folders(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("helpers.model.logps.cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setenv("DPO_MODEL", str(small))  # where an adapter finds its base again
 
 

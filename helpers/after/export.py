@@ -1,0 +1,346 @@
+"""Handing a finished run over: its adapter, the merged model, a GGUF file, or the run itself for more processes.
+
+`export_run` writes a folder that is whole or not there. What it hands over is what was trained and measured: a 4-bit
+base is de-quantised, not replaced by another copy.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from unsloth_zoo.llama_cpp import LLAMA_CPP_CONVERTER_FILENAMES, LLAMA_CPP_DEFAULT_DIR
+
+from helpers.common import UserError, setting
+from helpers.data.check import check_pairs
+from helpers.data.render import data_hash, tokenize_pairs
+from helpers.model.embedded import EMBEDDED_HUB_NAME
+from helpers.model.load import adapter_base, load_tokenizer, not_found
+from helpers.model.memory import pairs_a_step
+from helpers.model.profiles import PROFILES
+from helpers.run.card import changed_settings, model_card
+from helpers.run.folder import Run, set_aside
+
+
+def export_run(
+    run: Run,
+    to: str,
+    folder: str | Path,
+    *,
+    train: Dataset | None = None,
+    test: Dataset | None = None,
+    hub: str | None = None,
+    replace: bool = False,
+) -> Path:
+    """Write what a finished run hands over into `folder`, with a model card; returns `folder`.
+
+    The folder appears whole or not at all. It holds no path of this machine and no token.
+
+    Args:
+        run: a finished run, as `train_dpo` or `Run.load` gives it.
+        to: "adapter": the LoRA weights and the tokenizer (tens of MB), for PEFT or vLLM on top of the base model.
+            "merged": an ordinary model in float16, which needs neither PEFT nor this project; the card says how much
+            of the update the rounding keeps, and it is printed where that is less than 90%. Where the base was in
+            4-bit, it is de-quantised and not replaced by its 16-bit original, on which nothing was trained; and
+            nothing is downloaded.
+            "gguf": the merged model as one 8-bit file (q8_0), where llama.cpp's converter is found.
+            "trl": settings, pairs and a start script with which TRL repeats the run in more processes.
+        train, test: for "trl": the pairs that were given to `train_dpo`, compared with the run's by their hash.
+        hub: a repository on the hub (OWNER/NAME) to which the folder is also uploaded; made private where it is new.
+        replace: write also where `folder` exists. An old export goes; where anything else is in it (your notes, what
+            was trained there), the old folder is kept beside the new one as `NAME.old-1` and so on.
+
+    Raises:
+        UserError: another `to`, a folder that exists, a base model that is not here, no converter, other pairs than
+            the run's, a run that TRL's script can't repeat, no token or a refusal by the hub, no room on the disk.
+    """
+    folder = Path(folder)
+    if to not in _WRITERS:
+        raise UserError(f"export_run knows no form {to!r}. Take one of {', '.join(map(repr, _WRITERS))}.")
+    if folder.exists() and not replace:
+        raise UserError(f"{folder.name} exists already. Take another folder, or pass replace=True.")
+    if hub is not None:
+        if to == "trl":
+            raise UserError('hub= uploads models; the form "trl" holds your pairs. Copy its folder by other means.')
+        if setting("HF_TOKEN") is None:
+            raise UserError(f"Uploading to {hub} needs HF_TOKEN in .env: a token that may write, from the hub's pages.")
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
+    try:
+        part.mkdir(parents=True)
+        _WRITERS[to](run, part, train, test)
+        if folder.exists():
+            if _files_in(folder) <= _files_in(part):
+                shutil.rmtree(folder)
+            else:
+                set_aside(folder)
+        part.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder.name} could not be written ({error.strerror or error}). Nothing was changed."
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    if hub is not None:
+        _upload(folder, hub)
+    return folder
+
+
+def _files_in(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*")}
+
+
+def _upload(folder: Path, name: str) -> None:
+    hub = HfApi(token=setting("HF_TOKEN"))
+    try:
+        hub.create_repo(name, private=True, exist_ok=True)
+        hub.upload_folder(repo_id=name, folder_path=folder)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        raise UserError(
+            f"The hub did not take {name} ({type(error).__name__}{f', status {status}' if status else ''}). Check the "
+            f"name (OWNER/NAME), and that HF_TOKEN may write there. The export itself is complete in {folder.name}."
+        ) from None  # the library's text may quote the request
+
+
+def base_of(run: Run) -> str:
+    """Where the base model of `run` is: the embedded one's folder, that of DPO_MODEL, or a name on the hub."""
+    return adapter_base(str(run.adapter)) or run.info["model"]
+
+
+def _write_adapter(run: Run, part: Path, *_: Any) -> None:
+    shutil.copytree(run.adapter, part, dirs_exist_ok=True)
+    (part / "README.md").write_text(model_card(run, "adapter"), encoding="utf-8")
+
+
+def kept_update(model: PeftModel, dtype: torch.dtype = torch.float16) -> float:
+    """How much of an adapter's update is left when the merged weights are rounded to `dtype`.
+
+    For the weights W and their updates D, the part of the rounded change that lies along D: (round(W + D) - W)·D / D·D,
+    over all layers. 1 where nothing is lost; 0 where every weight rounds back to what it was.
+
+    Args:
+        model: base and adapter, not merged.
+        dtype: what the merged weights are rounded to.
+    """
+    kept = whole = 0.0
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                weight = dequantize_module_weight(layer.base_layer).float()  # as it is, where it is not in 4-bit
+                update = layer.get_delta_weight("default").float()
+                kept += ((weight + update).to(dtype).float() - weight).mul(update).sum().item()
+                whole += update.square().sum().item()
+    return kept / whole if whole else 1.0
+
+
+def merged_model(run: Run) -> tuple[PreTrainedModel, float]:
+    """(model, kept): the base model of `run` in float16, the adapter added into its weights, for plain transformers.
+
+    float16, not bfloat16, though most base models are stored in that: an update is small beside its weight, and
+    bfloat16's coarser steps (8 significant bits, not 11) would round much of it away. `kept` says how much of it
+    float16 keeps (`kept_update`). A 4-bit base is loaded as it was trained on, and de-quantised before the adapter is
+    added: added to 4-bit weights, the adapter would be rounded to 4 bits too.
+
+    Raises:
+        UserError: the base model is not here, or the merged weights would not be numbers.
+    """
+    base = base_of(run)
+    four_bit = BitsAndBytesConfig(  # as Unsloth loads it; a model that is stored in 4-bit keeps its own
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float16,
+    )
+    quantised = PROFILES[run.info["profile"]].load_in_4bit
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=torch.float16,
+            token=setting("HF_TOKEN"),
+            use_safetensors=True,  # as load_model does
+            trust_remote_code=False,
+            **({"quantization_config": four_bit} if quantised else {}),
+        )
+    except (OSError, ValueError) as error:
+        if Path(base).exists():
+            raise
+        raise not_found(base, error) from error
+    if quantised:
+        model = model.dequantize(torch.float16)
+    model = PeftModel.from_pretrained(model, run.adapter)
+    kept = kept_update(model)
+    try:
+        return model.merge_and_unload(safe_merge=True), kept
+    except ValueError as error:
+        raise UserError(
+            "The merged weights would hold values that are no numbers. Either the run diverged, which diagnose(run) "
+            f"shows, or a weight does not fit into float16 ({error})."
+        ) from error
+
+
+def _write_merged(run: Run, part: Path, *_: Any) -> float:
+    model, kept = merged_model(run)
+    model.save_pretrained(part)
+    AutoTokenizer.from_pretrained(run.adapter, trust_remote_code=False).save_pretrained(part)
+    (part / "README.md").write_text(model_card(run, "merged", kept), encoding="utf-8")
+    if kept < 0.9:
+        print(
+            f"Rounded to float16, the weights keep {kept:.0%} of the adapter's update: after few steps or with a small "
+            'learning rate much of it is less than half of a weight\'s last digit. The form "adapter" keeps all.'
+        )
+    return kept
+
+
+def _converter() -> Path:
+    """llama.cpp's converter in the folder where Unsloth keeps it. Raises UserError where there is none."""
+    folder = Path(LLAMA_CPP_DEFAULT_DIR)
+    for name in LLAMA_CPP_CONVERTER_FILENAMES:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(
+        "A GGUF file is made by llama.cpp's converter, which is not here, and nothing is downloaded unasked. Get it "
+        "yourself: `git clone https://github.com/ggml-org/llama.cpp ~/.unsloth/llama.cpp` (or set "
+        'UNSLOTH_LLAMA_CPP_PATH to a copy that you have), then call export_run(..., "gguf", ...) again. By hand: '
+        '`python convert_hf_to_gguf.py MERGED --outtype q8_0`, where MERGED is what the form "merged" wrote.'
+    )
+
+
+def _write_gguf(run: Run, part: Path, *_: Any) -> None:
+    converter, merged = _converter(), part / "merged"
+    kept = _write_merged(run, merged)
+    command = [sys.executable, str(converter), str(merged), "--outfile", str(part / "model-q8_0.gguf")]
+    done = subprocess.run([*command, "--outtype", "q8_0"], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        raise UserError(f"llama.cpp's converter failed ({' '.join(last)}). A newer copy of it may know this model.")
+    shutil.rmtree(merged)
+    (part / "README.md").write_text(model_card(run, "gguf", kept), encoding="utf-8")
+
+
+_RUN_README = """# A DPO run for TRL
+
+The run of `{name}` again, by TRL's own script: `dpo.yaml` holds its settings, `data/` its pairs (checked, long prompts
+shortened), `train.py` starts it. Needs `pip install trl=={trl} peft=={peft}`{more}.
+
+    python train.py                                                # one process
+    torchrun --nproc_per_node 2 train.py                           # two GPUs of one machine, or two CPU processes
+    accelerate launch --config_file accelerate.yaml train.py       # the same on GPUs (num_processes is in the file)
+
+Two machines of eight GPUs; the same command on both, with this folder on a disk that both see, so that either can
+resume:
+
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint FIRST_MACHINE:29500 train.py
+
+- A step takes {batch} pairs, however many processes share it; `train.py` says at its start how they do. On CPUs take
+  torchrun: `accelerate launch --cpu --num_processes 2` runs one process and says nothing.
+- Killed or stopped, the same command goes on from the last whole checkpoint in `output/`. To begin anew, remove
+  `output/` or give another `--output_dir`.
+- The losses are those of the original run up to rounding, if `add_lora` was given the seed of the run (0 in both,
+  where you set none): from it TRL draws the same start of the adapter. Where the pairs do not fill the last step of
+  an epoch, several processes fill it with pairs from the beginning, and one does not.
+- Every argument of TRL's script can be added to the command and goes before `dpo.yaml`: for one,
+  `--model_name_or_path FOLDER` for a copy of the model on disk.
+- The model is `{model}`{model_note}.
+"""
+# How accelerate starts one process for each GPU of this machine.
+_ACCELERATE = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "MULTI_GPU",
+    "num_machines": 1,
+    "num_processes": 2,
+    "gpu_ids": "all",
+}
+
+
+def _same_pairs(
+    run: Run, tokenizer: PreTrainedTokenizerBase, train: Dataset | None, test: Dataset | None
+) -> dict[str, Dataset]:
+    """The pairs as the run trained on them. Raises UserError where they are others."""
+    if train is None or test is None:
+        raise UserError('export_run(..., "trl") needs train= and test=, the pairs that train_dpo was given.')
+    longest = run.info["config"]["max_length"]
+    prepared = {
+        "train": check_pairs(train, tokenizer, longest, test=test).pairs,
+        "test": check_pairs(test, tokenizer, longest).pairs,
+    }
+    for name, pairs in prepared.items():
+        if data_hash(tokenize_pairs(pairs, tokenizer)) != run.info["data"][name]:
+            raise UserError(
+                f"{name}= is not what the run {run.folder.name} was given: {len(pairs)} pairs here, "
+                f"{run.info[f'{name}_pairs']} there, and other tokens. Pass the same pairs in the same order; if they "
+                "are, then the run used another chat template than its base model has, which TRL's script would not."
+            )
+    return prepared
+
+
+def _write_trl(run: Run, part: Path, train: Dataset | None, test: Dataset | None) -> None:
+    info, config = run.info, run.info["config"]
+    if run.reference is not None or info["reference"] != "the policy at its start":
+        raise UserError(
+            "This run's reference is not its base model (it started from a trained adapter, or was given a reference "
+            "model). TRL's script starts every adapter afresh on a base, so it can't repeat the run. Merge the "
+            "trained adapter into its base first, train from the merged model, and export that run."
+        )
+    adapter = json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = {
+        "model_name_or_path": info["model"],
+        "dtype": "bfloat16" if config["bf16"] else "float16" if config["fp16"] else "float32",
+        "use_peft": True,
+        "lora_r": adapter["r"],
+        "lora_alpha": adapter["lora_alpha"],
+        "lora_dropout": adapter["lora_dropout"],
+        "lora_target_modules": sorted(adapter["target_modules"]),
+        "precompute_ref_log_probs": True,  # the reference's forward once, as in the run, and not in each step
+    }
+    quantised = PROFILES[info["profile"]].load_in_4bit
+    if quantised:
+        # A run on a large card may have done without checkpointing; TRL alone needs more memory than Unsloth.
+        settings |= {"load_in_4bit": True, "use_bnb_nested_quant": True, "gradient_checkpointing": True}
+    (part / "data").mkdir()
+    for name, pairs in _same_pairs(run, load_tokenizer(base_of(run)), train, test).items():
+        columns = [c for c in ("prompt", "chosen", "rejected", "chat_template_kwargs") if c in pairs.column_names]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in pairs.select_columns(columns)]
+        (part / "data" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    for name, value in (("dpo", changed_settings(config) | settings), ("accelerate", _ACCELERATE)):
+        (part / f"{name}.yaml").write_text(yaml.safe_dump(value), encoding="utf-8")
+    shutil.copy(Path(__file__).with_name("trl_script.py"), part / "train.py")
+    readme = _RUN_README.format(
+        name=run.folder.name,
+        trl=info["versions"]["trl"],
+        peft=info["versions"]["peft"],
+        more=" bitsandbytes" if quantised else f", on a CPU also unsloth=={info['versions']['unsloth']}",
+        batch=pairs_a_step(config),
+        model=info["model"],
+        model_note=".\n  On a CPU, with this project's `helpers`, it is the embedded copy; elsewhere the hub's, whose "
+        "weights\n  were never rounded to 4 bits and differ a little"
+        if info["model"] == EMBEDDED_HUB_NAME
+        else "",
+    )
+    (part / "README.md").write_text(readme, encoding="utf-8")
+
+
+_WRITERS: dict[str, Callable] = {
+    "adapter": _write_adapter,
+    "merged": _write_merged,
+    "gguf": _write_gguf,
+    "trl": _write_trl,
+}

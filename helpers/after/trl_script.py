@@ -1,0 +1,101 @@
+"""Start TRL's own DPO script on the run in this folder, in one process or in several:
+
+    python train.py
+    torchrun --nproc_per_node 2 train.py
+    torchrun --nproc_per_node 2 train.py --num_train_epochs 2
+
+`export_run(..., "trl")` puts this file beside `dpo.yaml` and `data/`; arguments of TRL's script override the former.
+It trains nothing itself. It makes the imports in an order that works, divides the global batch of `dpo.yaml` among
+the processes, and goes on from the last whole checkpoint where one is there.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def share(batch: int, largest: int, processes: int) -> tuple[int, int]:
+    """(pairs in a forward, forwards in a step) of each process, so that all together take `batch` pairs a step.
+
+    >>> share(8, largest=4, processes=1), share(8, largest=4, processes=2)
+    ((4, 2), (4, 1))
+    """
+    if batch % processes:
+        raise SystemExit(f"{batch} pairs a step can't be shared equally by {processes} processes.")
+    each = batch // processes
+    size = next(size for size in range(min(largest, each), 0, -1) if each % size == 0)
+    return size, each // size
+
+
+def last_checkpoint(output: Path) -> str | None:
+    """The newest checkpoint in `output` whose last file is whole; one that was cut short is passed over."""
+    found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for folder in reversed(found):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(folder)
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def model_folder(name: str) -> str:
+    """Where `name` is here: the embedded model has a folder of its own on a CPU; a hub name stays as it is."""
+    if not torch.accelerator.is_available():
+        try:
+            from helpers.model.embedded import EMBEDDED_HUB_NAME, embedded_model
+        except ImportError:  # a machine with TRL and Unsloth alone
+            return name
+        if name == EMBEDDED_HUB_NAME:
+            return embedded_model()
+    if "/" not in name and not Path(name).is_dir():
+        raise SystemExit(f"The run was on a model in a folder named {name}: add --model_name_or_path FOLDER.")
+    return name
+
+
+def main() -> None:
+    """Read `dpo.yaml` and the command line, share the batch out, and hand over to TRL's script."""
+    if not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # or accelerate would not join the processes
+        # TRL's fused LM head is a Triton kernel, which no CPU runs. Unsloth replaces it, if it is imported before.
+        # On GPUs TRL stands alone: its script loads the model by itself, so Unsloth's fast kernels would not be used.
+        import unsloth  # noqa: F401
+
+        # Of several CPU processes each resumes onto a device that it calls cpu:0, a name that torch.load refuses.
+        torch.serialization.register_package(
+            0, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
+        )
+    from trl.scripts import dpo
+
+    arguments = ["--config", f"{FOLDER}/dpo.yaml", "--dataset_name", f"{FOLDER}/data"]
+    arguments += ["--output_dir", f"{FOLDER}/output"]
+    script, training, model, data = dpo.make_parser().parse_args_and_config([*arguments, *sys.argv[1:]])
+    processes = training.world_size
+    asked = int(os.environ.get("WORLD_SIZE", 1))
+    if processes != asked:
+        raise SystemExit(f"{asked} processes were asked for, and this one knows of {processes}.")
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    size, pieces = share(batch, training.per_device_train_batch_size, processes)
+    training.per_device_train_batch_size, training.gradient_accumulation_steps = size, pieces
+    training.resume_from_checkpoint = last_checkpoint(Path(training.output_dir))
+    model.model_name_or_path = model_folder(model.model_name_or_path)
+    if training.process_index == 0:
+        start = training.resume_from_checkpoint
+        print(
+            f"{processes} process{'es' if processes > 1 else ''}, {batch} pairs a step: {size} in a forward, "
+            f"{pieces} forwards each; " + (f"resuming from {Path(start).name}" if start else "from the start"),
+            flush=True,
+        )
+    dpo.main(script, training, model, data)
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        print(f"GPU {training.local_process_index}: peak memory {peak:.2f} GB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What every wing needs: the error that speaks to the reader, atomic writing, showing untrusted text, settings.
+
+Nothing heavy is imported here, so that `helpers.session` can set the order of imports.
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_dir
+
+
+class UserError(ValueError):
+    """A mistake that we could foresee in a setting, a file or a model; its text names the cure."""
+
+
+def write_atomic(path: Path, write: Callable[[str], object]) -> None:
+    """Call `write(temporary_path)`, then rename to `path`: a reader sees the old file or the new, never half of one."""
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(part)
+        os.replace(part, path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value that JSON can hold to `path`, by `write_atomic`."""
+    write_atomic(path, lambda part: Path(part).write_text(json.dumps(value, indent=1), encoding="utf-8"))
+
+
+def visible(text: str, limit: int = 1000) -> str:
+    """Text that can do no harm on a screen: what is no printable character becomes its escape, long text is cut.
+
+    Escape codes of terminals and marks that turn the writing direction are shown (`\\x1b`, `\\u202e`), a line break
+    becomes an arrow, and a word of more than 80 characters is shortened. Tags stay as they are: what shows a table
+    as HTML (pandas does) escapes them.
+
+    Args:
+        text: of a data set or a model.
+        limit: characters that are kept.
+    """
+    text = re.sub(r"\S{81,}", lambda word: f"{word[0][:60]}... ({len(word[0])} characters)", text)
+    if len(text) > limit:
+        text = f"{text[:limit]}... ({len(text)} characters)"
+    text = re.sub(r"[^\S\n]", " ", text).replace("\n", "\u21b5 ")  # other spaces are no "printable" ones for Python
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+PROJECT = Path(__file__).parent.parent  # relative paths in .env start here, wherever a notebook runs
+
+
+def setting(name: str, default: str | None = None) -> str | None:
+    """The setting `name` from the environment or `.env`, else `default`; an empty one counts as not set."""
+    return os.environ.get(name, "").strip() or default
+
+
+def cache_folder() -> Path:
+    """Where converted models and cached results are kept: `DPO_CACHE_DIR`, else the user's cache folder."""
+    return PROJECT / Path(setting("DPO_CACHE_DIR") or user_cache_dir("dpo-notebooks")).expanduser()
+
+
+def output_folder(*parts: str) -> Path:
+    """A folder below `DPO_OUTPUT_DIR` (relative to the project), which is `outputs` where it is not set.
+
+    It is named, not made: `output_folder("sweep", "a")` is `outputs/sweep/a`.
+
+    Args:
+        parts: names of folders, the outer one first.
+    """
+    return PROJECT.joinpath(Path(setting("DPO_OUTPUT_DIR", "outputs")).expanduser(), *parts)

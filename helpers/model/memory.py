@@ -1,0 +1,281 @@
+"""Memory: what a training run will need, what is free, and what each change would save.
+
+The estimate is arithmetic over the model's sizes, so it needs no trial run; `tests/test_memory.py` holds it beside
+measured runs.
+"""
+
+import contextlib
+import ctypes
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import psutil
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PretrainedConfig
+
+from helpers.data.render import pair_lengths
+from helpers.patches.shared_prompt import can_share
+
+# Bytes of optimizer state for each trained parameter: Adam's two moments, in fp32 or in 8 bits.
+_STATE_BYTES = {"adamw_8bit": 2.1, "adamw_bnb_8bit": 2.1, "paged_adamw_8bit": 2.1}
+# What transformers' and PEFT's layers keep against Unsloth's kernels (norms in 32 bits, inputs of the LoRA matrices),
+# less what one forward for both sides of a pair takes off: fitted to benchmarks/memory.py.
+PLAIN_FACTOR = 1.6
+# Unsloth's kernels keep less than the formula says: fitted to benchmarks/gpu.py.
+FUSED_FACTOR = 0.8
+# What recomputing plain layers took on top, at every size tried there.
+PLAIN_CHECKPOINTING_BYTES = 1.1e9
+# How far the estimate may be off: below this multiple of what is free, training is tried with a warning.
+ESTIMATE_MARGIN = 1.25
+# The settings that say how a step is made; its pairs are the product of the first two.
+BATCH_SETTINGS = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+
+
+def pairs_a_step(settings: dict) -> int:
+    """The effective batch of one process by DPOConfig `settings`."""
+    return settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+
+
+class MemoryEstimate(NamedTuple):
+    """Bytes by what they are for.
+
+    Attributes:
+        weights: of the model, which are there before training starts.
+        adapter: LoRA's parameters and gradients in fp32, and the optimizer's state. (On a GPU the gradients, and a copy
+            of the parameters, are in bf16 while there are activations: just as much, where a step is one batch.)
+        activations: what the backward pass of one micro-batch needs.
+        logits: of the LM head, a piece of the batch at a time.
+    """
+
+    weights: float
+    adapter: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        """All four together."""
+        return sum(self)
+
+    @property
+    def training(self) -> float:
+        """What comes on top of the loaded model."""
+        return self.total - self.weights
+
+
+def _sizes(config: PretrainedConfig) -> dict[str, int]:
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return {
+        "hidden": config.hidden_size,
+        "mlp": config.intermediate_size,
+        "layers": config.num_hidden_layers,
+        "vocabulary": config.vocab_size,
+        "heads": heads,
+        "query": heads * head,
+        "key": (getattr(config, "num_key_value_heads", None) or heads) * head,
+    }
+
+
+def estimate_memory(
+    config: PretrainedConfig,
+    *,
+    pairs: int,
+    tokens: int,
+    prompt: int = 0,
+    checkpointing: bool | str,
+    load_in_4bit: bool,
+    rank: int = 16,
+    optim: str = "adamw_torch_fused",
+    plain: bool = False,
+) -> MemoryEstimate:
+    """Bytes that DPO with LoRA on the seven projections and a cached reference needs at its peak.
+
+    Args:
+        config: of a Llama-like transformers model, e.g. from AutoConfig.
+        pairs: in a micro-batch (`per_device_train_batch_size`).
+        tokens: of the longest sequence, prompt and answer.
+        prompt: tokens of it that are the prompt's, which both answers share. It counts where not `plain`.
+        checkpointing: gradient checkpointing; one layer's activations are kept at a time, and the inputs of all layers.
+            "unsloth": these go to the machine's memory.
+        load_in_4bit: weights of the projections in bitsandbytes' NF4, else all in 16 bits.
+        rank: of the LoRA adapter.
+        optim: the name of the optimizer as in DPOConfig; an 8-bit one keeps a quarter of the state.
+        plain: the CPU profile, whose layers are transformers' own: they keep more, attention scores among it.
+    """
+    s = _sizes(config)
+    projections = [(s["hidden"], s["query"]), (s["query"], s["hidden"]), *[(s["hidden"], s["key"])] * 2]
+    projections += [(s["hidden"], s["mlp"])] * 2 + [(s["mlp"], s["hidden"])]
+    in_layers = s["layers"] * sum(a * b for a, b in projections)
+    embeddings = s["vocabulary"] * s["hidden"] * (1 if config.tie_word_embeddings else 2)
+    # NF4: half a byte, and a scale for each 64 weights that is itself quantised (Dettmers et al. 2023, section 3).
+    weights = embeddings * 2 + in_layers * ((0.5 + 0.127 / 8) if load_in_4bit else 2)
+    lora = s["layers"] * rank * sum(a + b for a, b in projections)
+    adapter = lora * (4 + 4 + _STATE_BYTES.get(optim, 8))
+    rows = pairs * (2 * tokens - (0 if plain else prompt))
+    # Saved for the backward pass of a layer, in 16 bits: inputs of the norms and projections, q, k, v, the attention's
+    # output, and four values of the MLP (gate, up, their activation and product).
+    layer = rows * 2 * (4 * s["hidden"] + 3 * s["query"] + 3 * s["key"] + 4 * s["mlp"])
+    if plain:
+        layer = layer * PLAIN_FACTOR + 2 * pairs * s["heads"] * tokens**2 * 6  # scores and softmax, 32 and 16 bits
+        recomputing = PLAIN_CHECKPOINTING_BYTES
+    else:
+        layer *= FUSED_FACTOR
+        recomputing = s["layers"] * rows * s["hidden"] * 2 * (checkpointing != "unsloth")  # the layers' inputs
+    # With checkpointing one layer's activations at a time, with their gradients.
+    activations = 2 * layer + recomputing if checkpointing else s["layers"] * layer
+    logits = min(rows * s["vocabulary"], 16 * 2**20) * 4 * 3
+    return MemoryEstimate(weights, adapter, activations, logits)
+
+
+class BatchPlan(NamedTuple):
+    """How an effective batch is cut for a card.
+
+    Attributes:
+        pairs: in a micro-batch (`per_device_train_batch_size`).
+        pieces: micro-batches in a step (`gradient_accumulation_steps`).
+        checkpointing: `gradient_checkpointing`.
+        bytes: that are needed, by the estimate.
+        reason: in a sentence.
+    """
+
+    pairs: int
+    pieces: int
+    checkpointing: bool
+    bytes: float
+    reason: str
+
+
+def _plan(need: Callable[[int, bool], float], free: float, batch: int) -> BatchPlan | None:
+    """The fastest way that fits; `need` gives the bytes for pairs in a micro-batch, and checkpointing.
+
+    A pass over few tokens leaves a GPU waiting for its next kernel, so the batch stays whole where it can. Without
+    checkpointing a step has two passes (forward, backward), with it three; so dropping it comes first where there is
+    room. benchmarks/gpu.py measures both.
+    """
+    needs = []
+    for checkpointing, pieces in [(False, 1)] + [(True, 2**i) for i in range(batch.bit_length())]:
+        needs.append(need(batch // pieces, checkpointing))
+        if needs[-1] * ESTIMATE_MARGIN > free:
+            continue
+        if not checkpointing:
+            reason = "everything is kept for the backward pass"
+        elif pieces == 1:
+            reason = f"without checkpointing {needs[0] / 1e9:.0f} GB would be needed"
+        else:
+            reason = f"in fewer pieces {needs[-2] / 1e9:.1f} GB would be needed"
+        return BatchPlan(batch // pieces, pieces, checkpointing, needs[-1], reason)
+    return None
+
+
+def plan_batch(
+    config: PretrainedConfig, free: float, *, tokens: int, batch: int = 8, load_in_4bit: bool = True
+) -> BatchPlan | None:
+    """The fastest way to train `batch` pairs a step on a GPU, with room for the estimate's error; needs no GPU.
+
+    The reference's log-probs are cached in any case: that saves a pass in each step and needs no memory.
+
+    Args:
+        config, tokens, load_in_4bit: as in `estimate_memory`; every pair is taken to be that long.
+        free: bytes, before the model is loaded.
+        batch: pairs a step, a power of two.
+
+    Returns:
+        The plan, or None where not even one pair fits.
+    """
+
+    def need(pairs: int, checkpointing: bool) -> float:
+        return estimate_memory(
+            config,
+            pairs=pairs,
+            tokens=tokens,
+            checkpointing=checkpointing,
+            load_in_4bit=load_in_4bit,
+            optim="adamw_8bit",
+        ).total
+
+    return _plan(need, free, batch)
+
+
+def _longest(model: PeftModel, ids: Dataset) -> tuple[int, int]:
+    """(tokens of the prompt that both answers share, tokens in all) of what the estimate takes every pair to be."""
+    if model.device.type != "cpu" and can_share(model.get_base_model()):
+        # The pair with most tokens, its sides taken to be alike.
+        prompt, answers = max(
+            ((len(row["prompt_ids"]), len(row["chosen_ids"]) + len(row["rejected_ids"])) for row in ids), key=sum
+        )
+        return prompt, prompt + math.ceil(answers / 2)
+    return 0, max(pair_lengths(ids))
+
+
+def _estimate(model: PeftModel, longest: tuple[int, int], settings: dict) -> MemoryEstimate:
+    prompt, tokens = longest
+    return estimate_memory(
+        model.config,
+        pairs=settings["per_device_train_batch_size"],
+        tokens=min(tokens, settings["max_length"]),
+        prompt=prompt,
+        checkpointing=settings["gradient_checkpointing"],
+        load_in_4bit=bool(getattr(model, "is_loaded_in_4bit", False)),
+        rank=next(iter(model.peft_config.values())).r,
+        optim=settings["optim"],
+        plain=model.device.type == "cpu",
+    )
+
+
+def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstimate:
+    """`estimate_memory` for a policy that is loaded.
+
+    Args:
+        model: with its LoRA adapter.
+        ids: the training pairs, as `tokenize_pairs` gives them.
+        settings: DPOConfig settings, complete as `dpo_settings` gives them.
+    """
+    return _estimate(model, _longest(model, ids), settings)
+
+
+def plan_for(model: PeftModel, ids: Dataset, settings: dict, free: float) -> BatchPlan:
+    """`plan_batch` for a policy that is loaded, by its own pairs; where nothing fits, what needs least.
+
+    Args:
+        model, ids, settings: as in `estimate_for`. The step keeps the number of pairs that it has by the settings,
+            a power of two.
+        free: bytes beside the loaded model.
+
+    Returns:
+        The plan, its `bytes` beside the loaded model.
+    """
+    batch, longest = pairs_a_step(settings), _longest(model, ids)
+
+    def need(pairs: int, checkpointing: bool) -> float:
+        changed = {"per_device_train_batch_size": pairs, "gradient_checkpointing": checkpointing}
+        return _estimate(model, longest, settings | changed).training
+
+    return _plan(need, free, batch) or BatchPlan(1, batch, True, need(1, True), "no other way needs less")
+
+
+def return_freed_memory() -> None:
+    """Give the kernel what was freed and glibc kept for reuse (`load_model` asks it to); elsewhere nothing happens."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc: Windows, macOS, musl
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on `device`, the model's: of the GPU with what torch holds unused, or of the machine."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return_freed_memory()
+    return psutil.virtual_memory().available
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether `error` says so: CUDA's allocator has an exception of its own, all others say it in words.
+
+    Those are the CPU's allocator and, on a GPU that is full already, the driver that loads a kernel.
+    """
+    words = ("can't allocate memory", "out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error).lower() for w in words)

@@ -1,0 +1,72 @@
+"""Models: which one a machine gets (profiles), loading it, its pad token and its LoRA adapter.
+
+A profile is all that differs between a GPU and a CPU. The embedded model comes from a Python package, so that
+notebooks and tests need no model hub.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from helpers.common import UserError, setting
+
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a kind of machine runs: model names, whether weights are 4-bit, and lengths in tokens."""
+
+    name: str
+    model: str
+    thinking_model: str
+    load_in_4bit: bool
+    max_length: int
+    thinking_max_length: int
+
+
+PROFILES = {
+    "gpu": Profile(
+        name="gpu",
+        model="unsloth/Qwen3-4B-unsloth-bnb-4bit",
+        thinking_model="unsloth/Qwen3-4B-Thinking-2507-unsloth-bnb-4bit",
+        load_in_4bit=True,
+        max_length=512,
+        thinking_max_length=1024,
+    ),
+    # 16-bit: 4-bit weights work on a CPU too, but are slower there.
+    "cpu": Profile(
+        name="cpu",
+        model=EMBEDDED,
+        thinking_model=EMBEDDED,
+        load_in_4bit=False,
+        max_length=512,
+        thinking_max_length=512,
+    ),
+}
+
+
+def current_profile() -> Profile:
+    """The profile of this machine: `DPO_PROFILE` where it is set, else `gpu` where an accelerator is found.
+
+    Raises UserError for a profile that does not exist, or for `gpu` where there is none.
+    """
+    has_gpu = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
+    name = setting("DPO_PROFILE", "gpu" if has_gpu else "cpu")
+    if name not in PROFILES:
+        raise UserError(
+            f"DPO_PROFILE is {name!r}, which is not a profile. Use one of {', '.join(PROFILES)} in .env, "
+            "or leave it out to have one chosen from the hardware."
+        )
+    if name == "gpu" and not has_gpu:
+        raise UserError(
+            "DPO_PROFILE is 'gpu', but torch finds no GPU. Check the driver (`nvidia-smi`), or use DPO_PROFILE=cpu."
+        )
+    return PROFILES[name]
+
+
+def named_model(profile: Profile, thinking: bool = False) -> str:
+    """What `.env` names as the model (`DPO_MODEL`; `DPO_THINKING_MODEL` where `thinking`), else the profile's."""
+    if thinking:
+        return setting("DPO_THINKING_MODEL", profile.thinking_model)
+    return setting("DPO_MODEL", profile.model)

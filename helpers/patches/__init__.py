@@ -1,0 +1,1 @@
+"""Every reach into a private name of a library, one file each."""

@@ -1,0 +1,114 @@
+"""Scoring: log-probs of pairs under a model, the reference's kept in a cache, and what follows from the two.
+
+Training, sweep and inspection all score through `pair_logps`, so that their figures can be compared. Hashes of weights
+and token ids say when two things are the same.
+"""
+
+import math
+from statistics import NormalDist
+
+import pandas as pd
+import torch
+from datasets import Dataset
+
+from helpers.model.logps import PairLogps
+
+
+def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval for the share `successes` of `n` (Wilson 1927), which keeps within 0 and 1 also near them.
+
+    Args:
+        level: how often such intervals hold the true share.
+
+    Returns:
+        (lower end, upper end), from 0 to 1.
+
+    >>> [round(end, 3) for end in wilson_interval(90, 120)]
+    [0.666, 0.819]
+    """
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    share, spread = successes / n, z * z / n
+    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return (share + spread / 2 - half) / (1 + spread), (share + spread / 2 + half) / (1 + spread)
+
+
+def held_out_table(test: Dataset, reference: PairLogps, policy: PairLogps) -> pd.DataFrame:
+    """One row for each held-out pair, as `Run.held_out` keeps it.
+
+    Args:
+        test: the pairs.
+        reference, policy: their log-probs under either model.
+
+    Returns:
+        Columns topic and flaw ("not given" where the pairs have none), origin where they have it, and for both sides
+        chosen_reference, chosen_policy (log-probs in nats), chosen_tokens, and so on; log_ratio_gap in nats.
+    """
+    columns = {name: test[name] for name in ("origin", "topic", "flaw") if name in test.column_names}
+    table = pd.DataFrame({"topic": "not given", "flaw": "not given"} | columns, index=range(len(test)))
+    for side in ("chosen", "rejected"):
+        table[f"{side}_reference"] = getattr(reference, side).numpy()
+        table[f"{side}_policy"] = getattr(policy, side).numpy()
+        table[f"{side}_tokens"] = getattr(policy, f"{side}_tokens").numpy().astype(int)
+    table["log_ratio_gap"] = (table.chosen_policy - table.chosen_reference) - (
+        table.rejected_policy - table.rejected_reference
+    )
+    return table
+
+
+def preference_metrics(table: pd.DataFrame, beta: float) -> dict:
+    """Held-out figures of a run.
+
+    Args:
+        table: as in `Run.held_out`.
+        beta: as in training.
+
+    Returns:
+        pairs: how many.
+        reference_accuracy: share of pairs whose chosen has the higher log-prob per token under the reference alone:
+            what is there before any training.
+        accuracy: share of pairs whose chosen has the higher implicit reward (log-ratio) after training.
+        reference_accuracy_interval, accuracy_interval: their 95 percent intervals (`wilson_interval`).
+        loss: the DPO loss in nats (Rafailov et al. 2023, eq. 7); ln 2 where nothing was learned.
+        margin: mean of beta * log-ratio gap (Rafailov et al. 2023, section 5.1); depends on beta.
+        log_ratio_gap: mean of margin / beta, in nats; comparable across betas.
+        chosen_change, rejected_change: mean log-ratio of either side, in nats.
+    """
+    n, gap = len(table), torch.tensor(table.log_ratio_gap.to_numpy())
+    before = int(
+        (table.chosen_reference / table.chosen_tokens > table.rejected_reference / table.rejected_tokens).sum()
+    )
+    after = int((gap > 0).sum())
+    return {
+        "pairs": n,
+        "reference_accuracy": before / n,
+        "reference_accuracy_interval": wilson_interval(before, n),
+        "accuracy": after / n,
+        "accuracy_interval": wilson_interval(after, n),
+        "loss": float(-torch.nn.functional.logsigmoid(beta * gap).mean()),
+        "margin": float(beta * gap.mean()),
+        "log_ratio_gap": float(gap.mean()),
+        "chosen_change": float((table.chosen_policy - table.chosen_reference).mean()),
+        "rejected_change": float((table.rejected_policy - table.rejected_reference).mean()),
+    }
+
+
+def accuracy_by(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Share of pairs with a positive margin for each value of `column`, with its interval and count.
+
+    Args:
+        table: as in `Run.held_out`.
+        column: "topic" or "flaw", say.
+
+    Returns:
+        One row for each value, most pairs first; columns share, low, high (Wilson, 95 percent), pairs.
+    """
+    groups = (table.log_ratio_gap > 0).groupby(table[column]).agg(["sum", "size"]).sort_values("size", ascending=False)
+    intervals = [wilson_interval(int(right), int(n)) for right, n in groups.itertuples(index=False)]
+    return pd.DataFrame(
+        {
+            "share": groups["sum"] / groups["size"],
+            "low": [low for low, _ in intervals],
+            "high": [high for _, high in intervals],
+            "pairs": groups["size"],
+        }
+    )

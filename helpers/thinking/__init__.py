@@ -1,0 +1,1 @@
+"""Thoughts between `<think>` and `</think>`: tags, pairs, what is wrong with them, how they are scored."""

@@ -1,0 +1,174 @@
+"""Thoughts between `<think>` and `</think>`: where they begin and end, pairs that differ in them, what goes wrong.
+
+A thinking pair keeps each thought apart from its answer and holds no tags: `prompt` (text or messages),
+`chosen_thought`, `chosen_answer`, `rejected_thought` (None: no thought at all), `rejected_answer`, `flaw` (what is
+wrong with the rejected side), `topic` and `answer` (what a right answer must say, see `is_right`). 72 are written, and
+`helpers.word_problems` makes more. `render_thinking` puts the tags where the model at hand wants them, and gives
+pairs in the form of `load_pairs`.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from helpers.common import UserError
+
+OPEN, CLOSE = "<think>", "</think>"
+OPEN_AT_END = re.compile(rf"{OPEN}\s*$")
+# What other models and careless hands write for the same thing; `<think>` and `</think>` themselves are left out.
+SPELLINGS = re.compile(
+    r"(?!</?think>)(?i:<\s*/?\s*(?:think|thinking|thought|thoughts|reasoning)\s*/?\s*>"
+    r"|\[/?think(?:ing)?\]|<\|/?think(?:ing)?\|>|&lt;/?think(?:ing)?&gt;)"
+)
+
+
+@dataclass(frozen=True)
+class ThinkBoundary:
+    """How a model opens and closes a thought.
+
+    `kind` is "thinking-only" (the generation prompt always opens a thought), "hybrid" (`enable_thinking=False` puts
+    an empty thought into the generation prompt) or "ordinary" (the template knows nothing of thoughts).
+    `open_ids` and `close_ids` are token ids: one each where the model has the tags as tokens, several elsewhere.
+    `prompt_opens`: the generation prompt ends inside a thought. `prompt_skips`: it holds an empty one, closed.
+    """
+
+    kind: str
+    open_ids: tuple[int, ...]
+    close_ids: tuple[int, ...]
+    prompt_opens: bool
+    prompt_skips: bool
+
+    @property
+    def one_token(self) -> bool:
+        """Whether the model has both tags as tokens."""
+        return len(self.open_ids) == len(self.close_ids) == 1
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """A reply taken apart.
+
+    `thought` is None where there is none at all, `answer` is None where the thought never closes. `problems` names
+    what is wrong: "unclosed", "unopened", "empty", "nested" (a tag opened twice), "repeated" (a second block or a
+    second closing tag), "text before" (the first tag) and "spelling" (tags written in another way).
+    """
+
+    thought: str | None
+    answer: str | None
+    problems: tuple[str, ...] = ()
+
+    @property
+    def well_formed(self) -> bool:
+        """One thought, not empty, closed, and nothing else that looks like a tag."""
+        return self.thought is not None and not self.problems
+
+
+def _switch(enable_thinking: bool | None) -> dict:
+    return {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **kwargs: Any) -> str:
+    if not tokenizer.chat_template:
+        raise UserError("This tokenizer has no chat template: take the instruct version of the model, or set one.")
+    return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+
+
+def _generation_end(tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | None) -> str:
+    """What the template adds after the conversation for the model to go on from."""
+    messages, kwargs = [{"role": "user", "content": "Hi"}], _switch(enable_thinking)
+    without = render(tokenizer, messages, **kwargs)
+    return render(tokenizer, messages, add_generation_prompt=True, **kwargs)[len(without) :]
+
+
+def think_boundary(tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | None = None) -> ThinkBoundary:
+    """How this model opens and closes a thought, read from its tokens and its chat template.
+
+    Args:
+        tokenizer: the model's.
+        enable_thinking: passed to the chat template where it is not None (hybrid models have this switch).
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
+    end = _generation_end(tokenizer, enable_thinking)
+    opens = OPEN_AT_END.search(end) is not None
+    if CLOSE in _generation_end(tokenizer, False):
+        kind = "hybrid"
+    else:
+        kind = "thinking-only" if opens else "ordinary"
+    return ThinkBoundary(
+        kind=kind,
+        open_ids=tuple(tokenizer.encode(OPEN, add_special_tokens=False)),
+        close_ids=tuple(tokenizer.encode(CLOSE, add_special_tokens=False)),
+        prompt_opens=opens,
+        prompt_skips=CLOSE in end,
+    )
+
+
+def _pieces(text_or_ids: str | Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Text, tag, text, tag, ..., text; up to the end of the turn."""
+    if not isinstance(text_or_ids, str):
+        ids = [int(i) for i in text_or_ids]
+        if tokenizer.eos_token_id in ids:
+            ids = ids[: ids.index(tokenizer.eos_token_id)]
+        boundary = think_boundary(tokenizer)
+        if boundary.one_token:  # only the token is the tag; the same letters in other tokens are not
+            pieces, start = [], 0
+            for i, token in enumerate(ids):
+                if token in boundary.open_ids + boundary.close_ids:
+                    pieces += [tokenizer.decode(ids[start:i]), OPEN if token in boundary.open_ids else CLOSE]
+                    start = i + 1
+            return [*pieces, tokenizer.decode(ids[start:])]
+        text_or_ids = tokenizer.decode(ids)
+    if tokenizer.eos_token:
+        text_or_ids = text_or_ids.partition(tokenizer.eos_token)[0]
+    return re.split(f"({OPEN}|{CLOSE})", text_or_ids)
+
+
+def split_thinking(
+    text_or_ids: str | Sequence[int], tokenizer: PreTrainedTokenizerBase, opened: bool | None = None
+) -> Thinking:
+    """A reply's thought and answer.
+
+    The last tag decides: where it opens, the thought never closes and there is no answer; else the answer is what
+    follows it, as chat templates read it.
+
+    Args:
+        text_or_ids: one reply, without its prompt, as text or token ids; what follows the end of the turn is left out.
+        tokenizer: of the model that replied.
+        opened: whether the prompt ended inside a thought. Default: what the model's generation prompt does. Pass False
+            for the content of a message, which carries both tags.
+    """
+    if opened is None:
+        opened = think_boundary(tokenizer).prompt_opens
+    pieces = _pieces(text_or_ids, tokenizer)
+    tags = pieces[1::2]
+    problems = set()
+    if any(SPELLINGS.search(text) or OPEN in text or CLOSE in text for text in pieces[::2]):
+        problems.add("spelling")
+    inside, blocks = opened, int(opened)
+    for tag in tags:
+        if tag == OPEN:
+            problems |= {"nested"} if inside else {"repeated"} if blocks else set()
+            inside, blocks = True, blocks + 1
+        else:
+            problems |= set() if inside else {"repeated"} if blocks else {"unopened"}
+            inside, blocks = False, max(blocks, 1)
+    if blocks == 0:
+        return Thinking(None, pieces[0].strip(), tuple(sorted(problems)))
+
+    start = 0
+    if not opened and tags[0] == OPEN:
+        start = 2
+        if pieces[0].strip():
+            problems.add("text before")
+    last = len(pieces) if inside else len(pieces) - 2  # the piece after the thought's last text
+    thought = "".join(pieces[start:last]).strip()
+    if inside:
+        problems.add("unclosed")
+    if not re.sub(f"{OPEN}|{CLOSE}", "", thought).strip():
+        problems.add("empty")
+    return Thinking(thought, None if inside else pieces[-1].strip(), tuple(sorted(problems)))

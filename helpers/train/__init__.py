@@ -1,0 +1,1 @@
+"""Training: settings, trainer, resume, `train_dpo`; a start by SFT; a sweep over beta."""

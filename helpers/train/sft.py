@@ -1,0 +1,60 @@
+"""Supervised fine-tuning (SFT): a start for DPO where the model lacks a habit that its reference must have.
+
+DPO only shifts what the reference already says at times: a model that never thinks is shown thoughts first.
+"""
+
+import tempfile
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from helpers.session import quiet_progress
+from helpers.train.settings import dpo_settings
+from helpers.train.trainer import text_progress
+
+
+def train_sft(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset, *, learning_rate: float, seed: int = 0
+) -> list[float]:
+    """Train the model's adapter on prompt and chosen side of each pair, once through, the loss on the reply alone.
+
+    The adapter is changed in place, so a `train_dpo` after it takes the SFT model as its reference.
+
+    Args:
+        model, tokenizer: with a LoRA adapter (`add_lora`), and its tokenizer.
+        pairs: in the form that `load_pairs` gives; the rejected sides are not used.
+        learning_rate: at its highest, after warm-up.
+        seed: of the order of the pairs.
+
+    Returns:
+        The logged losses, in nats per token.
+    """
+    shared = ("lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "gradient_checkpointing", "bf16", "fp16")
+    settings = {name: value for name, value in dpo_settings().items() if name in shared}
+    inner = model.get_base_model()
+    before = vars(inner).get("forward")
+    data = Dataset.from_dict({"prompt": pairs["prompt"], "completion": pairs["chosen"]})
+    with tempfile.TemporaryDirectory() as folder, quiet_progress(len(data)):
+        config = SFTConfig(
+            output_dir=folder,
+            num_train_epochs=1,
+            per_device_train_batch_size=8,
+            learning_rate=learning_rate,
+            logging_steps=5,
+            logging_first_step=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=seed,
+            **settings,
+        )
+        trainer = SFTTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
+        text_progress(trainer)
+        trainer.train()
+    # The trainer gave the model a forward for its own loss; what comes next must find the model's.
+    vars(inner).pop("forward", None)
+    if before is not None:
+        inner.forward = before
+    return [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]

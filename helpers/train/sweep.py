@@ -1,0 +1,285 @@
+"""The beta sweep: one run for each beta and seed on one loaded model, measured alike, kept as it goes.
+
+Each run is a `train_dpo` run in a folder of its own, from a fresh adapter, so that it equals the same run made alone.
+What betas and seeds have in common is done once: the model is loaded, and the reference's log-probs are in the cache.
+"""
+
+import dataclasses
+import gc
+import json
+import math
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from helpers.common import UserError, write_atomic, write_json
+from helpers.data.render import data_hash, template_options, tokenize_pairs
+from helpers.model.drift import sample, sampled_kl
+from helpers.model.fingerprint import base_hash
+from helpers.model.generate import Reply, repetition
+from helpers.model.load import add_lora, public_name
+from helpers.model.memory import BATCH_SETTINGS
+from helpers.run.folder import Run, describe_config, machine, versions
+from helpers.train.dpo import train_dpo
+from helpers.train.settings import DPOConfig, dpo_settings
+
+BETAS = (0.01, 0.05, 0.1, 0.3, 0.5, 1.0)
+# Every run ends after the same number of steps: a checkpoint chosen by held-out loss would hide what more steps do.
+_SETTINGS = {"eval_strategy": "no", "load_best_model_at_end": False, "logging_first_step": True}
+
+
+@dataclasses.dataclass
+class Sweep:
+    """What a sweep left; it loads without a model.
+
+    Attributes:
+        folder: holds `sweep.json` (all of the below), `table.csv`, and a run folder for each beta and seed.
+        info: model, settings, data, versions and machine, and how the reference's own replies look.
+        table: a row for each run. `status` is "finished" or says what failed. accuracy (share of held-out pairs with
+            a higher implicit reward for the chosen) with its 95 percent interval; log_ratio_gap, chosen_change and
+            rejected_change (mean log-ratios of held-out pairs, nats); margin (beta times the gap); kl and kl_error
+            (nats for a reply, see `sampled_kl`); reply_tokens, repetition, ended (means over sampled replies);
+            grad_norm and weight (mean sigmoid of -margin, by which a pair counts in the gradient: Rafailov et al.
+            2023, section 4) at the first and the last step; seconds.
+        history: a row for each logged step of each run: split ("train" or "held out"), loss, accuracy, margin,
+            log_ratio_gap (margin / beta, nats), chosen, rejected (log-ratios, nats), grad_norm.
+        gaps: log-ratio gap of each held-out pair; columns are (beta, seed).
+    """
+
+    folder: Path
+    info: dict
+    table: pd.DataFrame
+    history: pd.DataFrame
+    gaps: pd.DataFrame
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Sweep":
+        """Read a sweep from `path`: its folder, or its `sweep.json` under another name.
+
+        Raises:
+            UserError: there is none that can be read.
+        """
+        path = Path(path)
+        file = path / "sweep.json" if path.is_dir() else path
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            gaps = {(run["beta"], run["seed"]): run["gaps"] for run in stored["gaps"]}
+            frames = pd.DataFrame(stored["table"]), pd.DataFrame(stored["history"])
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{path.name} holds no sweep that can be read ({error}). 05_beta_sweep makes one."
+            ) from error
+        return cls(file.parent, stored["info"], *frames, pd.DataFrame(gaps))
+
+    @property
+    def finished(self) -> pd.DataFrame:
+        """The table without the runs that failed."""
+        return self.table[self.table.status == "finished"]
+
+    def run(self, beta: float, seed: int = 0) -> Run:
+        """The run of one beta and seed, with its adapter. Raises UserError where it is not in the sweep's folder."""
+        return Run.load(self.folder / _run_name(beta, seed))
+
+
+def _run_name(beta: float, seed: int) -> str:
+    return f"beta-{beta:g}-seed-{seed}"
+
+
+def _describe_replies(replies: list[Reply]) -> dict:
+    return {
+        "reply_tokens": mean(len(reply.ids) for reply in replies),
+        "repetition": mean(repetition(reply.ids) for reply in replies),
+        "ended": mean(reply.ended for reply in replies),
+    }
+
+
+def _figures(run: Run, beta: float) -> dict:
+    """Figures of a finished run that need no model."""
+    metrics, logged = run.metrics, [row for row in run.history if "grad_norm" in row]
+    low, high = metrics["accuracy_interval"]
+    names = ("log_ratio_gap", "margin", "chosen_change", "rejected_change", "train_seconds")
+    weight = torch.sigmoid(-beta * torch.tensor(run.held_out.log_ratio_gap.to_numpy())).mean()
+    return {
+        "steps": run.info["steps"],
+        "accuracy": metrics["accuracy"],
+        "accuracy_low": low,
+        "accuracy_high": high,
+        **{name: metrics[name] for name in names},
+        "grad_norm_start": float(logged[0]["grad_norm"]),
+        "grad_norm_end": float(logged[-1]["grad_norm"]),
+        "weight_start": 0.5,  # every margin is 0
+        "weight_end": float(weight),
+    }
+
+
+def _curves(run: Run, beta: float, seed: int) -> list[dict]:
+    rows = []
+    for logged in run.history:
+        prefix = "eval_" if "eval_loss" in logged else ""
+        if f"{prefix}loss" not in logged:
+            continue
+        value = {name: float(logged[f"{prefix}rewards/{name}"]) for name in ("chosen", "rejected", "margins")}
+        rows.append(
+            {
+                "beta": beta,
+                "seed": seed,
+                "step": logged["step"],
+                "split": "held out" if prefix else "train",
+                "loss": float(logged[f"{prefix}loss"]),
+                "accuracy": float(logged[f"{prefix}rewards/accuracies"]),
+                "margin": value["margins"],
+                "log_ratio_gap": value["margins"] / beta,
+                "chosen": value["chosen"] / beta,
+                "rejected": value["rejected"] / beta,
+                "grad_norm": float(logged.get("grad_norm", "nan")),
+            }
+        )
+    return rows
+
+
+def _save(sweep: Sweep) -> None:
+    records = {
+        name: json.loads(getattr(sweep, name).to_json(orient="records")) for name in ("table", "history")
+    }  # by pandas, which writes NaN as null
+    gaps = [
+        {"beta": beta, "seed": seed, "gaps": values.round(4).tolist()} for (beta, seed), values in sweep.gaps.items()
+    ]
+    write_json(sweep.folder / "sweep.json", {"info": sweep.info, **records, "gaps": gaps})
+    write_atomic(sweep.folder / "table.csv", lambda path: sweep.table.to_csv(path, index=False))
+
+
+def _open_sweep(folder: Path, info: dict) -> Sweep:
+    """The sweep that `folder` holds, or an empty one. Raises UserError where that is a sweep of something else."""
+    if not (folder / "sweep.json").is_file():
+        return Sweep(folder, info, pd.DataFrame(), pd.DataFrame(), pd.DataFrame())
+    sweep = Sweep.load(folder)
+    before, now = sweep.info["identity"], info["identity"]
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        raise UserError(
+            f"{folder} holds a sweep with other {' and '.join(changed)}, which cannot be compared with this one. "
+            "Give this one a folder of its own."
+        )
+    return sweep
+
+
+def sweep_beta(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    test: Dataset,
+    folder: str | Path,
+    *,
+    betas: tuple[float, ...] = BETAS,
+    seeds: tuple[int, ...] = (0,),
+    prompts: int = 32,
+    max_new_tokens: int = 128,
+    **settings: Any,
+) -> Sweep:
+    """Train and measure once for each beta and seed; the runs differ in nothing else.
+
+    What is finished is kept: the same call after an interruption goes on with the run it was in, and one with more
+    betas or seeds adds to the sweep. A run that fails is reported in the table, and the others go on. The model is
+    left without an adapter, as it came.
+
+    Args:
+        model: a model without adapter, as `load_model` gives it; it is the reference of every run.
+        tokenizer: the model's.
+        train, test: pairs in the form that `load_pairs` gives; no prompt may be in both.
+        folder: of the sweep, e.g. `output_folder("beta_sweep")`.
+        betas, seeds: to train with, each beta with each seed.
+        prompts: how many held-out prompts get two sampled replies each, for the KL and the figures of replies;
+            0 measures held-out pairs only.
+        max_new_tokens: where a sampled reply is cut.
+        settings: DPOConfig settings, for all runs, that differ from `dpo_settings()`.
+
+    Returns:
+        The sweep; `sweep.table` has a row for each run, `recommend(sweep)` says which beta to take.
+
+    Raises:
+        UserError: a model with an adapter, no beta above 0, another sweep in the folder, and what `train_dpo` raises.
+    """
+    if isinstance(model, PeftModel):
+        raise UserError(
+            "The sweep gives each run a fresh adapter, so it takes a model without one. Pass what load_model returns; "
+            "an SFT adapter can be merged into it: model.merge_and_unload()."
+        )
+    betas, seeds = dict.fromkeys(float(beta) for beta in betas), dict.fromkeys(seeds)
+    if {"beta", "seed"} & set(settings) or not betas or min(betas) <= 0:
+        raise UserError("Pass the values to compare as betas=(0.1, 0.3) and seeds=(0, 1); each beta is above 0.")
+    settings = _SETTINGS | settings
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Held-out prompts from all of the set, which may be sorted by topic.
+    asked = list(test.select(range(0, len(test), max(1, len(test) // prompts)))["prompt"])[:prompts] if prompts else []
+    options = template_options(test[0])
+    config = describe_config(DPOConfig(output_dir=str(folder), **dpo_settings() | settings))
+    identity = {
+        "model": [public_name(model), base_hash(model)],
+        "data": [data_hash(tokenize_pairs(pairs, tokenizer)) for pairs in (train, test)],
+        "settings": {name: value for name, value in config.items() if name not in ("beta", "seed")},
+        "sampling": {"prompts": len(asked), "max_new_tokens": max_new_tokens},
+    }
+    info = {"identity": identity, "versions": versions(), "machine": machine()}
+    sweep = _open_sweep(folder, info)
+    if asked and "reference" not in sweep.info:
+        replies = sample(model, tokenizer, asked, max_new_tokens, 0, options)
+        sweep.info["reference"] = _describe_replies(replies)
+    done = set() if sweep.table.empty else set(sweep.finished[["beta", "seed"]].itertuples(index=False, name=None))
+    todo = [(beta, seed) for seed in seeds for beta in betas if (beta, seed) not in done]
+    began = time.monotonic()
+    for number, (beta, seed) in enumerate(todo):
+        left = (
+            f", about {(time.monotonic() - began) / number * (len(todo) - number) / 60:.0f} min left" if number else ""
+        )
+        print(f"\nrun {number + 1} of {len(todo)}: beta {beta:g}, seed {seed}{left}", flush=True)
+        row, history, gaps = {"beta": beta, "seed": seed}, [], None
+        policy = add_lora(model, seed=seed)
+        try:
+            # On a GPU the first run chooses by free memory how a step is made; the others make it alike.
+            call = settings | sweep.info.get("step", {}) | {"beta": beta, "seed": seed}
+            run = train_dpo(policy, tokenizer, train, test, folder / _run_name(beta, seed), **call)
+            sweep.info["step"] = {name: run.info["config"][name] for name in BATCH_SETTINGS}
+            history = _curves(run, beta, seed)
+            if not math.isfinite(run.metrics["loss"]):
+                raise FloatingPointError("the loss is not a number")
+            row |= _figures(run, beta)
+            begin = time.monotonic()
+            if asked:
+                print(f"Sampling {2 * len(asked)} replies ...", flush=True)
+                kl = sampled_kl(policy, tokenizer, asked, max_new_tokens=max_new_tokens, seed=seed, **options)
+                row |= {"kl": kl.kl, "kl_error": kl.error} | _describe_replies(kl.replies)
+            row |= {"sampling_seconds": time.monotonic() - begin, "status": "finished"}
+            gaps = run.held_out.log_ratio_gap.to_numpy()
+        except UserError:  # of the pairs, a setting, memory or disk: it would stop every other run too
+            raise
+        except Exception as error:
+            row["status"] = f"failed: {error or type(error).__name__}"
+            print(f"beta {beta:g}, seed {seed} {row['status']}")
+        finally:
+            policy.unload()
+            del policy
+            gc.collect()
+        sweep = _add(sweep, row, history, gaps)
+        _save(sweep)
+    return sweep
+
+
+def _add(sweep: Sweep, row: dict, history: list[dict], gaps: np.ndarray | None) -> Sweep:
+    """The sweep with one more run, or with its new outcome in the place of the old."""
+
+    def others(frame: pd.DataFrame) -> pd.DataFrame:
+        return frame if frame.empty else frame[(frame.beta != row["beta"]) | (frame.seed != row["seed"])]
+
+    table = pd.concat([others(sweep.table), pd.DataFrame([row])]).sort_values(["beta", "seed"], ignore_index=True)
+    steps = pd.concat([others(sweep.history), pd.DataFrame(history)], ignore_index=True)
+    columns = dict(sweep.gaps.items()) | ({} if gaps is None else {(row["beta"], row["seed"]): gaps})
+    return dataclasses.replace(sweep, table=table, history=steps, gaps=pd.DataFrame(columns))

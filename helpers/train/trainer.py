@@ -1,0 +1,118 @@
+"""Training: settings with their reasons, reference log-probs computed once, and a run folder that resumes.
+
+`train_dpo` is what `03_train` shows step by step: it checks the pairs, takes the reference's log-probs once, trains
+with TRL's DPOTrainer, and leaves a run folder. Called again after an interruption it goes on where it stopped.
+"""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import trl
+from datasets import Dataset
+from peft import PeftModel
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from helpers.patches.cast_once import cast_weights_once
+from helpers.patches.shared_prompt import share_prompts
+from helpers.session import quiet_progress
+
+
+class _TextProgress(TrainerCallback):
+    """One line of text for each logging step: no bar, no widget, readable in a saved notebook."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.begin, self.first = time.monotonic(), state.global_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        seconds = time.monotonic() - self.begin
+        left = seconds / max(state.global_step - self.first, 1) * (state.max_steps - state.global_step)
+        scores = ""
+        if "rewards/margins" in logs:  # not in SFT
+            scores = (
+                f"margin {float(logs['rewards/margins']):+.3f}   accuracy {float(logs['rewards/accuracies']):.2f}   "
+            )
+        print(
+            f"step {state.global_step:4d} of {state.max_steps}   loss {float(logs['loss']):.3f}   {scores}"
+            f"{left / 60:.1f} min left",
+            flush=True,
+        )
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and "eval_rewards/accuracies" in metrics:
+            print(
+                f"held out at step {state.global_step}:   loss {metrics['eval_loss']:.3f}   "
+                f"margin {metrics['eval_rewards/margins']:+.3f}   accuracy {metrics['eval_rewards/accuracies']:.2f}",
+                flush=True,
+            )
+
+
+def text_progress(trainer: Trainer) -> None:
+    """Make `trainer` print one line of text a logging step, in place of its bars and printed dictionaries."""
+    for callback in list(trainer.callback_handler.callbacks):
+        # The notebook's callback is known by name: its module needs IPython, which a script need not have.
+        if isinstance(callback, (ProgressCallback, PrinterCallback, _TextProgress)) or (
+            type(callback).__name__ == "NotebookProgressCallback"
+        ):
+            trainer.remove_callback(callback)
+    trainer.add_callback(_TextProgress())
+
+
+def make_trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    test: Dataset | None,
+    config: trl.DPOConfig,
+    callbacks: Iterable[TrainerCallback] = (),
+) -> trl.DPOTrainer:
+    """A DPOTrainer whose reference log-probs stand in the data, so it needs no reference model.
+
+    Args:
+        model, tokenizer: the policy, with its LoRA adapter, and its tokenizer.
+        train, test: pairs with the columns of `with_reference`; without `test` nothing is evaluated.
+        config: in full; `dpo_settings` gives what is usual on this machine.
+        callbacks: of transformers, beside the one that prints a line a logging step.
+    """
+    # On a GPU Unsloth checkpoints as the adapter was made, whatever the config says; here the config decides.
+    made = getattr(model, "_unsloth_gradient_checkpointing", None)
+    if model.device.type != "cpu" and made is not None and bool(made) != config.gradient_checkpointing:
+        model._unsloth_gradient_checkpointing = config.gradient_checkpointing
+    try:
+        with quiet_progress(len(train)):
+            trainer = trl.DPOTrainer(
+                model=model,
+                args=config,
+                train_dataset=train,
+                eval_dataset=test,
+                processing_class=tokenizer,
+                callbacks=list(callbacks),
+            )
+    finally:
+        # TRL copies the adapter as a frozen one named "ref". It is not needed here; where it stands beside the policy,
+        # transformers' resume loads neither (the policy would silently restart from zero), and a second try fails.
+        if "ref" in model.peft_config:
+            model.delete_adapter("ref")
+    trainer.precompute_ref_logps = True
+    share_prompts(model.get_base_model())
+    if model.device.type == "cuda" and config.bf16 and config.world_size == 1:
+        cast_weights_once(trainer)
+    text_progress(trainer)
+    return trainer

@@ -1,0 +1,355 @@
+"""What a finished run hands over: adapter, merged model, GGUF, and the run itself in more processes."""
+
+import dataclasses
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import trl
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import helpers
+from helpers import UserError, export_run, load_pairs
+from helpers.after import export, trl_script
+from helpers.model.logps import pair_logps
+from helpers.run.card import changed_settings, model_card
+from helpers.run.folder import Run
+from helpers.train.dpo import train_dpo
+
+ROOT = Path(__file__).parent.parent.parent
+TOKEN = "hf_" + "Secret" * 6
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    loaded = load_pairs()
+    return loaded.select(range(16)), loaded.select(range(16, 22))
+
+
+@pytest.fixture(scope="module")
+def run(pairs, tmp_path_factory) -> Run:
+    """Four steps at a rate at which the adapter is seen in every log-prob, in fp32."""
+    model, tokenizer = helpers.load_model("embedded")
+    return train_dpo(
+        helpers.add_lora(model.float()),
+        tokenizer,
+        *pairs,
+        tmp_path_factory.mktemp("run") / "short",
+        max_steps=4,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-3,
+        warmup_steps=0,
+        eval_strategy="no",
+        load_best_model_at_end=False,
+        bf16=False,
+    )
+
+
+def texts(folder: Path) -> str:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    return "\n".join(path.read_text(encoding="utf-8") for path in files)
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+# Knows nothing of this project: what anybody would write. It computes in float32, so that only weights are rounded.
+PLAIN = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, pairs = sys.argv[1], json.loads(sys.stdin.read())
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+
+@torch.no_grad()
+def log_prob(prompt, answer):
+    start = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"])
+    ids = tokenizer.apply_chat_template(prompt + answer, return_tensors="pt")["input_ids"]
+    logps = model(ids).logits[0, :-1].log_softmax(-1)
+    return logps.gather(1, ids[0, 1:, None])[start - 1 :].sum().item()
+
+results = []
+for precision in (torch.float16, torch.bfloat16):
+    for weight in model.parameters():
+        weight.data = weight.data.to(precision).float()
+    results.append([[log_prob(p["prompt"], p[side]) for side in ("chosen", "rejected")] for p in pairs])
+assert not {"unsloth", "helpers", "peft"} & set(sys.modules)
+print(json.dumps(results))
+"""
+
+
+@pytest.mark.slow
+def test_merged_model_gives_the_same_log_probs_in_a_new_process(run, pairs, tmp_path):
+    folder = export_run(run, "merged", tmp_path / "merged")
+    rows = [{side: pair[side] for side in ("prompt", "chosen", "rejected")} for pair in pairs[1]]
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(folder)], input=json.dumps(rows), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    merged, in_bf16 = torch.tensor(json.loads(done.stdout.splitlines()[-1]), dtype=torch.float64)
+    policy = torch.tensor(run.held_out[["chosen_policy", "rejected_policy"]].to_numpy())
+    reference = torch.tensor(run.held_out[["chosen_reference", "rejected_reference"]].to_numpy())
+    moved, error, error_in_bf16 = ((x - policy).abs().mean() for x in (reference, merged, in_bf16))
+    assert error < 0.05 and error < moved / 50, (error, moved)  # nats a completion
+    kept = int(re.search(r"the weights keep (\d+)% of the adapter's update", (folder / "README.md").read_text())[1])
+    assert 90 <= kept <= 100
+    assert error_in_bf16 > 10 * error, (error_in_bf16, error)  # why merged_model does not take bfloat16
+
+
+@pytest.mark.slow
+def test_share_of_the_update_that_rounding_keeps_is_measured_and_said(run, tmp_path, capfd):
+    small = dataclasses.replace(run, folder=tmp_path / "small")
+    shutil.copytree(run.adapter, small.adapter)
+    weights = load_file(run.adapter / "adapter_model.safetensors")
+    save_file(
+        {name: tensor * (0.02 if "lora_B" in name else 1) for name, tensor in weights.items()},
+        small.adapter / "adapter_model.safetensors",
+    )
+    base = AutoModelForCausalLM.from_pretrained(helpers.models.embedded_model(), dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, small.adapter)
+    whole, half, coarse = (export.kept_update(model, t) for t in (torch.float32, torch.float16, torch.bfloat16))
+    assert abs(whole - 1) < 1e-3 and 0 <= coarse < half / 2 < 0.4, (whole, half, coarse)
+    card = (export_run(small, "merged", tmp_path / "merged") / "README.md").read_text()
+    said = f"the weights keep {half:.0%} of the adapter's update"
+    assert said in card and said in capfd.readouterr().out
+    export_run(run, "merged", tmp_path / "whole")
+    assert "the weights keep" not in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_four_bit_base_is_dequantised_before_the_adapter_is_added(run, pairs, tokenizer):
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    base = AutoModelForCausalLM.from_pretrained(
+        helpers.models.embedded_model(), dtype=torch.float32, quantization_config=four_bit
+    )
+    trained = pair_logps(PeftModel.from_pretrained(base, run.adapter), tokenizer, pairs[1])
+    merged, _ = export.merged_model(dataclasses.replace(run, info=run.info | {"profile": "gpu"}))
+    assert not hasattr(merged.config, "quantization_config")
+    other, _ = export.merged_model(run)  # into the weights that never were in 4 bits
+    error, error_of_other = (
+        (pair_logps(model.float(), tokenizer, pairs[1]).chosen - trained.chosen).abs().mean()
+        for model in (merged, other)
+    )
+    # Not zero: bitsandbytes has a product of its own for 4-bit weights, which rounds in other places.
+    assert error < error_of_other / 10, (error, error_of_other)
+
+
+@pytest.mark.slow
+def test_gguf_without_a_converter_says_where_to_get_one(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("helpers.after.export.LLAMA_CPP_DEFAULT_DIR", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="git clone.*llama.cpp.*--outtype q8_0"):
+        export_run(run, "gguf", tmp_path / "gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_gguf_of_a_converter_that_fails(run, tmp_path, monkeypatch):
+    (tmp_path / "convert_hf_to_gguf.py").write_text("raise SystemExit('Model LlamaForCausalLM is not supported')")
+    monkeypatch.setattr("helpers.after.export.LLAMA_CPP_DEFAULT_DIR", str(tmp_path))
+    with pytest.raises(UserError, match="converter failed .Model LlamaForCausalLM is not supported"):
+        export_run(run, "gguf", tmp_path / "gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["convert_hf_to_gguf.py"]
+
+
+# ------------------------------------------------------------------------------------------------ what is written
+
+
+@pytest.mark.slow
+def test_refused(run, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="'zip'.*'adapter', 'merged', 'gguf', 'trl'"):
+        export_run(run, "zip", tmp_path / "zip")
+    monkeypatch.setenv("HF_TOKEN", "")
+    with pytest.raises(UserError, match="someone/model needs HF_TOKEN"):
+        export_run(run, "adapter", tmp_path / "adapter", hub="someone/model")
+    with pytest.raises(UserError, match="holds your pairs"):
+        export_run(run, "trl", tmp_path / "trl", hub="someone/model")
+    with pytest.raises(UserError, match="needs train= and test="):
+        export_run(run, "trl", tmp_path / "trl")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_nothing_is_overwritten(run, tmp_path, monkeypatch):
+    folder = export_run(run, "adapter", tmp_path / "adapter")
+    (folder / "note.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists already.*replace=True"):
+        export_run(run, "adapter", folder)
+    export_run(run, "adapter", folder, replace=True)
+    assert (tmp_path / "adapter.old-1" / "note.txt").read_text() == "mine"
+    export_run(run, "adapter", folder, replace=True)  # nothing in it but an export: none is kept
+    monkeypatch.setattr(
+        "helpers.after.export.model_card", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(UserError, match="No space left"):
+        export_run(run, "adapter", folder, replace=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "adapter.old-1"]
+
+
+@pytest.mark.slow
+def test_card_names_data_settings_figures_and_licences(run, tmp_path):
+    card = (export_run(run, "adapter", tmp_path / "adapter") / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert (front["base_model"], front["license"]) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
+    for part in ("16 preference pairs", "6 held out, from `pairs.jsonl`", "learning_rate: 0.001", "## Limits"):
+        assert part in card
+    assert f"| accuracy | {run.metrics['accuracy']:.4g} |" in card
+    # The same name, other pairs: no licence is made up.
+    other = dataclasses.replace(run, held_out=run.held_out.assign(topic="mine"))
+    card = (export_run(other, "adapter", tmp_path / "other") / "README.md").read_text()
+    assert "license" not in yaml.safe_load(card.split("---")[1])
+    assert "state it before you publish" in card
+    # A JSON list under that name, whose rows have no lines.
+    rows = run.held_out.assign(origin=[f"pairs.jsonl row {row + 1}" for row in range(len(run.held_out))])
+    assert "state it before you publish" in model_card(dataclasses.replace(run, held_out=rows), "run")
+
+
+@pytest.mark.slow
+def test_run_folder_has_the_same_card(run):
+    card = (run.folder / "README.md").read_text(encoding="utf-8")
+    assert card == model_card(run, "run")
+    assert "`Run.load`" in card and str(run.folder.parent) not in card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["adapter", "merged", "trl"])
+def test_no_path_of_this_machine_and_no_token(form, run, pairs, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    written = texts(export_run(run, form, tmp_path / form, train=pairs[0], test=pairs[1]))
+    assert TOKEN not in written
+    for path in (tmp_path, run.folder, ROOT, Path.home(), helpers.models.cache_folder()):
+        assert str(path) not in written
+
+
+@pytest.mark.slow
+def test_upload_sends_the_token_to_the_hub_alone(run, tmp_path, monkeypatch, capfd):
+    """A server that refuses all: what it was asked with, and what is said of it."""
+    asked = []
+
+    class Refuses(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(
+                (self.path, self.headers["Authorization"], self.rfile.read(int(self.headers["Content-Length"])))
+            )
+            self.send_response(403)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Refuses)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(UserError, match="did not take someone/model.*status 403.*HF_TOKEN") as error:
+        export_run(run, "adapter", tmp_path / "adapter", hub="someone/model")
+    server.shutdown()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert asked[0][:2] == ("/api/repos/create", f"Bearer {TOKEN}")
+    assert json.loads(asked[0][2])["visibility"] == "private"
+    output = capfd.readouterr()
+    assert TOKEN not in str(error.value) + output.out + output.err + texts(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ more processes
+
+
+@pytest.mark.slow
+def test_other_pairs_and_other_references_are_refused(run, pairs, tmp_path):
+    train, test = pairs
+    with pytest.raises(UserError, match="train= is not what the run short was given: 15 pairs here, 16 there"):
+        export_run(run, "trl", tmp_path / "trl", train=train.select(range(15)), test=test)
+    changed = dataclasses.replace(run, info=run.info | {"reference": "another model"})
+    with pytest.raises(UserError, match="reference is not its base model.*Merge"):
+        export_run(changed, "trl", tmp_path / "trl", train=train, test=test)
+    (tmp_path / "run" / "reference").mkdir(parents=True)
+    changed = dataclasses.replace(run, folder=tmp_path / "run")
+    with pytest.raises(UserError, match="started from a trained adapter"):
+        export_run(changed, "trl", tmp_path / "trl", train=train, test=test)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_checkpointing_of_a_gpus_run_is_exported_for_trl_alone(run, pairs, tmp_path, checkpointing):
+    """Without it TRL needs far more memory; reentrant, as Unsloth sets it there, "a variable is marked ready twice"."""
+    train, test = pairs
+    config = run.info["config"] | {
+        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    }
+    on_gpu = dataclasses.replace(run, info=run.info | {"config": config, "profile": "gpu"})
+    folder = export_run(on_gpu, "trl", tmp_path / "trl", train=train, test=test)
+    settings = yaml.safe_load((folder / "dpo.yaml").read_text())
+    assert settings["gradient_checkpointing"] is True and settings["load_in_4bit"] is True
+    assert "gradient_checkpointing_kwargs" not in settings  # TRL's default: use_reentrant is False
+
+
+@pytest.mark.slow
+def test_settings_of_the_machine_are_left_out(run):
+    config = run.info["config"] | {"dataset_num_proc": 4, "beta": 0.2}  # the first as Unsloth sets it on a GPU
+    assert changed_settings(config) == changed_settings(run.info["config"]) | {"beta": 0.2}
+
+
+def test_settings_that_are_unsloths_defaults_are_kept(monkeypatch):
+    """On a GPU Unsloth puts its own class in the place of TRL's, under the same name: an export would lose these."""
+
+    @dataclasses.dataclass
+    class DPOConfig(trl.DPOConfig):
+        logging_steps: float = 1
+
+    DPOConfig.__module__ = trl.DPOConfig.__module__
+    DPOConfig.__qualname__ = trl.DPOConfig.__qualname__
+    monkeypatch.setattr(trl, "DPOConfig", DPOConfig)
+    assert changed_settings({"logging_steps": 1, "beta": 0.1}) == {"logging_steps": 1}
+
+
+def test_global_batch_is_shared_exactly():
+    for batch, largest, processes in [(8, 4, 1), (8, 4, 2), (8, 8, 2), (12, 4, 2), (8, 4, 8), (6, 4, 1)]:
+        size, pieces = trl_script.share(batch, largest, processes)
+        assert size * pieces * processes == batch and size <= largest
+    with pytest.raises(SystemExit, match="8 pairs a step can't be shared equally by 3"):
+        trl_script.share(8, 4, 3)
+
+
+def test_checkpoint_that_was_cut_short_is_passed_over(tmp_path):
+    assert trl_script.last_checkpoint(tmp_path) is None
+    for step, state in ((2, "{}"), (10, "{}"), (12, '{"global'), (14, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert Path(trl_script.last_checkpoint(tmp_path)).name == "checkpoint-10"
+
+
+@pytest.mark.slow
+def test_the_exported_run_in_two_processes(tmp_path):
+    """One, two, and two processes killed and started again; the script holds what is compared."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "two_gpus.py", "--cpu"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["processes"] == [1, 2]  # as torch.distributed counts them
+    assert result["global_batch"] == [4, 4]
+    assert result["resumed_from"] == "2"
+    assert max(result["losses"]) - min(result["losses"]) > 0.02  # they move
+    for difference in ("difference_to_original", "difference_of_two", "difference_after_kill"):
+        assert result[difference] < 2e-4, difference  # fp32: the order of a sum
+    assert not re.search(r"ERROR|Traceback", done.stdout)

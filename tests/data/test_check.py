@@ -1,0 +1,376 @@
+"""The check: every finding on a file made for it, the same tokens as TRL's trainer, and what is done about it."""
+
+import copy
+import random
+from html.parser import HTMLParser
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+import helpers
+from helpers.common import UserError
+from helpers.data import measure
+from helpers.data.check import check_pairs
+from helpers.data.findings import FINDINGS, WORST, Finding
+from helpers.data.load import load_pairs
+from helpers.data.split import split_pairs
+
+BROKEN = Path(helpers.__file__).parent / "data" / "bundled" / "broken_pairs.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def pair(prompt="Why?", chosen="Because of this.", rejected="Because of that.", **more):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
+
+
+def found(report, code):
+    """The positions that a finding of this code names, sorted; None where there is no such finding."""
+    rows = [set(finding.rows) for finding in report.findings if finding.code == code]
+    return sorted(set.union(*rows)) if rows else None
+
+
+def test_every_finding_that_a_file_can_hold_is_found_in_the_broken_file(tokenizer):
+    pairs = load_pairs(BROKEN)
+    report = check_pairs(pairs, tokenizer, test=pairs.select([1, 3]))
+    lines = {
+        finding.code: sorted(int(pairs[row]["origin"].split(":")[1]) for row in finding.rows)
+        for finding in report.findings
+        if finding.code not in ("length_ratio", "length_leak", "feature_leak")
+    }
+    assert lines == {
+        "prompt_not_prefix": [13],
+        "completion_empty": [14],
+        "eos_doubled": [15],
+        "special_token_in_text": [15, 16],
+        "bos_doubled": [16],
+        "same_text": [17],
+        "swapped_labels": [18, 19],
+        "test_overlap": [2, 4],
+        "duplicate_pair": [21],
+        "long_prompt": [22, 23],
+        "over_max_length": [24],
+        "user_turn_in_completion": [25],
+        "template_leftover": [26],
+        "not_utf8": [27],
+        "left_out": [],
+    }
+    codes = {finding.code for finding in report.findings}
+    assert set(FINDINGS) - codes == {"eos_missing", "template_refuses", "no_room"}  # no file makes these alone
+    leaks = " ".join(finding.what for finding in report.findings if finding.code == "feature_leak")
+    for feature in ("think block", "list", 'starts with "sure, here"'):
+        assert feature in leaks
+    for finding in report.findings:
+        assert finding.why and finding.cure and finding.count and len(finding.origins) <= WORST
+        assert finding.severity == FINDINGS[finding.code][0]
+    # Line 23 has one turn and can't be shortened; what remains has none of the errors.
+    assert len(report.pairs) == len(pairs) - 1
+    again = check_pairs(report.clean, tokenizer, test=pairs.select([1, 3]))
+    assert not again.errors
+
+
+def test_bundled_pairs_are_clean_and_nothing_tells_the_sides_apart(tokenizer):
+    pairs = load_pairs()
+    assert len(pairs) >= 400
+    report = check_pairs(pairs, tokenizer)
+    assert report.findings == []
+    assert 0.9 <= report.figures["length_ratio"] <= 1.1
+    for name in ("longer_is_chosen", "longer_is_chosen_characters"):
+        assert 0.45 <= report.figures[name] <= 0.55
+    for feature, accuracy in report.figures["features"].items():
+        assert 0.45 <= accuracy <= 0.55, feature
+    assert set(pairs["flaw"]) == {"wrong", "vague", "off-topic", "overlong", "unsafe"}
+    split = split_pairs(pairs, test_size=0.2, by="topic")
+    assert len(split["test"]) >= 80 and len(set(pairs["topic"])) >= 5
+    assert check_pairs(split["train"], tokenizer, test=split["test"]).errors == []
+
+
+# Tokens
+
+
+def odd_rows(count, seed=0):
+    """Rows of the pieces that tokenizers stumble over, special tokens among them."""
+    pieces = [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_",
+        "start|>",
+        "<|",
+        "|>",
+        " ",
+        "\n",
+        "\n\n",
+        "\t",
+        "user\n",
+        "é",
+        "日本",
+    ]
+    pieces += ["assistant\n", "<think>", "</think>\n", "word", " word", "12", "👍", "e\u0301", "\u200d", "."]
+    rng = random.Random(seed)
+
+    def text():
+        return "".join(rng.choices(pieces, k=rng.randint(1, 8)))
+
+    for _ in range(count):
+        prompt = [turn("user", "q" + text())]
+        if rng.random() < 0.4:
+            prompt = [turn("user", "q" + text()), turn("assistant", text()), *prompt]
+        if rng.random() < 0.3:
+            prompt = [turn("system", text()), *prompt]
+        yield pair(prompt, text(), text(), chat_template_kwargs=rng.choice([{}, {"tone": "dry"}]))
+
+
+def as_trl_does(tokenizer, row):
+    """(prompt, shared, chosen, rejected) in tokens, with the functions that DPOTrainer tokenizes with."""
+    from trl.data_utils import _tokenize, common_prefix_length
+
+    options = {"tools": None, **row["chat_template_kwargs"]}
+    prompt = _tokenize(tokenizer, row["prompt"], add_generation_prompt=True, **options)["input_ids"]
+    sides = [_tokenize(tokenizer, row["prompt"] + row[side], **options)["input_ids"] for side in ("chosen", "rejected")]
+    shared = min(common_prefix_length(prompt, side) for side in sides)
+    return len(prompt), shared, *(len(side) - shared for side in sides)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_lengths_are_those_of_the_trainer(tokenizer, cut):
+    pairs = load_pairs(list(odd_rows(200)))
+    measuring = measure.Measure(tokenizer)
+    assert measuring.cuts[0] == "<|im_start|>"  # the prompt is tokenized once, up to here
+    if not cut:
+        measuring.cuts = []
+    out = measuring(pairs[:])
+    got = list(zip(out["prompt"], out["shared"], out["chosen"], out["rejected"], strict=True))
+    assert got == [as_trl_does(tokenizer, row) for row in pairs]
+    split = np.array(out["marks"]) & measure.BIT["prompt_not_prefix"] > 0
+    assert 0 < split.sum() < len(pairs)
+
+
+def test_a_cut_is_made_only_where_no_other_token_can_reach_over_it():
+    from tokenizers import AddedToken
+
+    def clean(token, *others):
+        return measure._cuts_cleanly(token, [token.content, *others])
+
+    assert clean(AddedToken("<|go|>", normalized=False), "<|end|>", "<tool>")
+    assert not clean(AddedToken("<|go|>", normalized=False, lstrip=True))
+    assert not clean(AddedToken("<|go|>", normalized=True))
+    assert not clean(AddedToken("<|go|>", normalized=False), "\n<|go|>")  # a longer token holds it
+    assert not clean(AddedToken("<|go|>", normalized=False), "end<|")  # a token that ends as this one begins
+    assert not clean(AddedToken("aa", normalized=False))  # overlaps itself
+
+
+def test_a_cut_that_does_not_hold_is_given_up(tokenizer):
+    pairs = load_pairs([pair("What is a squirrel?", chat_template_kwargs={})])
+    measuring = measure.Measure(tokenizer)
+    measuring.cuts = ["quirrel"]  # inside a word: no boundary of tokens
+    out = measuring(pairs[:])
+    assert measuring.cuts == []
+    assert out["prompt"][0] == as_trl_does(tokenizer, pairs[0])[0]
+
+
+def with_template(tokenizer, template):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    return changed
+
+
+def test_a_template_without_eos_and_a_wrong_eos_are_found(tokenizer):
+    pairs = load_pairs([pair(), pair("How?")])
+    bare = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    bare += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    assert found(check_pairs(pairs, with_template(tokenizer, bare)), "eos_missing") == [0, 1]
+    wrong = copy.deepcopy(tokenizer)
+    wrong.eos_token = "<|im_start|>"  # what the embedded model's file says
+    assert found(check_pairs(pairs, wrong), "eos_missing") == [0, 1]
+    assert found(check_pairs(pairs, tokenizer), "eos_missing") is None
+
+
+def test_a_template_that_refuses_a_row_is_a_finding_and_no_traceback(tokenizer):
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    pairs = load_pairs([pair(), pair([turn("system", "Be brief."), turn("user", "Why?")])])
+    report = check_pairs(pairs, with_template(tokenizer, strict + tokenizer.chat_template))
+    assert found(report, "template_refuses") == [1]
+    assert found(report, "eos_missing") is None
+
+
+def test_eos_of_a_dialogue_counts_one_for_each_turn(tokenizer):
+    sides = [[turn("assistant", "a"), turn("user", "b"), turn("assistant", text)] for text in ("c", "d")]
+    report = check_pairs(load_pairs([pair("Why?", *sides)]), tokenizer)
+    assert found(report, "eos_doubled") is None
+    assert found(report, "user_turn_in_completion") == [0]
+
+
+def test_only_tokens_of_the_chat_are_control_tokens(tokenizer):
+    pairs = load_pairs([pair("What is <filename>?"), pair("What is <|im_end|>?"), pair("What is <|eot_id|>?")])
+    report = check_pairs(pairs, tokenizer)
+    assert found(report, "special_token_in_text") == [1]
+    assert found(report, "template_leftover") == [2]
+
+
+# Lengths
+
+
+def test_long_prompts_lose_whole_turns_from_the_left_or_go(tokenizer):
+    talk = [turn(role, "word " * 60) for role in ("user", "assistant") * 3]
+    system = turn("system", "Be brief.")
+    rows = [
+        pair("Short?"),
+        pair([system, *talk, turn("user", "Why?")]),
+        pair("word " * 300),
+        pair([*talk, turn("user", "word " * 300)]),
+        pair("Short too?"),
+    ]
+    pairs = load_pairs(rows)
+    report = check_pairs(pairs, tokenizer, max_prompt_length=200)
+    assert found(report, "long_prompt") == [1, 2, 3]
+    assert "1 shortened, 2 left out, 0 kept" in str(report)
+    assert report.pairs["origin"][:] == ["row 1", "row 2", "row 5"]
+    shortened = report.pairs[1]["prompt"]
+    assert shortened == [system, *talk[4:], turn("user", "Why?")]  # as many turns as fit, beginning with the user's
+    tokens = check_pairs(report.pairs, tokenizer, max_prompt_length=200).lengths["prompt"]
+    assert tokens.max() <= 200 < tokens[1] + 60
+    assert report.lengths["prompt"].tolist() == tokens.tolist()
+
+    dropped = check_pairs(pairs, tokenizer, max_prompt_length=200, on_long_prompt="drop")
+    assert dropped.pairs["origin"][:] == ["row 1", "row 5"]
+    kept = check_pairs(pairs, tokenizer, max_length=250, max_prompt_length=200, on_long_prompt="keep")
+    assert kept.pairs["prompt"][:] == pairs["prompt"][:]
+    assert found(kept, "no_room") == [1, 2, 3]
+    with pytest.raises(UserError, match="Every prompt"):
+        check_pairs(pairs.select([2, 3]), tokenizer)
+
+
+def test_completion_tokens_that_would_be_cut_are_counted(tokenizer):
+    pairs = load_pairs([pair("Why?", "word " * 50, "word " * 70), pair("How?", "short", "word " * 20), pair("When?")])
+    report = check_pairs(pairs, tokenizer, max_length=80)
+    trainer = [as_trl_does(tokenizer, row | {"chat_template_kwargs": {}}) for row in pairs]
+    cut = sum(max(0, shared + side - 80) for _, shared, *sides in trainer for side in sides)
+    total = sum(chosen + rejected for *_, chosen, rejected in trainer)
+    assert cut > 0 and found(report, "over_max_length") == [0]
+    assert f"{cut} of {total} completion tokens" in str(report)
+
+
+# What tells the sides apart
+
+
+def test_chance_is_no_leak_and_a_habit_is(tokenizer):
+    rng = random.Random(3)
+    words = ["tree", "river", "stone", "cloud"]
+
+    def text(low, high):
+        return " ".join(rng.choices(words, k=rng.randint(low, high))) + "."
+
+    even = [pair(f"Question {n}?", text(5, 15), text(5, 15)) for n in range(200)]
+    assert check_pairs(load_pairs(even), tokenizer).findings == []
+    few = [pair(f"Question {n}?", *(["A tree.", "Tree."] if n < 8 else ["Tree.", "A tree."])) for n in range(12)]
+    report = check_pairs(load_pairs(few), tokenizer)  # 8 of 12: a coin does that often
+    assert report.findings == [] and report.figures["longer_is_chosen"] == pytest.approx(8 / 12)
+    longer = [pair(f"Question {n}?", text(8, 15), text(5, 12)) for n in range(200)]
+    report = check_pairs(load_pairs(longer), tokenizer)
+    assert {finding.code for finding in report.findings} == {"length_leak"}
+    assert report.figures["longer_is_chosen"] > 0.7
+    for habit in ("1. {}", "Well then, {}", "<think>x</think>{}", "`{}`", "{} 7.", "**{}**", "{}!", "{}?", "x\n{}"):
+        rows = [row | {"chosen": habit.format(row["chosen"])} for row in even]
+        codes = {finding.code for finding in check_pairs(load_pairs(rows), tokenizer).findings}
+        assert "feature_leak" in codes, habit
+
+
+# The report
+
+
+def test_errors_stop_and_warnings_do_not(tokenizer):
+    warned = check_pairs(load_pairs([pair(), pair()]), tokenizer)
+    assert found(warned, "duplicate_pair") == [1]
+    warned.raise_for_errors()
+    assert warned.clean["origin"][:] == ["row 1", "row 2"]
+    wrong = check_pairs(load_pairs([pair(), pair(rejected=" ")]), tokenizer)
+    with pytest.raises(UserError, match=r"(?s)empty completion: 1 \(row 2\).*\.clean .*1 of 2 pairs remain"):
+        wrong.raise_for_errors()
+    assert wrong.clean["origin"][:] == ["row 1"]
+
+
+def test_findings_from_elsewhere_are_taken_in(tokenizer):
+    report = check_pairs(load_pairs([pair(), pair()]), tokenizer)
+    finding = Finding("thought_open", "error", 1, "a thought that never closes", "why", "cure", (0,), ("row 1",))
+    assert report.add([finding]) is report
+    assert [one.code for one in report.findings] == ["thought_open", "duplicate_pair"]  # errors first
+    assert report.clean["origin"][:] == ["row 2"]
+    frame = report.to_frame()
+    assert frame.columns.tolist() == ["severity", "code", "count", "what", "rows", "why", "cure"]
+    assert frame["rows"].tolist() == ["row 1", "row 2"]
+
+
+class _Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.add(tag)
+
+
+def test_what_the_report_shows_is_harmless(tokenizer, tmp_path):
+    path = tmp_path / "<script>.csv"
+    start = "</td><img\u202e src=x\x1b[31m onerror=y>"
+    path.write_text("prompt,chosen,rejected\n" + "".join(f"q{n},{start} a,b{n}\n" for n in range(20)), encoding="utf-8")
+    report = check_pairs(load_pairs(path), tokenizer)
+    assert "onerror" in str(report) or "img" in str(report)
+    tags = _Tags()
+    tags.feed(report._repr_html_())
+    assert tags.seen == {"p", "table", "thead", "tbody", "tr", "th", "td"}
+    shown = str(report) + report.to_frame().to_string()
+    assert "\x1b" not in shown and "\u202e" not in shown
+
+
+def test_the_table_names_the_worst_rows_of_a_file_once(tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "q", "chosen": "a", "rejected": "a"}\n' * 9)
+    line = next(line for line in str(check_pairs(load_pairs(path), tokenizer)).splitlines() if "same_text" in line)
+    assert line.startswith("error") and line.endswith("(a.jsonl:1, 2, 3, 4, 5, ...)")
+
+
+def test_checking_a_file_twice_is_a_cache_hit(tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "q", "chosen": "a", "rejected": ""}\n')
+    first = check_pairs(load_pairs(path), tokenizer)
+    monkeypatch.setattr(measure.Measure, "__call__", lambda *args: pytest.fail("measured again"))
+    again = check_pairs(load_pairs(path), tokenizer, max_length=100)  # lengths are judged afterwards: still a hit
+    assert str(again) == str(first)
+    other_eos = copy.deepcopy(tokenizer)
+    other_eos.eos_token = "<|endoftext|>"
+    for other in (with_template(tokenizer, tokenizer.chat_template + " "), other_eos):
+        with pytest.raises(pytest.fail.Exception):
+            check_pairs(load_pairs(path), other)
+    path.write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+    with pytest.raises(pytest.fail.Exception):
+        check_pairs(load_pairs(path), tokenizer)
+
+
+def test_what_can_not_be_checked(tokenizer):
+    raw = datasets.Dataset.from_list([pair()])
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    pairs = load_pairs([pair()])
+    for call, words in (
+        (lambda: check_pairs(raw, tokenizer), "load_pairs"),
+        (lambda: check_pairs(pairs.select([]), tokenizer), "empty"),
+        (lambda: check_pairs(pairs, tokenizer, test=raw), "test"),
+        (lambda: check_pairs(pairs, bare), "no chat template"),
+        (lambda: check_pairs(pairs, tokenizer, on_long_prompt="cut"), "'shorten', 'drop' or 'keep'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            call()
+
+
+def test_one_long_text_does_not_stop_the_check(tokenizer):
+    report = check_pairs(load_pairs([pair(), pair("How?", "x" * 1_000_000, "y")]), tokenizer)
+    assert found(report, "over_max_length") == [1]

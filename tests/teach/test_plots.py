@@ -1,0 +1,49 @@
+"""Figures show the numbers that they are given, with named axes."""
+
+import math
+
+import pandas as pd
+
+from helpers.run.metrics import accuracy_by
+from helpers.teach import plots
+
+
+def test_training_curves_hold_every_point_and_the_line_of_no_learning():
+    history = [
+        {"step": 1, "loss": 0.7, "rewards/margins": 0.0, "rewards/accuracies": 0.0},
+        {"step": 2, "loss": 0.6, "rewards/margins": 0.2, "rewards/accuracies": 1.0},
+        {"step": 2, "eval_loss": 0.65, "eval_rewards/margins": 0.1, "eval_rewards/accuracies": 0.8},
+    ]
+    axes = plots.plot_training(history).axes
+    drawn = [[list(line.get_ydata()) for line in axis.lines] for axis in axes]
+    assert drawn[0] == [[0.7, 0.6], [0.65], [math.log(2)] * 2]
+    assert drawn[2] == [[0.0, 1.0], [0.8], [0.5] * 2]
+    assert all(axis.get_xlabel() and axis.get_ylabel() for axis in axes)
+
+
+def test_shares_of_zero_and_one_are_drawn():
+    table = pd.DataFrame({"log_ratio_gap": [1.0] * 15 + [-1.0] * 7, "flaw": ["good"] * 15 + ["bad"] * 7})
+    figure = plots.plot_shares(accuracy_by(table, "flaw"), label="share")
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["good (15)", "bad (7)"]
+
+
+def test_log_ratios_and_lengths():
+    table = pd.DataFrame(
+        {"chosen_policy": [-9.0], "chosen_reference": [-10.0], "rejected_policy": [-5.0], "rejected_reference": [-2.0]}
+    )
+    labels = [text.get_text() for text in plots.plot_log_ratios(table).axes[0].get_legend().get_texts()]
+    assert labels == ["chosen, mean +1.00", "rejected, mean -3.00"]
+    histogram, scatter = plots.plot_lengths([3, 5], [4, 4]).axes
+    assert scatter.collections[0].get_offsets().tolist() == [[4, 3], [4, 5]]
+    assert histogram.get_xlabel() == "tokens in the completion"
+
+
+def test_the_picture_of_the_readme_holds_every_run():
+    interval = {"reference_accuracy_interval": [0.5, 0.7], "accuracy_interval": [0.7, 0.9]}
+    seeds = [{"seed": s, "pairs": 9, "reference_accuracy": 0.6, "accuracy": 0.8} | interval for s in range(2)]
+    sweep = pd.DataFrame({"beta": [0.1, 0.1, 1.0], "kl": [5.0, 7.0, 1.0]})
+    left, right = plots.plot_measured(seeds, sweep).axes
+    assert [line.get_ydata()[0] for line in left.lines if line.get_marker() == "o"] == [0.6, 0.8, 0.8]
+    mean, runs = right.lines
+    assert (list(mean.get_ydata()), list(runs.get_ydata())) == ([6.0, 1.0], [5.0, 7.0, 1.0])
+    assert all(axis.get_ylabel() for axis in (left, right))
