@@ -10,15 +10,123 @@ import json
 import platform
 import shutil
 import tempfile
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from peft import PeftModel
+from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from helpers.common import UserError, write_atomic, write_json
+
+POLICY_AT_START = "the policy at its start"  # `RunInfo.reference` of a run without a ref_model
+
+
+class Status(StrEnum):
+    """How far a run has come."""
+
+    RUNNING = "running"
+    FINISHED = "finished"
+    OUT_OF_MEMORY = "out of memory"
+
+
+@dataclasses.dataclass
+class DataInfo:
+    """What a run knows of its pairs.
+
+    Attributes:
+        train, test: hashes of the pairs' token ids.
+        findings: of `check_pairs` on the training pairs, code to count.
+        prompts: how many prompts over the limit were "shortened" and how many were "left_out".
+    """
+
+    train: str
+    test: str
+    findings: dict[str, int] = dataclasses.field(default_factory=dict)
+    prompts: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class RunInfo:
+    """What run.json holds: model, data, settings and state of a run.
+
+    Attributes:
+        model: the base model's name, as other machines know it.
+        profile: of the machine that trained: "gpu" or "cpu".
+        config: the trainer's settings (`describe_config`).
+        train_pairs, test_pairs: how many.
+        data: what is known of them.
+        base: hash of the base model's weights.
+        start: hash of the adapter before training.
+        reference: POLICY_AT_START, or the hash of the ref_model.
+        versions: of the libraries (`versions`).
+        machine: in a few words (`machine`).
+        status: whether it is finished.
+        steps: how many were made; None until the run is finished.
+        end: hash of the trained adapter; None until the run is finished.
+        lora: what scales each saved adapter ("adapter", "reference"); its weights alone do not tell.
+        memory_gb: GB "needed" by the estimate and "free" at the start; on a GPU also measured: "used", "peak".
+        prompts_rule: arguments of `check_pairs` for long prompts: max_prompt_length, on_long_prompt.
+        schema: version of this form; 1 had none written.
+    """
+
+    model: str
+    profile: str
+    config: dict[str, Any]
+    train_pairs: int
+    test_pairs: int
+    data: DataInfo
+    base: str
+    start: str
+    reference: str
+    versions: dict[str, str]
+    machine: str
+    status: Status
+    steps: int | None = None
+    end: str | None = None
+    lora: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    memory_gb: dict[str, float] = dataclasses.field(default_factory=dict)
+    prompts_rule: dict[str, Any] = dataclasses.field(
+        default_factory=lambda: {"max_prompt_length": 256, "on_long_prompt": "shorten"}
+    )
+    schema: int = 2
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], source: str = "run.json") -> "RunInfo":
+        """Read what `to_json` gave, in this version or an earlier one. Names that it does not know are ignored.
+
+        Args:
+            values: what run.json holds.
+            source: what an error calls it.
+
+        Raises:
+            UserError: something needed is missing, or of another type.
+        """
+        wrong = []
+        try:
+            info = TypeAdapter(cls).validate_python({"schema": 1} | values)
+        except ValidationError as error:
+            wrong = [".".join(map(str, one["loc"])) for one in error.errors()]
+        if values.get("status") == Status.FINISHED and not isinstance(values.get("end"), str):
+            wrong.append("end")
+        if "config" not in wrong:
+            kinds = {"beta": (int, float), "max_length": int}
+            config = values.get("config", {})
+            wrong += [f"config.{name}" for name, kind in kinds.items() if not isinstance(config.get(name), kind)]
+        if wrong:
+            raise UserError(
+                f"{source} lacks {', '.join(wrong)}: it was written by another version of these notebooks, or edited. "
+                "Train the run again, in another folder."
+            )
+        return info
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain JSON."""
+        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass
@@ -27,17 +135,17 @@ class Run:
 
     Attributes:
         folder: holds `adapter/` (LoRA weights and tokenizer), the files below, and a model card; `reference/` too
-            where the run started from an adapter that was trained before.
-        info: settings, model, versions, machine, data fingerprints, seeds, status.
+            if the run started from an adapter that was trained before.
+        info: model, data, settings and state.
         history: one dict for each logging and evaluation step, as TRL logs them.
         metrics: held-out figures before and after, seconds.
         held_out: one row for each held-out pair: origin, topic, flaw, log-probs under reference and policy.
     """
 
     folder: Path
-    info: dict
-    history: list[dict]
-    metrics: dict
+    info: RunInfo
+    history: list[dict[str, Any]]
+    metrics: dict[str, Any]
     held_out: pd.DataFrame | None
 
     @property
@@ -47,20 +155,20 @@ class Run:
 
     @property
     def reference(self) -> Path | None:
-        """The adapter that is the reference; None where the base model is, or a model that was passed."""
+        """The adapter that is the reference; None if that is the base model, or a model that was passed."""
         folder = self.folder / "reference"
         return folder if folder.is_dir() else None
 
     @classmethod
     def load(cls, folder: str | Path) -> "Run":
-        """Read a run's `folder`. Raises UserError where it is none, is unfinished, or can't be read."""
+        """Read a run's `folder`. Raises UserError if it is none, is unfinished, or can't be read."""
         folder = Path(folder)
         info = read_info(folder)
         if info is None:
             raise UserError(f"{folder.name} is no run folder: it has no run.json. 03_train makes one.")
-        if info.get("status") != "finished":
-            cure = "See diagnose(folder), then call" if info.get("status") == "out of memory" else "Call"
-            raise UserError(f"The run in {folder.name} is {info.get('status')}. {cure} train_dpo again to finish it.")
+        if info.status != Status.FINISHED:
+            cure = "See diagnose(folder), then call" if info.status == Status.OUT_OF_MEMORY else "Call"
+            raise UserError(f"The run in {folder.name} is {info.status}. {cure} train_dpo again to finish it.")
         table = folder / "held_out.jsonl"
         try:
             history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
@@ -71,24 +179,29 @@ class Run:
         return cls(folder, info, history, metrics, held_out)
 
 
-def read_info(folder: Path) -> dict | None:
-    """`Run.info` of the run in `folder`, finished or not; None where there is no run.json.
+def read_info(folder: Path) -> RunInfo | None:
+    """`Run.info` of the run in `folder`, finished or not; None if there is no run.json.
 
     Raises:
-        UserError: run.json holds no JSON object.
+        UserError: run.json is not valid JSON, or lacks something.
     """
     path = folder / "run.json"
     if not path.is_file():
         return None
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(info, dict):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
             raise ValueError("no object")
-        return info
     except ValueError as error:
         raise UserError(
             f"{folder.name}/run.json is not valid JSON ({error}). Restore it, or use a new folder."
         ) from error
+    return RunInfo.from_json(values, f"{folder.name}/run.json")
+
+
+def write_info(folder: Path, info: RunInfo) -> None:
+    """Write `info` as the folder's run.json."""
+    write_json(folder / "run.json", info.to_json())
 
 
 def versions() -> dict[str, str]:
@@ -129,16 +242,16 @@ def set_aside(folder: Path) -> None:
     folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
 
 
-def save_adapter(folder: Path, model: PeftModel, info: dict) -> None:
+def save_adapter(folder: Path, model: PeftModel, info: RunInfo) -> None:
     """Write the model's adapter as a folder that appears whole, and names its base as other machines know it.
 
-    What scales the adapter goes into `info["lora"]`, since the weights alone do not tell.
+    What scales the adapter goes into `info.lora`.
     """
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     model.save_pretrained(part)
     config = json.loads((part / "adapter_config.json").read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = info["model"]
-    info.setdefault("lora", {})[folder.name] = {name: config[name] for name in LORA_SCALE}
+    config["base_model_name_or_path"] = info.model
+    info.lora[folder.name] = {name: config[name] for name in LORA_SCALE}
     (part / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     (part / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours lies beside the adapter
     shutil.rmtree(folder, ignore_errors=True)
@@ -149,7 +262,7 @@ def save_run(run: Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, car
     """Write what a finished run leaves; `run.json` comes last, so that "finished" is true when it is read.
 
     Args:
-        run: with its folder, and `info["status"]` set to "finished".
+        run: with its folder, and `info.status` set to FINISHED.
         model, tokenizer: go into `adapter/`.
         card: text of the folder's README.md.
     """
@@ -160,7 +273,7 @@ def save_run(run: Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, car
     write_json(folder / "metrics.json", run.metrics)
     write_atomic(folder / "held_out.jsonl", lambda path: run.held_out.to_json(path, orient="records", lines=True))
     write_atomic(folder / "README.md", lambda path: Path(path).write_text(card, encoding="utf-8"))
-    write_json(folder / "run.json", run.info)
+    write_info(folder, run.info)
     for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
     (folder / "checkpoints" / "README.md").unlink(missing_ok=True)  # TRL's card; ours lies beside the adapter
