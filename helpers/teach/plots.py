@@ -1,33 +1,57 @@
 """Figures from plain numbers: each answers one question, with its axes named.
 
-The functions take lists and tables, load nothing and print nothing; they return a figure, which a cell shows as its
+The functions take lists and tables, load nothing and print nothing. They return a figure, which a cell shows as its
 value.
 """
 
 import html
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import HTML
 
-# Two colours that differ in lightness too, so that they read in grey and for the colour-blind.
+# The two colours differ in lightness too, so that they can be told apart in grey print and by the colour-blind.
 CHOSEN, REJECTED = "#1b6ca8", "#d9822b"
+_DASHED = {"color": "grey", "linestyle": "--", "linewidth": 1}  # a line to compare with
 
 
-def _series(history: list[dict], name: str) -> tuple[list, list]:
+def _subplots(*shape: int, **options: Any) -> tuple[plt.Figure, Any]:
+    """A figure and its axes, as `plt.subplots` makes them. Closed at once: a cell shows it only as its value."""
+    figure, axes = plt.subplots(*shape, layout="constrained", **options)
+    plt.close(figure)
+    return figure, axes
+
+
+def _series(history: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of what is called `name`, where the history has it."""
     rows = [(row["step"], float(row[name])) for row in history if name in row]
     return [step for step, _ in rows], [value for _, value in rows]
+
+
+def _names_and_bars(shares: pd.DataFrame) -> tuple[list[str], list[pd.Series]]:
+    """Each group's name with its count; how far its interval reaches below and above its share, 0 without one."""
+    names = [f"{name} ({count})" for name, count in zip(shares.index, shares.pairs, strict=True)]
+    # At a share of 0 or 1 an end of the interval is the share itself, to rounding.
+    return names, [bar.clip(lower=0).fillna(0) for bar in (shares.share - shares.low, shares.high - shares.share)]
+
+
+def _by_beta(table: pd.DataFrame) -> Iterator[tuple[str, tuple, pd.DataFrame]]:
+    """The name, the colour and the rows of each beta, lowest first."""
+    groups = table.groupby("beta")
+    for place, (beta, rows) in enumerate(groups):
+        yield f"{beta:g}", plt.get_cmap("viridis")(0.9 * place / max(len(groups) - 1, 1)), rows
 
 
 def plot_training(history: list[dict]) -> plt.Figure:
     """Loss, margin and preference accuracy by step: is it learning, and on pairs that it has not seen?
 
     Args:
-        history: as in `Run.history`; held-out points are drawn where it has evaluations.
+        history: as in `Run.history`; its evaluations, if any, are drawn as held-out points.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    figure, axes = _subplots(1, 3, figsize=(12, 3.4))
     parts = (
         ("loss", "loss", "loss (nats)", math.log(2), "ln 2: nothing learned"),
         ("rewards/margins", "margin", "margin (beta x log-ratio gap)", 0, "no preference"),
@@ -38,10 +62,9 @@ def plot_training(history: list[dict]) -> plt.Figure:
         steps, values = _series(history, f"eval_{name}")
         if steps:
             axis.plot(steps, values, color="black", linestyle="none", marker="D", label="held out")
-        axis.axhline(line, color="grey", linestyle="--", linewidth=1, label=meaning)
+        axis.axhline(line, **_DASHED, label=meaning)
         axis.set(title=title, xlabel="step", ylabel=label)
         axis.legend(fontsize=8)
-    plt.close(figure)  # shown once, as the cell's value
     return figure
 
 
@@ -53,15 +76,13 @@ def plot_log_ratios(table: pd.DataFrame) -> plt.Figure:
     """
     chosen = table.chosen_policy - table.chosen_reference
     rejected = table.rejected_policy - table.rejected_reference
-    figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
-    bins = 30
+    figure, axis = _subplots(figsize=(7, 3.4))
     span = (min(chosen.min(), rejected.min()), max(chosen.max(), rejected.max()))
-    axis.hist(chosen, bins, range=span, color=CHOSEN, alpha=0.6, label=f"chosen, mean {chosen.mean():+.2f}")
-    axis.hist(rejected, bins, range=span, color=REJECTED, alpha=0.6, label=f"rejected, mean {rejected.mean():+.2f}")
-    axis.axvline(0, color="grey", linestyle="--", linewidth=1)
+    axis.hist(chosen, 30, range=span, color=CHOSEN, alpha=0.6, label=f"chosen, mean {chosen.mean():+.2f}")
+    axis.hist(rejected, 30, range=span, color=REJECTED, alpha=0.6, label=f"rejected, mean {rejected.mean():+.2f}")
+    axis.axvline(0, **_DASHED)
     axis.set(xlabel="log policy - log reference (nats)", ylabel="held-out pairs")
     axis.legend()
-    plt.close(figure)
     return figure
 
 
@@ -71,68 +92,61 @@ def plot_lengths(chosen: list[int], rejected: list[int]) -> plt.Figure:
     Args:
         chosen, rejected: tokens in each completion, shape (pairs,).
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    figure, axes = _subplots(1, 2, figsize=(10, 3.4))
     span = (0, max(*chosen, *rejected))
     axes[0].hist(chosen, 30, range=span, color=CHOSEN, alpha=0.6, label="chosen")
     axes[0].hist(rejected, 30, range=span, color=REJECTED, alpha=0.6, label="rejected")
     axes[0].set(xlabel="tokens in the completion", ylabel="pairs")
     axes[0].legend()
     axes[1].scatter(rejected, chosen, s=8, color=CHOSEN)
-    axes[1].plot(span, span, color="grey", linestyle="--", linewidth=1, label="equal length")
+    axes[1].plot(span, span, **_DASHED, label="equal length")
     axes[1].set(xlabel="tokens in rejected", ylabel="tokens in chosen")
     axes[1].legend()
-    plt.close(figure)
     return figure
 
 
-def plot_shares(shares: pd.DataFrame, *, label: str, baseline: float | None = None) -> plt.Figure:
+def plot_shares(shares: pd.DataFrame, *, label: str) -> plt.Figure:
     """A share for each row with its interval: which groups differ by more than chance?
 
     Args:
         shares: index of group names; columns share, low, high (0 to 1) and pairs (count).
         label: of the x-axis: of what they are shares.
-        baseline: where the reference alone is, if that is to be drawn.
     """
-    figure, axis = plt.subplots(figsize=(7, 0.5 + 0.45 * len(shares)), layout="constrained")
-    # At a share of 0 or 1 an end of the interval is the share itself, to rounding.
-    errors = [(shares.share - shares.low).clip(lower=0), (shares.high - shares.share).clip(lower=0)]
-    names = [f"{name} ({count})" for name, count in zip(shares.index, shares.pairs, strict=True)]
-    axis.errorbar(shares.share, names, xerr=errors, fmt="o", color=CHOSEN, capsize=3)
-    axis.axvline(0.5, color="grey", linestyle="--", linewidth=1, label="a coin")
-    if baseline is not None:
-        axis.axvline(baseline, color=REJECTED, linestyle=":", label="reference alone")
+    figure, axis = _subplots(figsize=(7, 0.5 + 0.45 * len(shares)))
+    names, bars = _names_and_bars(shares)
+    axis.errorbar(shares.share, names, xerr=bars, fmt="o", color=CHOSEN, capsize=3)
+    axis.axvline(0.5, **_DASHED, label="a coin")
     axis.set(xlabel=label, xlim=(0, 1.02))
     axis.legend(fontsize=8, loc="lower left")
     axis.invert_yaxis()
-    plt.close(figure)
     return figure
 
 
 def plot_margins(rewards: pd.DataFrame) -> plt.Figure:
-    """Margins of pairs before and after training: did the pairs move as a whole, or a few of them?
+    """Margins of pairs before and after training: did all pairs move, or a few of them?
 
     Args:
         rewards: as from `implicit_rewards`.
     """
-    per_token = {
-        name: rewards[f"chosen_{name}"] / rewards.chosen_tokens - rewards[f"rejected_{name}"] / rewards.rejected_tokens
+    before, after = (
+        rewards[f"chosen_{name}"] / rewards.chosen_tokens - rewards[f"rejected_{name}"] / rewards.rejected_tokens
         for name in ("reference", "policy")
-    }
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained", sharey=True)
+    )
+    figure, axes = _subplots(1, 2, figsize=(11, 3.4), sharey=True)
     axes[0].hist(rewards.margin, 30, color=CHOSEN, alpha=0.6, label=f"after, mean {rewards.margin.mean():+.2f}")
     axes[0].axvline(0, color="black", linestyle="--", linewidth=1, label="before: 0 for every pair")
     axes[0].set(xlabel="implicit reward of chosen - of rejected", ylabel="pairs", title="relative to the reference")
-    span = (min(map(min, per_token.values())), max(map(max, per_token.values())))
-    for (name, values), when, style in zip(
-        per_token.items(), ("before", "after"), ({"color": REJECTED}, {"color": CHOSEN, "hatch": "//"}), strict=True
+    for values, name, style in (
+        (before, "before (reference)", {"color": REJECTED}),
+        (after, "after (policy)", {"color": CHOSEN, "hatch": "//"}),
     ):
-        label = f"{when} ({name}), {(values > 0).mean():.0%} above 0"
+        span = (min(before.min(), after.min()), max(before.max(), after.max()))
+        label = f"{name}, {(values > 0).mean():.0%} above 0"
         axes[1].hist(values, 30, range=span, alpha=0.5, label=label, **style)
     axes[1].axvline(0, color="black", linestyle="--", linewidth=1)
     axes[1].set(xlabel="log-prob per token, chosen - rejected (nats)", title="each model by itself")
     for axis in axes:
         axis.legend(fontsize=8)
-    plt.close(figure)
     return figure
 
 
@@ -142,26 +156,25 @@ def plot_rewards_by_length(rewards: pd.DataFrame) -> plt.Figure:
     Args:
         rewards: as from `implicit_rewards`.
     """
-    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    figure, axis = _subplots(figsize=(7, 3.6))
     for side, color, marker in (("chosen", CHOSEN, "o"), ("rejected", REJECTED, "x")):
         tokens, reward = rewards[f"{side}_tokens"], rewards[f"{side}_reward"]
         axis.scatter(tokens, reward, s=18, color=color, marker=marker, label=f"{side}, r = {tokens.corr(reward):+.2f}")
-    axis.axhline(0, color="grey", linestyle="--", linewidth=1)
+    axis.axhline(0, **_DASHED)
     axis.set(xlabel="tokens in the completion", ylabel="implicit reward (beta x log-ratio)")
     axis.legend(title="r: correlation with length", fontsize=8)
-    plt.close(figure)
     return figure
 
 
-# Characters in a line of the heat map, and the least that a word is given, so that its number fits below.
+# Characters in a line of the heat map, and the least room for a word, so that its number fits below it.
 _LINE, _LEAST = 88, 5
 
 
 def plot_token_rewards(tokens: pd.DataFrame) -> plt.Figure:
     """Heat map over the words of chosen and rejected: which of them does the policy like more than its reference?
 
-    Purple words have become likelier, orange ones less likely. The number below a word says the same in print, in
-    grey, and for who cannot tell the two colours apart. Text is drawn as it is, never read as a formula.
+    Purple words have become likelier, orange ones less likely. The number below a word says the same, for readers who
+    print in grey or cannot tell the two colours apart. Text is drawn as it is, never read as a formula.
 
     Args:
         tokens: as from `token_rewards`.
@@ -180,13 +193,8 @@ def plot_token_rewards(tokens: pd.DataFrame) -> plt.Figure:
             places[side].append((line, column, width, text, ratio))
             column += width + 1
     lines = [group[-1][0] + 1 for group in places.values()]
-    figure, axes = plt.subplots(
-        len(places),
-        figsize=(11, 0.5 * sum(lines) + 0.6 * len(lines)),
-        layout="constrained",
-        squeeze=False,
-        height_ratios=lines,
-    )
+    size = (11, 0.5 * sum(lines) + 0.6 * len(lines))
+    figure, axes = _subplots(len(places), figsize=size, squeeze=False, height_ratios=lines)
     colours = plt.get_cmap("PuOr")
     for axis, (side, group) in zip(axes[:, 0], places.items(), strict=True):
         for line, column, width, text, ratio in group:
@@ -200,13 +208,7 @@ def plot_token_rewards(tokens: pd.DataFrame) -> plt.Figure:
         axis.set(xlim=(-0.5, _LINE + 0.5), ylim=(group[-1][0] + 1, 0))
         axis.set_title(f"{side}: log-ratio of each word in nats, sum {total:+.2f}", loc="left", fontsize=10)
         axis.axis("off")
-    plt.close(figure)
     return figure
-
-
-def _beta_colours(betas: Iterable[float]) -> dict[float, tuple]:
-    betas = sorted(set(betas))
-    return {beta: plt.cm.viridis(0.9 * place / max(len(betas) - 1, 1)) for place, beta in enumerate(betas)}
 
 
 def plot_frontier(table: pd.DataFrame) -> plt.Figure:
@@ -215,9 +217,8 @@ def plot_frontier(table: pd.DataFrame) -> plt.Figure:
     Args:
         table: as in `Sweep.finished`: a point for each run, with its 95 percent intervals.
     """
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for beta, colour in _beta_colours(table.beta).items():
-        rows = table[table.beta == beta]
+    figure, axis = _subplots(figsize=(7, 4))
+    for beta, colour, rows in _by_beta(table):
         axis.errorbar(
             rows.kl,
             rows.accuracy,
@@ -226,39 +227,33 @@ def plot_frontier(table: pd.DataFrame) -> plt.Figure:
             fmt="o",
             color=colour,
             elinewidth=0.6,
-            label=f"{beta:g}",
+            label=beta,
         )
-    axis.set(
-        xlabel="KL(policy || reference) of sampled replies (nats a reply)",
-        ylabel="held-out preference accuracy",
-    )
+    axis.set(xlabel="KL(policy || reference) of sampled replies (nats a reply)", ylabel="held-out preference accuracy")
     figure.legend(title="beta", fontsize=8, loc="outside right upper")
-    plt.close(figure)
     return figure
 
 
 def plot_gaps_and_margins(history: pd.DataFrame) -> plt.Figure:
-    """Log-ratio gap and margin by step, a line for each beta: the same runs, told comparably and misleadingly.
+    """Log-ratio gap and margin by step, a line for each beta: only one of the two can be compared.
 
     Args:
-        history: as in `Sweep.history`; seeds are averaged. A line's points are means over the batches since the last
-            one; held-out pairs are drawn as diamonds where they were scored on the way.
+        history: as in `Sweep.history`; seeds are averaged. A point of a line is the mean over the batches since the
+            point before. Diamonds are held-out pairs, if they were scored during training.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    figure, axes = _subplots(1, 2, figsize=(11, 3.8))
     parts = (
         ("log_ratio_gap", "log-ratio gap: compare this", "log-ratio gap (nats)"),
         ("margin", "margin: do not compare, it contains beta", "margin (beta x log-ratio gap)"),
     )
     for axis, (name, title, label) in zip(axes, parts, strict=True):
-        for beta, colour in _beta_colours(history.beta).items():
-            rows = history[history.beta == beta]
+        for beta, colour, rows in _by_beta(history):
             for split, style in (("train", "-"), ("held out", "D")):
                 means = rows[rows.split == split].groupby("step")[name].mean()
-                axis.plot(means, style, color=colour, markersize=4, label=f"{beta:g}" if split == "train" else None)
-        axis.axhline(0, color="grey", linestyle="--", linewidth=1)
+                axis.plot(means, style, color=colour, markersize=4, label=beta if split == "train" else None)
+        axis.axhline(0, **_DASHED)
         axis.set(title=title, xlabel="step", ylabel=label)
         axis.legend(title="beta", fontsize=8)
-    plt.close(figure)
     return figure
 
 
@@ -268,14 +263,13 @@ def plot_changes(table: pd.DataFrame) -> plt.Figure:
     Args:
         table: as in `Sweep.finished`; a point for each run.
     """
-    figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
-    betas = [f"{beta:g}" for beta in table.beta]  # as names: evenly spaced
+    figure, axis = _subplots(figsize=(7, 3.4))
+    betas = [f"{beta:g}" for beta in table.beta]  # as text, so that they are evenly spaced
     axis.plot(betas, table.chosen_change, "o", color=CHOSEN, alpha=0.8, label="chosen")
     axis.plot(betas, table.rejected_change, "s", color=REJECTED, alpha=0.8, label="rejected")
-    axis.axhline(0, color="grey", linestyle="--", linewidth=1, label="reference")
+    axis.axhline(0, **_DASHED, label="reference")
     axis.set(xlabel="beta", ylabel="log policy - log reference (nats),\nmean of held-out pairs")
     axis.legend(fontsize=8)
-    plt.close(figure)
     return figure
 
 
@@ -283,26 +277,24 @@ def plot_compared(shares: dict[str, pd.DataFrame], *, label: str, baseline: floa
     """The same shares for several models, side by side: where do they differ by more than chance?
 
     Args:
-        shares: for each model a table as `plot_shares` takes it, with the same index; where low and high are missing
-            (NaN), a point is drawn without an interval.
+        shares: for each model a table as `plot_shares` takes it, with the same index. A point whose low and high are
+            missing (NaN) gets no interval.
         label: of the x-axis: of what they are shares.
         baseline: where a coin would be, if there is one.
     """
     rows = next(iter(shares.values()))
-    figure, axis = plt.subplots(figsize=(8, 0.8 + 0.22 * len(rows) * len(shares)), layout="constrained")
-    colours = plt.cm.viridis([i / len(shares) for i in range(len(shares))])
+    figure, axis = _subplots(figsize=(8, 0.8 + 0.22 * len(rows) * len(shares)))
+    names, _ = _names_and_bars(rows)
     for i, (model, table) in enumerate(shares.items()):
         table = table.loc[rows.index]
         places = [row + 0.7 * ((i + 0.5) / len(shares) - 0.5) for row in range(len(rows))]
-        errors = [(table.share - table.low).clip(lower=0).fillna(0), (table.high - table.share).clip(lower=0).fillna(0)]
-        axis.errorbar(table.share, places, xerr=errors, fmt="o", color=colours[i], capsize=2, label=model)
+        colour, (_, bars) = plt.get_cmap("viridis")(i / len(shares)), _names_and_bars(table)
+        axis.errorbar(table.share, places, xerr=bars, fmt="o", color=colour, capsize=2, label=model)
     if baseline is not None:
-        axis.axvline(baseline, color="grey", linestyle="--", linewidth=1, label="a coin")
-    names = [f"{name} ({count})" for name, count in zip(rows.index, rows.pairs, strict=True)]
+        axis.axvline(baseline, **_DASHED, label="a coin")
     axis.set(xlabel=label, xlim=(-0.02, 1.02), yticks=range(len(rows)), yticklabels=names)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.invert_yaxis()
-    plt.close(figure)
     return figure
 
 
@@ -310,26 +302,25 @@ def plot_thought_lengths(tokens: dict[str, list[int]]) -> plt.Figure:
     """How long the thoughts of each model are: quartiles as a box, the mean as a diamond.
 
     Args:
-        tokens: for each model the tokens of each thought, 0 where there is none.
+        tokens: for each model the tokens of each thought, 0 for a reply without one.
     """
-    figure, axis = plt.subplots(figsize=(8, 0.8 + 0.5 * len(tokens)), layout="constrained")
+    figure, axis = _subplots(figsize=(8, 0.8 + 0.5 * len(tokens)))
     means = {"marker": "D", "markerfacecolor": CHOSEN, "markeredgecolor": CHOSEN}
     axis.boxplot(tokens.values(), orientation="horizontal", tick_labels=list(tokens), showmeans=True, meanprops=means)
     axis.set(xlabel="tokens in the thought")
     axis.invert_yaxis()
-    plt.close(figure)
     return figure
 
 
 def plot_symptoms(rows: list[dict]) -> plt.Figure:
-    """How does each symptom look, beside the cured run? Symptoms that no curve shows are left out.
+    """How does each symptom look, next to the cured run? Symptoms that no curve shows are left out.
 
     Args:
-        rows: as `diagnosis.guide` gives them.
+        rows: as `lessons.guide` gives them.
     """
     drawn = [row for row in rows if row["curve"]]
     height = math.ceil(len(drawn) / 3)
-    figure, axes = plt.subplots(height, 3, figsize=(9, 1.9 * height), layout="constrained", squeeze=False)
+    figure, axes = _subplots(height, 3, figsize=(9, 1.9 * height), squeeze=False)
     for axis in axes.flat[len(drawn) :]:
         axis.axis("off")
     for axis, row in zip(axes.flat, drawn, strict=False):
@@ -342,7 +333,6 @@ def plot_symptoms(rows: list[dict]) -> plt.Figure:
         axis.set_ylabel(label, fontsize=8)
         axis.tick_params(labelsize=7)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8)
-    plt.close(figure)
     return figure
 
 
@@ -350,7 +340,7 @@ def symptom_table(rows: list[dict]) -> HTML:
     """The words and numbers of each symptom, in full width.
 
     Args:
-        rows: as `diagnosis.guide` gives them.
+        rows: as `lessons.guide` gives them.
     """
     names = [name for name in rows[0] if name not in ("curve", "histories")]
     head = "".join(f'<th style="text-align:left">{html.escape(name)}</th>' for name in names)
@@ -364,26 +354,24 @@ def plot_measured(seeds: list[dict], sweep: pd.DataFrame) -> plt.Figure:
     """The README's picture: does training teach the preference, and what does beta do?
 
     Args:
-        seeds: of `benchmarks/results/seeds.json`: accuracies before and after, with 95 percent intervals.
+        seeds: as in `benchmarks/results/seeds.json`: accuracies before and after, with 95 percent intervals.
         sweep: as in `Sweep.finished`: a row for each run.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure, (left, right) = _subplots(1, 2, figsize=(9, 3.2))
     first = seeds[0]
     rows = [("before", first["reference_accuracy"], first["reference_accuracy_interval"], REJECTED)]
     rows += [(f"after,\nseed {run['seed']}", run["accuracy"], run["accuracy_interval"], CHOSEN) for run in seeds]
     for name, share, (low, high), colour in rows:
         left.errorbar([name], [share], yerr=[[share - low], [high - share]], fmt="o", color=colour, capsize=4)
-    left.axhline(0.5, color="grey", linestyle="--", linewidth=1, label="a coin")
+    left.axhline(0.5, **_DASHED, label="a coin")
     left.set(title="Is the chosen answer told from the rejected?", ylabel=f"share of {first['pairs']} held-out pairs")
     left.set(ylim=(0.4, 1), xlim=(-0.5, len(rows) - 0.5))
     left.legend(fontsize=8, loc="lower right")
     right.plot(sweep.groupby("beta").kl.mean(), color=CHOSEN, linewidth=1, label="mean of the seeds")
     right.plot(sweep.beta, sweep.kl, "o", color=CHOSEN, alpha=0.6, label="a run")
     right.set(title="What does beta do?", xlabel="beta", xscale="log", ylabel="KL from the reference\n(nats a reply)")
-    right.set(
-        ylim=(0, None), xticks=sorted(set(sweep.beta)), xticklabels=[f"{beta:g}" for beta in sorted(set(sweep.beta))]
-    )
+    betas = sorted(set(sweep.beta))
+    right.set(ylim=(0, None), xticks=betas, xticklabels=[f"{beta:g}" for beta in betas])
     right.minorticks_off()
     right.legend(fontsize=8)
-    plt.close(figure)
     return figure
