@@ -1,16 +1,18 @@
 """The first cell of a notebook: settings from `.env`, text progress, imports in the safe order.
 
-Importing this module imports Unsloth, which patches TRL, transformers and PEFT as they load; that works only when
-none of them is imported yet, so this module refuses to go on where one is.
+Importing this module imports Unsloth, which patches TRL, transformers and PEFT as they load. That works only if none
+of them is imported yet, so this module raises an error if one is.
 """
 
 import contextlib
-import logging
 import os
 import sys
 from collections.abc import Iterator
 
 from dotenv import find_dotenv, load_dotenv
+
+from helpers.patches.quiet import quiet_imports, quiet_saving
+from helpers.patches.text_progress import use_text_progress
 
 PATCHED_BY_UNSLOTH = ("trl", "transformers", "peft")
 
@@ -21,7 +23,7 @@ def load_settings() -> None:
 
 
 def check_import_order() -> None:
-    """Raise ImportError where TRL, transformers or PEFT was imported before Unsloth."""
+    """Raise ImportError if TRL, transformers or PEFT was imported before Unsloth."""
     if "unsloth" in sys.modules:
         return
     early = [name for name in PATCHED_BY_UNSLOTH if name in sys.modules]
@@ -32,31 +34,6 @@ def check_import_order() -> None:
         )
 
 
-def use_text_progress() -> None:
-    """Make every tqdm bar plain text, also in Jupyter, where `tqdm.auto` would draw a widget.
-
-    `TQDM_NOTEBOOK=false` is often advised and does nothing: no library reads it. The classes are chosen when
-    `tqdm.auto` is imported, so they are replaced there, before the libraries that copy them are imported.
-    """
-    import tqdm.asyncio
-    import tqdm.std
-
-    sys.modules.pop("tqdm.auto", None)
-    autonotebook = type(sys)("tqdm.autonotebook")
-    autonotebook.tqdm, autonotebook.trange = tqdm.std.tqdm, tqdm.std.trange
-    sys.modules["tqdm.autonotebook"] = tqdm.autonotebook = autonotebook
-    import tqdm.auto
-
-    tqdm.auto.tqdm, tqdm.auto.trange = tqdm.asyncio.tqdm_asyncio, tqdm.asyncio.tarange
-
-
-def _quiet_imports() -> None:
-    # torchao registers two enums in a way that torch 2.14 calls deprecated, and bitsandbytes looks for an optional
-    # package of CPU kernels. Neither changes a result, and a reader can act on neither.
-    for name in ("torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
 def _quiet_loading() -> None:
     # The bar over a model's tensors is gone in a second and stays in a saved notebook; downloads keep their own.
     from huggingface_hub.utils import enable_progress_bars
@@ -64,10 +41,6 @@ def _quiet_loading() -> None:
 
     disable_progress_bar()  # takes the hub's bars along
     enable_progress_bars()
-    # On a GPU Unsloth says of each folder it saves a tokenizer to, with its path, that it mended its own omission.
-    logging.getLogger("transformers.models.llama.modeling_llama").addFilter(
-        lambda record: "Restored added_tokens_decoder" not in record.getMessage()
-    )
     # Unsloth sets this for a library that the hub no longer uses; in a process started from here it only warns.
     os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)
 
@@ -81,19 +54,20 @@ def _tokenize_in_this_process() -> None:
 load_settings()
 check_import_order()
 use_text_progress()
-_quiet_imports()
+quiet_imports()
 _tokenize_in_this_process()
 
 import datasets  # noqa: E402
 import unsloth  # noqa: E402, F401  (after the check and the progress bars, before anything of TRL)
 
 _quiet_loading()
+quiet_saving()
 
 
 @contextlib.contextmanager
-def quiet_progress(rows: int, enough: int = 20_000) -> Iterator[None]:
-    """No progress bars of `datasets` where there are fewer than `enough` `rows`, too few to wait for."""
-    hide = rows < enough and not datasets.are_progress_bars_disabled()
+def quiet_progress(rows: int) -> Iterator[None]:
+    """No progress bars of `datasets` in the block if there are fewer than 20,000 `rows`, too few to wait for."""
+    hide = rows < 20_000 and not datasets.are_progress_bars_disabled()
     if hide:
         datasets.disable_progress_bars()
     try:

@@ -1,7 +1,8 @@
-"""Training: settings with their reasons, reference log-probs computed once, and a run folder that resumes.
+"""LoRA's weights cast to bf16 once a batch, all together, and not wherever Unsloth's kernels use them.
 
-`train_dpo` is what `03_train` shows step by step: it checks the pairs, takes the reference's log-probs once, trains
-with TRL's DPOTrainer, and leaves a run folder. Called again after an interruption it goes on where it stopped.
+The kernels cast a weight in the forward pass, where that is repeated for checkpointing, in the backward pass, and its
+gradient back. That is a fifth of a step's kernels, each of which the CPU hands over. The copies are written straight
+into `module._parameters`; torch's `_foreach_` functions copy and add many small tensors at once.
 """
 
 import functools
@@ -10,16 +11,48 @@ from typing import Any
 import torch
 import trl
 
+from helpers.patches import expect, works
+
+WITHOUT = "LoRA's weights are cast at each use: the same results, a GPU trains somewhat slower."
+
+
+def self_test() -> None:
+    """A module uses what is put into `_parameters`, and the functions for many tensors do what their names say."""
+    layer = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16, device="cpu")
+    short = torch.nn.Parameter(torch.zeros(1, 1, dtype=torch.bfloat16))
+    torch._foreach_copy_([short.detach()], [torch.full((1, 1), 2.0)])
+    layer._parameters["weight"] = short  # noqa: SLF001  (what is tested)
+    result = layer(torch.ones(1, 1, dtype=torch.bfloat16))
+    result.sum().backward()
+    total = torch.ones(1, 1)
+    torch._foreach_add_([total], [short.grad])
+    expect(result.item() == 2 and layer.weight is short, "a module does not use what is put into _parameters")
+    expect(total.item() == 2, "torch._foreach_add_ does not add")
+
+
+def _take_gradients(weights: list[torch.Tensor], short: list[torch.nn.Parameter]) -> None:
+    """Add the gradients of the copies `short` to those of `weights`, in 32 bits."""
+    first, further = [], []  # batches of a step
+    for weight, parameter in zip(weights, short, strict=True):
+        if parameter.grad is None:
+            continue
+        if weight.grad is None:
+            weight.grad = torch.empty_like(weight)
+            first.append((weight.grad, parameter.grad))
+        else:
+            further.append((weight.grad, parameter.grad))
+    for add, pairs in ((torch._foreach_copy_, first), (torch._foreach_add_, further)):
+        if pairs:
+            add(*map(list, zip(*pairs, strict=True)))
+
 
 def cast_weights_once(trainer: trl.DPOTrainer) -> None:
-    """Have the adapter's weights cast to bf16 once for each batch, all together; the results stay the same.
+    """Have the adapter's weights cast to bf16 once for each batch; the results stay the same.
 
-    Unsloth's kernels cast a weight wherever they use it: in the forward pass, where that is repeated for checkpointing,
-    in the backward pass, and its gradient back. That is a fifth of a step's kernels, each of which the CPU hands over.
     The optimizer, clipping and checkpoints see the 32-bit weights and their gradients, as before.
 
     Args:
-        trainer: its `training_step` is wrapped. One that trains anything beside LoRA's two matrices, or has them in
+        trainer: its `training_step` is wrapped. One that trains anything besides LoRA's two matrices, or has them in
             16 bits already, is left as it is.
     """
     model = trainer.model
@@ -29,12 +62,14 @@ def cast_weights_once(trainer: trl.DPOTrainer) -> None:
     weights = [module.weight for module in modules]
     if len(weights) < len(trained) or any(weight.dtype != torch.float32 for weight in weights):
         return
+    if not works("cast_once"):
+        return
     short = [torch.nn.Parameter(weight.detach().bfloat16()) for weight in weights]
     step = trainer.training_step
 
     def put(parameters: list[torch.nn.Parameter]) -> None:
         for module, parameter in zip(modules, parameters, strict=True):
-            module._parameters["weight"] = parameter
+            module._parameters["weight"] = parameter  # noqa: SLF001  (see above)
 
     @functools.wraps(step)
     def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -47,18 +82,7 @@ def cast_weights_once(trainer: trl.DPOTrainer) -> None:
             loss = step(*args, **kwargs)
         finally:
             put(weights)
-        first, further = [], []  # batches of a step
-        for weight, parameter in zip(weights, short, strict=True):
-            if parameter.grad is None:
-                continue
-            if weight.grad is None:
-                weight.grad = torch.empty_like(weight)
-                first.append((weight.grad, parameter.grad))
-            else:
-                further.append((weight.grad, parameter.grad))
-        for add, pairs in ((torch._foreach_copy_, first), (torch._foreach_add_, further)):
-            if pairs:
-                add(*map(list, zip(*pairs, strict=True)))
+        _take_gradients(weights, short)
         return loss
 
     trainer.training_step = training_step

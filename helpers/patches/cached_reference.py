@@ -1,0 +1,56 @@
+"""A DPOTrainer that reads the reference's log-probs from the data, where they were put before it was made.
+
+TRL reads the columns `ref_chosen_logps` and `ref_rejected_logps` only if it is told to compute them itself
+(`precompute_ref_log_probs`), and its own cache changes with every setting. The attribute that decides is set once the
+trainer is made.
+"""
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import torch
+import trl
+
+from helpers.patches import expect
+
+WITHOUT = "TRL computes the reference's log-probs itself: the same losses, a later start."
+
+_COLUMNS = {"ref_chosen_logps", "ref_rejected_logps"}
+
+
+class _Reads(dict):
+    """A dictionary that keeps the names which were looked up."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
+def self_test() -> None:
+    """The loss reads the columns if `precompute_ref_logps` is set, and not if it isn't; what follows is not run."""
+    loss = trl.DPOTrainer._compute_loss  # noqa: SLF001  (what is tested)
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4]])
+    batch = {"input_ids": ids, "attention_mask": ids > 0, "completion_mask": ids > 2}
+    batch |= {name: torch.zeros(1) for name in _COLUMNS}
+    for on in (True, False):
+        inputs = _Reads(batch)
+        trainer = MagicMock(precompute_ref_logps=on, ld_alpha=None, aux_loss_enabled=False)
+        model = MagicMock(return_value=SimpleNamespace(log_probs=torch.zeros(2, 2)))
+        with contextlib.suppress(Exception):  # a stub does not get to the end
+            loss(trainer, model, inputs, False)
+        expect((inputs.names >= _COLUMNS) == on, f"with precompute_ref_logps={on} the loss reads {inputs.names}")
+
+
+def use_cached_reference(trainer: trl.DPOTrainer) -> None:
+    """Have `trainer` read the reference's log-probs from its data. Ask `works("cached_reference")` before it is made.
+
+    Args:
+        trainer: with the columns `ref_chosen_logps` and `ref_rejected_logps` in its data.
+    """
+    trainer.precompute_ref_logps = True

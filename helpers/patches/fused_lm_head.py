@@ -1,0 +1,72 @@
+"""TRL's fused LM head outside its trainers: log-probs of the completions without storing the logits.
+
+Scoring then uses the same computation as training, so policy and reference are rounded alike, and a batch takes as
+little memory. `add_fused_lm_head` is in `trl.trainer.utils`, which TRL does not document.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from helpers.patches import expect, works
+from helpers.patches.shared_prompt import share_prompts
+
+WITHOUT = "Log-probs outside training are computed from stored logits: the same values, more memory."
+
+
+def self_test() -> None:
+    """The fused log-probs of a tiny model are those of its logits. GPT-2, since Unsloth leaves that as it is."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # The random numbers of a training run stay as they are.
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.random.default_generator.manual_seed(0)  # of the CPU alone
+        sizes = {"vocab_size": 32, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+        config = GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
+        model = GPT2LMHeadModel(config).eval().to(device)
+        ids = torch.tensor([[1, 2, 3, 4, 5]], device=device)
+        labels = torch.tensor([[-100, -100, 3, 4, 5]], device=device)
+        logits = model(ids).logits[:, :-1].log_softmax(dim=-1)
+        expected = logits.gather(2, ids[:, 1:, None])[..., 0] * (labels[:, 1:] != -100)
+        add_fused_lm_head(model)
+        found = model(input_ids=ids, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+    expect(torch.allclose(found, expected, atol=1e-3), "the fused LM head gives other log-probs than the logits")
+
+
+@contextlib.contextmanager
+def own_forward(inner: PreTrainedModel) -> Iterator[None]:
+    """What the block puts on `inner.forward` is taken off at its end, also after an exception.
+
+    Args:
+        inner: the model inside a PeftModel, or one without an adapter.
+    """
+    before = vars(inner).get("forward")
+    try:
+        yield
+    finally:
+        vars(inner).pop("forward", None)
+        if before is not None:
+            inner.forward = before
+
+
+@contextlib.contextmanager
+def applied(inner: PreTrainedModel) -> Iterator[bool]:
+    """In the block `inner(..., fused_lm_head=True)` gives log-probs, each pair's prompt computed once if possible.
+
+    Args:
+        inner: as for `own_forward`.
+
+    Yields:
+        False if the fused head can't be had. The model is then as it was, and takes no `fused_lm_head`.
+    """
+    with own_forward(inner):
+        fused = works("fused_lm_head")
+        if fused:
+            from trl.trainer.utils import add_fused_lm_head
+
+            add_fused_lm_head(inner)
+            share_prompts(inner)
+        yield fused

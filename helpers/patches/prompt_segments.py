@@ -1,0 +1,166 @@
+"""On a GPU: all pairs of a batch as segments of one row, for torch's attention over sequences of different lengths.
+
+A mask of our own would cost the fused attention kernels. Unsloth's layers have a place for an attention over shared
+prompts (`prefix_seg_info`, made for GRPO); ours is put there. `shared_prompt` decides when.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import unsloth
+from torch.nn.functional import scaled_dot_product_attention
+
+from helpers.patches import expect
+
+WITHOUT = "On a GPU each pair is computed as two rows, its prompt twice: the same losses, slower."
+
+
+def segments(ids: torch.Tensor, lengths: list[int], starts: list[int]) -> tuple:
+    """Rows [chosen; rejected] as one row of segments: each prompt but its last token, then its two completions.
+
+    The prompt's last token opens either completion, since it has to predict both first tokens; the last token of a
+    completion predicts nothing and is left out. A last segment, without completions, fills the row up to a multiple
+    of 128 tokens: for each new width matrix kernels are chosen and loaded, and the fast ones want a multiple of 8.
+
+    Args:
+        ids: of shape (2 * pairs, tokens).
+        lengths: of each row without padding.
+        starts: of each row's completion.
+
+    Returns:
+        (ids, positions, next-token labels) of shape (1, tokens), (length of the prompt, lengths of its completions) for
+        each pair, and the index of each prediction: (row, column) among the rows given, then the place in the one row.
+    """
+    pairs = len(ids) // 2
+    parts, positions, labels, specs, index = [], [], [], [], ([], [], [])
+    base = 0
+    for pair in range(pairs):
+        prompt = starts[pair] - 1
+        parts.append(ids[pair, :prompt])
+        positions.append(torch.arange(prompt))
+        labels.append(ids.new_full((prompt,), -100))
+        base += prompt
+        sizes = []
+        for row in (pair, pairs + pair):
+            size = lengths[row] - 1 - prompt
+            parts.append(ids[row, prompt : prompt + size])
+            positions.append(torch.arange(prompt, prompt + size))
+            labels.append(ids[row, prompt + 1 : prompt + 1 + size])
+            index[0].extend([row] * size)
+            index[1].extend(range(prompt, prompt + size))
+            index[2].extend(range(base, base + size))
+            sizes.append(size)
+            base += size
+        specs.append((prompt, sizes))
+    if fill := -base % 128:
+        parts.append(ids.new_zeros(fill))
+        positions.append(torch.arange(fill))
+        labels.append(ids.new_full((fill,), -100))
+        specs.append((fill, []))
+    flat = [torch.cat(x)[None] for x in (parts, positions, labels)]
+    return *flat, specs, [torch.tensor(i) for i in index]
+
+
+class Keys(NamedTuple):
+    """Which keys the queries of each segment see: a completion's, those of its prompt and its own up to themselves.
+
+    Attributes:
+        index: places of the keys in the one row, segment after segment; a prompt's come once for each that sees them.
+        ends_q, ends_k: where the queries and keys of each segment end, after a 0; int32.
+        longest_q, longest_k: of a segment.
+    """
+
+    index: torch.Tensor
+    ends_q: torch.Tensor
+    ends_k: torch.Tensor
+    longest_q: int
+    longest_k: int
+
+
+def segment_keys(specs: list[tuple[int, list[int]]], device: torch.device) -> Keys:
+    """The keys of each segment.
+
+    Args:
+        specs: as `segments` gives them.
+        device: where the tensors go.
+    """
+    index, queries, base = [], [], 0
+    for prompt, sizes in specs:
+        start = base
+        for size in (prompt, *sizes):
+            own = torch.arange(start, start + size)
+            index.append(own if start == base else torch.cat([torch.arange(base, base + prompt), own]))
+            queries.append(size)
+            start += size
+        base = start
+    keys = [len(seen) for seen in index]
+    ends_q, ends_k = (torch.tensor([0, *sizes]).cumsum(0).int().to(device) for sizes in (queries, keys))
+    return Keys(torch.cat(index).to(device), ends_q, ends_k, max(queries), max(keys))
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Keys, scale: float | None = None) -> torch.Tensor:
+    """Attention of one row of segments, each of q, k, v and the result of shape (1, tokens, heads, size of a head)."""
+    # Not x[0], whose backward pass fills a tensor with zeros and copies into it.
+    q, k, v = q.squeeze(0), *(x.squeeze(0).index_select(0, keys.index) for x in (k, v))
+    # Causal; if there are more keys than queries, the last query sees all. `varlen_attn` of torch.nn.attention does
+    # the same as an operator written in Python, which at this size costs as long as the kernels take.
+    out, *_ = torch.ops.aten._flash_attention_forward(  # noqa: SLF001  (see above)
+        q, k, v, keys.ends_q, keys.ends_k, keys.longest_q, keys.longest_k, 0.0, True, False, scale=scale
+    )
+    return out.unsqueeze(0)
+
+
+def take_segments() -> None:
+    """Give Unsloth's layers an attention for `Keys`, where they look for that of GRPO's shared prompts."""
+    from unsloth.utils import attention_dispatch
+
+    grpo = attention_dispatch._flex_shared_prefix_attention  # noqa: SLF001  (see above)
+    if getattr(grpo, "takes_keys", False):
+        return
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, info: Any, **options: Any) -> torch.Tensor:
+        return (_attend if isinstance(info, Keys) else grpo)(q, k, v, info, **options)
+
+    attend.takes_keys = True
+    attention_dispatch._flex_shared_prefix_attention = attend  # noqa: SLF001  (see above)
+
+
+def self_test() -> None:
+    """Unsloth's attention sends two completions of one prompt to ours, which gives what attention under a mask gives.
+
+    Without a GPU only the names are looked up; Unsloth's by its source, since its kernels can't be imported there.
+    """
+    schema = torch.ops.aten._flash_attention_forward.default._schema  # noqa: SLF001  (what is tested)
+    names = [argument.name for argument in schema.arguments]
+    expected = ["query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
+    expect(names[:9] == expected and "scale" in names, f"torch's flash attention takes {names}")
+    source = (Path(unsloth.__file__).parent / "utils" / "attention_dispatch.py").read_text(encoding="utf-8")
+    for name in ("_flex_shared_prefix_attention", "context.prefix_seg_info"):
+        expect(name in source, f"attention_dispatch.py of Unsloth has no {name}")
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8:
+        _compare()
+
+
+def _compare() -> None:
+    from unsloth.utils import attention_dispatch as dispatch
+
+    fields = {"bsz": 1, "q_len": 7, "kv_seq_len": 7, "n_heads": 2, "head_dim": 16, "requires_grad": True}
+    fields |= {"seq_info": None, "attention_mask": None, "causal_mask": None}
+    keys = segment_keys([(3, [2, 2])], torch.device("cuda"))
+    context = dispatch.AttentionContext(**fields, prefix_seg_info=keys)
+    config = dispatch.AttentionConfig(backend=dispatch.SDPA, n_kv_heads=2, n_groups=1)
+    take_segments()
+    source = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(1, 2, 7, 16, device="cuda", dtype=torch.bfloat16, generator=source, requires_grad=True)
+        for _ in range(3)
+    )
+    found = dispatch.run_attention(config=config, context=context, Q=q, K=k, V=v).transpose(1, 2)
+    segment = torch.tensor([0, 0, 0, 1, 1, 2, 2], device="cuda")
+    seen = (segment[:, None] == segment) | (segment == 0)
+    expected = scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=seen.tril())
+    close = torch.allclose(found.float(), expected, atol=0.05)
+    gradients = (torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in (found, expected))
+    close &= all(torch.allclose(one, other, atol=0.2, rtol=0.05) for one, other in zip(*gradients, strict=True))
+    expect(close, "attention over segments gives other values than attention under a mask")

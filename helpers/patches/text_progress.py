@@ -1,0 +1,53 @@
+"""Progress bars as plain text, also in Jupyter, where `tqdm.auto` would draw a widget.
+
+`TQDM_NOTEBOOK=false` is often advised and does nothing: no library reads it. `tqdm.auto` takes its class from
+`tqdm.autonotebook` when it is imported, so that module is replaced before the libraries that copy the class are
+imported. This module imports nothing heavy, because it runs before Unsloth is imported.
+"""
+
+import importlib.util
+import sys
+from types import ModuleType
+
+from helpers.patches import expect, works
+
+WITHOUT = "Progress bars look as the libraries draw them."
+
+
+def _text_module() -> ModuleType:
+    """What takes the place of `tqdm.autonotebook`."""
+    import tqdm.std
+
+    module = ModuleType("tqdm.autonotebook")
+    module.tqdm, module.trange = tqdm.std.tqdm, tqdm.std.trange
+    return module
+
+
+def self_test() -> None:
+    """A fresh `tqdm.auto` takes its class from `tqdm.autonotebook`."""
+    import tqdm.std
+
+    before = sys.modules.get("tqdm.autonotebook")
+    stand_in = _text_module()
+    stand_in.tqdm = type("Marked", (tqdm.std.tqdm,), {})
+    sys.modules["tqdm.autonotebook"] = stand_in
+    try:
+        spec = importlib.util.find_spec("tqdm.auto")
+        auto = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(auto)
+    finally:
+        del sys.modules["tqdm.autonotebook"]
+        if before is not None:
+            sys.modules["tqdm.autonotebook"] = before
+    expect(issubclass(auto.tqdm, stand_in.tqdm), "tqdm.auto no longer takes its class from tqdm.autonotebook")
+
+
+def use_text_progress() -> None:
+    """Make every tqdm bar of the libraries that are imported from now on plain text."""
+    if not works("text_progress"):
+        return
+    import tqdm
+
+    sys.modules.pop("tqdm.auto", None)
+    sys.modules["tqdm.autonotebook"] = tqdm.autonotebook = _text_module()
+    import tqdm.auto
