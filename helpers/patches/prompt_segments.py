@@ -116,13 +116,12 @@ def take_segments() -> None:
     from unsloth.utils import attention_dispatch
 
     grpo = attention_dispatch._flex_shared_prefix_attention  # noqa: SLF001  (see above)
-    if getattr(grpo, "takes_keys", False):
+    if getattr(grpo, "__module__", None) == __name__:  # done already
         return
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, info: Any, **options: Any) -> torch.Tensor:
         return (_attend if isinstance(info, Keys) else grpo)(q, k, v, info, **options)
 
-    attend.takes_keys = True
     attention_dispatch._flex_shared_prefix_attention = attend  # noqa: SLF001  (see above)
 
 
@@ -145,10 +144,10 @@ def self_test() -> None:
 def _compare() -> None:
     from unsloth.utils import attention_dispatch as dispatch
 
-    fields = {"bsz": 1, "q_len": 7, "kv_seq_len": 7, "n_heads": 2, "head_dim": 16, "requires_grad": True}
-    fields |= {"seq_info": None, "attention_mask": None, "causal_mask": None}
+    sizes = {"bsz": 1, "q_len": 7, "kv_seq_len": 7, "n_heads": 2, "head_dim": 16, "requires_grad": True}
+    unused = {"seq_info": None, "attention_mask": None, "causal_mask": None}
     keys = segment_keys([(3, [2, 2])], torch.device("cuda"))
-    context = dispatch.AttentionContext(**fields, prefix_seg_info=keys)
+    context = dispatch.AttentionContext(**sizes, **unused, prefix_seg_info=keys)
     config = dispatch.AttentionConfig(backend=dispatch.SDPA, n_kv_heads=2, n_groups=1)
     take_segments()
     source = torch.Generator("cuda").manual_seed(0)

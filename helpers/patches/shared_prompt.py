@@ -104,6 +104,8 @@ def _one_row(ids: torch.Tensor, lengths: list[int], starts: list[int], device: t
 
 def _packed(ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> _Packed | None:
     """The batch with each prompt once; None if its rows are no pairs with equal prompts and something after them."""
+    if len(ids) % 2:
+        return None
     on_cpu, pairs = ids.device.type == "cpu", len(ids) // 2
     host_ids = ids.cpu()  # one copy; each comparison below would wait for the GPU
     lengths = mask.sum(dim=1).tolist()
@@ -128,9 +130,9 @@ def _share(inner: PreTrainedModel) -> None:
     ) -> ModelOutput:
         plain = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         packed = None
-        if fused_lm_head and labels is not None and attention_mask is not None and len(input_ids) % 2 == 0:
+        if fused_lm_head and input_ids is not None and attention_mask is not None and labels is not None:
             packed = _packed(input_ids, attention_mask, labels, inner.dtype)
-        if packed is None:
+        if input_ids is None or packed is None:
             given = {name: value for name, value in plain.items() if value is not None}
             return fused(*args, **given, fused_lm_head=fused_lm_head, **kwargs)
         outputs = fused(*args, **packed.inputs, fused_lm_head=True, **kwargs)

@@ -14,12 +14,12 @@ from helpers.patches import expect, works
 WITHOUT = "Progress bars look as the libraries draw them."
 
 
-def _text_module() -> ModuleType:
-    """What takes the place of `tqdm.autonotebook`."""
+def _autonotebook(bar: type) -> ModuleType:
+    """What takes the place of `tqdm.autonotebook`: its two names, for the class `bar`."""
     import tqdm.std
 
     module = ModuleType("tqdm.autonotebook")
-    module.tqdm, module.trange = tqdm.std.tqdm, tqdm.std.trange
+    vars(module).update(tqdm=bar, trange=tqdm.std.trange)
     return module
 
 
@@ -27,27 +27,28 @@ def self_test() -> None:
     """A fresh `tqdm.auto` takes its class from `tqdm.autonotebook`."""
     import tqdm.std
 
+    marked = type("Marked", (tqdm.std.tqdm,), {})
     before = sys.modules.get("tqdm.autonotebook")
-    stand_in = _text_module()
-    stand_in.tqdm = type("Marked", (tqdm.std.tqdm,), {})
-    sys.modules["tqdm.autonotebook"] = stand_in
+    sys.modules["tqdm.autonotebook"] = _autonotebook(marked)
     try:
         spec = importlib.util.find_spec("tqdm.auto")
+        if spec is None or spec.loader is None:
+            raise ImportError("there is no tqdm.auto")
         auto = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(auto)
     finally:
         del sys.modules["tqdm.autonotebook"]
         if before is not None:
             sys.modules["tqdm.autonotebook"] = before
-    expect(issubclass(auto.tqdm, stand_in.tqdm), "tqdm.auto no longer takes its class from tqdm.autonotebook")
+    expect(issubclass(auto.tqdm, marked), "tqdm.auto no longer takes its class from tqdm.autonotebook")
 
 
 def use_text_progress() -> None:
     """Make every tqdm bar of the libraries that are imported from now on plain text."""
     if not works("text_progress"):
         return
-    import tqdm
+    import tqdm.std
 
     sys.modules.pop("tqdm.auto", None)
-    sys.modules["tqdm.autonotebook"] = tqdm.autonotebook = _text_module()
+    sys.modules["tqdm.autonotebook"] = tqdm.autonotebook = _autonotebook(tqdm.std.tqdm)
     import tqdm.auto
