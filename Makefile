@@ -23,9 +23,9 @@ run: setup
 # Executes the notebooks and writes them in place, with what they print and draw: what is committed.
 # Some of them: make refresh NOTEBOOKS=notebooks/01_setup.ipynb (06 goes on from the run of 03: name both).
 refresh: setup
-	$(BIN)/python benchmarks/refresh.py $(NOTEBOOKS)
+	$(BIN)/python tools/refresh.py $(NOTEBOOKS)
 
-# The browser for tests/test_jupyterlab.py, which skips where there is none (in CI it fails).
+# The browser for tests/test_jupyterlab.py, which is skipped without it (in CI it fails).
 chromium:
 	@command -v chromium >/dev/null || { \
 	  test "$$(id -u)" = 0 || sudo="sudo -n"; \
@@ -48,6 +48,7 @@ lab: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ty check --output-format concise --error-on-warning
 
 lock:
 	test -x $(BIN)/uv || { $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet uv; }

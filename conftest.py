@@ -1,8 +1,8 @@
-"""CI has an hour, and a machine whose CPU has no bf16 of its own needs an hour and a half for everything.
+"""CI has an hour, and a machine whose CPU has no native bf16 needs an hour and a half for everything.
 
-There, where DPO_TESTS_UNTIL and DPO_NOTEBOOKS_UNTIL are set (seconds since 1970; `.ci/run` sets them), no slow test is
-begun after the one and no notebook after the other, nor what is known to end after it. The summary names what was left
-out, and the limit on coverage, which counts on all tests, is then not applied. Nothing is left out elsewhere.
+On such a CPU no slow test begins after DPO_TESTS_UNTIL and no notebook after DPO_NOTEBOOKS_UNTIL (seconds since 1970;
+`.ci/run` sets them), nor one that is known to end after it. The summary names what was left out. The limit on coverage
+needs all tests, so it is then not applied. Without these variables nothing is left out.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-# Slow tests that are begun first, where not all can be.
+# Slow tests that begin first, if there is no time for all.
 FIRST = ("test_dpo", "test_export", "test_sweep", "test_shared_prompt", "test_load", "test_generate")
 LAST = "test_jupyterlab"  # what it runs, the notebooks' own tests run too
 # Minutes on two such cores of what takes many, with room: alone, 03, 04 and 05 took 6, 13 and 22.

@@ -1,4 +1,4 @@
-"""How long `check_pairs` takes beside its floor: the same tokenizer over prompt, prompt + chosen and prompt + rejected.
+"""How long `check_pairs` takes; its floor is the same tokenizer over prompt, prompt + chosen and prompt + rejected.
 
     python benchmarks/check_pairs.py [--pairs 100000]
 
@@ -77,7 +77,7 @@ class AnonymousMemory:
 
     @staticmethod
     def now() -> float:
-        with open("/proc/self/status") as status:
+        with Path("/proc/self/status").open() as status:
             return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
 
 
@@ -151,7 +151,7 @@ def main() -> None:
             results[size] = json.loads(done.stdout.splitlines()[-1])
             print(json.dumps(results[size]))
     small, large = results[SMALL], results[args.pairs]
-    # Cost is linear where this is near 1. The floor beside it says what the machine's mood did to it.
+    # Cost is linear if this is near 1. The floor's own value says how much of it is the machine.
     per_pair = {
         name: large[name] / large["pairs"] / (small[name] / small["pairs"]) for name in ("seconds", "floor_seconds")
     }

@@ -68,7 +68,7 @@ WAVES = [
 def make_pairs(tokenizer, longest: int, count: int = BATCH * STEPS) -> list[dict]:
     """Pairs of random words, about 350 tokens a sequence where `longest` is 512, in the form of a conversation."""
     source = random.Random(0)
-    words = [w for w in "cat dog sun tree blue red one two fish bird house river stone wind rain".split()]
+    words = "cat dog sun tree blue red one two fish bird house river stone wind rain".split()
     assert all(len(tokenizer(" " + w, add_special_tokens=False)["input_ids"]) == 1 for w in words)
     scale = longest / 512
 
@@ -366,7 +366,7 @@ class Worker:
 
     def __init__(self, name: str, folder: str) -> None:
         self.name, self.home = name, Path(tempfile.mkdtemp(prefix=f"{name}-"))
-        self.log = open(self.home / "log", "w+")
+        self.log = (self.home / "log").open("w+")
         command = [sys.executable, __file__, "--side", name, "--folder", folder]
         path = os.pathsep.join(p for p in (str(HERE.parent), os.environ.get("PYTHONPATH")) if p)
         self.process = subprocess.Popen(
@@ -498,14 +498,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", help="keep the model here, and take it from here where it is")
     args = parser.parse_args(arguments)
     if args.dry_run:
-        return dry_run(args.only or list(SIDES))
-    if args.side == "make":
-        return make_model(args.folder, args.tokenizer)
-    if args.side:
-        return child(args.side, args.folder, SIDES[args.side].get("tokens", 512))
-    if not args.tokenizer:
+        dry_run(args.only or list(SIDES))
+    elif args.side == "make":
+        make_model(args.folder, args.tokenizer)
+    elif args.side:
+        child(args.side, args.folder, SIDES[args.side].get("tokens", 512))
+    elif args.tokenizer:
+        run_all(args)
+    else:
         parser.error("--tokenizer is needed (except for --dry-run)")
 
+
+def run_all(args: argparse.Namespace) -> None:
+    """All waves, or the sides of `--only`; prints a report after each."""
     from helpers.run.folder import machine, versions  # first: Unsloth before torch and transformers  # isort: skip
     import torch
 

@@ -1,4 +1,4 @@
-"""The memory estimate beside measured training steps: python benchmarks/memory.py
+"""The memory estimate against measured training steps: python benchmarks/memory.py
 
 Each line is a process of its own: the machine's model (embedded, on a CPU), two steps of one micro-batch whose pairs
 all have the length given (six tenths of it prompt), and the peak of memory above the loaded model: resident memory on a
@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 CASES = [
     (2, 128, False),
@@ -29,7 +30,7 @@ def memory(peak: bool) -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    with open("/proc/self/status") as status:
+    with Path("/proc/self/status").open() as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM" if peak else "VmRSS")) * 1024
 
 

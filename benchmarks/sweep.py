@@ -1,4 +1,4 @@
-"""Five betas in one sweep beside five separate plain runs: python benchmarks/sweep.py [--pairs 480] [--model FOLDER]
+"""Five betas in one sweep against five separate plain runs: python benchmarks/sweep.py [--pairs 480] [--model FOLDER]
 
 *Plain* is as in benchmarks/train.py, once for each beta, each in a process of its own with its own load of the model.
 *Sweep* is one call of `sweep_beta` with the same pairs, seed, learning rate and micro-batches (2x4). It also scores

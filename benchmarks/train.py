@@ -1,9 +1,9 @@
-"""Training as the usual notebook does it beside ours: python benchmarks/train.py [--epochs 3] [--pairs 480]
+"""Training as the usual notebook does it, against ours: python benchmarks/train.py [--epochs 3] [--pairs 480]
 
 *Plain*: micro-batches 2x4 in bf16, the model's default attention, the reference's forward in every step. *Ours*: the
 settings of the CPU profile (4x2), one forward over prompt, chosen and rejected, the reference's log-probs computed
 once, which is counted. Pairs, order, seed and learning rate are the same; gradient checkpointing is off. A third side,
-*grouped*, is ours with batches of like length, for one epoch: it changes the order of the data.
+*grouped*, is ours with batches of similar length, for one epoch: it changes the order of the data.
 
 Each side is a process of its own, and they take turns of some steps each, so that a machine that grows slower favours
 none. Seconds count from the loaded model to the last step: preparing the data, reference, training. In the end plain

@@ -1,6 +1,10 @@
-"""The three lists of packages agree, and the lock can be installed by anybody."""
+"""The three lists of packages agree, the lock can be installed by anybody, and the wheel has all files."""
 
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import yaml
@@ -45,3 +49,17 @@ def test_env_example_documents_every_setting():
     used = set(re.findall(r'setting\(\s*"([A-Z_]+)"', code)) | set(re.findall(r'"(DPO_[A-Z_]+)"', code))
     documented = set(re.findall(r"^#?([A-Z_]+)=", (ROOT / ".env.example").read_text(), flags=re.M))
     assert used == documented
+
+
+def test_wheel_has_every_module_and_data_file(tmp_path):
+    """Built from a copy, so that no build/ or egg-info of an earlier build adds to it."""
+    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "helpers", tmp_path / "helpers", ignore=shutil.ignore_patterns("__pycache__"))
+    build = "from setuptools import build_meta; build_meta.build_wheel('.')"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
+    files = {str(path.relative_to(tmp_path)) for path in (tmp_path / "helpers").rglob("*") if path.is_file()}
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    assert {"helpers/train/dpo.py", "helpers/data/bundled/pairs.jsonl"} <= files
+    assert files - packed == set()

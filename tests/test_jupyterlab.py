@@ -95,7 +95,7 @@ class Lab:
             "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
         }
         options = ("--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0", "--LabApp.expose_app_in_browser=True")
-        with open(folder / "server.log", "w") as log:
+        with (folder / "server.log").open("w") as log:
             self.server = subprocess.Popen(
                 [sys.executable, "-m", "jupyterlab", *options], cwd=folder, env=environment, stdout=log, stderr=log
             )

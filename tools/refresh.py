@@ -1,7 +1,7 @@
-"""Execute notebooks and write them in place, with all that they print and draw: python benchmarks/refresh.py FILES
+"""Execute notebooks and write them in place, with all that they print and draw: python tools/refresh.py FILES
 
 They run in order and share a new output folder, so that they train and that 06 finds the run of 03. A notebook is
-written when it has run to its end and `faults` finds nothing in it; one that fails stays as it was. Prints one JSON
+written if it ran to its end and `faults` finds nothing in it; one that fails stays as it was. Prints one JSON
 object as its last line: the seconds of each.
 """
 
@@ -93,7 +93,7 @@ def _texts(cell) -> list[str]:
 
 
 def faults(notebook) -> list[str]:
-    """What is wrong with an executed notebook, in words; an empty list where it can be committed."""
+    """What is wrong with an executed notebook, in words; an empty list if it can be committed."""
     found = []
     cells = [(place, cell) for place, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
     if [cell.execution_count for _, cell in cells] != list(range(1, len(cells) + 1)):

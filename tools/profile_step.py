@@ -1,4 +1,4 @@
-"""Where one training step's time goes, beside the machine's matrix rate: python benchmarks/profile_step.py
+"""Where one training step's time goes, and the machine's matrix rate: python tools/profile_step.py
 
 One optimizer step (8 pairs, 4x2) of the embedded model with the settings of the CPU profile, under torch's profiler:
 seconds by kind of operator, their floating-point operations, and the rate that two large bf16 matrices reach in the

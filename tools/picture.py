@@ -1,12 +1,12 @@
-"""The README's picture, drawn from the committed results: python benchmarks/picture.py
+"""The README's picture, drawn from the committed results: python tools/picture.py
 
-Reads `seeds.json` and `beta.json` in benchmarks/results and writes `measured.png` beside them. Trains nothing.
+Reads `seeds.json` and `beta.json` in benchmarks/results and writes `measured.png` next to them. Trains nothing.
 """
 
 import json
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 def main() -> None:
