@@ -55,7 +55,8 @@ lock:
 	$(BIN)/uv pip compile requirements.in --override requirements.overrides --python-version 3.11 --quiet \
 	  --no-emit-index-url --no-header --no-annotate --generate-hashes --output-file requirements.lock
 
-# What the newest versions break: an environment of their own in outputs/, the fast tests, one short training.
+# What the newest versions break: an environment of their own in outputs/, the state of each patch, the fast tests, one
+# short training.
 newest: setup
 	mkdir -p outputs/newest
 	sed 's/==.*//' requirements.in > outputs/newest/requirements.in
@@ -65,5 +66,6 @@ newest: setup
 	@grep -o '^[a-z0-9_.-]*==[^ ]*' requirements.lock | diff - outputs/newest/requirements.txt | grep '^[<>]' || echo "no difference"
 	$(PYTHON) -m venv --clear outputs/newest/venv
 	$(BIN)/uv pip install --quiet --python outputs/newest/venv/bin/python --no-deps -r outputs/newest/requirements.txt
+	outputs/newest/venv/bin/python -m helpers.patches
 	outputs/newest/venv/bin/python -m pytest -m "not slow"
 	outputs/newest/venv/bin/python -m pytest tests/train/test_dpo.py -k run_folder_is_complete

@@ -160,7 +160,8 @@ def self_test() -> None:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.random.default_generator.manual_seed(0)
         sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=32, initializer_range=0.5, **sizes)).eval()
+        config = LlamaConfig(vocab_size=32, initializer_range=0.5, attn_implementation="eager", **sizes)
+        model = LlamaForCausalLM(config).eval()
         add_fused_lm_head(model)
         ids = torch.tensor([[5, 6, 7, 8, 9, 10], [1, 2, 3, 4, 0, 0], [5, 6, 7, 11, 0, 0], [1, 2, 12, 13, 14, 0]])
         starts = torch.tensor([3, 2, 3, 2])
