@@ -18,7 +18,8 @@ WITHOUT = "LoRA's weights are cast at each use: the same results, a GPU trains s
 
 def self_test() -> None:
     """A module uses what is put into `_parameters`, and the functions for many tensors do what their names say."""
-    layer = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16, device="cpu")
+    with torch.random.fork_rng(devices=[]):  # the random numbers of a training run stay as they are
+        layer = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16, device="cpu")
     short = torch.nn.Parameter(torch.zeros(1, 1, dtype=torch.bfloat16))
     torch._foreach_copy_([short.detach()], [torch.full((1, 1), 2.0)])
     layer._parameters["weight"] = short  # noqa: SLF001  (what is tested)

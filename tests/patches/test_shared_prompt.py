@@ -6,7 +6,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 import helpers
-from helpers.patches.shared_prompt import _keys, _segments, share_prompts
+from helpers.patches.prompt_segments import segment_keys, segments
+from helpers.patches.shared_prompt import share_prompts
 
 pytestmark = pytest.mark.slow
 
@@ -90,7 +91,7 @@ def test_segments_of_one_row_give_the_same_log_probs_and_gradient(policy):
     plain, plain_gradient = scores_and_gradient(policy, inputs)
     lengths = inputs["attention_mask"].sum(dim=1).tolist()
     starts = (inputs["labels"] != -100).long().argmax(dim=1).tolist()
-    ids, positions, labels, specs, (row, column, place) = _segments(inputs["input_ids"], lengths, starts)
+    ids, positions, labels, specs, (row, column, place) = segments(inputs["input_ids"], lengths, starts)
     assert sum(prompt + sum(sizes) for prompt, sizes in specs if sizes) < 0.75 * inputs["attention_mask"].sum()
     assert ids.numel() % 128 == 0
     pair = torch.cat([torch.full((prompt + sum(sizes),), i) for i, (prompt, sizes) in enumerate(specs)])
@@ -103,7 +104,9 @@ def test_segments_of_one_row_give_the_same_log_probs_and_gradient(policy):
     same = (part[:, None] == part[None, :]) | (part == 0)[None, :]
     allowed = (pair[:, None] == pair[None, :]) & same & torch.ones(len(pair), len(pair), dtype=torch.bool).tril()
     mask = torch.zeros(1, 1, len(pair), len(pair)).masked_fill(~allowed, torch.finfo(torch.float32).min)
-    keys = _keys(specs, torch.device("cpu"))  # the same for the kernel: the last queries of a segment see all its keys
+    keys = segment_keys(
+        specs, torch.device("cpu")
+    )  # the same for the kernel: the last queries of a segment see all its keys
     seen = torch.zeros_like(allowed)
     for q, q_end, k, k_end in zip(keys.ends_q, keys.ends_q[1:], keys.ends_k, keys.ends_k[1:], strict=False):
         rows, columns = torch.arange(q, q_end), keys.index[k:k_end]
