@@ -134,9 +134,9 @@ def record(run: Run) -> dict:
     """A run as plain JSON, small."""
     settings = ("beta", "learning_rate", "loss_type", "num_train_epochs", "max_steps", "max_length", "fp16", "bf16")
     settings += ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "warmup_steps")
-    info = {name: run.info[name] for name in ("status", "steps", "train_pairs", "test_pairs", "memory_gb")}
-    info |= {"data": {"findings": run.info["data"]["findings"]}}
-    info |= {"config": {name: run.info["config"][name] for name in settings}}
+    info = {name: getattr(run.info, name) for name in ("status", "steps", "train_pairs", "test_pairs", "memory_gb")}
+    info |= {"data": {"findings": run.info.data.findings}}
+    info |= {"config": {name: run.info.config[name] for name in settings}}
     metrics = {
         name: [round(v, 4) for v in value] if isinstance(value, (list, tuple)) else round(value, 4)
         for name, value in run.metrics.items()

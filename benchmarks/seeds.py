@@ -32,7 +32,7 @@ print(
             "reference_accuracy": results[0]["reference_accuracy"],
             "seeds": results,
             "by_flaw": by_flaw,
-            "steps": run.info["steps"],
+            "steps": run.info.steps,
             "versions": versions(),
             "machine": machine(),
         }

@@ -1,20 +1,17 @@
-"""Diagnosis of a training run: the symptom by name, with its numbers, its likely causes in order, and the cure.
-
-All is read from what a run folder holds (history, metrics, info); no model is loaded. `measure` turns it into a few
-numbers, `LIMITS` says from where on a number is a symptom, `CATALOGUE` what is behind it.
-"""
+"""What notebooks show of benchmarks/diagnosis.py: each symptom sick and cured, and common advice, tried."""
 
 import collections
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from helpers.after.diagnosis import SYMPTOMS, measure
-from helpers.run.folder import Run
+from helpers.run.folder import Run, RunInfo
 
 # What shows a symptom best: a number of `measure`, its name for a table, and the curve of the history.
 SHOWN = {
-    "out_of_memory": ("needed", "GB needed beside the model", None),
+    "out_of_memory": ("needed", "GB needed besides the model", None),
     "nan": ("not_numbers", "values that are not finite", "loss"),
     "wrong_reference": ("start_off", "nats between policy and reference at step 1", "loss"),
     "diverged": ("loss_end", "training loss, last half", "loss"),
@@ -37,22 +34,33 @@ ADVICE = {
 
 
 def recorded(part: dict, name: str) -> Run:
-    """The run called `name` from `part`, what one call of benchmarks/diagnosis.py printed."""
-    return Run(Path(name), held_out=None, **part["runs"][name])
+    """A run that benchmarks/diagnosis.py recorded, without its folder.
+
+    Args:
+        part: what one call of the benchmark printed.
+        name: of the run, a key of `part["runs"]`.
+    """
+    run = part["runs"][name]
+    not_recorded = dict.fromkeys(("model", "profile", "base", "start", "end", "reference"), "")
+    info = not_recorded | {"versions": part["versions"], "machine": part["machine"]} | run["info"]
+    info["data"] = {"train": "", "test": ""} | info["data"]
+    return Run(Path(name), RunInfo.from_json(info, name), run["history"], run["metrics"], None)
 
 
 def before_and_after(results: list[dict], case: str, number: str) -> pd.DataFrame:
-    """A number of `measure`, or of the metrics, in the runs of one case: a row for each seed, columns sick and cured.
+    """One number in all runs of a case: a row for each seed, columns sick and cured.
 
     Args:
         results: what calls of benchmarks/diagnosis.py printed, on one machine or on several.
+        case: a symptom's code, or a piece of advice.
+        number: of `measure`, of the metrics, or of `RunInfo.memory_gb`.
     """
-    rows = collections.defaultdict(dict)
+    rows: dict[tuple, dict[str, float]] = collections.defaultdict(dict)
     for place, part in enumerate(results):
         for one in part["cases"]:
             if one["case"] == case:
                 run = recorded(part, one["run"])
-                numbers = run.metrics | run.info["memory_gb"] | measure(run.history, run.info)
+                numbers = run.metrics | run.info.memory_gb | measure(run.history, run.info)
                 rows[place, one["seed"]][one["state"]] = numbers[number]
     return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -63,15 +71,15 @@ def _spread(values: pd.Series) -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def guide(results: list[dict]) -> list[dict]:
+def guide(results: list[dict]) -> list[dict[str, Any]]:
     """The rows of `plots.symptom_table`: each symptom as benchmarks/diagnosis.py made and cured it.
 
     Args:
         results: what calls of it printed, on one machine or on several.
 
     Returns:
-        Cells by the name of their column. Beside them "curve", the name of a series, or None, and "histories" of the
-        "sick" and the "cured" run, as in `Run.history`.
+        Cells by the name of their column; also "curve", the name of a series or None, and "histories" of the "sick"
+        and the "cured" run, as in `Run.history`.
     """
     rows = []
     for code, (number, label, curve) in SHOWN.items():
@@ -80,22 +88,22 @@ def guide(results: list[dict]) -> list[dict]:
         runs = {one["state"]: one for one in reversed(part["cases"]) if one["case"] == code}  # the first seed's
         rows.append(
             {
-                "symptom": f"{code}: {SYMPTOMS[code][0]}",
+                "symptom": f"{code}: {SYMPTOMS[code]['what']}",
                 "made by": runs["sick"]["fault"],
-                "try first": SYMPTOMS[code][1][0][1],
+                "try first": SYMPTOMS[code]["causes"][0][1],
                 "measured": label,
                 "sick": _spread(values["sick"]),
                 "cured": _spread(values["cured"]),
                 "seeds": len(values),
                 "curve": curve,
-                "histories": {state: recorded(part, one["run"]).history for state, one in runs.items()},
+                "histories": {state: part["runs"][one["run"]]["history"] for state, one in runs.items()},
             }
         )
     return rows
 
 
 def advice(results: list[dict]) -> pd.DataFrame:
-    """Common advice as benchmarks/diagnosis.py tried it: does the number that it should change change that way?
+    """Common advice as benchmarks/diagnosis.py tried it: does its number change in the direction that it promises?
 
     Args:
         results: what calls of it printed, on one machine or on several.
@@ -109,12 +117,17 @@ def advice(results: list[dict]) -> pd.DataFrame:
         values = before_and_after(results, name, number)
         change = (values["sick"] - values["cured"]) * direction
         verdict = "held" if (change > 0).all() else "did not hold" if (change <= 0).all() else "differs between seeds"
-        fault = next(one["fault"] for part in results for one in part["cases"] if one["case"] == name)
-        should = f"{label}: {'up' if direction > 0 else 'down'}"
         fall = before_and_after(results, name, "chosen_fall").mean()
-        beside = f"{fall['cured']:.0%}, {fall['sick']:.0%}"
         rows.append(
-            [name, fault, should, _spread(values["cured"]), _spread(values["sick"]), verdict, beside, len(values)]
+            {
+                "advice": name,
+                "tried": next(one["fault"] for part in results for one in part["cases"] if one["case"] == name),
+                "should go": f"{label}: {'up' if direction > 0 else 'down'}",
+                "without": _spread(values["cured"]),
+                "with": _spread(values["sick"]),
+                "verdict": verdict,
+                "chosen lost: without, with": f"{fall['cured']:.0%}, {fall['sick']:.0%}",
+                "seeds": len(values),
+            }
         )
-    columns = "advice", "tried", "should go", "without", "with", "verdict", "chosen lost: without, with", "seeds"
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows)

@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks.diagnosis import CASES, Bench
 from helpers import UserError, diagnose
-from helpers.after.diagnosis import LIMITS, SYMPTOMS, Diagnosis, Symptom, measure
-from helpers.run.folder import Run
+from helpers.after.diagnosis import LIMITS, RULES, SYMPTOMS, Diagnosis, Symptom, measure
+from helpers.run.folder import Run, Status, write_info
 from helpers.teach.lessons import SHOWN, advice, guide, recorded
 from helpers.teach.plots import plot_symptoms, symptom_table
 
@@ -26,7 +26,7 @@ def expected(case: str, state: str) -> list[str]:
 
 
 def test_every_symptom_has_its_runs_and_health_three_seeds():
-    assert set(SYMPTOMS) == set(SHOWN) == set(CASES) - {"healthy"}
+    assert set(SYMPTOMS) == set(RULES) == set(SHOWN) == set(CASES) - {"healthy"}
     for case in CASES:
         runs = {(one["state"], one["seed"]) for _, one in COMMITTED if one["case"] == case}
         assert ("cured", 0) in runs and (("sick", 0) in runs) == (case != "healthy")
@@ -100,7 +100,7 @@ def test_start_that_was_not_logged():
 
 def test_few_held_out_pairs_are_no_low_accuracy():
     run = committed("no_preference-sick-0")
-    run.info["test_pairs"] = 8
+    run.info.test_pairs = 8
     diagnosis = diagnose(run)
     assert diagnosis.codes == [] and "8 held-out pairs are too few" in str(diagnosis)
 
@@ -121,7 +121,7 @@ def test_gradient_may_overflow_in_fp16():
 
 def test_other_losses_have_other_heights():
     run = committed("healthy-0")
-    run.info["config"]["loss_type"] = ["ipo"]
+    run.info.config["loss_type"] = ["ipo"]
     for row in run.history:
         if "loss" in row:
             row["loss"] = 25.0
@@ -143,17 +143,18 @@ def test_causes_that_the_numbers_rule_out_are_not_named():
 def test_the_likelier_cause_comes_first():
     run = committed("leak-sick-0")
     assert "length" in diagnose(run).findings[0].causes[0][0]
-    run.info["data"]["findings"] = {}
+    run.info.data.findings.clear()
     assert "nearly the same" in diagnose(run).findings[0].causes[0][0]
 
 
 def test_folder_that_ran_out_of_memory(tmp_path):
     info = committed("out_of_memory-sick-0").info
-    (tmp_path / "run.json").write_text(json.dumps(info))
+    write_info(tmp_path, info)
     diagnosis = diagnose(tmp_path)
     assert diagnosis.codes == ["out_of_memory"]
-    assert f"{info['memory_gb']['needed']:.1f} GB" in diagnosis.findings[0].evidence
-    (tmp_path / "run.json").write_text(json.dumps(info | {"status": "running"}))
+    assert f"{info.memory_gb['needed']:.1f} GB" in diagnosis.findings[0].evidence
+    info.status = Status.RUNNING
+    write_info(tmp_path, info)
     with pytest.raises(UserError, match="is running"):
         diagnose(tmp_path)
 
