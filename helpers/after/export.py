@@ -1,7 +1,7 @@
 """Handing a finished run over: its adapter, the merged model, a GGUF file, or the run itself for more processes.
 
-`export_run` writes a folder that is whole or not there. What it hands over is what was trained and measured: a 4-bit
-base is de-quantised, not replaced by another copy.
+`export_run` writes a folder that is whole or not there. It hands over what was trained and measured: a 4-bit base is
+de-quantised, not replaced by its 16-bit original.
 """
 
 import json
@@ -25,19 +25,18 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
-from unsloth_zoo.llama_cpp import LLAMA_CPP_CONVERTER_FILENAMES, LLAMA_CPP_DEFAULT_DIR
 
 from helpers.common import UserError, setting
 from helpers.data.check import check_pairs
-from helpers.data.render import data_hash, tokenize_pairs
+from helpers.data.render import template_options
 from helpers.model.embedded import EMBEDDED_HUB_NAME
 from helpers.model.load import adapter_base, load_tokenizer, not_found
 from helpers.model.memory import pairs_a_step
 from helpers.model.profiles import PROFILES
-from helpers.run.card import changed_settings, model_card
-from helpers.run.folder import Run, set_aside
+from helpers.patches.llama_cpp import converter_places
+from helpers.run.card import TEMPLATES, changed_settings, model_card
+from helpers.run.folder import POLICY_AT_START, Run, set_aside
 
 
 def export_run(
@@ -57,16 +56,15 @@ def export_run(
     Args:
         run: a finished run, as `train_dpo` or `Run.load` gives it.
         to: "adapter": the LoRA weights and the tokenizer (tens of MB), for PEFT or vLLM on top of the base model.
-            "merged": an ordinary model in float16, which needs neither PEFT nor this project; the card says how much
-            of the update the rounding keeps, and it is printed where that is less than 90%. Where the base was in
-            4-bit, it is de-quantised and not replaced by its 16-bit original, on which nothing was trained; and
-            nothing is downloaded.
-            "gguf": the merged model as one 8-bit file (q8_0), where llama.cpp's converter is found.
+            "merged": an ordinary model in float16, which needs neither PEFT nor this project. The card says how much
+            of the update the rounding keeps; below 90% it is printed too. A 4-bit base is de-quantised, not replaced
+            by its 16-bit original, on which nothing was trained. Nothing is downloaded.
+            "gguf": the merged model as one 8-bit file (q8_0), if llama.cpp's converter is on this machine.
             "trl": settings, pairs and a start script with which TRL repeats the run in more processes.
         train, test: for "trl": the pairs that were given to `train_dpo`, compared with the run's by their hash.
-        hub: a repository on the hub (OWNER/NAME) to which the folder is also uploaded; made private where it is new.
-        replace: write also where `folder` exists. An old export goes; where anything else is in it (your notes, what
-            was trained there), the old folder is kept beside the new one as `NAME.old-1` and so on.
+        hub: a repository on the hub (OWNER/NAME) to which the folder is also uploaded; a new one is made private.
+        replace: write even if `folder` exists. An old export is removed; a folder that holds anything else (your
+            notes, what was trained there) is kept next to the new one as `NAME.old-1` and so on.
 
     Raises:
         UserError: another `to`, a folder that exists, a base model that is not here, no converter, other pairs than
@@ -123,7 +121,7 @@ def _upload(folder: Path, name: str) -> None:
 
 def base_of(run: Run) -> str:
     """Where the base model of `run` is: the embedded one's folder, that of DPO_MODEL, or a name on the hub."""
-    return adapter_base(str(run.adapter)) or run.info["model"]
+    return adapter_base(str(run.adapter)) or run.info.model
 
 
 def _write_adapter(run: Run, part: Path, *_: Any) -> None:
@@ -135,7 +133,7 @@ def kept_update(model: PeftModel, dtype: torch.dtype = torch.float16) -> float:
     """How much of an adapter's update is left when the merged weights are rounded to `dtype`.
 
     For the weights W and their updates D, the part of the rounded change that lies along D: (round(W + D) - W)·D / D·D,
-    over all layers. 1 where nothing is lost; 0 where every weight rounds back to what it was.
+    over all layers. 1 if nothing is lost, 0 if every weight rounds back to what it was.
 
     Args:
         model: base and adapter, not merged.
@@ -145,7 +143,7 @@ def kept_update(model: PeftModel, dtype: torch.dtype = torch.float16) -> float:
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
-                weight = dequantize_module_weight(layer.base_layer).float()  # as it is, where it is not in 4-bit
+                weight = dequantize_module_weight(layer.base_layer).float()  # unchanged if it is not in 4-bit
                 update = layer.get_delta_weight("default").float()
                 kept += ((weight + update).to(dtype).float() - weight).mul(update).sum().item()
                 whole += update.square().sum().item()
@@ -155,10 +153,10 @@ def kept_update(model: PeftModel, dtype: torch.dtype = torch.float16) -> float:
 def merged_model(run: Run) -> tuple[PreTrainedModel, float]:
     """(model, kept): the base model of `run` in float16, the adapter added into its weights, for plain transformers.
 
-    float16, not bfloat16, though most base models are stored in that: an update is small beside its weight, and
-    bfloat16's coarser steps (8 significant bits, not 11) would round much of it away. `kept` says how much of it
-    float16 keeps (`kept_update`). A 4-bit base is loaded as it was trained on, and de-quantised before the adapter is
-    added: added to 4-bit weights, the adapter would be rounded to 4 bits too.
+    float16, not bfloat16, in which most base models are stored: an update is small compared with its weight, and
+    bfloat16's coarser steps (8 significant bits, not 11) would round much of it away. `kept` is the share that float16
+    keeps (`kept_update`). A 4-bit base is loaded as it was trained on and de-quantised before the adapter is added:
+    added to 4-bit weights, the adapter would be rounded to 4 bits too.
 
     Raises:
         UserError: the base model is not here, or the merged weights would not be numbers.
@@ -170,7 +168,7 @@ def merged_model(run: Run) -> tuple[PreTrainedModel, float]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float16,
     )
-    quantised = PROFILES[run.info["profile"]].load_in_4bit
+    quantised = PROFILES[run.info.profile].load_in_4bit
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base,
@@ -211,9 +209,9 @@ def _write_merged(run: Run, part: Path, *_: Any) -> float:
 
 
 def _converter() -> Path:
-    """llama.cpp's converter in the folder where Unsloth keeps it. Raises UserError where there is none."""
-    folder = Path(LLAMA_CPP_DEFAULT_DIR)
-    for name in LLAMA_CPP_CONVERTER_FILENAMES:
+    """llama.cpp's converter in the folder where Unsloth keeps it. Raises UserError if there is none."""
+    folder, names = converter_places()
+    for name in names:
         if (folder / name).is_file():
             return folder / name
     raise UserError(
@@ -236,73 +234,46 @@ def _write_gguf(run: Run, part: Path, *_: Any) -> None:
     (part / "README.md").write_text(model_card(run, "gguf", kept), encoding="utf-8")
 
 
-_RUN_README = """# A DPO run for TRL
-
-The run of `{name}` again, by TRL's own script: `dpo.yaml` holds its settings, `data/` its pairs (checked, long prompts
-shortened), `train.py` starts it. Needs `pip install trl=={trl} peft=={peft}`{more}.
-
-    python train.py                                                # one process
-    torchrun --nproc_per_node 2 train.py                           # two GPUs of one machine, or two CPU processes
-    accelerate launch --config_file accelerate.yaml train.py       # the same on GPUs (num_processes is in the file)
-
-Two machines of eight GPUs; the same command on both, with this folder on a disk that both see, so that either can
-resume:
-
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint FIRST_MACHINE:29500 train.py
-
-- A step takes {batch} pairs, however many processes share it; `train.py` says at its start how they do. On CPUs take
-  torchrun: `accelerate launch --cpu --num_processes 2` runs one process and says nothing.
-- Killed or stopped, the same command goes on from the last whole checkpoint in `output/`. To begin anew, remove
-  `output/` or give another `--output_dir`.
-- The losses are those of the original run up to rounding, if `add_lora` was given the seed of the run (0 in both,
-  where you set none): from it TRL draws the same start of the adapter. Where the pairs do not fill the last step of
-  an epoch, several processes fill it with pairs from the beginning, and one does not.
-- Every argument of TRL's script can be added to the command and goes before `dpo.yaml`: for one,
-  `--model_name_or_path FOLDER` for a copy of the model on disk.
-- The model is `{model}`{model_note}.
-"""
-# How accelerate starts one process for each GPU of this machine.
-_ACCELERATE = {
-    "compute_environment": "LOCAL_MACHINE",
-    "distributed_type": "MULTI_GPU",
-    "num_machines": 1,
-    "num_processes": 2,
-    "gpu_ids": "all",
-}
-
-
-def _same_pairs(
-    run: Run, tokenizer: PreTrainedTokenizerBase, train: Dataset | None, test: Dataset | None
-) -> dict[str, Dataset]:
-    """The pairs as the run trained on them. Raises UserError where they are others."""
+def _same_pairs(run: Run, train: Dataset | None, test: Dataset | None) -> dict[str, Dataset]:
+    """The pairs as the run trained on them. Raises UserError if they are others."""
     if train is None or test is None:
         raise UserError('export_run(..., "trl") needs train= and test=, the pairs that train_dpo was given.')
-    longest = run.info["config"]["max_length"]
-    prepared = {
-        "train": check_pairs(train, tokenizer, longest, test=test).pairs,
-        "test": check_pairs(test, tokenizer, longest).pairs,
+    tokenizer, longest = load_tokenizer(base_of(run)), run.info.config["max_length"]
+    reports = {
+        "train": check_pairs(train, tokenizer, longest, test=test, **run.info.prompts_rule),
+        "test": check_pairs(test, tokenizer, longest, **run.info.prompts_rule),
     }
-    for name, pairs in prepared.items():
-        if data_hash(tokenize_pairs(pairs, tokenizer)) != run.info["data"][name]:
+    for name, report in reports.items():
+        if report.hash != getattr(run.info.data, name):
             raise UserError(
-                f"{name}= is not what the run {run.folder.name} was given: {len(pairs)} pairs here, "
-                f"{run.info[f'{name}_pairs']} there, and other tokens. Pass the same pairs in the same order; if they "
-                "are, then the run used another chat template than its base model has, which TRL's script would not."
+                f"{name}= is not what the run {run.folder.name} was given: {len(report.pairs)} pairs here, "
+                f"{getattr(run.info, f'{name}_pairs')} there, and other tokens. Pass the same pairs in the same order; "
+                "if they are, then the run used another chat template than its base model has, which TRL's script "
+                "would not."
             )
-    return prepared
+    return {name: report.pairs for name, report in reports.items()}
 
 
-def _write_trl(run: Run, part: Path, train: Dataset | None, test: Dataset | None) -> None:
-    info, config = run.info, run.info["config"]
-    if run.reference is not None or info["reference"] != "the policy at its start":
-        raise UserError(
-            "This run's reference is not its base model (it started from a trained adapter, or was given a reference "
-            "model). TRL's script starts every adapter afresh on a base, so it can't repeat the run. Merge the "
-            "trained adapter into its base first, train from the merged model, and export that run."
-        )
-    adapter = json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    settings = {
-        "model_name_or_path": info["model"],
+def _json_lines(pairs: Dataset) -> str:
+    """The pairs as TRL's script reads them, with what each row passes to the chat template.
+
+    Tools are written as JSON text: as objects, datasets would give each row the keys of all others.
+    """
+    rows = []
+    for row in pairs:
+        options = template_options(row)
+        tools = options.pop("tools", None)
+        own = {"tools": json.dumps(tools) if tools else None, "chat_template_kwargs": options}
+        rows.append({name: row[name] for name in ("prompt", "chosen", "rejected")} | own)
+    used = [name for name in rows[0] if any(row[name] for row in rows)]
+    return "".join(json.dumps({name: row[name] for name in used}, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _trl_settings(run: Run) -> dict[str, Any]:
+    """The arguments of TRL's script that repeat the run."""
+    config, adapter = run.info.config, json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = changed_settings(config) | {
+        "model_name_or_path": run.info.model,
         "dtype": "bfloat16" if config["bf16"] else "float16" if config["fp16"] else "float32",
         "use_peft": True,
         "lora_r": adapter["r"],
@@ -311,29 +282,37 @@ def _write_trl(run: Run, part: Path, train: Dataset | None, test: Dataset | None
         "lora_target_modules": sorted(adapter["target_modules"]),
         "precompute_ref_log_probs": True,  # the reference's forward once, as in the run, and not in each step
     }
-    quantised = PROFILES[info["profile"]].load_in_4bit
-    if quantised:
-        # A run on a large card may have done without checkpointing; TRL alone needs more memory than Unsloth.
+    if PROFILES[run.info.profile].load_in_4bit:
+        # On a large card the run may have needed no checkpointing; TRL alone needs more memory than Unsloth.
         settings |= {"load_in_4bit": True, "use_bnb_nested_quant": True, "gradient_checkpointing": True}
+    return settings
+
+
+def _write_trl(run: Run, part: Path, train: Dataset | None, test: Dataset | None) -> None:
+    if run.reference is not None or run.info.reference != POLICY_AT_START:
+        raise UserError(
+            "This run's reference is not its base model (it started from a trained adapter, or was given a reference "
+            "model). TRL's script starts every adapter afresh on a base, so it can't repeat the run. Merge the "
+            "trained adapter into its base first, train from the merged model, and export that run."
+        )
     (part / "data").mkdir()
-    for name, pairs in _same_pairs(run, load_tokenizer(base_of(run)), train, test).items():
-        columns = [c for c in ("prompt", "chosen", "rejected", "chat_template_kwargs") if c in pairs.column_names]
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in pairs.select_columns(columns)]
-        (part / "data" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    for name, value in (("dpo", changed_settings(config) | settings), ("accelerate", _ACCELERATE)):
-        (part / f"{name}.yaml").write_text(yaml.safe_dump(value), encoding="utf-8")
+    for name, pairs in _same_pairs(run, train, test).items():
+        (part / "data" / f"{name}.jsonl").write_text(_json_lines(pairs), encoding="utf-8")
+    settings = _trl_settings(run)
+    (part / "dpo.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    shutil.copy(TEMPLATES / "accelerate.yaml", part)
     shutil.copy(Path(__file__).with_name("trl_script.py"), part / "train.py")
-    readme = _RUN_README.format(
-        name=run.folder.name,
-        trl=info["versions"]["trl"],
-        peft=info["versions"]["peft"],
-        more=" bitsandbytes" if quantised else f", on a CPU also unsloth=={info['versions']['unsloth']}",
-        batch=pairs_a_step(config),
-        model=info["model"],
-        model_note=".\n  On a CPU, with this project's `helpers`, it is the embedded copy; elsewhere the hub's, whose "
-        "weights\n  were never rounded to 4 bits and differ a little"
-        if info["model"] == EMBEDDED_HUB_NAME
-        else "",
+    on_cpu = f", on a CPU also unsloth=={run.info.versions['unsloth']}"
+    embedded = (
+        "; on a CPU with this project's\n  `helpers` the embedded copy, elsewhere the hub's, whose weights were never "
+        "rounded to 4 bits and differ a little"
+    )
+    readme = (TEMPLATES / "trl_export.md").read_text(encoding="utf-8")
+    readme = readme.format(
+        run=run,
+        more=" and bitsandbytes" if "load_in_4bit" in settings else on_cpu,
+        batch=pairs_a_step(run.info.config),
+        model_note=embedded if run.info.model == EMBEDDED_HUB_NAME else "",
     )
     (part / "README.md").write_text(readme, encoding="utf-8")
 

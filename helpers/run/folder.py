@@ -1,7 +1,7 @@
-"""The run folder: all that a training run leaves, and all that passes between the notebooks.
+"""The run folder: what a training run leaves, and how the notebooks pass it on.
 
-`Run.load` reads one without a model. What is written here holds no path, no host and no token, so that a folder can be
-copied to another machine.
+`Run.load` reads one without a model. Nothing here holds a path, a host or a token, so a folder can be copied to another
+machine.
 """
 
 import contextlib
@@ -42,12 +42,14 @@ class DataInfo:
         train, test: hashes of the pairs' token ids.
         findings: of `check_pairs` on the training pairs, code to count.
         prompts: how many prompts over the limit were "shortened" and how many were "left_out".
+        bundled: whether the pairs came with this project, so that their licence is known (`load_report`).
     """
 
     train: str
     test: str
     findings: dict[str, int] = dataclasses.field(default_factory=dict)
     prompts: dict[str, int] = dataclasses.field(default_factory=dict)
+    bundled: bool = False
 
 
 @dataclasses.dataclass
@@ -60,14 +62,10 @@ class RunInfo:
         config: the trainer's settings (`describe_config`).
         train_pairs, test_pairs: how many.
         data: what is known of them.
-        base: hash of the base model's weights.
-        start: hash of the adapter before training.
+        base, start, end: hashes of the base model's weights and of the adapter before and after training.
         reference: POLICY_AT_START, or the hash of the ref_model.
-        versions: of the libraries (`versions`).
-        machine: in a few words (`machine`).
-        status: whether it is finished.
-        steps: how many were made; None until the run is finished.
-        end: hash of the trained adapter; None until the run is finished.
+        versions, machine: as the functions of these names give them.
+        status, steps: how far the run has come; `steps` and `end` are None until it is finished.
         lora: what scales each saved adapter ("adapter", "reference"); its weights alone do not tell.
         memory_gb: GB "needed" by the estimate and "free" at the start; on a GPU also measured: "used", "peak".
         prompts_rule: arguments of `check_pairs` for long prompts: max_prompt_length, on_long_prompt.

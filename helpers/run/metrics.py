@@ -1,11 +1,8 @@
-"""Scoring: log-probs of pairs under a model, the reference's kept in a cache, and what follows from the two.
-
-Training, sweep and inspection all score through `pair_logps`, so that their figures can be compared. Hashes of weights
-and token ids say when two things are the same.
-"""
+"""Held-out figures of a run, from the log-probs of its pairs under reference and policy."""
 
 import math
 from statistics import NormalDist
+from typing import Any
 
 import pandas as pd
 import torch
@@ -14,19 +11,13 @@ from datasets import Dataset
 from helpers.model.logps import PairLogps
 
 
-def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Interval for the share `successes` of `n` (Wilson 1927), which keeps within 0 and 1 also near them.
-
-    Args:
-        level: how often such intervals hold the true share.
-
-    Returns:
-        (lower end, upper end), from 0 to 1.
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """95 percent interval for the share `successes` of `n` (Wilson 1927): (lower end, upper end), within 0 and 1.
 
     >>> [round(end, 3) for end in wilson_interval(90, 120)]
     [0.666, 0.819]
     """
-    z = NormalDist().inv_cdf(0.5 + level / 2)
+    z = NormalDist().inv_cdf(0.975)
     share, spread = successes / n, z * z / n
     half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n))
     return (share + spread / 2 - half) / (1 + spread), (share + spread / 2 + half) / (1 + spread)
@@ -40,8 +31,8 @@ def held_out_table(test: Dataset, reference: PairLogps, policy: PairLogps) -> pd
         reference, policy: their log-probs under either model.
 
     Returns:
-        Columns topic and flaw ("not given" where the pairs have none), origin where they have it, and for both sides
-        chosen_reference, chosen_policy (log-probs in nats), chosen_tokens, and so on; log_ratio_gap in nats.
+        Columns topic and flaw ("not given" if the pairs have none), origin if they have it, chosen_reference and
+        chosen_policy (log-probs in nats), chosen_tokens, the same for rejected, and log_ratio_gap in nats.
     """
     columns = {name: test[name] for name in ("origin", "topic", "flaw") if name in test.column_names}
     table = pd.DataFrame({"topic": "not given", "flaw": "not given"} | columns, index=range(len(test)))
@@ -55,7 +46,7 @@ def held_out_table(test: Dataset, reference: PairLogps, policy: PairLogps) -> pd
     return table
 
 
-def preference_metrics(table: pd.DataFrame, beta: float) -> dict:
+def preference_metrics(table: pd.DataFrame, beta: float) -> dict[str, Any]:
     """Held-out figures of a run.
 
     Args:
@@ -64,11 +55,11 @@ def preference_metrics(table: pd.DataFrame, beta: float) -> dict:
 
     Returns:
         pairs: how many.
-        reference_accuracy: share of pairs whose chosen has the higher log-prob per token under the reference alone:
-            what is there before any training.
+        reference_accuracy: share of pairs whose chosen has the higher log-prob per token under the reference, before
+            any training.
         accuracy: share of pairs whose chosen has the higher implicit reward (log-ratio) after training.
         reference_accuracy_interval, accuracy_interval: their 95 percent intervals (`wilson_interval`).
-        loss: the DPO loss in nats (Rafailov et al. 2023, eq. 7); ln 2 where nothing was learned.
+        loss: the DPO loss in nats (Rafailov et al. 2023, eq. 7); ln 2 if nothing was learned.
         margin: mean of beta * log-ratio gap (Rafailov et al. 2023, section 5.1); depends on beta.
         log_ratio_gap: mean of margin / beta, in nats; comparable across betas.
         chosen_change, rejected_change: mean log-ratio of either side, in nats.
@@ -93,7 +84,7 @@ def preference_metrics(table: pd.DataFrame, beta: float) -> dict:
 
 
 def accuracy_by(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Share of pairs with a positive margin for each value of `column`, with its interval and count.
+    """Share of pairs with a positive margin for each value of `column`, with its interval and the number of pairs.
 
     Args:
         table: as in `Run.held_out`.
