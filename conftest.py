@@ -12,8 +12,15 @@ from pathlib import Path
 import pytest
 
 # Slow tests that begin first, if there is no time for all.
-FIRST = ("test_dpo", "test_export", "test_sweep", "test_shared_prompt", "test_load", "test_generate")
-LAST = "test_jupyterlab"  # what it runs, the notebooks' own tests run too
+FIRST = (
+    "train/test_dpo",
+    "after/test_export",
+    "train/test_sweep",
+    "patches/test_shared_prompt",
+    "model/test_load",
+    "model/test_generate",
+)
+LAST = "tests/test_jupyterlab"  # what it runs, the notebooks' own tests run too
 # Minutes on two such cores of what takes many, with room: alone, 03, 04 and 05 took 6, 13 and 22.
 MINUTES = {
     "01_setup": 0.4,
@@ -39,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
 
     def place(item: pytest.Item) -> tuple[bool, int]:
-        name = item.path.stem
+        name = f"{item.path.parent.name}/{item.path.stem}"  # two folders have a test_load
         order = FIRST.index(name) if name in FIRST else len(FIRST) + (name == LAST)
         return bool(item.get_closest_marker("slow")), order
 

@@ -50,6 +50,11 @@ def test_helpers_come_first_and_shutdown_last(notebook):
     assert code[-1].strip().splitlines()[-1] == "shut_down_kernel()"
 
 
+def test_imports_nothing_deeper_than_the_front_door(notebook):
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    assert set(re.findall(r"^\s*(?:from|import) (helpers[\w.]*)", code, re.M)) <= {"helpers", "helpers.teach"}
+
+
 def test_parts_of_a_lesson(notebook):
     headings = re.findall(r"^#+ (.+)$", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"), re.M)
     assert {"Recap", "Exercises", "Solutions"} <= set(headings)
