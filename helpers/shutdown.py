@@ -1,5 +1,6 @@
 """The last cell of a notebook: free the memory, and end the notebook's session if a Jupyter server owns it."""
 
+import contextlib
 import gc
 import json
 import sys
@@ -7,9 +8,13 @@ import threading
 import urllib.request
 from pathlib import Path
 
+import torch
+from IPython import get_ipython
+from transformers import Trainer
+
 
 def _notebook_session(kernel_id: str) -> tuple[str, str] | None:
-    """(address, token) of the Jupyter session that owns this kernel, or None where no server does."""
+    """(address, token) of the Jupyter session that owns this kernel, or None if no server does."""
     try:
         from jupyter_server.serverapp import list_running_servers
     except ImportError:
@@ -21,7 +26,7 @@ def _notebook_session(kernel_id: str) -> tuple[str, str] | None:
         try:
             with urllib.request.urlopen(request, timeout=5) as reply:
                 sessions = json.load(reply)
-        except (OSError, ValueError):  # a server that has gone, or that wants a password
+        except (OSError, ValueError):  # the server has gone, or asks for a password
             continue
         for session in sessions:
             if (session.get("kernel") or {}).get("id") == kernel_id:
@@ -34,45 +39,26 @@ def _end_session(address: str, token: str) -> None:
     urllib.request.urlopen(request, timeout=10).close()
 
 
-def _free_memory() -> None:
-    import torch
-
-    try:
-        from IPython import get_ipython
-
-        shell = get_ipython()
-    except ImportError:
-        shell = None
-    if shell is not None:
-        from transformers import Trainer
-
-        heavy = [name for name, value in shell.user_ns.items() if isinstance(value, (torch.nn.Module, Trainer))]
-        for name in heavy:
-            shell.user_ns.pop(name)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def shut_down_kernel() -> None:
     """Free the models' memory; in JupyterLab or Notebook also end this notebook's session.
 
-    Models and trainers are dropped from the notebook's variables. Where a Jupyter server owns this kernel, its
-    session is then ended through the server, as "Shut Down Kernel" in the menu does, so that no "kernel died"
-    dialog appears. Under nbmake, nbconvert, papermill or plain Python nothing else happens: the program that
-    started the kernel ends it.
+    Models and trainers are dropped from the notebook's variables. If a Jupyter server owns this kernel, its session is
+    then ended through the server, as "Shut Down Kernel" in the menu does, so that no "kernel died" dialog appears.
+    Under nbmake, nbconvert, papermill or plain Python nothing else happens: the program that started the kernel ends
+    it.
     """
-    _free_memory()
+    names = getattr(get_ipython(), "user_ns", {})  # of the notebook's variables; none in plain Python
+    for name in [name for name, value in names.items() if isinstance(value, torch.nn.Module | Trainer)]:
+        del names[name]
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU
+
     session = None
     if "ipykernel" in sys.modules:
         from ipykernel.connect import get_connection_file
 
-        try:
-            connection = Path(get_connection_file())
-        except RuntimeError:  # not inside a kernel
-            connection = None
-        if connection is not None:
-            session = _notebook_session(connection.stem.removeprefix("kernel-"))
+        with contextlib.suppress(RuntimeError):  # ipykernel may be imported outside a kernel
+            session = _notebook_session(Path(get_connection_file()).stem.removeprefix("kernel-"))
     if session is None:
         print("Memory freed.")
         return

@@ -6,13 +6,44 @@ Reads `seeds.json` and `beta.json` in benchmarks/results and writes `measured.pn
 import json
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from helpers.teach.plots import CHOSEN, DASHED, REJECTED
+from helpers.train.sweep import Sweep
+
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
-def main() -> None:
-    from helpers.teach.plots import plot_measured
-    from helpers.train.sweep import Sweep
+def plot_measured(seeds: list[dict], sweep: pd.DataFrame) -> plt.Figure:
+    """Does training teach the preference, and what does beta do?
 
+    Args:
+        seeds: as in `seeds.json`: accuracies before and after, with 95 percent intervals.
+        sweep: as in `Sweep.finished`: a row for each run.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    first = seeds[0]
+    rows = [("before", first["reference_accuracy"], first["reference_accuracy_interval"], REJECTED)]
+    rows += [(f"after,\nseed {run['seed']}", run["accuracy"], run["accuracy_interval"], CHOSEN) for run in seeds]
+    for name, share, (low, high), colour in rows:
+        left.errorbar([name], [share], yerr=[[share - low], [high - share]], fmt="o", color=colour, capsize=4)
+    left.axhline(0.5, **DASHED, label="a coin")
+    left.set(title="Is the chosen answer told from the rejected?", ylabel=f"share of {first['pairs']} held-out pairs")
+    left.set(ylim=(0.4, 1), xlim=(-0.5, len(rows) - 0.5))
+    left.legend(fontsize=8, loc="lower right")
+    right.plot(sweep.groupby("beta").kl.mean(), color=CHOSEN, linewidth=1, label="mean of the seeds")
+    right.plot(sweep.beta, sweep.kl, "o", color=CHOSEN, alpha=0.6, label="a run")
+    right.set(title="What does beta do?", xlabel="beta", xscale="log", ylabel="KL from the reference\n(nats a reply)")
+    betas = sorted(set(sweep.beta))
+    right.set(ylim=(0, None), xticks=betas, xticklabels=[f"{beta:g}" for beta in betas])
+    right.minorticks_off()
+    right.legend(fontsize=8)
+    plt.close(figure)
+    return figure
+
+
+def main() -> None:
     seeds = json.loads((RESULTS / "seeds.json").read_text(encoding="utf-8"))["seeds"]
     figure = plot_measured(seeds, Sweep.load(RESULTS / "beta.json").finished)
     figure.savefig(RESULTS / "measured.png", dpi=100, metadata={"Software": None})

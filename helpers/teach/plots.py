@@ -15,7 +15,7 @@ from IPython.display import HTML
 
 # The two colours differ in lightness too, so that they can be told apart in grey print and by the colour-blind.
 CHOSEN, REJECTED = "#1b6ca8", "#d9822b"
-_DASHED = {"color": "grey", "linestyle": "--", "linewidth": 1}  # a line to compare with
+DASHED = {"color": "grey", "linestyle": "--", "linewidth": 1}  # a line to compare with
 
 
 def _subplots(*shape: int, **options: Any) -> tuple[plt.Figure, Any]:
@@ -29,13 +29,6 @@ def _series(history: list[dict], name: str) -> tuple[list[int], list[float]]:
     """Steps and values of what is called `name`, where the history has it."""
     rows = [(row["step"], float(row[name])) for row in history if name in row]
     return [step for step, _ in rows], [value for _, value in rows]
-
-
-def _names_and_bars(shares: pd.DataFrame) -> tuple[list[str], list[pd.Series]]:
-    """Each group's name with its count; how far its interval reaches below and above its share, 0 without one."""
-    names = [f"{name} ({count})" for name, count in zip(shares.index, shares.pairs, strict=True)]
-    # At a share of 0 or 1 an end of the interval is the share itself, to rounding.
-    return names, [bar.clip(lower=0).fillna(0) for bar in (shares.share - shares.low, shares.high - shares.share)]
 
 
 def _by_beta(table: pd.DataFrame) -> Iterator[tuple[str, tuple, pd.DataFrame]]:
@@ -62,7 +55,7 @@ def plot_training(history: list[dict]) -> plt.Figure:
         steps, values = _series(history, f"eval_{name}")
         if steps:
             axis.plot(steps, values, color="black", linestyle="none", marker="D", label="held out")
-        axis.axhline(line, **_DASHED, label=meaning)
+        axis.axhline(line, **DASHED, label=meaning)
         axis.set(title=title, xlabel="step", ylabel=label)
         axis.legend(fontsize=8)
     return figure
@@ -80,7 +73,7 @@ def plot_log_ratios(table: pd.DataFrame) -> plt.Figure:
     span = (min(chosen.min(), rejected.min()), max(chosen.max(), rejected.max()))
     axis.hist(chosen, 30, range=span, color=CHOSEN, alpha=0.6, label=f"chosen, mean {chosen.mean():+.2f}")
     axis.hist(rejected, 30, range=span, color=REJECTED, alpha=0.6, label=f"rejected, mean {rejected.mean():+.2f}")
-    axis.axvline(0, **_DASHED)
+    axis.axvline(0, **DASHED)
     axis.set(xlabel="log policy - log reference (nats)", ylabel="held-out pairs")
     axis.legend()
     return figure
@@ -99,7 +92,7 @@ def plot_lengths(chosen: list[int], rejected: list[int]) -> plt.Figure:
     axes[0].set(xlabel="tokens in the completion", ylabel="pairs")
     axes[0].legend()
     axes[1].scatter(rejected, chosen, s=8, color=CHOSEN)
-    axes[1].plot(span, span, **_DASHED, label="equal length")
+    axes[1].plot(span, span, **DASHED, label="equal length")
     axes[1].set(xlabel="tokens in rejected", ylabel="tokens in chosen")
     axes[1].legend()
     return figure
@@ -112,14 +105,7 @@ def plot_shares(shares: pd.DataFrame, *, label: str) -> plt.Figure:
         shares: index of group names; columns share, low, high (0 to 1) and pairs (count).
         label: of the x-axis: of what they are shares.
     """
-    figure, axis = _subplots(figsize=(7, 0.5 + 0.45 * len(shares)))
-    names, bars = _names_and_bars(shares)
-    axis.errorbar(shares.share, names, xerr=bars, fmt="o", color=CHOSEN, capsize=3)
-    axis.axvline(0.5, **_DASHED, label="a coin")
-    axis.set(xlabel=label, xlim=(0, 1.02))
-    axis.legend(fontsize=8, loc="lower left")
-    axis.invert_yaxis()
-    return figure
+    return plot_compared({"95% interval": shares}, label=label, baseline=0.5)
 
 
 def plot_margins(rewards: pd.DataFrame) -> plt.Figure:
@@ -160,7 +146,7 @@ def plot_rewards_by_length(rewards: pd.DataFrame) -> plt.Figure:
     for side, color, marker in (("chosen", CHOSEN, "o"), ("rejected", REJECTED, "x")):
         tokens, reward = rewards[f"{side}_tokens"], rewards[f"{side}_reward"]
         axis.scatter(tokens, reward, s=18, color=color, marker=marker, label=f"{side}, r = {tokens.corr(reward):+.2f}")
-    axis.axhline(0, **_DASHED)
+    axis.axhline(0, **DASHED)
     axis.set(xlabel="tokens in the completion", ylabel="implicit reward (beta x log-ratio)")
     axis.legend(title="r: correlation with length", fontsize=8)
     return figure
@@ -251,7 +237,7 @@ def plot_gaps_and_margins(history: pd.DataFrame) -> plt.Figure:
             for split, style in (("train", "-"), ("held out", "D")):
                 means = rows[rows.split == split].groupby("step")[name].mean()
                 axis.plot(means, style, color=colour, markersize=4, label=beta if split == "train" else None)
-        axis.axhline(0, **_DASHED)
+        axis.axhline(0, **DASHED)
         axis.set(title=title, xlabel="step", ylabel=label)
         axis.legend(title="beta", fontsize=8)
     return figure
@@ -267,7 +253,7 @@ def plot_changes(table: pd.DataFrame) -> plt.Figure:
     betas = [f"{beta:g}" for beta in table.beta]  # as text, so that they are evenly spaced
     axis.plot(betas, table.chosen_change, "o", color=CHOSEN, alpha=0.8, label="chosen")
     axis.plot(betas, table.rejected_change, "s", color=REJECTED, alpha=0.8, label="rejected")
-    axis.axhline(0, **_DASHED, label="reference")
+    axis.axhline(0, **DASHED, label="reference")
     axis.set(xlabel="beta", ylabel="log policy - log reference (nats),\nmean of held-out pairs")
     axis.legend(fontsize=8)
     return figure
@@ -283,15 +269,17 @@ def plot_compared(shares: dict[str, pd.DataFrame], *, label: str, baseline: floa
         baseline: where a coin would be, if there is one.
     """
     rows = next(iter(shares.values()))
-    figure, axis = _subplots(figsize=(8, 0.8 + 0.22 * len(rows) * len(shares)))
-    names, _ = _names_and_bars(rows)
+    figure, axis = _subplots(figsize=(8, 0.8 + 0.22 * len(rows) * max(len(shares), 2)))
     for i, (model, table) in enumerate(shares.items()):
         table = table.loc[rows.index]
         places = [row + 0.7 * ((i + 0.5) / len(shares) - 0.5) for row in range(len(rows))]
-        colour, (_, bars) = plt.get_cmap("viridis")(i / len(shares)), _names_and_bars(table)
+        # At a share of 0 or 1 an end of the interval is the share itself, to rounding.
+        bars = [bar.clip(lower=0).fillna(0) for bar in (table.share - table.low, table.high - table.share)]
+        colour = plt.get_cmap("viridis")(i / len(shares))
         axis.errorbar(table.share, places, xerr=bars, fmt="o", color=colour, capsize=2, label=model)
     if baseline is not None:
-        axis.axvline(baseline, **_DASHED, label="a coin")
+        axis.axvline(baseline, **DASHED, label="a coin")
+    names = [f"{name} ({count})" for name, count in zip(rows.index, rows.pairs, strict=True)]
     axis.set(xlabel=label, xlim=(-0.02, 1.02), yticks=range(len(rows)), yticklabels=names)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.invert_yaxis()
@@ -348,30 +336,3 @@ def symptom_table(rows: list[dict]) -> HTML:
         "".join(f'<td style="text-align:left">{html.escape(str(row[name]))}</td>' for name in names) for row in rows
     ]
     return HTML(f"<table><tr>{head}</tr><tr>{'</tr><tr>'.join(lines)}</tr></table>")
-
-
-def plot_measured(seeds: list[dict], sweep: pd.DataFrame) -> plt.Figure:
-    """The README's picture: does training teach the preference, and what does beta do?
-
-    Args:
-        seeds: as in `benchmarks/results/seeds.json`: accuracies before and after, with 95 percent intervals.
-        sweep: as in `Sweep.finished`: a row for each run.
-    """
-    figure, (left, right) = _subplots(1, 2, figsize=(9, 3.2))
-    first = seeds[0]
-    rows = [("before", first["reference_accuracy"], first["reference_accuracy_interval"], REJECTED)]
-    rows += [(f"after,\nseed {run['seed']}", run["accuracy"], run["accuracy_interval"], CHOSEN) for run in seeds]
-    for name, share, (low, high), colour in rows:
-        left.errorbar([name], [share], yerr=[[share - low], [high - share]], fmt="o", color=colour, capsize=4)
-    left.axhline(0.5, **_DASHED, label="a coin")
-    left.set(title="Is the chosen answer told from the rejected?", ylabel=f"share of {first['pairs']} held-out pairs")
-    left.set(ylim=(0.4, 1), xlim=(-0.5, len(rows) - 0.5))
-    left.legend(fontsize=8, loc="lower right")
-    right.plot(sweep.groupby("beta").kl.mean(), color=CHOSEN, linewidth=1, label="mean of the seeds")
-    right.plot(sweep.beta, sweep.kl, "o", color=CHOSEN, alpha=0.6, label="a run")
-    right.set(title="What does beta do?", xlabel="beta", xscale="log", ylabel="KL from the reference\n(nats a reply)")
-    betas = sorted(set(sweep.beta))
-    right.set(ylim=(0, None), xticks=betas, xticklabels=[f"{beta:g}" for beta in betas])
-    right.minorticks_off()
-    right.legend(fontsize=8)
-    return figure

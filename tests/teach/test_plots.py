@@ -6,9 +6,10 @@ import pandas as pd
 
 from helpers.run.metrics import accuracy_by
 from helpers.teach import plots
+from tools.picture import plot_measured
 
 
-def test_training_curves_hold_every_point_and_the_line_of_no_learning():
+def test_training_curves_show_every_point_and_the_line_of_no_learning():
     history = [
         {"step": 1, "loss": 0.7, "rewards/margins": 0.0, "rewards/accuracies": 0.0},
         {"step": 2, "loss": 0.6, "rewards/margins": 0.2, "rewards/accuracies": 1.0},
@@ -27,6 +28,21 @@ def test_shares_of_zero_and_one_are_drawn():
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["good (15)", "bad (7)"]
 
 
+def test_shares_side_by_side_and_lengths_of_thoughts():
+    nan = float("nan")
+    rows = {"share": [0.5, 0.9], "low": [0.4, nan], "high": [0.6, nan], "pairs": [40, 6]}
+    table = pd.DataFrame(rows, index=["slip", "looping"])
+    other = table.assign(share=[0.7, 0.2]).iloc[::-1]  # in another order
+    axis = plots.plot_compared({"naive": table, "both think": other}, label="share", baseline=0.5).axes[0]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["slip (40)", "looping (6)"]
+    drawn = [list(container[0].get_xdata()) for container in axis.containers]
+    assert drawn == [[0.5, 0.9], [0.7, 0.2]] and axis.get_xlabel() == "share"
+    assert axis.get_legend_handles_labels()[1] == ["a coin", "naive", "both think"]
+    lengths = plots.plot_thought_lengths({"base": [0, 0], "policy": [40, 60]}).axes[0]
+    assert [text.get_text() for text in lengths.get_yticklabels()] == ["base", "policy"]
+    assert "tokens" in lengths.get_xlabel()
+
+
 def test_log_ratios_and_lengths():
     table = pd.DataFrame(
         {"chosen_policy": [-9.0], "chosen_reference": [-10.0], "rejected_policy": [-5.0], "rejected_reference": [-2.0]}
@@ -38,11 +54,11 @@ def test_log_ratios_and_lengths():
     assert histogram.get_xlabel() == "tokens in the completion"
 
 
-def test_the_picture_of_the_readme_holds_every_run():
+def test_the_picture_of_the_readme_shows_every_run():
     interval = {"reference_accuracy_interval": [0.5, 0.7], "accuracy_interval": [0.7, 0.9]}
     seeds = [{"seed": s, "pairs": 9, "reference_accuracy": 0.6, "accuracy": 0.8} | interval for s in range(2)]
     sweep = pd.DataFrame({"beta": [0.1, 0.1, 1.0], "kl": [5.0, 7.0, 1.0]})
-    left, right = plots.plot_measured(seeds, sweep).axes
+    left, right = plot_measured(seeds, sweep).axes
     assert [line.get_ydata()[0] for line in left.lines if line.get_marker() == "o"] == [0.6, 0.8, 0.8]
     mean, runs = right.lines
     assert (list(mean.get_ydata()), list(runs.get_ydata())) == ([6.0, 1.0], [5.0, 7.0, 1.0])
