@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 # Settings of the person who runs the tests must not change their outcome. The cache folder stays: the embedded
 # model is converted once, not once a run.
@@ -10,8 +11,9 @@ for name in ("DPO_PROFILE", "DPO_MODEL", "DPO_THINKING_MODEL", "DPO_DATA", "DPO_
     os.environ[name] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import helpers  # noqa: E402
-from helpers.train.trainer import make_trainer  # noqa: E402
+import helpers  # noqa: E402, I001  (first: Unsloth before transformers)
+from peft.tuners.lora import LoraLayer  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -25,17 +27,38 @@ def base():
     return helpers.load_model("embedded")
 
 
+@pytest.fixture(scope="session")
+def small(tokenizer, tmp_path_factory):
+    """The folder of a model of two small layers with random weights, with the embedded model's tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def strip(model) -> None:
+    """Take any adapter off the shared base model."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            model.set_submodule(name, module.base_layer)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
 @pytest.fixture
-def with_callback(monkeypatch):
-    """A function that gives a callback to every trainer that `train_dpo` makes afterwards; None takes it away again."""
-    real = make_trainer
-
-    def give(callback) -> None:
-        def make(*args):
-            trainer = real(*args)
-            trainer.add_callback(callback)
-            return trainer
-
-        monkeypatch.setattr("helpers.train.dpo.make_trainer", real if callback is None else make)
-
-    return give
+def policy(base):
+    """A fresh LoRA adapter on the shared base model, and the tokenizer."""
+    model, tokenizer = base
+    yield helpers.add_lora(model, seed=0), tokenizer
+    strip(model)

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from test_training import strip
 from transformers import TrainerCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -20,6 +19,7 @@ from helpers.patches import cast_once
 from helpers.train.dpo import train_dpo
 from helpers.train.settings import DPOConfig, dpo_settings
 from helpers.train.trainer import make_trainer
+from tests.conftest import strip
 
 pytestmark = [
     pytest.mark.slow,

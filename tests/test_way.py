@@ -6,8 +6,7 @@ What real weights learn is tested room by room; those tests are slow.
 import math
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import helpers
 from helpers import UserError
@@ -22,26 +21,6 @@ QUICK = {
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 1,
 }
-
-
-@pytest.fixture(scope="module")
-def small(tokenizer, tmp_path_factory):
-    """The folder of such a model, with the embedded model's tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "small"
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True)

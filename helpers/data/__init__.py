@@ -1,1 +1,7 @@
 """From a file or a list to pairs that can be trusted: read, split, rendered, checked."""
+
+from pathlib import Path
+
+# The source of this wing as it was imported: part of the key under which its results are kept on disk, so that what
+# another version has read or measured is not taken.
+CODE = "".join(path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py")))

@@ -4,20 +4,19 @@
 table afterwards. Its findings go into a `Report`, which takes findings of the same type from other rooms too.
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from helpers.common import UserError
 from helpers.data.findings import FINDINGS, WORST, Finding, Report
-from helpers.data.measure import BATCH, BIT, FEATURES, THOUGHT, WHAT, Measure, first_words, measure_pairs, text_hash
+from helpers.data.measure import BIT, FEATURES, THOUGHT, WHAT, first_words, measure_table, measures_of, text_hash
 from helpers.data.messages import prompt_text
+from helpers.data.prompts import fit_prompts, fitted_measures
+from helpers.data.render import IDS
 from helpers.data.report import load_report
-from helpers.session import quiet_progress
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 MAX_PROMPT_LENGTH = 256  # tokens; a longer prompt leaves too little of max_length to the answers
 # A feature tells chosen from rejected when guessing by it alone is right this much more (or less) often than a coin,
@@ -26,59 +25,6 @@ LEAK = 0.05
 LEAK_SIGMAS = 2.6
 # Median of chosen / rejected tokens outside of which the lengths differ enough to be learned before anything else.
 LENGTH_RATIOS = (0.8, 1.25)
-
-
-def _later_starts(prompt: list[dict[str, str]]) -> list[int]:
-    """Where a shortened prompt may begin: at each user turn but the first."""
-    return [place for place, turn in enumerate(prompt) if turn["role"] == "user"][1:]
-
-
-def _from_turn(prompt: list[dict[str, str]], start: int) -> list[dict[str, str]]:
-    return [turn for turn in prompt[:1] if turn["role"] == "system"] + prompt[start:]
-
-
-def _shortened(pairs: Dataset, rows: np.ndarray, tokenizer: "PreTrainedTokenizerBase", limit: int) -> dict[int, int]:
-    """row -> the earliest turn from which its prompt has at most `limit` tokens; rows without such a turn are not in.
-
-    A system turn stays. Turns are dropped whole, from the left.
-    """
-    measure, starts = Measure(tokenizer), {}
-    for begin in range(0, len(rows), BATCH):
-        part = rows[begin : begin + BATCH]
-        batch = pairs.select(part)[:]
-        options = measure.settings(batch)
-        tries = [
-            (int(row), start, _from_turn(prompt, start), setting)
-            for row, prompt, setting in zip(part, batch["prompt"], options, strict=True)
-            for start in _later_starts(prompt)
-        ]
-        if not tries:
-            continue
-        texts = measure.render([one[2] for one in tries], [one[3] for one in tries], add_generation_prompt=True)
-        sizes = map(len, measure.encode([text or "" for text in texts]))
-        for (row, start, _, _), size in zip(tries, sizes, strict=True):
-            if size <= limit:
-                starts.setdefault(row, start)
-    return starts
-
-
-def _mend(pairs: Dataset, starts: dict[int, int], dropped: np.ndarray) -> tuple[Dataset, Dataset | None]:
-    """The pairs without the dropped rows and with shortened prompts, in the same order, and the shortened ones."""
-    if not starts:
-        kept = np.setdiff1d(np.arange(len(pairs)), dropped)
-        return (pairs.select(kept) if len(dropped) else pairs), None
-    rows = np.array(sorted(starts))
-    cut_at = [starts[row] for row in rows.tolist()]
-    same = np.setdiff1d(np.arange(len(pairs)), np.concatenate([rows, dropped]))
-    with quiet_progress(len(rows)):
-        short = pairs.select(rows).map(
-            lambda row, place: {"prompt": _from_turn(row["prompt"], cut_at[place])},
-            with_indices=True,
-            features=pairs.features,
-            desc="Shortening prompts",
-        )
-    order = np.argsort(np.concatenate([same, rows]))
-    return concatenate_datasets([pairs.select(same), short]).select(order), short
 
 
 def _mix(*columns: np.ndarray) -> np.ndarray:
@@ -112,7 +58,7 @@ class _Judge:
     """Turns measures into findings; `rows` in its methods are positions in the checked pairs."""
 
     def __init__(self, pairs: Dataset, measures: dict[str, np.ndarray], live: np.ndarray):
-        self.pairs, self.measures, self.live = pairs, measures, np.flatnonzero(live)
+        self.pairs, self.measures, self.live = pairs, measures, live
         self.findings: list[Finding] = []
 
     def column(self, name: str) -> np.ndarray:
@@ -221,7 +167,7 @@ class _Judge:
 
 def check_pairs(
     pairs: Dataset,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int = 512,
     max_prompt_length: int = MAX_PROMPT_LENGTH,
     test: Dataset | None = None,
@@ -229,9 +175,9 @@ def check_pairs(
 ) -> Report:
     """What is wrong with these pairs for this tokenizer; nothing is trained.
 
-    Every pair is rendered with the chat template and tokenized as TRL's DPOTrainer would do it. Errors are what spoils
-    training; `report.raise_for_errors()` stops on them. Warnings are for the reader. Checking pairs from a file a
-    second time reads the measures from datasets' cache.
+    Every pair is rendered with the chat template and tokenised as TRL's DPOTrainer would do it. The report keeps the
+    ids: they are what `train_dpo` trains on. Errors are what spoils training; `report.raise_for_errors()` stops on
+    them. Warnings are for the reader. Checking pairs from a file a second time reads the measures from datasets' cache.
 
     Args:
         pairs: in the form that `load_pairs` gives.
@@ -250,6 +196,47 @@ def check_pairs(
     Raises:
         UserError: pairs in another form, a tokenizer without chat template or EOS, or no pair remains.
     """
+    _check_arguments(pairs, test, tokenizer, on_long_prompt)
+    table = measure_table(pairs, tokenizer)
+    measures = measures_of(table)
+    tokens = measures["prompt"]
+    long = np.flatnonzero(tokens > max_prompt_length)
+    fitted = fit_prompts(pairs, table, tokenizer, long, max_prompt_length, on_long_prompt)
+    shortened, left_out = len(fitted.shortened), len(fitted.dropped)
+    if left_out == len(pairs):
+        raise UserError(
+            f"Every prompt has more than {max_prompt_length} tokens and none can be shortened by whole turns: raise "
+            'max_prompt_length, or pass on_long_prompt="keep".'
+        )
+    measures, kept = fitted_measures(measures, fitted)
+
+    judge = _Judge(pairs, measures, kept)
+    judge.marks()
+    judge.repeats(None if test is None else np.array([text_hash(prompt_text(prompt)) for prompt in test["prompt"]]))
+    judge.find(
+        "long_prompt",
+        long,
+        f"prompts over {max_prompt_length} tokens: {shortened} shortened, {left_out} left out, "
+        f"{len(long) - shortened - left_out} kept",
+        tokens,
+    )
+    judge.lengths(max_length)
+    figures = judge.leaks()
+    judge.left_out()
+    return Report(
+        checked=len(pairs),
+        pairs=fitted.pairs,
+        ids=fitted.table.select_columns(list(IDS)),
+        kept=kept,
+        figures=figures,
+        prompts={"shortened": shortened, "left_out": left_out},
+        lengths={name: measures[name][kept] for name in ("prompt", "chosen", "rejected")},
+    ).add(judge.findings)
+
+
+def _check_arguments(
+    pairs: Dataset, test: Dataset | None, tokenizer: PreTrainedTokenizerBase, on_long_prompt: str
+) -> None:
     for data, name in ((pairs, "pairs"), (test, "test")):
         if data is not None and not (
             isinstance(data, Dataset) and {"prompt", "chosen", "rejected"} <= set(data.features)
@@ -263,36 +250,3 @@ def check_pairs(
         raise UserError("The tokenizer has no EOS token; set tokenizer.eos_token first.")
     if on_long_prompt not in ("shorten", "drop", "keep"):
         raise UserError(f"on_long_prompt is 'shorten', 'drop' or 'keep', not {on_long_prompt!r}.")
-
-    measures = measure_pairs(pairs, tokenizer)
-    tokens = measures["prompt"].copy()
-    long = np.flatnonzero(tokens > max_prompt_length)
-    starts = _shortened(pairs, long, tokenizer, max_prompt_length) if on_long_prompt == "shorten" else {}
-    dropped = np.setdiff1d(long, list(starts)).astype(int) if on_long_prompt != "keep" else long[:0]
-    if len(dropped) == len(pairs):
-        raise UserError(
-            f"Every prompt has more than {max_prompt_length} tokens and none can be shortened by whole turns: raise "
-            'max_prompt_length, or pass on_long_prompt="keep".'
-        )
-    mended, short = _mend(pairs, starts, dropped)
-    if short is not None:
-        for name, values in measure_pairs(short, tokenizer).items():
-            measures[name][sorted(starts)] = values
-    live = np.ones(len(pairs), dtype=bool)
-    live[dropped] = False
-
-    judge = _Judge(pairs, measures, live)
-    judge.marks()
-    judge.repeats(None if test is None else np.array([text_hash(prompt_text(prompt)) for prompt in test["prompt"]]))
-    judge.find(
-        "long_prompt",
-        long,
-        f"prompts over {max_prompt_length} tokens: {len(starts)} shortened, {len(dropped)} left out, "
-        f"{len(long) - len(starts) - len(dropped)} kept",
-        tokens,
-    )
-    judge.lengths(max_length)
-    figures = judge.leaks()
-    judge.left_out()
-    lengths = {name: measures[name][live] for name in ("prompt", "chosen", "rejected")}
-    return Report(pairs, mended, np.flatnonzero(live), figures, lengths).add(judge.findings)

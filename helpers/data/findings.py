@@ -1,22 +1,21 @@
-"""What is wrong with these pairs for this tokenizer: found in token ids, before a training step is spent.
+"""Findings of a check, their catalogue, and the report that holds them.
 
-`check_pairs` measures every pair once (lengths, marks, hashes; a table that datasets caches) and judges the whole
-table afterwards. Its findings go into a `Report`, which takes findings of the same type from other rooms too.
+Other wings add findings of the same type (`helpers.thinking.check`).
 """
 
+import functools
 import html
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from datasets import Dataset
 
 from helpers.common import UserError, visible
-
-if TYPE_CHECKING:
-    import pandas as pd
+from helpers.data.render import data_hash
 
 WORST = 5  # rows that a finding names
 SHOWN_CHARACTERS = 200  # characters of a text that a report shows
@@ -168,13 +167,28 @@ class Report:
     `findings`: list of Finding, errors first. `figures`: numbers of the whole set (pairs, median lengths in tokens,
     length ratio, how often the longer side is chosen, accuracy of each feature alone). `lengths`: tokens of each pair
     that remains, as arrays "prompt", "chosen", "rejected". `pairs`: the pairs to train on: long prompts shortened or
-    left out as asked. `clean`: the same without the rows of any error.
+    left out as asked. `prompts`: how many those are, {"shortened": ..., "left_out": ...}. `ids`: token ids of `pairs`,
+    as `tokenize_pairs` gives them. `clean`: `pairs` without the rows of any error.
     """
 
-    def __init__(self, checked: Dataset, pairs: Dataset, kept: np.ndarray, figures: dict, lengths: dict):
+    def __init__(
+        self,
+        checked: int,
+        pairs: Dataset,
+        ids: Dataset,
+        kept: np.ndarray,
+        figures: dict[str, Any],
+        prompts: dict[str, int],
+        lengths: dict[str, np.ndarray],
+    ):
         self.findings: list[Finding] = []
-        self.pairs, self.figures, self.lengths = pairs, figures, lengths
-        self._checked, self._kept = len(checked), kept  # kept: positions in what was checked, shape (len(pairs),)
+        self.pairs, self.ids, self.figures, self.prompts, self.lengths = pairs, ids, figures, prompts, lengths
+        self._checked, self._kept = checked, kept  # kept: positions in what was checked, shape (len(pairs),)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """`data_hash` of `ids`: the fingerprint of what is trained."""
+        return data_hash(self.ids)
 
     def add(self, findings: "Finding | Iterable[Finding]") -> "Report":
         """Take in further findings about the same pairs; returns the report."""
@@ -209,10 +223,8 @@ class Report:
             f"({len(self.clean)} of {self._checked} pairs remain)."
         )
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row for each finding: severity, code, count, what, rows (the worst), why, cure."""
-        import pandas as pd
-
         rows = [
             (f.severity, f.code, f.count, visible(f.what, SHOWN_CHARACTERS), _worst_rows(f), f.why, f.cure)
             for f in self.findings

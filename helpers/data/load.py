@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 import xxhash
 from datasets import Dataset, DatasetDict, Features, Json, Value
+from trl.data_utils import extract_prompt
 
 from helpers.common import PROJECT, UserError, setting
+from helpers.data import CODE
 from helpers.data.layouts import Layout, find_layout
 from helpers.data.messages import (
     MESSAGES,
@@ -35,7 +37,6 @@ from helpers.data.report import LoadReport
 from helpers.data.sources import LIBRARY_ERRORS, Source, open_source, printable, reason_of
 from helpers.session import quiet_progress
 
-READER_CODE = Path(__file__).read_text("utf-8")  # as it was imported; what another version has read is not taken
 BUNDLED_PAIRS = Path(__file__).parent / "bundled" / "pairs.jsonl"
 # Columns that DPOTrainer reads by name. A source's own column of that name is kept as "source_...".
 RESERVED = set(
@@ -66,8 +67,6 @@ def _pair(row: dict[str, Any], layout: Layout, preference: Preference | None) ->
         if marked and prompt[-1] == {"role": "assistant", "content": ""}:
             prompt = prompt[:-1]
     else:
-        from trl.data_utils import extract_prompt
-
         parts = extract_prompt({"chosen": chosen, "rejected": rejected})
         prompt, chosen, rejected = parts["prompt"], parts["chosen"], parts["rejected"]
     system = row.get(layout.system)
@@ -262,7 +261,7 @@ def load_pairs(
                 table = Dataset.from_list(list(reader.rows()), features=reader.features())
             else:
                 # Kept on disk by datasets under the name of the content and of all that reading depends on.
-                parts = (opened.key, name, sorted(columns.items()), first_wins, READER_CODE)
+                parts = (opened.key, name, sorted(columns.items()), first_wins, CODE)
                 key = xxhash.xxh3_128(repr(parts).encode()).hexdigest()
                 table = Dataset.from_generator(reader.rows, features=reader.features(), fingerprint=key)
     except UserError:

@@ -51,9 +51,9 @@ class Preference:
         low, high, column = self.low, self.high, self.layout.preference
         if self.first_wins is not None or low > high:
             self.scale = "given"
-        elif self.tails == ("0", "1") and 0 <= low and high <= 1 and not self.fractions:
+        elif self.tails == ("0", "1") and low >= 0 and high <= 1 and not self.fractions:
             self.scale = "index"
-        elif 1 <= low and high <= 2:
+        elif low >= 1 and high <= 2:
             self.scale = "one or two"
         elif low < 0:
             self.scale = "sign"

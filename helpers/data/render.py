@@ -1,29 +1,239 @@
-"""Preference pairs: read from any usual file, brought to one form, split without leaks.
+"""A row of pairs becomes text and token ids here, and nowhere else.
 
-The one form, which TRL's DPOTrainer takes as it is:
-
-- `prompt`: list of {role, content}; a system turn may come first, a user turn is last
-- `chosen`, `rejected`: lists of {role, content} that begin and end with an assistant turn
-- `origin`: "pairs.jsonl:12" is a line of a file, "pairs.parquet row 12" a row; both count from 1
-- the source's other columns (topic, flaw, chat_template_kwargs, ...) as they were
+What was checked is what is trained, scored, sampled and exported: all of them take the ids that this module makes, by
+the chat template with the row's own `tools` and `chat_template_kwargs`. They are the ids that TRL's DPOTrainer would
+make, in batches.
 """
 
+import functools
 import hashlib
 import json
-import os
+import uuid
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
-from datasets import Dataset
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
+from trl.data_utils import common_prefix_length
+
+from helpers.common import UserError
+from helpers.patches.given_ids import ID_COLUMNS
+from helpers.session import quiet_progress
+
+BATCH = 500  # rows at a time: enough for the tokenizer's threads, little enough to keep memory flat
+IDS = Features({name: List(Value("int32")) for name in ID_COLUMNS})
 
 
 def template_options(row: dict[str, Any]) -> dict[str, Any]:
-    """What `row` passes to the chat template: its chat_template_kwargs, without those that are None.
+    """What `row` passes to the chat template beside its messages: `tools` and its chat_template_kwargs.
 
     Arrow fills the keys that other rows have with None, so None is taken as not set.
+
+    Args:
+        row: of pairs; both columns may be missing. `tools` is a list of schemas or their JSON.
+
+    Raises:
+        ValueError: `tools` is a text that is not JSON.
     """
-    return {name: value for name, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    options = {"tools": tools} if tools else {}
+    return options | {
+        name: value for name, value in (row.get("chat_template_kwargs") or {}).items() if value is not None
+    }
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options: Any) -> str:
+    """One conversation as the text that the chat template makes of it.
+
+    Args:
+        tokenizer: the model's.
+        messages: of one conversation.
+        options: of the chat template; `add_generation_prompt=True` for a prompt.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise UserError("This tokenizer has no chat template: take the instruct version of the model, or set one.")
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str | list[dict] | dict], **options: Any
+) -> list[list[int]]:
+    """Token ids of prompts up to where the reply begins.
+
+    Args:
+        tokenizer: the model's.
+        prompts: each a question (str), a conversation, or a row of pairs, whose tools and chat_template_kwargs count.
+        options: for the chat template of all of them, e.g. enable_thinking=False.
+    """
+    texts = []
+    for prompt in prompts:
+        own = template_options(prompt) if isinstance(prompt, dict) else {}
+        messages = prompt["prompt"] if isinstance(prompt, dict) else prompt
+        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        texts.append(render(tokenizer, messages, add_generation_prompt=True, **own | options))
+    return encode(tokenizer, texts) if texts else []
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of rendered `texts`, to which `tokenizer` adds no special tokens: the template wrote them."""
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+class Rendered(NamedTuple):
+    """A batch of pairs as text and ids; each field has one entry a pair.
+
+    Attributes:
+        chosen_text, rejected_text: of the whole conversation.
+        prompt_tokens: of the prompt, with what opens the reply.
+        prompt_ids, chosen_ids, rejected_ids: as TRL's trainer takes them. Prompt ids that are not the first of both
+            conversations are left out, so `len(prompt_ids)` can be less than `prompt_tokens`.
+        refused: whether the chat template raised an error.
+    """
+
+    chosen_text: list[str]
+    rejected_text: list[str]
+    prompt_tokens: list[int]
+    prompt_ids: list[list[int]]
+    chosen_ids: list[list[int]]
+    rejected_ids: list[list[int]]
+    refused: list[bool]
+
+    def ids(self) -> dict[str, list[list[int]]]:
+        """The columns of `IDS`."""
+        return {name: getattr(self, name) for name in IDS}
+
+
+class Renderer:
+    """Renders and tokenises batches of pairs for one tokenizer.
+
+    The beginning that prompt, chosen and rejected share is tokenised once, up to the last place where a cut cannot
+    change the ids. That takes two thirds of the time of three whole texts (benchmarks/prepare.py).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self._ids_of: dict[str, list[int]] = {}  # of the few endings that prompts have
+        opening = self.texts([[{"role": "user", "content": "x"}]], [{}], add_generation_prompt=True)[0] or ""
+        added = list(getattr(tokenizer, "added_tokens_decoder", {}).values())
+        fast = getattr(tokenizer, "is_fast", False) and not getattr(tokenizer, "split_special_tokens", False)
+        contents = [token.content for token in added]
+        self.cuts = [token.content for token in added if token.special and fast and cuts_cleanly(token, contents)]
+        self.cuts.sort(key=opening.rfind, reverse=True)  # the token that opens the answer is nearly always the one
+
+    def texts(self, conversations: list[list[dict]], options: list[dict | None], **kwargs: Any) -> list[str | None]:
+        """Each of `conversations` with its row's `options` and all `kwargs`; None if the template refuses it."""
+        apply = functools.partial(self.tokenizer.apply_chat_template, tokenize=False)
+        texts: list[str | None] = [None] * len(conversations)
+        groups: dict[str, list[int]] = {}
+        for row, own in enumerate(options):
+            if own is not None:
+                groups.setdefault(json.dumps(own, sort_keys=True) if own else "", []).append(row)
+        for rows in groups.values():
+            of_all = {**(options[rows[0]] or {}), **kwargs}
+            try:
+                rendered = apply([conversations[row] for row in rows], **of_all)
+            except Exception:  # the template's own: it may raise anything, for one row of many
+                rendered = [self._one(apply, conversations[row], of_all) for row in rows]
+            for row, text in zip(rows, rendered, strict=True):
+                texts[row] = text
+        return texts
+
+    @staticmethod
+    def _one(apply: functools.partial, conversation: list[dict], options: dict) -> str | None:
+        try:
+            return apply(conversation, **options)
+        except Exception:
+            return None
+
+    @staticmethod
+    def options(batch: dict[str, list]) -> list[dict | None]:
+        """`template_options` of each row of `batch`; None for one whose tools cannot be read."""
+        size, columns = len(batch["prompt"]), [name for name in ("tools", "chat_template_kwargs") if name in batch]
+        if not columns:
+            return [{}] * size
+        rows = [
+            dict(zip(columns, values, strict=True)) for values in zip(*(batch[name] for name in columns), strict=True)
+        ]
+        return [_readable_options(row) for row in rows]
+
+    def _cut(self, prompt: str, *others: str) -> int:
+        """Where all texts may be cut: up to there they are the same, and tokens on both sides stay as they are; or 0."""
+        for token in self.cuts:
+            place = prompt.rfind(token)
+            if place > 0 and all(other.startswith(prompt[: place + len(token)]) for other in others):
+                return place
+        return 0
+
+    def __call__(self, batch: dict[str, list]) -> Rendered:
+        """The rows of `batch`, columns of pairs as `load_pairs` gives them."""
+        options, prompts = self.options(batch), batch["prompt"]
+        whole = [[a + b for a, b in zip(prompts, batch[side], strict=True)] for side in ("chosen", "rejected")]
+        rendered = [self.texts(prompts, options, add_generation_prompt=True), *(self.texts(w, options) for w in whole)]
+        refused = [None in texts for texts in zip(*rendered, strict=True)]
+        texts = [[text or "" for text in column] for column in rendered]
+        cuts = [self._cut(*row) for row in zip(*texts, strict=True)]
+        parts, ends, sides = self._tokens(texts, cuts)
+        if self.cuts and parts and parts[0] + sides[0][0] != encode(self.tokenizer, [texts[1][0]])[0]:
+            self.cuts = []  # by the rules of `cuts_cleanly` this cannot be; one row of each batch is looked at still
+            return self(batch)
+        ids: dict[str, list] = {name: [] for name in ("prompt_tokens", *IDS)}
+        for part, end, chosen, rejected in zip(parts, ends, *sides, strict=True):
+            shared = min(common_prefix_length(end, chosen), common_prefix_length(end, rejected))
+            ids["prompt_tokens"].append(len(part) + len(end))
+            ids["prompt_ids"].append(part + end[:shared])
+            ids["chosen_ids"].append(chosen[shared:])
+            ids["rejected_ids"].append(rejected[shared:])
+        return Rendered(texts[1], texts[2], refused=refused, **ids)
+
+    def _tokens(self, texts: list[list[str]], cuts: list[int]) -> tuple[list, list, list[list]]:
+        """Ids of what the three texts of a row share, of the prompt's end after it, and of both sides after it."""
+        size = len(cuts)
+        endings = [text[cut:] for text, cut in zip(texts[0], cuts, strict=True)]
+        if len(self._ids_of) > BATCH:  # without a cut every prompt is an ending of its own
+            self._ids_of.clear()
+        new = list(dict.fromkeys(ending for ending in endings if ending not in self._ids_of))
+        parts = [text[:cut] for text, cut in zip(texts[0], cuts, strict=True)]
+        for column in texts[1:]:
+            parts += [text[cut:] for text, cut in zip(column, cuts, strict=True)]
+        ids = encode(self.tokenizer, parts + new)
+        self._ids_of.update(zip(new, ids[3 * size :], strict=True))
+        ends = [self._ids_of[ending] for ending in endings]
+        return ids[:size], ends, [ids[size : 2 * size], ids[2 * size : 3 * size]]
+
+
+def _readable_options(row: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        return template_options(row)
+    except ValueError:
+        return None
+
+
+def cuts_cleanly(token: Any, others: Iterable[str]) -> bool:
+    """Whether a text may be tokenised in two parts, the second of which begins with `token`, and keeps its ids.
+
+    A fast tokenizer takes its added tokens out of the raw text first (the leftmost, longest match), then normalises,
+    splits and merges what lies between them piece by piece, so no merge crosses an added token. A cut before one
+    could still be felt if the match took in white space, depended on the neighbours or on the normaliser, or if
+    another match could begin before the cut and reach over it; these are ruled out here.
+
+    Args:
+        token: an AddedToken.
+        others: the texts of all added tokens.
+    """
+    text = token.content
+    reaches_over = any(
+        text in other[1:] or any(other.endswith(text[:n]) for n in range(1, len(text))) for other in others
+    )
+    return not (token.lstrip or token.single_word or token.normalized or reaches_over)
+
+
+# ------------------------------------------------------------------------------------------------ ids of a data set
 
 
 def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -32,33 +242,50 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Datase
     The completion is what follows the prompt in the text of prompt and completion together.
 
     Args:
-        pairs: in the form that `load_pairs` gives; their `chat_template_kwargs`, where there are any, are heeded.
+        pairs: in the form that `load_pairs` gives; their `tools` and `chat_template_kwargs`, if there are any, count.
         tokenizer: the model's, with its chat template.
+
+    Raises:
+        UserError: the chat template refuses a row.
     """
+    renderer = Renderer(tokenizer)
 
-    def tokenize(row: dict) -> dict:
-        options = template_options(row) | {"tokenize": True, "return_dict": True}
+    def ids(batch: dict[str, list]) -> dict[str, list]:
+        rendered = renderer(batch)
+        if any(rendered.refused):
+            row = rendered.refused.index(True)
+            origin = batch["origin"][row] if "origin" in batch else f"row {row + 1}"
+            raise UserError(f"{origin}: the chat template refuses this row. check_pairs names all such rows.")
+        return rendered.ids()
 
-        def ids(messages: list[dict], **more: Any) -> list[int]:
-            return tokenizer.apply_chat_template(messages, **options, **more)["input_ids"]
-
-        prompt = ids(row["prompt"], add_generation_prompt=True)
-        chosen, rejected = ids(row["prompt"] + row["chosen"]), ids(row["prompt"] + row["rejected"])
-        shared = min(len(os.path.commonprefix([prompt, chosen])), len(os.path.commonprefix([prompt, rejected])))
-        return {"prompt_ids": prompt[:shared], "chosen_ids": chosen[shared:], "rejected_ids": rejected[shared:]}
-
-    return Dataset.from_list([tokenize(row) for row in pairs])
-
-
-def pair_lengths(ids: Iterable[dict]) -> list[int]:
-    """Tokens of each pair's longer side, prompt included; `ids` as `tokenize_pairs` gives them."""
-    return [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in ids]
+    with quiet_progress(len(pairs)):
+        return pairs.map(
+            ids,
+            batched=True,
+            batch_size=BATCH,
+            remove_columns=pairs.column_names,
+            features=IDS,
+            new_fingerprint=uuid.uuid4().hex,
+        )
 
 
-def data_hash(tokenised: Dataset) -> str:
-    """20 hex digits of the token ids of pairs, `tokenised` by `tokenize_pairs`, in their order."""
+def token_counts(ids: Dataset) -> dict[str, np.ndarray]:
+    """Tokens of "prompt", "chosen" and "rejected" of each pair, arrays of shape (pairs,); `ids` as in `IDS`."""
+    table = ids.with_format("arrow")[:]
+    return {name.removesuffix("_ids"): pc.list_value_length(table[name]).to_numpy() for name in IDS}
+
+
+def pair_lengths(ids: Dataset) -> np.ndarray:
+    """Tokens of each pair's longer side, prompt included, shape (pairs,); `ids` as `tokenize_pairs` gives them."""
+    counts = token_counts(ids)
+    return counts["prompt"] + np.maximum(counts["chosen"], counts["rejected"])
+
+
+def data_hash(ids: Dataset) -> str:
+    """20 hex digits of the token `ids` of pairs, as `tokenize_pairs` gives them, in their order."""
     digest = hashlib.sha256()
-    for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        for ids in tokenised[column]:
-            digest.update(json.dumps(ids).encode())
+    for column in IDS:
+        for start in range(0, len(ids), BATCH):
+            for row in ids[start : start + BATCH][column]:
+                digest.update(str(row).encode())
     return digest.hexdigest()[:20]

@@ -1,38 +1,39 @@
-"""The beta sweep: one run for each beta and seed on one loaded model, measured alike, kept as it goes.
-
-Each run is a `train_dpo` run in a folder of its own, from a fresh adapter, so that it equals the same run made alone.
-What betas and seeds have in common is done once: the model is loaded, and the reference's log-probs are in the cache.
-"""
+"""How far a policy moved from its reference, by replies of its own."""
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from helpers.data.render import IDS, prompt_ids
 from helpers.model.generate import Reply, generate_replies
 from helpers.model.logps import pair_logps
 
 
-def sample(
+def sample_twice(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[dict]],
+    prompts: Sequence[str | list[dict] | dict],
+    *,
     max_new_tokens: int,
     seed: int,
-    template_options: dict,
 ) -> list[Reply]:
-    """Two replies to each prompt: first one to each, then the second ones."""
+    """Two replies to each prompt at temperature 1: first one to each, then the second ones.
+
+    Args:
+        model, tokenizer, prompts, max_new_tokens, seed: as in `generate_replies`.
+    """
     return generate_replies(
         model,
         tokenizer,
-        prompts * 2,
+        [*prompts, *prompts],
         max_new_tokens=max_new_tokens,
         temperature=1.0,
         seed=seed,
         batch_size=32,
-        **template_options,
     )
 
 
@@ -47,11 +48,10 @@ class SampledKL(NamedTuple):
 def sampled_kl(
     policy: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[dict]],
+    prompts: Sequence[str | list[dict] | dict],
     *,
     max_new_tokens: int,
     seed: int = 0,
-    **template_options: Any,
 ) -> SampledKL:
     """How far the policy moved from the model under its adapter: KL(policy || reference) of whole replies.
 
@@ -61,25 +61,15 @@ def sampled_kl(
 
     Args:
         policy, tokenizer: with a LoRA adapter, and its tokenizer.
-        prompts: conversations, as in the `prompt` column of `load_pairs`.
+        prompts: as in `generate_replies`.
         max_new_tokens: where a reply is cut.
         seed: of the sampling.
-        template_options: for the chat template, e.g. enable_thinking=False.
     """
-    replies = sample(policy, tokenizer, prompts, max_new_tokens, seed, template_options)
+    replies = sample_twice(policy, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed)
     first, second = replies[: len(prompts)], replies[len(prompts) :]
-    rows = Dataset.from_list(
-        [
-            {
-                "prompt_ids": tokenizer.apply_chat_template(
-                    prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **template_options
-                )["input_ids"],
-                "chosen_ids": a.ids,  # the two columns that `pair_logps` scores; neither reply is preferred
-                "rejected_ids": b.ids,
-            }
-            for prompt, a, b in zip(prompts, first, second, strict=True)
-        ]
-    )
+    # In the two columns that `pair_logps` scores; neither reply is preferred.
+    columns = (prompt_ids(tokenizer, prompts), [reply.ids for reply in first], [reply.ids for reply in second])
+    rows = Dataset.from_dict(dict(zip(IDS, columns, strict=True)), features=IDS)
     of_policy = pair_logps(policy, tokenizer, rows)
     with policy.disable_adapter():
         of_reference = pair_logps(policy, tokenizer, rows)

@@ -1,8 +1,4 @@
-"""Models: which one a machine gets (profiles), loading it, its pad token and its LoRA adapter.
-
-A profile is all that differs between a GPU and a CPU. The embedded model comes from a Python package, so that
-notebooks and tests need no model hub.
-"""
+"""The embedded model: a real instruct model that comes as a Python package, so that no hub is needed."""
 
 import importlib.util
 import shutil
@@ -58,20 +54,27 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def embedded_folder() -> Path | None:
+    """Where the embedded model is, or will be once it is made; None if its package is not installed."""
+    if _embedded_gguf() is None:
+        return None
+    return cache_folder() / f"SmolLM2-135M-Instruct-{version(EMBEDDED_PACKAGE)}"
+
+
 def embedded_model() -> str:
     """The folder of the embedded model, SmolLM2-135M-Instruct, made at first use from its package.
 
     The folder is made under another name and renamed when it is complete, under a lock: an interrupted conversion
-    leaves nothing that would be taken for a model, and a second process waits for the first. Where the package is
+    leaves nothing that would be taken for a model, and a second process waits for the first. If the package is
     not installed, the model's name on the hub is returned instead.
 
     Raises:
         UserError: the cache folder cannot be made, or its disk is full.
     """
-    gguf = _embedded_gguf()
-    if gguf is None:
+    gguf, folder = _embedded_gguf(), embedded_folder()
+    if gguf is None or folder is None:
         return EMBEDDED_HUB_NAME
-    cache = cache_folder()
+    cache = folder.parent
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -79,7 +82,6 @@ def embedded_model() -> str:
             f"The folder {cache} for the embedded model cannot be made ({error.strerror}). "
             "Set DPO_CACHE_DIR in .env to a folder you may write to."
         ) from error
-    folder = cache / f"SmolLM2-135M-Instruct-{version(EMBEDDED_PACKAGE)}"
     if folder.is_dir():
         return str(folder)
     with FileLock(cache / f"{folder.name}.lock"):

@@ -1,15 +1,21 @@
-"""Scoring: log-probs of pairs under a model, the reference's kept in a cache, and what follows from the two.
-
-Training, sweep and inspection all score through `pair_logps`, so that their figures can be compared. Hashes of weights
-and token ids say when two things are the same.
-"""
+"""Hashes that say when two models are the same: of the base, of the adapter, and of what decides the log-probs."""
 
 import hashlib
 import json
+import weakref
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SAMPLED = 64  # values of each tensor by which a base is recognised that was hashed before
+# Base model -> (its samples and changes, base_hash): it takes seconds if a model has billions of weights.
+_BASES: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[str, str]]" = weakref.WeakKeyDictionary()
+
+
+def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model inside a PeftModel, or `model` itself if it has no adapter."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
@@ -37,26 +43,28 @@ def is_fresh(model: PreTrainedModel | PeftModel) -> bool:
 def base_hash(model: PreTrainedModel | PeftModel) -> str:
     """`hash_tensors` of the weights of `model` below its adapter; the same with and without one.
 
-    It takes seconds where a model has billions of them.
+    It is computed once a process for each base, and again once its weights were changed. torch counts such changes;
+    those behind its back (`weight.data`) are noticed by a sample of each tensor.
     """
-    return hash_tensors(
-        {
-            name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor
-            for name, tensor in model.state_dict().items()
-            if "lora_" not in name
-        }
-    )
+    tensors = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor
+        for name, tensor in model.state_dict().items()
+        if "lora_" not in name
+    }
+    sampled = {name: t.flatten()[:: max(1, t.numel() // _SAMPLED)] for name, t in tensors.items()}
+    changes = sum(tensor._version for tensor in tensors.values())  # noqa: SLF001  (named in torch's own documentation)
+    sample, inner = f"{hash_tensors(sampled)} {changes}", base_model(model)
+    if _BASES.get(inner, ("", ""))[0] != sample:
+        _BASES[inner] = (sample, hash_tensors(tensors))
+    return _BASES[inner][1]
 
 
-def fingerprint(model: PreTrainedModel | PeftModel, weights: str | None = None) -> str:
-    """Hashes of what decides the log-probs of `model`: its weights, and its adapter where that is not fresh.
-
-    Args:
-        weights: `base_hash(model)`, where the caller has it already.
-    """
-    return f"{weights or base_hash(model)} {'fresh' if is_fresh(model) else adapter_hash(model)}"
+def fingerprint(model: PreTrainedModel | PeftModel) -> str:
+    """Hashes of what decides the log-probs of `model`: its weights, and its adapter if that is not fresh."""
+    return f"{base_hash(model)} {'fresh' if is_fresh(model) else adapter_hash(model)}"
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """20 hex digits of what `tokenizer` makes of a text: vocabulary, chat template, pad and EOS token."""
     parts = [tokenizer.get_vocab(), tokenizer.chat_template, tokenizer.pad_token_id, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]

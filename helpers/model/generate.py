@@ -3,11 +3,26 @@
 For comparing models: the same prompts, the same settings, a reply of each with its token ids.
 """
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from helpers.data.render import prompt_ids
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """`model` in eval mode for the block, then in the mode that it had, also after an exception."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class Reply(NamedTuple):
@@ -27,7 +42,7 @@ class Reply(NamedTuple):
 def generate_replies(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[dict]],
+    prompts: Sequence[str | list[dict] | dict],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -38,24 +53,19 @@ def generate_replies(
 ) -> list[Reply]:
     """One reply to each prompt, in their order.
 
-    Prompts of like length share a batch, padded on the left, so that each reply follows its prompt directly. The
+    Prompts of similar length share a batch, padded on the left, so that each reply follows its prompt directly. The
     reference's replies come from the same call inside `with model.disable_adapter():`.
 
     Args:
         model, tokenizer: as `load_model` gives them, with or without an adapter.
-        prompts: conversations, as in the `prompt` column of `load_pairs`.
+        prompts: questions (str), conversations, or rows of pairs, whose `tools` and `chat_template_kwargs` count.
         max_new_tokens: where a reply is cut; its `ended` is then False.
         temperature: 0 takes the likeliest token each time (greedy); above 0 samples, with `top_p` and `seed`. A
             sampled reply depends on its batch as well as on the seed.
         batch_size: prompts at a time; left out, 16 on a CPU and 128 on a GPU, where more rows take hardly more time.
-        template_options: for the chat template, e.g. enable_thinking=False.
+        template_options: for the chat template of all prompts, e.g. enable_thinking=False.
     """
-    ids = [
-        tokenizer.apply_chat_template(
-            p, add_generation_prompt=True, tokenize=True, return_dict=True, **template_options
-        )["input_ids"]
-        for p in prompts
-    ]
+    ids = prompt_ids(tokenizer, prompts, **template_options)
     batch_size = batch_size or (16 if model.device.type == "cpu" else 128)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     # transformers warns where greedy decoding is given settings of sampling, so they are taken away.
@@ -63,9 +73,7 @@ def generate_replies(
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     replies: list = [None] * len(ids)
-    was_training = model.training
-    model.eval()
-    with torch.random.fork_rng():
+    with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         for start in range(0, len(ids), batch_size):
             index = order[start : start + batch_size]
@@ -84,7 +92,6 @@ def generate_replies(
                 end = next((place for place, token in enumerate(row) if token in ends), None)
                 row = row if end is None else row[: end + 1]
                 replies[i] = Reply(tokenizer.decode(row, skip_special_tokens=True), row, end is not None)
-    model.train(was_training)
     return replies
 
 

@@ -1,8 +1,4 @@
-"""Models: which one a machine gets (profiles), loading it, its pad token and its LoRA adapter.
-
-A profile is all that differs between a GPU and a CPU. The embedded model comes from a Python package, so that
-notebooks and tests need no model hub.
-"""
+"""Loading a model and its tokenizer: pad token, chat template, LoRA, and the names that a run folder holds."""
 
 import contextlib
 import ctypes
@@ -15,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from unsloth import FastLanguageModel
 
 from helpers.common import PROJECT, UserError, setting
-from helpers.model.embedded import EMBEDDED_HUB_NAME, EMBEDDED_PACKAGE, embedded_model
+from helpers.model.embedded import EMBEDDED_HUB_NAME, EMBEDDED_PACKAGE, embedded_folder, embedded_model
 from helpers.model.profiles import EMBEDDED, current_profile, named_model
 
 # The seven projections of a transformer block: attention (q, k, v, o) and the gated MLP.
@@ -39,8 +35,8 @@ def public_name(model: PreTrainedModel | PeftModel) -> str:
 
     The embedded weights are those of the original after 4-bit quantisation (Q4_1) and back.
     """
-    name = str(model.config._name_or_path)
-    if Path(name).name.startswith("SmolLM2-135M-Instruct-"):
+    name = str(model.config.name_or_path)
+    if Path(name) == embedded_folder():
         return EMBEDDED_HUB_NAME
     return Path(name).name if Path(name).is_absolute() else name
 
@@ -143,7 +139,6 @@ def load_model(
     name: str | None = None,
     *,
     thinking: bool = False,
-    max_length: int | None = None,
     chat_template: str | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer with Unsloth, pad token fixed.
@@ -151,8 +146,8 @@ def load_model(
     Args:
         name: a hub name, a folder (of a model or of a LoRA adapter), or "embedded". Left out, it is `DPO_MODEL`
             (`DPO_THINKING_MODEL` where `thinking`) from `.env`, else the profile's.
-        thinking: whether the model that thinks is meant, where `name` or `max_length` is left out.
-        max_length: the longest sequence in tokens; the profile's where left out.
+        thinking: whether the model that thinks is meant, if `name` is left out; it is loaded for longer sequences, and
+            `train_dpo` takes that as its `max_length`.
         chat_template: a Jinja chat template for a model that comes without one.
 
     Returns:
@@ -171,7 +166,7 @@ def load_model(
     try:
         model, tokenizer = FastLanguageModel.from_pretrained(
             model_name=base or name,
-            max_seq_length=max_length or (profile.thinking_max_length if thinking else profile.max_length),
+            max_seq_length=profile.thinking_max_length if thinking else profile.max_length,
             dtype=None,  # bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU
             load_in_4bit=profile.load_in_4bit,
             # Recomputing activations saves memory and costs time; on a CPU with a small model memory is no concern.

@@ -16,7 +16,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PretrainedConfig
 
-from helpers.data.render import pair_lengths
+from helpers.data.render import pair_lengths, token_counts
 from helpers.patches.shared_prompt import can_share
 
 # Bytes of optimizer state for each trained parameter: Adam's two moments, in fp32 or in 8 bits.
@@ -171,44 +171,37 @@ def _plan(need: Callable[[int, bool], float], free: float, batch: int) -> BatchP
     return None
 
 
-def plan_batch(
-    config: PretrainedConfig, free: float, *, tokens: int, batch: int = 8, load_in_4bit: bool = True
-) -> BatchPlan | None:
-    """The fastest way to train `batch` pairs a step on a GPU, with room for the estimate's error; needs no GPU.
+def plan_batch(config: PretrainedConfig, free: float, *, tokens: int) -> BatchPlan | None:
+    """The fastest way to train 8 pairs a step in 4 bits on a GPU, with room for the estimate's error; needs no GPU.
 
     The reference's log-probs are cached in any case: that saves a pass in each step and needs no memory.
 
     Args:
-        config, tokens, load_in_4bit: as in `estimate_memory`; every pair is taken to be that long.
+        config, tokens: as in `estimate_memory`; every pair is taken to be that long.
         free: bytes, before the model is loaded.
-        batch: pairs a step, a power of two.
 
     Returns:
-        The plan, or None where not even one pair fits.
+        The plan, or None if not even one pair fits.
     """
 
     def need(pairs: int, checkpointing: bool) -> float:
         return estimate_memory(
-            config,
-            pairs=pairs,
-            tokens=tokens,
-            checkpointing=checkpointing,
-            load_in_4bit=load_in_4bit,
-            optim="adamw_8bit",
+            config, pairs=pairs, tokens=tokens, checkpointing=checkpointing, load_in_4bit=True, optim="adamw_8bit"
         ).total
 
-    return _plan(need, free, batch)
+    return _plan(need, free, batch=8)
 
 
 def _longest(model: PeftModel, ids: Dataset) -> tuple[int, int]:
     """(tokens of the prompt that both answers share, tokens in all) of what the estimate takes every pair to be."""
-    if model.device.type != "cpu" and can_share(model.get_base_model()):
-        # The pair with most tokens, its sides taken to be alike.
-        prompt, answers = max(
-            ((len(row["prompt_ids"]), len(row["chosen_ids"]) + len(row["rejected_ids"])) for row in ids), key=sum
-        )
-        return prompt, prompt + math.ceil(answers / 2)
-    return 0, max(pair_lengths(ids))
+    if model.device.type == "cpu" or not can_share(model.get_base_model()):
+        return 0, int(pair_lengths(ids).max())
+    # The pair with most tokens, its sides taken to be alike.
+    counts = token_counts(ids)
+    answers = counts["chosen"] + counts["rejected"]
+    longest = int((counts["prompt"] + answers).argmax())
+    prompt = int(counts["prompt"][longest])
+    return prompt, prompt + math.ceil(answers[longest] / 2)
 
 
 def _estimate(model: PeftModel, longest: tuple[int, int], settings: dict) -> MemoryEstimate:
@@ -238,7 +231,7 @@ def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstima
 
 
 def plan_for(model: PeftModel, ids: Dataset, settings: dict, free: float) -> BatchPlan:
-    """`plan_batch` for a policy that is loaded, by its own pairs; where nothing fits, what needs least.
+    """`plan_batch` for a policy that is loaded, by its own pairs; if nothing fits, what needs least.
 
     Args:
         model, ids, settings: as in `estimate_for`. The step keeps the number of pairs that it has by the settings,

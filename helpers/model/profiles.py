@@ -1,8 +1,4 @@
-"""Models: which one a machine gets (profiles), loading it, its pad token and its LoRA adapter.
-
-A profile is all that differs between a GPU and a CPU. The embedded model comes from a Python package, so that
-notebooks and tests need no model hub.
-"""
+"""Profiles: all that differs between a GPU and a CPU."""
 
 from dataclasses import dataclass
 

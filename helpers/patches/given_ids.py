@@ -15,7 +15,7 @@ from helpers.patches import expect, works
 
 WITHOUT = "TRL tokenises the messages once more: the same ids, a later start."
 
-IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def self_test() -> None:
@@ -30,8 +30,8 @@ def self_test() -> None:
     expect("_prepare_dataset" in called, "DPOTrainer does not call _prepare_dataset when it is made")
     stub = SimpleNamespace(_signature_columns=None, _is_vision_dataset=False)
     trainer._set_signature_columns_if_needed(stub)  # noqa: SLF001  (what is tested)
-    expect(set(IDS) <= set(stub._signature_columns), "DPOTrainer keeps other columns")  # noqa: SLF001  (as above)
-    row = dict(zip(IDS, ([1], [2, 3], [4]), strict=True))
+    expect(set(ID_COLUMNS) <= set(stub._signature_columns), "DPOTrainer keeps other columns")  # noqa: SLF001  (as above)
+    row = dict(zip(ID_COLUMNS, ([1], [2, 3], [4]), strict=True))
     batch = DataCollatorForPreference(pad_token_id=0)([row])
     expect(batch["input_ids"].tolist() == [[1, 2, 3], [1, 4, 0]], "the collator reads other columns")
 
@@ -49,7 +49,7 @@ def trainer_class() -> type[trl.DPOTrainer]:
         return own
 
     def prepare(self: trl.DPOTrainer, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        if set(IDS) <= set(dataset.column_names or ()):
+        if set(ID_COLUMNS) <= set(dataset.column_names or ()):
             return dataset
         return own._prepare_dataset(self, dataset, *args, **kwargs)  # noqa: SLF001  (the patch)
 

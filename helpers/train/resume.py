@@ -1,10 +1,7 @@
-"""Training: settings with their reasons, reference log-probs computed once, and a run folder that resumes.
-
-`train_dpo` is what `03_train` shows step by step: it checks the pairs, takes the reference's log-probs once, trains
-with TRL's DPOTrainer, and leaves a run folder. Called again after an interruption it goes on where it stopped.
-"""
+"""Interruption and going on: whole checkpoints, Ctrl-C, and what makes two calls the same run."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import signal
@@ -13,35 +10,50 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from helpers.common import write_json
 from helpers.model.memory import BATCH_SETTINGS, pairs_a_step
+from helpers.run.card import changed_settings
+from helpers.run.folder import RunInfo
+
+# The settings that change what a run ends with. All others (logging, saving, workers, reports, and what the next
+# version of a library adds) may differ between two calls of the same run.
+RESULT_SETTINGS = frozenset(
+    # the loss and its pairs
+    "beta loss_type loss_weights label_smoothing ld_alpha use_weighting f_divergence_type f_alpha_divergence_coef "
+    "discopop_tau disable_dropout max_length truncation_mode pad_to_multiple_of sync_ref_model ref_model_mixup_alpha "
+    "ref_model_sync_steps router_aux_loss_coef "
+    # the optimizer and its schedule
+    "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay optim optim_args "
+    "optim_target_modules adam_beta1 adam_beta2 adam_epsilon max_grad_norm num_train_epochs max_steps "
+    "neftune_noise_alpha "
+    # a step: its pairs, their order, its rounding
+    "per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing dataloader_drop_last "
+    "train_sampling_strategy length_column_name seed data_seed bf16 fp16 tf32 torch_compile full_determinism "
+    # which checkpoint is kept
+    "eval_strategy eval_steps eval_delay save_strategy save_steps load_best_model_at_end metric_for_best_model "
+    "greater_is_better".split()
+)
 
 
 class Checkpoints(TrainerCallback):
     """Marks each checkpoint as complete, with its files' sizes; one without such a mark was cut short."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """transformers' hook."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         write_json(folder / "complete.json", {f.name: f.stat().st_size for f in folder.iterdir() if f.is_file()})
 
 
 def last_complete(checkpoints: Path) -> Path | None:
-    """The newest checkpoint whose files all have the size they were written with; broken ones are removed."""
+    """The newest folder in `checkpoints` whose files all have the size they were written with; others are removed."""
     found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for folder in reversed(found):
-        try:
+        with contextlib.suppress(OSError, ValueError):
             sizes = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
             if all((folder / name).stat().st_size == size for name, size in sizes.items()):
                 return folder
-        except (OSError, ValueError):
-            pass
         print(f"{folder.name} is incomplete (it was being written when the run ended); it is not used.")
         shutil.rmtree(folder, ignore_errors=True)
     return None
@@ -53,12 +65,14 @@ class StopAtStep(TrainerCallback):
     asked = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """transformers' hook."""
         if self.asked:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
+        """In the block Ctrl-C is heard here; only the main thread can hear it."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -76,35 +90,42 @@ class StopAtStep(TrainerCallback):
             signal.signal(signal.SIGINT, previous)
 
 
-# What makes two calls the same run; versions and machine may differ when it is resumed.
-_IDENTITY = ("model", "base", "reference", "config", "data")
+# ------------------------------------------------------------------------------------------------ the same run?
 
 
-def same_run(before: dict, info: dict) -> bool:
-    # The adapter in hand is the one the run started from, or, where its cell is run once more, the one it ended with.
-    same_start = info["start"] in (before.get("start"), before.get("end"))
-    return same_start and all(before.get(name) == info[name] for name in _IDENTITY)
+def result_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `config` (`describe_config`) that decide the result and differ from TRL's defaults.
+
+    A setting that an older library did not have is then no difference as long as it is at its default.
+    """
+    return {name: value for name, value in changed_settings(config).items() if name in RESULT_SETTINGS}
 
 
-def difference_of(before: dict, info: dict) -> str:
-    config = before["config"], info["config"]
+def differences(before: RunInfo, info: RunInfo) -> list[str]:
+    """In what the run `before` differs from the one of `info`, in words; versions and machine may differ."""
+    there, now = result_settings(before.config), result_settings(info.config)
     changed = [
-        f"{name} {config[0].get(name)} there, {config[1].get(name)} now"
-        for name in sorted(config[0].keys() | config[1].keys())
-        if config[0].get(name) != config[1].get(name)
+        f"{name} {before.config.get(name)} there, {info.config.get(name)} now"
+        for name in sorted(there.keys() | now.keys())
+        if there.get(name) != now.get(name)
     ]
-    changed += [f"other {name}" for name in ("model", "reference", "data") if before.get(name) != info[name]]
-    return "; ".join(changed[:3]) or "another adapter to start from"
+    changed += [
+        f"other {name}" for name in ("model", "base", "reference") if getattr(before, name) != getattr(info, name)
+    ]
+    changed += ["other data"] * ((before.data.train, before.data.test) != (info.data.train, info.data.test))
+    # The adapter's hash is that of the run's start, or of its end if the cell is run twice.
+    changed += ["another adapter to start from"] * (info.start not in (before.start, before.end))
+    return changed
 
 
-def step_of(before: dict | None, info: dict) -> dict | None:
-    """How the run `before` makes a step, where it is the one of `info` but for that; else None.
+def step_of(before: RunInfo | None, info: RunInfo) -> dict[str, Any] | None:
+    """How the run `before` makes a step, if it is the run of `info` but for that; else None.
 
     The same pairs a step, in other pieces or with checkpointing, give the same gradient up to rounding.
     """
-    if before is None or not before["config"].keys() >= set(BATCH_SETTINGS):
+    if before is None or not before.config.keys() >= set(BATCH_SETTINGS):
         return None
-    step = {name: before["config"][name] for name in BATCH_SETTINGS}
-    like_before = info | {"config": info["config"] | step}
-    same_pairs = pairs_a_step(step) == pairs_a_step(info["config"])
-    return step if same_pairs and same_run(before, like_before) else None
+    step = {name: before.config[name] for name in BATCH_SETTINGS}
+    like_before = dataclasses.replace(info, config=info.config | step)
+    same_pairs = pairs_a_step(step) == pairs_a_step(info.config)
+    return step if same_pairs and not differences(before, like_before) else None

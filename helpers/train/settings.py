@@ -1,8 +1,4 @@
-"""Training: settings with their reasons, reference log-probs computed once, and a run folder that resumes.
-
-`train_dpo` is what `03_train` shows step by step: it checks the pairs, takes the reference's log-probs once, trains
-with TRL's DPOTrainer, and leaves a run folder. Called again after an interruption it goes on where it stopped.
-"""
+"""The settings of a run: what `train_dpo` starts from, with reasons, and what it refuses."""
 
 import dataclasses
 import difflib
@@ -14,15 +10,19 @@ from typing import Any
 
 import trl
 import unsloth
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from helpers.common import UserError
 from helpers.data.check import MAX_PROMPT_LENGTH
+from helpers.model.embedded import EMBEDDED_HUB_NAME
+from helpers.model.load import public_name
 from helpers.model.memory import pairs_a_step
-from helpers.model.profiles import EMBEDDED, Profile, current_profile, named_model
+from helpers.model.profiles import current_profile
 
 # Arguments of older TRL versions that much teaching material still passes, and what to do instead.
 GONE = {
-    "max_prompt_length": f"prompts are capped by check_pairs(max_prompt_length={MAX_PROMPT_LENGTH})",
+    "max_prompt_length": f"it is an argument of check_pairs and train_dpo, {MAX_PROMPT_LENGTH} by default",
     "max_completion_length": "max_length caps prompt and completion together",
     "rpo_alpha": 'use loss_type=["sigmoid", "sft"] with loss_weights',
     "reference_free": "leave it out; DPO always needs its reference",
@@ -31,8 +31,8 @@ GONE = {
 }
 
 
-def check_report_to(report_to: str | list[str] | None) -> None:
-    """Raise UserError for TensorBoard where it is not installed; transformers would raise three libraries down."""
+def _check_report_to(report_to: str | list[str] | None) -> None:
+    """Raise UserError if TensorBoard is asked for and not installed; transformers would raise three libraries down."""
     wanted = [report_to] if isinstance(report_to, str) else list(report_to or [])
     found = any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX"))
     if "tensorboard" in wanted and not found:
@@ -40,7 +40,7 @@ def check_report_to(report_to: str | list[str] | None) -> None:
 
 
 def check_settings(names: Iterable[str]) -> None:
-    """Raise UserError where one of these `names` is none that DPOConfig knows; it gives the nearest one that is.
+    """Raise UserError for the first of `names` that DPOConfig does not know; it gives the nearest one that it does.
 
     TRL itself raises a TypeError here, but on a GPU Unsloth's DPOConfig prints a line and goes on without the
     setting, so that a misspelt beta trains with the default.
@@ -68,23 +68,23 @@ class DPOConfig(trl.DPOConfig):
         super().__init__(*args, **settings)
 
 
-def dpo_settings(profile: Profile | None = None, *, thinking: bool = False) -> dict:
-    """The settings that `train_dpo` starts from on this kind of machine; each stands beside its reason in the source.
+def dpo_settings(model: PreTrainedModel | PeftModel | None = None) -> dict[str, Any]:
+    """The settings that `train_dpo` starts from on this kind of machine; each has its reason next to it in the source.
 
     Args:
-        profile: left out, that of this machine (`current_profile`).
-        thinking: whether `max_length` is the profile's for thinking pairs, which are longer.
+        model: that is to be trained. The learning rate fits its size, and `max_length` is what it was loaded for
+            (`load_model`). Left out, they are those of the profile's model for ordinary pairs.
 
     Returns:
-        Arguments of DPOConfig by name: `DPOConfig(output_dir=..., **dpo_settings())`.
+        Arguments of DPOConfig by name: `DPOConfig(output_dir=..., **dpo_settings(model))`.
     """
-    profile = profile or current_profile()
-    small = profile.name == "cpu" or named_model(profile, thinking) == EMBEDDED
+    profile = current_profile()
+    small = profile.name == "cpu" or (model is not None and public_name(model) == EMBEDDED_HUB_NAME)
     common = {
         # Ten times below SFT: a larger one drives both log-probs down. A small model and few steps need more.
         "learning_rate": 2e-4 if small else 5e-6,
         "beta": 0.1,  # the paper's value for dialogue (section 6) and TRL's default
-        "max_length": profile.thinking_max_length if thinking else profile.max_length,
+        "max_length": getattr(model, "max_seq_length", profile.max_length),  # Unsloth notes it on the model
         "num_train_epochs": 1,  # preferences overfit fast: more epochs raise the margin before they raise accuracy
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,  # of all steps: the first gradients are the largest, as every pair still weighs a half
@@ -100,7 +100,7 @@ def dpo_settings(profile: Profile | None = None, *, thinking: bool = False) -> d
             "per_device_train_batch_size": 8,  # effective batch 8 in one piece: the GPU is busy only then
             "gradient_accumulation_steps": 1,
             "per_device_eval_batch_size": 8,
-            "gradient_checkpointing": True,  # train_dpo drops it where there is room, which is faster (plan_for)
+            "gradient_checkpointing": True,  # train_dpo drops it if there is room, which is faster (plan_for)
             "bf16": unsloth.is_bfloat16_supported(),
             "fp16": not unsloth.is_bfloat16_supported(),  # GPUs before Ampere
         }
@@ -114,14 +114,32 @@ def dpo_settings(profile: Profile | None = None, *, thinking: bool = False) -> d
     }
 
 
-def _steps(pairs: int, values: dict) -> int:
+def complete_settings(model: PeftModel, settings: dict[str, Any]) -> dict[str, Any]:
+    """`dpo_settings(model)` with the caller's `settings` in their place.
+
+    Raises:
+        UserError: a setting that DPOConfig does not have; TensorBoard is asked for and not installed.
+    """
+    values = dpo_settings(model) | settings
+    check_settings(values)
+    _check_report_to(values["report_to"])
+    return values
+
+
+def _steps(pairs: int, values: dict[str, Any]) -> int:
     if values.get("max_steps", -1) > 0:
         return values["max_steps"]
     return math.ceil(math.ceil(pairs / pairs_a_step(values)) * values["num_train_epochs"])
 
 
-def run_config(folder: Path, pairs: int, values: dict) -> DPOConfig:
-    """The settings of a run on so many `pairs`: with `values`, what lets it be resumed and watched."""
+def run_config(folder: Path, pairs: int, values: dict[str, Any]) -> DPOConfig:
+    """The config of a run: the caller's settings, and what lets it be resumed and watched.
+
+    Args:
+        folder: of the run.
+        pairs: how many are trained on.
+        values: as `complete_settings` gives them.
+    """
     every = max(1, math.ceil(_steps(pairs, values) / 3))  # three evaluations, three checkpoints
     usual = {
         "eval_strategy": "steps",

@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from helpers.patches.fused_lm_head import own_forward
 from helpers.session import quiet_progress
 from helpers.train.settings import dpo_settings
 from helpers.train.trainer import text_progress
@@ -32,11 +33,9 @@ def train_sft(
         The logged losses, in nats per token.
     """
     shared = ("lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "gradient_checkpointing", "bf16", "fp16")
-    settings = {name: value for name, value in dpo_settings().items() if name in shared}
-    inner = model.get_base_model()
-    before = vars(inner).get("forward")
+    settings = {name: value for name, value in dpo_settings(model).items() if name in shared}
     data = Dataset.from_dict({"prompt": pairs["prompt"], "completion": pairs["chosen"]})
-    with tempfile.TemporaryDirectory() as folder, quiet_progress(len(data)):
+    with tempfile.TemporaryDirectory() as folder, quiet_progress(len(data)), own_forward(model.get_base_model()):
         config = SFTConfig(
             output_dir=folder,
             num_train_epochs=1,
@@ -53,8 +52,4 @@ def train_sft(
         trainer = SFTTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
         text_progress(trainer)
         trainer.train()
-    # The trainer gave the model a forward for its own loss; what comes next must find the model's.
-    vars(inner).pop("forward", None)
-    if before is not None:
-        inner.forward = before
     return [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]

@@ -1,7 +1,8 @@
 """The beta sweep: one run for each beta and seed on one loaded model, measured alike, kept as it goes.
 
 Each run is a `train_dpo` run in a folder of its own, from a fresh adapter, so that it equals the same run made alone.
-What betas and seeds have in common is done once: the model is loaded, and the reference's log-probs are in the cache.
+What betas and seeds have in common is done once: the model is loaded, the pairs are checked, and the reference's
+log-probs are in the cache.
 """
 
 import dataclasses
@@ -9,27 +10,30 @@ import gc
 import json
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from helpers.common import UserError, write_atomic, write_json
-from helpers.data.render import data_hash, template_options, tokenize_pairs
-from helpers.model.drift import sample, sampled_kl
-from helpers.model.fingerprint import base_hash
+from helpers.data.check import MAX_PROMPT_LENGTH
+from helpers.model.drift import sample_twice, sampled_kl
 from helpers.model.generate import Reply, repetition
-from helpers.model.load import add_lora, public_name
+from helpers.model.load import add_lora
 from helpers.model.memory import BATCH_SETTINGS
+from helpers.model.policy import Policy
 from helpers.run.folder import Run, describe_config, machine, versions
-from helpers.train.dpo import train_dpo
-from helpers.train.settings import DPOConfig, dpo_settings
+from helpers.train.dpo import train_checked
+from helpers.train.job import CheckedPairs, check_both
+from helpers.train.resume import result_settings
+from helpers.train.settings import DPOConfig, complete_settings
 
 BETAS = (0.01, 0.05, 0.1, 0.3, 0.5, 1.0)
 # Every run ends after the same number of steps: a checkpoint chosen by held-out loss would hide what more steps do.
@@ -108,7 +112,7 @@ def _figures(run: Run, beta: float) -> dict:
     names = ("log_ratio_gap", "margin", "chosen_change", "rejected_change", "train_seconds")
     weight = torch.sigmoid(-beta * torch.tensor(run.held_out.log_ratio_gap.to_numpy())).mean()
     return {
-        "steps": run.info["steps"],
+        "steps": run.info.steps,
         "accuracy": metrics["accuracy"],
         "accuracy_low": low,
         "accuracy_high": high,
@@ -156,12 +160,14 @@ def _save(sweep: Sweep) -> None:
     write_atomic(sweep.folder / "table.csv", lambda path: sweep.table.to_csv(path, index=False))
 
 
-def _open_sweep(folder: Path, info: dict) -> Sweep:
-    """The sweep that `folder` holds, or an empty one. Raises UserError where that is a sweep of something else."""
+def _open_sweep(folder: Path, info: dict[str, Any]) -> Sweep:
+    """The sweep that `folder` holds, or an empty one. Raises UserError if that is a sweep of something else."""
     if not (folder / "sweep.json").is_file():
         return Sweep(folder, info, pd.DataFrame(), pd.DataFrame(), pd.DataFrame())
     sweep = Sweep.load(folder)
-    before, now = sweep.info["identity"], info["identity"]
+    before, now = (
+        {**one, "settings": result_settings(one["settings"])} for one in (sweep.info["identity"], info["identity"])
+    )
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
         raise UserError(
@@ -182,6 +188,7 @@ def sweep_beta(
     seeds: tuple[int, ...] = (0,),
     prompts: int = 32,
     max_new_tokens: int = 128,
+    callbacks: Iterable[TrainerCallback] = (),
     **settings: Any,
 ) -> Sweep:
     """Train and measure once for each beta and seed; the runs differ in nothing else.
@@ -199,6 +206,7 @@ def sweep_beta(
         prompts: how many held-out prompts get two sampled replies each, for the KL and the figures of replies;
             0 measures held-out pairs only.
         max_new_tokens: where a sampled reply is cut.
+        callbacks: of transformers, for each trainer.
         settings: DPOConfig settings, for all runs, that differ from `dpo_settings()`.
 
     Returns:
@@ -212,26 +220,28 @@ def sweep_beta(
             "The sweep gives each run a fresh adapter, so it takes a model without one. Pass what load_model returns; "
             "an SFT adapter can be merged into it: model.merge_and_unload()."
         )
-    betas, seeds = dict.fromkeys(float(beta) for beta in betas), dict.fromkeys(seeds)
+    betas, seeds = tuple(dict.fromkeys(float(beta) for beta in betas)), tuple(dict.fromkeys(seeds))
     if {"beta", "seed"} & set(settings) or not betas or min(betas) <= 0:
         raise UserError("Pass the values to compare as betas=(0.1, 0.3) and seeds=(0, 1); each beta is above 0.")
-    settings = _SETTINGS | settings
+    values = complete_settings(model, _SETTINGS | settings)
+    rule = {"max_prompt_length": MAX_PROMPT_LENGTH, "on_long_prompt": "shorten"}
+    pairs = check_both(train, test, tokenizer, values["max_length"], **rule)
+    # Held-out prompts from all of the set, which may be sorted by topic.
+    asked = list(test.select(range(0, len(test), max(1, len(test) // prompts))))[:prompts] if prompts else []
+    sampling = _Sampling(asked, max_new_tokens)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # Held-out prompts from all of the set, which may be sorted by topic.
-    asked = list(test.select(range(0, len(test), max(1, len(test) // prompts)))["prompt"])[:prompts] if prompts else []
-    options = template_options(test[0])
-    config = describe_config(DPOConfig(output_dir=str(folder), **dpo_settings() | settings))
+    policy = Policy(model, tokenizer)
+    config = describe_config(DPOConfig(output_dir=str(folder), **values))
     identity = {
-        "model": [public_name(model), base_hash(model)],
-        "data": [data_hash(tokenize_pairs(pairs, tokenizer)) for pairs in (train, test)],
+        "model": [policy.name, policy.base],
+        "data": [pairs.train.hash, pairs.test.hash],
         "settings": {name: value for name, value in config.items() if name not in ("beta", "seed")},
         "sampling": {"prompts": len(asked), "max_new_tokens": max_new_tokens},
     }
-    info = {"identity": identity, "versions": versions(), "machine": machine()}
-    sweep = _open_sweep(folder, info)
+    sweep = _open_sweep(folder, {"identity": identity, "versions": versions(), "machine": machine()})
     if asked and "reference" not in sweep.info:
-        replies = sample(model, tokenizer, asked, max_new_tokens, 0, options)
+        replies = sample_twice(model, tokenizer, asked, max_new_tokens=max_new_tokens, seed=0)
         sweep.info["reference"] = _describe_replies(replies)
     done = set() if sweep.table.empty else set(sweep.finished[["beta", "seed"]].itertuples(index=False, name=None))
     todo = [(beta, seed) for seed in seeds for beta in betas if (beta, seed) not in done]
@@ -241,36 +251,63 @@ def sweep_beta(
             f", about {(time.monotonic() - began) / number * (len(todo) - number) / 60:.0f} min left" if number else ""
         )
         print(f"\nrun {number + 1} of {len(todo)}: beta {beta:g}, seed {seed}{left}", flush=True)
-        row, history, gaps = {"beta": beta, "seed": seed}, [], None
-        policy = add_lora(model, seed=seed)
-        try:
-            # On a GPU the first run chooses by free memory how a step is made; the others make it alike.
-            call = settings | sweep.info.get("step", {}) | {"beta": beta, "seed": seed}
-            run = train_dpo(policy, tokenizer, train, test, folder / _run_name(beta, seed), **call)
-            sweep.info["step"] = {name: run.info["config"][name] for name in BATCH_SETTINGS}
-            history = _curves(run, beta, seed)
-            if not math.isfinite(run.metrics["loss"]):
-                raise FloatingPointError("the loss is not a number")
-            row |= _figures(run, beta)
-            begin = time.monotonic()
-            if asked:
-                print(f"Sampling {2 * len(asked)} replies ...", flush=True)
-                kl = sampled_kl(policy, tokenizer, asked, max_new_tokens=max_new_tokens, seed=seed, **options)
-                row |= {"kl": kl.kl, "kl_error": kl.error} | _describe_replies(kl.replies)
-            row |= {"sampling_seconds": time.monotonic() - begin, "status": "finished"}
-            gaps = run.held_out.log_ratio_gap.to_numpy()
-        except UserError:  # of the pairs, a setting, memory or disk: it would stop every other run too
-            raise
-        except Exception as error:
-            row["status"] = f"failed: {error or type(error).__name__}"
-            print(f"beta {beta:g}, seed {seed} {row['status']}")
-        finally:
-            policy.unload()
-            del policy
-            gc.collect()
-        sweep = _add(sweep, row, history, gaps)
+        # On a GPU the first run chooses by free memory how a step is made; the others make it alike.
+        call = _SETTINGS | settings | sweep.info.get("step", {}) | {"beta": beta, "seed": seed}
+        sweep = _add(sweep, *_one_run(sweep, policy, pairs, call, sampling, callbacks))
         _save(sweep)
     return sweep
+
+
+class _Sampling(NamedTuple):
+    """Prompts (rows of pairs) that each policy is asked, and where a reply is cut."""
+
+    prompts: list[dict[str, Any]]
+    max_new_tokens: int
+
+
+def _one_run(
+    sweep: Sweep,
+    base: Policy,
+    pairs: CheckedPairs,
+    call: dict[str, Any],
+    sampling: _Sampling,
+    callbacks: Iterable[TrainerCallback],
+) -> tuple[dict[str, Any], list[dict[str, Any]], np.ndarray | None]:
+    """Train and measure with the settings `call`; the base is left without an adapter.
+
+    Returns:
+        (row of the table, rows of the history, gaps of the held-out pairs), the last two empty if the run failed.
+
+    Raises:
+        UserError: of a setting, memory or disk: it would stop every other run too.
+    """
+    beta, seed = call["beta"], call["seed"]
+    row, history, gaps = {"beta": beta, "seed": seed}, [], None
+    model = add_lora(base.model, seed=seed)
+    try:
+        run = train_checked(model, base.tokenizer, pairs, sweep.folder / _run_name(beta, seed), call, callbacks)
+        sweep.info["step"] = {name: run.info.config[name] for name in BATCH_SETTINGS}
+        history = _curves(run, beta, seed)
+        if not math.isfinite(run.metrics["loss"]):
+            raise FloatingPointError("the loss is not a number")
+        row |= _figures(run, beta)
+        begin = time.monotonic()
+        if sampling.prompts:
+            print(f"Sampling {2 * len(sampling.prompts)} replies ...", flush=True)
+            kl = sampled_kl(model, base.tokenizer, sampling.prompts, max_new_tokens=sampling.max_new_tokens, seed=seed)
+            row |= {"kl": kl.kl, "kl_error": kl.error} | _describe_replies(kl.replies)
+        row |= {"sampling_seconds": time.monotonic() - begin, "status": "finished"}
+        gaps = run.held_out.log_ratio_gap.to_numpy()
+    except UserError:
+        raise
+    except Exception as error:
+        row["status"] = f"failed: {error or type(error).__name__}"
+        print(f"beta {beta:g}, seed {seed} {row['status']}")
+    finally:
+        model.unload()
+        del model
+        gc.collect()
+    return row, history, gaps
 
 
 def _add(sweep: Sweep, row: dict, history: list[dict], gaps: np.ndarray | None) -> Sweep:

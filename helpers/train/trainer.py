@@ -1,8 +1,4 @@
-"""Training: settings with their reasons, reference log-probs computed once, and a run folder that resumes.
-
-`train_dpo` is what `03_train` shows step by step: it checks the pairs, takes the reference's log-probs once, trains
-with TRL's DPOTrainer, and leaves a run folder. Called again after an interruption it goes on where it stopped.
-"""
+"""A DPOTrainer on ids that were checked and log-probs that are cached, with progress as text."""
 
 import time
 from collections.abc import Iterable
@@ -12,6 +8,7 @@ import trl
 from datasets import Dataset
 from peft import PeftModel
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
@@ -22,8 +19,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from helpers.patches.cached_reference import use_cached_reference
 from helpers.patches.cast_once import cast_weights_once
+from helpers.patches.given_ids import trainer_class
 from helpers.patches.shared_prompt import share_prompts
+from helpers.patches.unsloth_checkpointing import set_checkpointing
 from helpers.session import quiet_progress
 
 
@@ -82,23 +82,27 @@ def make_trainer(
     test: Dataset | None,
     config: trl.DPOConfig,
     callbacks: Iterable[TrainerCallback] = (),
+    ref_model: PreTrainedModel | PeftModel | None = None,
 ) -> trl.DPOTrainer:
-    """A DPOTrainer whose reference log-probs stand in the data, so it needs no reference model.
+    """A DPOTrainer that needs no reference model: the reference's log-probs are in the data.
+
+    It puts a forward of its own on the base model; `helpers.patches.fused_lm_head.own_forward` takes that off again.
 
     Args:
         model, tokenizer: the policy, with its LoRA adapter, and its tokenizer.
-        train, test: pairs with the columns of `with_reference`; without `test` nothing is evaluated.
-        config: in full; `dpo_settings` gives what is usual on this machine.
-        callbacks: of transformers, beside the one that prints a line a logging step.
+        train, test: pairs or their token ids, with the columns of `with_reference`. Ids are trained on as they are,
+            and TRL tokenises pairs. Without `test` nothing is evaluated.
+        config: in full; `dpo_settings` gives what is usual on this machine. With `precompute_ref_log_probs` TRL
+            computes the reference's log-probs itself; the data then comes without the columns.
+        callbacks: of transformers, next to the one that prints a line a logging step.
+        ref_model: for `precompute_ref_log_probs`: the reference, if that is not the policy as it is now.
     """
-    # On a GPU Unsloth checkpoints as the adapter was made, whatever the config says; here the config decides.
-    made = getattr(model, "_unsloth_gradient_checkpointing", None)
-    if model.device.type != "cpu" and made is not None and bool(made) != config.gradient_checkpointing:
-        model._unsloth_gradient_checkpointing = config.gradient_checkpointing
+    set_checkpointing(model, bool(config.gradient_checkpointing))
     try:
         with quiet_progress(len(train)):
-            trainer = trl.DPOTrainer(
+            trainer = trainer_class()(
                 model=model,
+                ref_model=ref_model,
                 args=config,
                 train_dataset=train,
                 eval_dataset=test,
@@ -106,11 +110,12 @@ def make_trainer(
                 callbacks=list(callbacks),
             )
     finally:
-        # TRL copies the adapter as a frozen one named "ref". It is not needed here; where it stands beside the policy,
+        # TRL copies the adapter as a frozen one named "ref". It is not needed here; if it is there next to the policy,
         # transformers' resume loads neither (the policy would silently restart from zero), and a second try fails.
         if "ref" in model.peft_config:
             model.delete_adapter("ref")
-    trainer.precompute_ref_logps = True
+    if not config.precompute_ref_log_probs:
+        use_cached_reference(trainer)
     share_prompts(model.get_base_model())
     if model.device.type == "cuda" and config.bf16 and config.world_size == 1:
         cast_weights_once(trainer)

@@ -15,6 +15,7 @@ from helpers.data import measure
 from helpers.data.check import check_pairs
 from helpers.data.findings import FINDINGS, WORST, Finding
 from helpers.data.load import load_pairs
+from helpers.data.render import cuts_cleanly
 from helpers.data.split import split_pairs
 
 BROKEN = Path(helpers.__file__).parent / "data" / "bundled" / "broken_pairs.jsonl"
@@ -144,9 +145,9 @@ def as_trl_does(tokenizer, row):
 def test_lengths_are_those_of_the_trainer(tokenizer, cut):
     pairs = load_pairs(list(odd_rows(200)))
     measuring = measure.Measure(tokenizer)
-    assert measuring.cuts[0] == "<|im_start|>"  # the prompt is tokenized once, up to here
+    assert measuring.renderer.cuts[0] == "<|im_start|>"  # the prompt is tokenized once, up to here
     if not cut:
-        measuring.cuts = []
+        measuring.renderer.cuts = []
     out = measuring(pairs[:])
     got = list(zip(out["prompt"], out["shared"], out["chosen"], out["rejected"], strict=True))
     assert got == [as_trl_does(tokenizer, row) for row in pairs]
@@ -158,7 +159,7 @@ def test_a_cut_is_made_only_where_no_other_token_can_reach_over_it():
     from tokenizers import AddedToken
 
     def clean(token, *others):
-        return measure._cuts_cleanly(token, [token.content, *others])
+        return cuts_cleanly(token, [token.content, *others])
 
     assert clean(AddedToken("<|go|>", normalized=False), "<|end|>", "<tool>")
     assert not clean(AddedToken("<|go|>", normalized=False, lstrip=True))
@@ -171,9 +172,9 @@ def test_a_cut_is_made_only_where_no_other_token_can_reach_over_it():
 def test_a_cut_that_does_not_hold_is_given_up(tokenizer):
     pairs = load_pairs([pair("What is a squirrel?", chat_template_kwargs={})])
     measuring = measure.Measure(tokenizer)
-    measuring.cuts = ["quirrel"]  # inside a word: no boundary of tokens
+    measuring.renderer.cuts = ["quirrel"]  # inside a word: no boundary of tokens
     out = measuring(pairs[:])
-    assert measuring.cuts == []
+    assert measuring.renderer.cuts == []
     assert out["prompt"][0] == as_trl_does(tokenizer, pairs[0])[0]
 
 

@@ -223,5 +223,5 @@ def test_adapter_of_a_model_in_a_folder(tmp_path, monkeypatch):
     ],
 )
 def test_public_name_holds_no_path(name, public):
-    model = SimpleNamespace(config=SimpleNamespace(_name_or_path=name))
+    model = SimpleNamespace(config=SimpleNamespace(name_or_path=name))
     assert load.public_name(model) == public

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,41 +22,27 @@ from transformers import TrainerCallback
 import helpers
 from helpers import UserError
 from helpers.data.load import load_pairs
+from helpers.model.embedded import embedded_folder
 from helpers.model.logps import pair_logps, reference_logps, with_reference
 from helpers.model.profiles import PROFILES
-from helpers.run.folder import Run
-from helpers.train import dpo, resume, settings
+from helpers.run.folder import DataInfo, Run, RunInfo, Status
+from helpers.train import resume, settings
 from helpers.train.dpo import train_dpo
+from helpers.train.job import check_both
 from helpers.train.settings import DPOConfig, dpo_settings
 from helpers.train.trainer import make_trainer
+from tests.conftest import strip
 
 # Four steps of four pairs: enough to move, short enough to repeat.
 SHORT = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1}
+
+RULE = {"max_prompt_length": 256, "on_long_prompt": "shorten"}
 
 
 @pytest.fixture(scope="module")
 def pairs():
     loaded = load_pairs()
     return loaded.select(range(16)), loaded.select(range(16, 22))
-
-
-@pytest.fixture
-def policy(base):
-    """A fresh LoRA adapter on the shared base model."""
-    model, tokenizer = base
-    yield helpers.add_lora(model, seed=0), tokenizer
-    strip(model)
-
-
-def strip(model) -> None:
-    """Take any adapter off the shared base model."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
-            model.set_submodule(name, module.base_layer)
-    if hasattr(model, "peft_config"):
-        del model.peft_config
 
 
 @pytest.fixture
@@ -83,63 +70,81 @@ def test_unknown_settings_are_refused_with_a_cure(name, cure, tmp_path):
         DPOConfig(output_dir=str(tmp_path), **{name: 1})
 
 
-def test_gpu_defaults_are_those_of_the_readme(monkeypatch):
-    settings = dpo_settings(PROFILES["gpu"])
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr("helpers.train.settings.current_profile", lambda: PROFILES["gpu"])
+
+
+class Loaded:
+    """What `dpo_settings` looks at in a model: its name, and the length that it was loaded for."""
+
+    def __init__(self, name, max_seq_length):
+        self.config, self.max_seq_length = SimpleNamespace(name_or_path=str(name)), max_seq_length
+
+
+def test_gpu_defaults_are_those_of_the_readme(gpu):
+    settings = dpo_settings()
     expected = {"learning_rate": 5e-6, "optim": "adamw_8bit", "beta": 0.1, "max_length": 512}
     assert {name: settings[name] for name in expected} == expected
     assert settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] == 8
     assert settings["bf16"] != settings["fp16"]
-    assert dpo_settings(PROFILES["gpu"], thinking=True)["max_length"] == 1024
 
 
-def test_embedded_model_learns_at_its_own_rate_on_a_gpu_too(monkeypatch):
-    monkeypatch.setenv("DPO_MODEL", "embedded")
-    assert dpo_settings(PROFILES["gpu"])["learning_rate"] == dpo_settings(PROFILES["cpu"])["learning_rate"]
-    assert dpo_settings(PROFILES["gpu"], thinking=True)["learning_rate"] == 5e-6  # that is DPO_THINKING_MODEL
+def test_rate_and_length_come_from_the_model_in_hand(gpu, monkeypatch):
+    """The embedded model on a GPU, whatever `.env` names, and a model that was loaded for thinking pairs."""
+    embedded, other = Loaded(embedded_folder(), 512), Loaded("unsloth/Qwen3-4B-Thinking-2507", 1024)
+    for named in ("", "embedded"):
+        monkeypatch.setenv("DPO_MODEL", named)
+        assert (dpo_settings(embedded)["learning_rate"], dpo_settings(embedded)["max_length"]) == (2e-4, 512)
+        assert (dpo_settings(other)["learning_rate"], dpo_settings(other)["max_length"]) == (5e-6, 1024)
+    # A model of one's own that began as the embedded one is another model.
+    assert dpo_settings(Loaded(f"{embedded_folder()}-my-sft", 512))["learning_rate"] == 5e-6
 
 
-def test_every_default_is_a_setting_of_trl():
+def test_every_default_is_a_setting_of_trl(monkeypatch):
     for profile in PROFILES.values():
-        settings.check_settings(dpo_settings(profile))
+        monkeypatch.setattr("helpers.train.settings.current_profile", lambda profile=profile: profile)
+        settings.check_settings(dpo_settings())
 
 
 # ------------------------------------------------------------------------------------------------ run folders
 
 
+def info(**changes) -> RunInfo:
+    """Of a run; `changes` to its config, or to the info itself."""
+    config = {"beta": 0.2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    config |= {"gradient_checkpointing": False, "output_dir": "a"} | changes.pop("config", {})
+    values = {name: name for name in ("model", "profile", "base", "start", "reference", "machine")}
+    values |= {"train_pairs": 1, "test_pairs": 1, "data": DataInfo("a", "b"), "versions": {}, "status": Status.RUNNING}
+    return RunInfo(**values | {"config": config} | changes)
+
+
 def test_a_run_that_differs_in_how_a_step_is_made_is_the_same_run():
-    step = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "gradient_checkpointing": False}
     cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
-    info = {name: name for name in ("model", "base", "reference", "data", "start")} | {"config": {"beta": 0.1} | step}
-
-    def before(**config) -> dict:
-        return info | {"config": info["config"] | config}
-
-    assert resume.step_of(before(**cut), info) == cut
-    assert resume.step_of(before(**cut, beta=0.2), info) is None
-    assert resume.step_of(before(**cut | {"gradient_accumulation_steps": 8}), info) is None  # 16 pairs a step
-    assert resume.step_of(before(**cut) | {"data": "other"}, info) is None
-    assert resume.step_of(info | {"config": {"beta": 0.1}}, info) is None
-    assert resume.step_of(None, info) is None
+    assert resume.step_of(info(config=cut), info()) == cut
+    assert resume.step_of(info(config=cut | {"beta": 0.3}), info()) is None
+    assert resume.step_of(info(config=cut | {"gradient_accumulation_steps": 8}), info()) is None  # 16 pairs a step
+    assert resume.step_of(info(config=cut, data=DataInfo("a", "other")), info()) is None
+    assert resume.step_of(dataclasses.replace(info(), config={"beta": 0.2}), info()) is None
+    assert resume.step_of(None, info()) is None
 
 
-def test_run_folders_that_cannot_be_read(tmp_path):
-    with pytest.raises(UserError, match="no run.json.*03_train"):
-        Run.load(tmp_path)
-    (tmp_path / "run.json").write_text('{"status": "running"}')
-    with pytest.raises(UserError, match="is running.*train_dpo again"):
-        Run.load(tmp_path)
-    (tmp_path / "run.json").write_text('{"status": "finished"}')
-    with pytest.raises(UserError, match="cannot be read"):
-        Run.load(tmp_path)
-    for name in ("history", "metrics"):
-        (tmp_path / f"{name}.json").write_text("[]")
-    (tmp_path / "held_out.jsonl").write_text('{"origin": ')
-    with pytest.raises(UserError, match="cannot be read"):
-        Run.load(tmp_path)
-    for broken in ("{", "[]"):
-        (tmp_path / "run.json").write_text(broken)
-        with pytest.raises(UserError, match="not valid JSON"):
-            Run.load(tmp_path)
+def test_only_what_changes_the_result_makes_another_run():
+    same = [{"logging_steps": 1}, {"report_to": ["tensorboard"]}, {"a_setting_of_the_next_version": True}]
+    assert [resume.differences(info(config=change), info()) for change in same] == [[], [], []]
+    # What an older library did not have is at its default: no difference, until it is set.
+    assert resume.differences(info(), info(config={"label_smoothing": 0.0})) == []
+    assert resume.differences(info(), info(config={"label_smoothing": 0.1})) == ["label_smoothing None there, 0.1 now"]
+    assert resume.differences(info(config={"beta": 0.3}), info()) == ["beta 0.3 there, 0.2 now"]
+    assert resume.differences(info(base="x"), info()) == ["other base"]
+    assert resume.differences(info(data=DataInfo("a", "c")), info()) == ["other data"]
+    assert resume.differences(info(start="x"), info()) == ["another adapter to start from"]
+    assert resume.differences(info(start="x", end="start"), info()) == []  # its cell is run once more
+
+
+def test_settings_that_change_the_result_are_settings():
+    known = {field.name for field in dataclasses.fields(trl.DPOConfig)}
+    assert sorted(resume.RESULT_SETTINGS - known) == []
 
 
 def test_only_complete_checkpoints_count(tmp_path, capsys):
@@ -163,9 +168,9 @@ def test_pairs_with_errors_are_refused_before_anything_is_trained(tokenizer):
     bad = load_pairs([{"prompt": "2 + 2?", "chosen": "4", "rejected": "4"}] * 2)
     good = load_pairs([{"prompt": "3 + 3?", "chosen": "6", "rejected": "5"}])
     with pytest.raises(UserError, match=r"(?s)chosen and rejected are the same.*\.clean"):
-        dpo._checked(bad, good, tokenizer, 512)
+        check_both(bad, good, tokenizer, 512, **RULE)
     with pytest.raises(UserError, match="chosen and rejected are the same"):
-        dpo._checked(good, bad, tokenizer, 512)
+        check_both(good, bad, tokenizer, 512, **RULE)
 
 
 # ------------------------------------------------------------------------------------------------ the reference
@@ -367,7 +372,7 @@ def test_best_checkpoint_is_kept_and_early_stop_stops(policy, pairs, cache, tmp_
         policy, tokenizer, *pairs, tmp_path / "run", early_stopping=1, eval_steps=1, save_steps=1, **settings
     )
     held_out = [row["eval_loss"] for row in run.history if "eval_loss" in row]
-    assert run.info["steps"] < 6
+    assert run.info.steps < 6
     assert held_out[-1] > min(held_out) + 0.05
     assert run.metrics["loss"] == pytest.approx(min(held_out), abs=0.02)
 
@@ -392,14 +397,12 @@ class TakeAllMemory(TrainerCallback):
 
 
 @pytest_slow
-def test_out_of_memory_is_answered_with_what_each_change_saves(
-    policy, pairs, cache, with_callback, tmp_path, monkeypatch, capsys
-):
+def test_out_of_memory_is_answered_with_what_each_change_saves(policy, pairs, cache, tmp_path, monkeypatch, capsys):
     policy, tokenizer = policy
     initial = {name: value.clone() for name, value in get_peft_model_state_dict(policy).items()}
     call = {"folder": tmp_path / "run"} | SHORT | {"max_steps": 1, "per_device_train_batch_size": 8}
     # Before a step: the machine has too little for what the estimate says.
-    monkeypatch.setattr("helpers.train.dpo.free_memory", lambda device: 0.2e9)
+    monkeypatch.setattr("helpers.train.job.free_memory", lambda device: 0.2e9)
     with pytest.raises(UserError, match=r"0\.2 GB are free(?s:.*)=True \(slower\): [0-9.]+ GB(?s:.*)size=4, grad"):
         train_dpo(policy, tokenizer, *pairs, **call)
     assert not list((tmp_path / "run").glob("checkpoints/*"))
@@ -407,10 +410,9 @@ def test_out_of_memory_is_answered_with_what_each_change_saves(
         Run.load(tmp_path / "run")
     # Near the limit it is tried, with a warning; a run that kept nothing is in nobody's way.
     needed = json.loads((tmp_path / "run" / "run.json").read_text())["memory_gb"]["needed"]
-    monkeypatch.setattr("helpers.train.dpo.free_memory", lambda device: needed * 0.9e9)
-    with_callback(TakeAllMemory())
+    monkeypatch.setattr("helpers.train.job.free_memory", lambda device: needed * 0.9e9)
     with pytest.raises(UserError, match="Out of memory(?s:.*)the same effective batch"):
-        train_dpo(policy, tokenizer, *pairs, **call, beta=0.2)
+        train_dpo(policy, tokenizer, *pairs, **call, beta=0.2, callbacks=[TakeAllMemory()])
     assert "It may not fit" in capsys.readouterr().out
     assert all(torch.equal(value, initial[name]) for name, value in get_peft_model_state_dict(policy).items())
 
@@ -432,8 +434,8 @@ def test_run_folder_is_complete_portable_and_loads_in_a_new_process(policy, pair
     policy, tokenizer = policy
     folder = tmp_path / "run"
     run = train_dpo(policy, tokenizer, *pairs, folder, **SHORT)
-    assert run.info["status"] == "finished" and run.info["steps"] == 4
-    assert run.info["config"]["beta"] == 0.1 and run.info["versions"]["trl"]
+    assert run.info.status == "finished" and run.info.steps == 4
+    assert run.info.config["beta"] == 0.1 and run.info.versions["trl"]
     assert {"accuracy", "accuracy_interval", "reference_accuracy", "train_seconds"} <= set(run.metrics)
     assert len(run.held_out) == 6 and len([row for row in run.history if "loss" in row]) == 4
     again = Run.load(folder)
@@ -485,18 +487,16 @@ class PressStop(TrainerCallback):
 
 
 @pytest_slow
-def test_ctrl_c_saves_restores_and_resumes(policy, pairs, cache, with_callback, tmp_path, capsys):
+def test_ctrl_c_saves_restores_and_resumes(policy, pairs, cache, tmp_path, capsys):
     policy, tokenizer = policy
     fresh = {name: value.clone() for name, value in get_peft_model_state_dict(policy).items()}
     whole = train_dpo(policy, tokenizer, *pairs, tmp_path / "whole", **SHORT)
     final = {name: value.clone() for name, value in get_peft_model_state_dict(policy).items()}
     set_peft_model_state_dict(policy, fresh)
-    with_callback(PressStop())
     with pytest.raises(KeyboardInterrupt):
-        train_dpo(policy, tokenizer, *pairs, tmp_path / "run", **SHORT)
+        train_dpo(policy, tokenizer, *pairs, tmp_path / "run", **SHORT, callbacks=[PressStop()])
     assert "Stopped and saved at step 3 of 4" in capsys.readouterr().out
     assert all(torch.equal(value, fresh[name]) for name, value in get_peft_model_state_dict(policy).items())
-    with_callback(None)
     run = train_dpo(policy, tokenizer, *pairs, tmp_path / "run", **SHORT)
     assert "Resuming from step 3" in capsys.readouterr().out
     assert losses(run) == losses(whole)
@@ -510,7 +510,6 @@ def losses(run: Run) -> list[float]:
 KILLED = """
 import os, signal, sys
 from helpers import *
-from helpers.train import dpo
 from helpers import load_pairs
 from transformers import TrainerCallback
 
@@ -521,13 +520,6 @@ class Kill(TrainerCallback):
         if state.global_step == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-real = dpo.make_trainer
-def make_trainer(*args):
-    trainer = real(*args)
-    trainer.add_callback(Kill())
-    return trainer
-dpo.make_trainer = make_trainer
-
 model, tokenizer = load_model(None if adapter == "fresh" else adapter)
 if adapter == "fresh":
     model = add_lora(model, seed=0)
@@ -535,6 +527,7 @@ pairs = load_pairs()
 train_dpo(
     model, tokenizer, pairs.select(range(16)), pairs.select(range(16, 22)), folder, max_steps=4, save_steps=2,
     eval_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1,
+    callbacks=[Kill()],
 )
 """
 

@@ -161,9 +161,7 @@ class PressStop(TrainerCallback):
 
 
 @pytest_slow
-def test_more_betas_and_seeds_add_to_it_and_an_interruption_loses_nothing(
-    made, base, pairs, with_callback, capsys, recwarn
-):
+def test_more_betas_and_seeds_add_to_it_and_an_interruption_loses_nothing(made, base, pairs, capsys, recwarn):
     call = {"folder": made.folder} | SAMPLING | SHORT
     reference = sorted(made.folder.parent.glob("cache/reference/*"))
     assert len(reference) == 2  # of the training and the held-out pairs, for all betas
@@ -176,12 +174,10 @@ def test_more_betas_and_seeds_add_to_it_and_an_interruption_loses_nothing(
     }
     stored["info"]["step"] |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     (made.folder / "sweep.json").write_text(json.dumps(stored))
-    with_callback(PressStop())
     with pytest.raises(KeyboardInterrupt):
-        sweep_beta(*base, *pairs, betas=(1.0, 0.3), seeds=(0, 1), **call)
+        sweep_beta(*base, *pairs, betas=(1.0, 0.3), seeds=(0, 1), callbacks=[PressStop()], **call)
     assert "run 1 of 3: beta 0.3, seed 0" in capsys.readouterr().out
     assert len(Sweep.load(made.folder).table) == 3
-    with_callback(None)
     sweep = sweep_beta(*base, *pairs, betas=(1.0, 0.3), seeds=(0, 1), **call)
     out = capsys.readouterr().out
     assert "Resuming from step 2" in out and "run 3 of 3: beta 0.3, seed 1, about" in out
@@ -195,7 +191,7 @@ def test_more_betas_and_seeds_add_to_it_and_an_interruption_loses_nothing(
     assert sorted(made.folder.parent.glob("cache/reference/*")) == reference
     assert first == [json.loads((made.folder / "beta-1-seed-0" / "run.json").read_text())]
     assert (sweep.gaps[1.0, 0] != sweep.gaps[1.0, 1]).any()
-    later = [sweep.run(*which).info["config"] for which in ((0.3, 0), (0.3, 1), (1.0, 1))]
+    later = [sweep.run(*which).info.config for which in ((0.3, 0), (0.3, 1), (1.0, 1))]
     assert [c["gradient_accumulation_steps"] for c in later] == [4] * 3  # steps are made as in the sweep so far
     assert "Nothing" not in sweep_beta(*base, *pairs, betas=(1.0,), **call).table and capsys.readouterr().out == ""
     assert [str(w.message) for w in recwarn if "PEFT" in str(w.message)] == []

@@ -1,0 +1,210 @@
+"""What one call of `train_dpo` has to do, before it does it: its pairs, its settings, and what is in its folder."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from helpers.common import UserError
+from helpers.data.check import check_pairs
+from helpers.data.findings import Report
+from helpers.data.render import pair_lengths
+from helpers.model.memory import (
+    BATCH_SETTINGS,
+    ESTIMATE_MARGIN,
+    BatchPlan,
+    estimate_for,
+    free_memory,
+    plan_for,
+)
+from helpers.model.policy import Policy
+from helpers.model.profiles import current_profile
+from helpers.run.folder import (
+    POLICY_AT_START,
+    DataInfo,
+    RunInfo,
+    Status,
+    describe_config,
+    machine,
+    read_info,
+    set_aside,
+    versions,
+    write_info,
+)
+from helpers.train.resume import differences, step_of
+from helpers.train.settings import DPOConfig, run_config
+
+
+class CheckedPairs(NamedTuple):
+    """Pairs that were checked for a tokenizer: the reports of both sets, and the rule for long prompts."""
+
+    train: Report
+    test: Report
+    rule: dict[str, Any]
+
+
+def check_both(
+    train: Dataset, test: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, **rule: Any
+) -> CheckedPairs:
+    """Check both sets, and print what becomes of prompts that are too long.
+
+    Args:
+        train, test, tokenizer, max_length: as in `train_dpo`.
+        rule: max_prompt_length and on_long_prompt, as in `check_pairs`.
+
+    Raises:
+        UserError: something would spoil training or a measurement.
+    """
+    checked = CheckedPairs(
+        check_pairs(train, tokenizer, max_length, test=test, **rule),
+        check_pairs(test, tokenizer, max_length, **rule),
+        rule,
+    )
+    for name, given, report in (("training", train, checked.train), ("held-out", test, checked.test)):
+        report.raise_for_errors()
+        shortened, left_out = report.prompts["shortened"], report.prompts["left_out"]
+        if shortened or left_out:
+            print(
+                f"Prompts over {rule['max_prompt_length']} tokens among {len(given)} {name} pairs: {shortened} "
+                f"shortened, {left_out} pairs left out (max_prompt_length, on_long_prompt)."
+            )
+    return checked
+
+
+@dataclasses.dataclass
+class Job:
+    """One call of `train_dpo`.
+
+    Attributes:
+        policy: what is trained.
+        reference: a Policy that was passed as `ref_model`; None if the reference is the policy at its start.
+        pairs: checked.
+        folder: of the run.
+        values: DPOConfig settings, complete.
+        settings: those that the caller gave.
+        info: as it will be in run.json.
+        plan: how free memory says that a step is made; None if the settings or an earlier run say so.
+    """
+
+    policy: Policy
+    reference: Policy | None
+    pairs: CheckedPairs
+    folder: Path
+    values: dict[str, Any]
+    settings: dict[str, Any]
+    info: RunInfo = dataclasses.field(init=False)
+    plan: BatchPlan | None = None
+
+    def __post_init__(self) -> None:
+        train, test = self.pairs.train, self.pairs.test
+        self.info = RunInfo(
+            model=self.policy.name,
+            profile=current_profile().name,
+            config=describe_config(self.config),
+            train_pairs=len(train.pairs),
+            test_pairs=len(test.pairs),
+            data=DataInfo(train.hash, test.hash, {one.code: one.count for one in train.findings}, train.prompts),
+            base=self.policy.base,
+            start=self.policy.adapter,
+            reference=POLICY_AT_START if self.reference is None else self.reference.fingerprint,
+            versions=versions(),
+            machine=machine(),
+            status=Status.RUNNING,
+            prompts_rule=self.pairs.rule,
+        )
+
+    @property
+    def config(self) -> DPOConfig:
+        """Of the trainer, by `values` as they are now."""
+        return run_config(self.folder, len(self.pairs.train.pairs), self.values)
+
+    def earlier(self, replace: bool) -> RunInfo | None:
+        """The same run as it was left in the folder, if it is there; decides how a step is made.
+
+        Args:
+            replace: put another run aside.
+
+        Raises:
+            UserError: the folder holds another run.
+        """
+        before = read_info(self.folder)
+        kept_nothing = (
+            before is not None
+            and before.status != Status.FINISHED
+            and not any(self.folder.glob("checkpoints/checkpoint-*"))
+        )
+        self._choose_step(None if kept_nothing else before)
+        if before is None:
+            return None
+        changed = differences(before, self.info)
+        if not changed:
+            return before
+        if not replace and not kept_nothing:
+            raise UserError(
+                f"{self.folder} holds another run ({'; '.join(changed[:3])}). Give this one a folder of its own, "
+                "or pass replace=True: the old run is then kept beside it."
+            )
+        set_aside(self.folder)
+        return None
+
+    def _choose_step(self, before: RunInfo | None) -> None:
+        """On a GPU, how a step's pairs are cut: as the run `before` did, else by free memory, unless it was given."""
+        model, ids, free = self.policy.model, self.pairs.train.ids, free_memory(self.policy.device)
+        if self.policy.device.type == "cuda" and not self.settings.keys() & set(BATCH_SETTINGS):
+            step = step_of(before, self.info)
+            if step is None:
+                self.plan = plan_for(model, ids, self.values, free)
+                step = dict(zip(BATCH_SETTINGS, self.plan[:3], strict=True))
+            self.values |= step
+            self.info.config = describe_config(self.config)
+        needed = estimate_for(model, ids, self.values).training
+        self.info.memory_gb = {"needed": round(needed / 1e9, 2), "free": round(free / 1e9, 2)}
+
+    def begin(self) -> None:
+        """Say how a step is made and write the folder's run.json.
+
+        Raises:
+            UserError: training needs far more memory than is free.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        need, free = self.info.memory_gb["needed"], self.info.memory_gb["free"]
+        if self.plan is not None:
+            at_once = f"{self.plan.pairs} pair{'s' * (self.plan.pairs > 1)} at once"
+            print(
+                f"{at_once}, checkpointing {'on' if self.plan.checkpointing else 'off'}: needs about "
+                f"{self.plan.bytes / 1e9:.1f} of {free:.1f} GB free; {self.plan.reason}."
+            )
+        if need >= free:
+            text = f"Training needs about {need:.1f} GB beside the loaded model, and {free:.1f} GB are free."
+            if need > ESTIMATE_MARGIN * free:
+                self.write(Status.OUT_OF_MEMORY)
+                raise UserError(f"{text}\n{self.savings()}")
+            print(f"{text} It may not fit.\n{self.savings()}")
+        self.write(Status.RUNNING)
+
+    def write(self, status: Status) -> None:
+        """Write run.json with this `status`."""
+        write_info(self.folder, dataclasses.replace(self.info, status=status))
+
+    def savings(self) -> str:
+        """What to change if memory is short, each with what it saves by the estimate."""
+        model, ids, values = self.policy.model, self.pairs.train.ids, self.values
+        size, pieces = values["per_device_train_batch_size"], values["gradient_accumulation_steps"]
+        lengths = pair_lengths(ids)
+        half = min(int(lengths.max()), values["max_length"]) // 2
+        changes: list[tuple[dict[str, Any], str]] = []
+        if not values["gradient_checkpointing"]:
+            changes.append(({"gradient_checkpointing": True}, "slower"))
+        if size > 1:
+            halved = {"per_device_train_batch_size": size // 2, "gradient_accumulation_steps": pieces * 2}
+            changes.append((halved, "the same effective batch"))
+        changes.append(({"max_length": half}, f"cuts {int((lengths > half).sum())} of {len(ids)} pairs"))
+        need = estimate_for(model, ids, values).training
+        lines = ["What to change in the call, and what it saves:"]
+        for change, note in changes:
+            text = ", ".join(f"{name}={value}" for name, value in change.items())
+            saved = need - estimate_for(model, ids, values | change).training
+            lines.append(f"- {text} ({note}): {saved / 1e9:.1f} GB")
+        return "\n".join(lines)
