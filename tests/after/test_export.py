@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import datasets
 import huggingface_hub
 import pytest
 import torch
@@ -21,12 +22,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import helpers
-from helpers import UserError, export_run, load_pairs
+from helpers import UserError, check_pairs, export_run, load_pairs, train_dpo
 from helpers.after import export, trl_script
+from helpers.common import cache_folder
+from helpers.data.render import template_options
+from helpers.model.embedded import EMBEDDED_HUB_NAME, embedded_model
 from helpers.model.logps import pair_logps
-from helpers.run.card import changed_settings, model_card
-from helpers.run.folder import Run
-from helpers.train.dpo import train_dpo
+from helpers.run.card import model_card
+from helpers.run.folder import POLICY_AT_START, DataInfo, Run, RunInfo, Status, describe_config
 
 ROOT = Path(__file__).parent.parent.parent
 TOKEN = "hf_" + "Secret" * 6
@@ -56,6 +59,41 @@ def run(pairs, tmp_path_factory) -> Run:
         load_best_model_at_end=False,
         bf16=False,
     )
+
+
+def made_up(folder: Path, train, test, tokenizer, **rule) -> Run:
+    """A run without a model, for what is written from its figures, settings and pairs alone."""
+    reports = [check_pairs(pairs, tokenizer, 512, **rule) for pairs in (train, test)]
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": False}
+    info = RunInfo(
+        model=EMBEDDED_HUB_NAME,
+        profile="cpu",
+        config=describe_config(trl.DPOConfig(output_dir=str(folder), max_length=512, report_to="none", **settings)),
+        train_pairs=len(reports[0].pairs),
+        test_pairs=len(reports[1].pairs),
+        data=DataInfo(reports[0].hash, reports[1].hash),
+        base="",
+        start="",
+        reference=POLICY_AT_START,
+        versions={"trl": "1.15.0", "peft": "0.21.2", "unsloth": "2026.10.9"},
+        machine="CPU",
+        status=Status.FINISHED,
+        steps=4,
+        end="",
+    )
+    info.prompts_rule |= rule
+    run = Run(folder, info, [], {"accuracy": 0.75}, None)
+    run.adapter.mkdir(parents=True)
+    lora = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj"]}
+    config = {"base_model_name_or_path": EMBEDDED_HUB_NAME} | lora
+    (run.adapter / "adapter_config.json").write_text(json.dumps(config))
+    (run.adapter / "adapter_model.safetensors").write_bytes(b"")
+    return run
+
+
+@pytest.fixture(scope="module")
+def made(pairs, tokenizer, tmp_path_factory) -> Run:
+    return made_up(tmp_path_factory.mktemp("made") / "short", *pairs, tokenizer)
 
 
 def texts(folder: Path) -> str:
@@ -119,7 +157,7 @@ def test_share_of_the_update_that_rounding_keeps_is_measured_and_said(run, tmp_p
         {name: tensor * (0.02 if "lora_B" in name else 1) for name, tensor in weights.items()},
         small.adapter / "adapter_model.safetensors",
     )
-    base = AutoModelForCausalLM.from_pretrained(helpers.models.embedded_model(), dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, small.adapter)
     whole, half, coarse = (export.kept_update(model, t) for t in (torch.float32, torch.float16, torch.bfloat16))
     assert abs(whole - 1) < 1e-3 and 0 <= coarse < half / 2 < 0.4, (whole, half, coarse)
@@ -133,11 +171,9 @@ def test_share_of_the_update_that_rounding_keeps_is_measured_and_said(run, tmp_p
 @pytest.mark.slow
 def test_four_bit_base_is_dequantised_before_the_adapter_is_added(run, pairs, tokenizer):
     four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    base = AutoModelForCausalLM.from_pretrained(
-        helpers.models.embedded_model(), dtype=torch.float32, quantization_config=four_bit
-    )
+    base = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32, quantization_config=four_bit)
     trained = pair_logps(PeftModel.from_pretrained(base, run.adapter), tokenizer, pairs[1])
-    merged, _ = export.merged_model(dataclasses.replace(run, info=run.info | {"profile": "gpu"}))
+    merged, _ = export.merged_model(dataclasses.replace(run, info=dataclasses.replace(run.info, profile="gpu")))
     assert not hasattr(merged.config, "quantization_config")
     other, _ = export.merged_model(run)  # into the weights that never were in 4 bits
     error, error_of_other = (
@@ -148,18 +184,21 @@ def test_four_bit_base_is_dequantised_before_the_adapter_is_added(run, pairs, to
     assert error < error_of_other / 10, (error, error_of_other)
 
 
-@pytest.mark.slow
-def test_gguf_without_a_converter_says_where_to_get_one(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("helpers.after.export.LLAMA_CPP_DEFAULT_DIR", str(tmp_path / "none"))
+def converters_in(folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr("helpers.after.export.converter_places", lambda: (folder, ("convert_hf_to_gguf.py",)))
+
+
+def test_gguf_without_a_converter_says_where_to_get_one(made, tmp_path, monkeypatch):
+    converters_in(tmp_path / "none", monkeypatch)
     with pytest.raises(UserError, match="git clone.*llama.cpp.*--outtype q8_0"):
-        export_run(run, "gguf", tmp_path / "gguf")
+        export_run(made, "gguf", tmp_path / "gguf")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
 def test_gguf_of_a_converter_that_fails(run, tmp_path, monkeypatch):
     (tmp_path / "convert_hf_to_gguf.py").write_text("raise SystemExit('Model LlamaForCausalLM is not supported')")
-    monkeypatch.setattr("helpers.after.export.LLAMA_CPP_DEFAULT_DIR", str(tmp_path))
+    converters_in(tmp_path, monkeypatch)
     with pytest.raises(UserError, match="converter failed .Model LlamaForCausalLM is not supported"):
         export_run(run, "gguf", tmp_path / "gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["convert_hf_to_gguf.py"]
@@ -168,53 +207,33 @@ def test_gguf_of_a_converter_that_fails(run, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------ what is written
 
 
-@pytest.mark.slow
-def test_refused(run, tmp_path, monkeypatch):
+def test_refused(made, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="'zip'.*'adapter', 'merged', 'gguf', 'trl'"):
-        export_run(run, "zip", tmp_path / "zip")
+        export_run(made, "zip", tmp_path / "zip")
     monkeypatch.setenv("HF_TOKEN", "")
     with pytest.raises(UserError, match="someone/model needs HF_TOKEN"):
-        export_run(run, "adapter", tmp_path / "adapter", hub="someone/model")
+        export_run(made, "adapter", tmp_path / "adapter", hub="someone/model")
     with pytest.raises(UserError, match="holds your pairs"):
-        export_run(run, "trl", tmp_path / "trl", hub="someone/model")
+        export_run(made, "trl", tmp_path / "trl", hub="someone/model")
     with pytest.raises(UserError, match="needs train= and test="):
-        export_run(run, "trl", tmp_path / "trl")
+        export_run(made, "trl", tmp_path / "trl")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-def test_nothing_is_overwritten(run, tmp_path, monkeypatch):
-    folder = export_run(run, "adapter", tmp_path / "adapter")
+def test_nothing_is_overwritten(made, tmp_path, monkeypatch):
+    folder = export_run(made, "adapter", tmp_path / "adapter")
     (folder / "note.txt").write_text("mine")
     with pytest.raises(UserError, match="exists already.*replace=True"):
-        export_run(run, "adapter", folder)
-    export_run(run, "adapter", folder, replace=True)
+        export_run(made, "adapter", folder)
+    export_run(made, "adapter", folder, replace=True)
     assert (tmp_path / "adapter.old-1" / "note.txt").read_text() == "mine"
-    export_run(run, "adapter", folder, replace=True)  # nothing in it but an export: none is kept
+    export_run(made, "adapter", folder, replace=True)  # nothing in it but an export: none is kept
     monkeypatch.setattr(
         "helpers.after.export.model_card", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(UserError, match="No space left"):
-        export_run(run, "adapter", folder, replace=True)
+        export_run(made, "adapter", folder, replace=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "adapter.old-1"]
-
-
-@pytest.mark.slow
-def test_card_names_data_settings_figures_and_licences(run, tmp_path):
-    card = (export_run(run, "adapter", tmp_path / "adapter") / "README.md").read_text()
-    front = yaml.safe_load(card.split("---")[1])
-    assert (front["base_model"], front["license"]) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
-    for part in ("16 preference pairs", "6 held out, from `pairs.jsonl`", "learning_rate: 0.001", "## Limits"):
-        assert part in card
-    assert f"| accuracy | {run.metrics['accuracy']:.4g} |" in card
-    # The same name, other pairs: no licence is made up.
-    other = dataclasses.replace(run, held_out=run.held_out.assign(topic="mine"))
-    card = (export_run(other, "adapter", tmp_path / "other") / "README.md").read_text()
-    assert "license" not in yaml.safe_load(card.split("---")[1])
-    assert "state it before you publish" in card
-    # A JSON list under that name, whose rows have no lines.
-    rows = run.held_out.assign(origin=[f"pairs.jsonl row {row + 1}" for row in range(len(run.held_out))])
-    assert "state it before you publish" in model_card(dataclasses.replace(run, held_out=rows), "run")
 
 
 @pytest.mark.slow
@@ -222,6 +241,8 @@ def test_run_folder_has_the_same_card(run):
     card = (run.folder / "README.md").read_text(encoding="utf-8")
     assert card == model_card(run, "run")
     assert "`Run.load`" in card and str(run.folder.parent) not in card
+    assert "16 preference pairs to train on, 6 held out, from `pairs.jsonl`" in card
+    assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"  # of the pairs that come with this project
 
 
 @pytest.mark.slow
@@ -230,12 +251,11 @@ def test_no_path_of_this_machine_and_no_token(form, run, pairs, tmp_path, monkey
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     written = texts(export_run(run, form, tmp_path / form, train=pairs[0], test=pairs[1]))
     assert TOKEN not in written
-    for path in (tmp_path, run.folder, ROOT, Path.home(), helpers.models.cache_folder()):
+    for path in (tmp_path, run.folder, ROOT, Path.home(), cache_folder()):
         assert str(path) not in written
 
 
-@pytest.mark.slow
-def test_upload_sends_the_token_to_the_hub_alone(run, tmp_path, monkeypatch, capfd):
+def test_upload_sends_the_token_to_the_hub_alone(made, tmp_path, monkeypatch, capfd):
     """A server that refuses all: what it was asked with, and what is said of it."""
     asked = []
 
@@ -256,7 +276,7 @@ def test_upload_sends_the_token_to_the_hub_alone(run, tmp_path, monkeypatch, cap
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(UserError, match="did not take someone/model.*status 403.*HF_TOKEN") as error:
-        export_run(run, "adapter", tmp_path / "adapter", hub="someone/model")
+        export_run(made, "adapter", tmp_path / "adapter", hub="someone/model")
     server.shutdown()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert asked[0][:2] == ("/api/repos/create", f"Bearer {TOKEN}")
@@ -268,53 +288,66 @@ def test_upload_sends_the_token_to_the_hub_alone(run, tmp_path, monkeypatch, cap
 # ------------------------------------------------------------------------------------------------ more processes
 
 
-@pytest.mark.slow
-def test_other_pairs_and_other_references_are_refused(run, pairs, tmp_path):
+def test_other_pairs_and_other_references_are_refused(made, pairs, tmp_path):
     train, test = pairs
     with pytest.raises(UserError, match="train= is not what the run short was given: 15 pairs here, 16 there"):
-        export_run(run, "trl", tmp_path / "trl", train=train.select(range(15)), test=test)
-    changed = dataclasses.replace(run, info=run.info | {"reference": "another model"})
+        export_run(made, "trl", tmp_path / "trl", train=train.select(range(15)), test=test)
+    changed = dataclasses.replace(made, info=dataclasses.replace(made.info, reference="another model"))
     with pytest.raises(UserError, match="reference is not its base model.*Merge"):
         export_run(changed, "trl", tmp_path / "trl", train=train, test=test)
     (tmp_path / "run" / "reference").mkdir(parents=True)
-    changed = dataclasses.replace(run, folder=tmp_path / "run")
+    changed = dataclasses.replace(made, folder=tmp_path / "run")
     with pytest.raises(UserError, match="started from a trained adapter"):
         export_run(changed, "trl", tmp_path / "trl", train=train, test=test)
 
 
-@pytest.mark.slow
+def test_long_prompts_are_treated_as_in_the_run(pairs, tokenizer, tmp_path):
+    train, test = pairs
+    longest = [{"role": "user", "content": "word " * 100}]
+    train = train.map(lambda row, place: {"prompt": longest if place == 3 else row["prompt"]}, with_indices=True)
+    run = made_up(tmp_path / "run", train, test, tokenizer, max_prompt_length=100, on_long_prompt="drop")
+    assert run.info.train_pairs == 15
+    data = export_run(run, "trl", tmp_path / "trl", train=train, test=test) / "data"
+    assert len((data / "train.jsonl").read_text().splitlines()) == 15
+
+
+def test_rows_keep_what_they_pass_to_the_chat_template(pairs, tokenizer, tmp_path):
+    """TRL's script reads `tools` and `chat_template_kwargs` of each row, from JSON lines that datasets reads."""
+    rows = pairs[0].select(range(3)).to_list()
+    city = {"type": "object", "properties": {"city": {"type": "string"}}}
+    day = {"type": "object", "properties": {"day": {"type": "integer"}}}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": city}}]
+    rows[0] |= {"tools": json.dumps(tools), "chat_template_kwargs": {"enable_thinking": False}}
+    tools = [{"type": "function", "function": {"name": "calendar", "parameters": day}}]
+    rows[1] |= {"tools": json.dumps(tools), "chat_template_kwargs": None}
+    rows[2] |= {"tools": None, "chat_template_kwargs": None}
+    train, test = datasets.Dataset.from_list(rows), pairs[1]
+    run = made_up(tmp_path / "run", train, test, tokenizer)
+    data = export_run(run, "trl", tmp_path / "trl", train=train, test=test) / "data"
+    read = datasets.load_dataset(str(data), cache_dir=str(tmp_path / "cache"))
+    assert [template_options(row) for row in read["train"]] == [template_options(row) for row in train]
+    assert template_options(read["train"][0])["tools"][0]["function"]["parameters"] == city  # without a key of others
+    # TRL unpacks the column of each row, so it is a dict even if the row had none.
+    assert all(isinstance(options, dict) for options in read["train"]["chat_template_kwargs"])
+    assert not {"tools", "chat_template_kwargs"} & set(json.loads((data / "test.jsonl").read_text().splitlines()[0]))
+
+
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_checkpointing_of_a_gpus_run_is_exported_for_trl_alone(run, pairs, tmp_path, checkpointing):
+def test_checkpointing_of_a_gpus_run_is_exported_for_trl_alone(made, pairs, tmp_path, checkpointing):
     """Without it TRL needs far more memory; reentrant, as Unsloth sets it there, "a variable is marked ready twice"."""
     train, test = pairs
-    config = run.info["config"] | {
+    config = made.info.config | {
         "gradient_checkpointing": checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
     }
-    on_gpu = dataclasses.replace(run, info=run.info | {"config": config, "profile": "gpu"})
+    on_gpu = dataclasses.replace(made, info=dataclasses.replace(made.info, config=config, profile="gpu"))
     folder = export_run(on_gpu, "trl", tmp_path / "trl", train=train, test=test)
     settings = yaml.safe_load((folder / "dpo.yaml").read_text())
     assert settings["gradient_checkpointing"] is True and settings["load_in_4bit"] is True
     assert "gradient_checkpointing_kwargs" not in settings  # TRL's default: use_reentrant is False
-
-
-@pytest.mark.slow
-def test_settings_of_the_machine_are_left_out(run):
-    config = run.info["config"] | {"dataset_num_proc": 4, "beta": 0.2}  # the first as Unsloth sets it on a GPU
-    assert changed_settings(config) == changed_settings(run.info["config"]) | {"beta": 0.2}
-
-
-def test_settings_that_are_unsloths_defaults_are_kept(monkeypatch):
-    """On a GPU Unsloth puts its own class in the place of TRL's, under the same name: an export would lose these."""
-
-    @dataclasses.dataclass
-    class DPOConfig(trl.DPOConfig):
-        logging_steps: float = 1
-
-    DPOConfig.__module__ = trl.DPOConfig.__module__
-    DPOConfig.__qualname__ = trl.DPOConfig.__qualname__
-    monkeypatch.setattr(trl, "DPOConfig", DPOConfig)
-    assert changed_settings({"logging_steps": 1, "beta": 0.1}) == {"logging_steps": 1}
+    readme = (folder / "README.md").read_text()
+    assert "A step takes 4 pairs" in readme and "and bitsandbytes." in readme
+    assert yaml.safe_load((folder / "accelerate.yaml").read_text())["num_processes"] == 2
 
 
 def test_global_batch_is_shared_exactly():
