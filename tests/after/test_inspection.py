@@ -22,7 +22,6 @@ from helpers.model.logps import pair_logps
 from helpers.run.folder import Run
 from helpers.teach import plots
 
-pytest_slow = pytest.mark.slow
 SHORT = {
     "max_steps": 2,
     "per_device_train_batch_size": 4,
@@ -88,18 +87,31 @@ def test_what_visible_text_looks_like():
     assert visible("na\u00efve caf\u00e9, \u4f60\u597d, \U0001f600") == "na\u00efve caf\u00e9, \u4f60\u597d, \U0001f600"
 
 
-def test_conversations_of_several_turns_name_their_roles():
-    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
-    assert inspection._conversation(turns) == "system: Be kind.\u21b5 user: Hi"
-    assert inspection._conversation(turns[1:]) == "Hi"
-
-
 def test_texts_of_tokens_add_up_to_the_text(tokenizer):
     text = "Caf\u00e9 \U0001f600\u4f60\u597d,  two  spaces <|im_end|>\n"
     ids = tokenizer(text)["input_ids"]
-    texts = inspection._token_texts(ids, tokenizer)
+    texts = inspection._token_texts(ids, tokenizer)  # noqa: SLF001  (its caller needs a trained model)
     assert "".join(texts) == text and len(texts) == len(ids)
     assert "" in texts and not any("\ufffd" in piece for piece in texts)
+
+
+def test_prompts_of_all_kinds_are_handed_on_whole_and_shown(monkeypatch):
+    asked = []
+
+    def reply(model, tokenizer, prompts, **options):
+        asked.append((model, prompts, options))
+        return [SimpleNamespace(text=model, ids=[1], ended=True)] * len(prompts)
+
+    monkeypatch.setattr("helpers.after.inspection.generate_replies", reply)
+    info = SimpleNamespace(config={"beta": 0.1, "max_length": 512})
+    opened = inspection.OpenRun(SimpleNamespace(info=info), "policy", None, "reference")
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    prompts = ["Hi", turns, {"prompt": turns, "tools": "[]", "chat_template_kwargs": {"enable_thinking": False}}]
+    table = compare_generations(opened, prompts, seed=3)
+    options = {"max_new_tokens": 80, "seed": 3}
+    assert asked == [("reference", prompts, options), ("policy", prompts, options)]
+    assert table.prompt.tolist() == ["Hi", *["system: Be kind.\u21b5 user: Hi"] * 2]
+    assert table.policy.tolist() == ["policy"] * 3
 
 
 # ------------------------------------------------------------------------------------------------ run folders
@@ -131,14 +143,12 @@ def edit(path, **changes) -> None:
     path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
 
 
-@pytest_slow
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, what",
     [
         ({"base": None, "end": None}, "lacks base, end: it was written by another version"),
         ({"config": {"beta": 0.1}}, "lacks config.max_length"),
-        ({"config": {"beta": "high", "max_length": 512}}, "lacks config.beta"),
-        ({"config": "none"}, "lacks config, config.beta, config.max_length"),
         ({"end": "0" * 20}, "copy/adapter is not the one that run.json describes"),
         ({"base": "0" * 20}, "base model loaded here is not the one.*other weights.*precision"),
         ({"reference": "0" * 20 + " fresh"}, r"model that was passed to train_dpo.*ref_model="),
@@ -150,7 +160,7 @@ def test_run_json_of_another_version_or_edited(copy, changes, what):
         open_run(copy.folder)
 
 
-@pytest_slow
+@pytest.mark.slow
 def test_adapters_that_cannot_be_used(copy):
     weights = copy.adapter / "adapter_model.safetensors"
     whole = weights.read_bytes()
@@ -173,7 +183,7 @@ def test_adapters_that_cannot_be_used(copy):
     with pytest.raises(UserError, match="not the one that run.json describes"):
         open_run(copy)
     edit(config, lora_alpha=alpha)
-    edit(copy.folder / "run.json", lora=copy.info["lora"] | {"reference": copy.info["lora"]["adapter"]})
+    edit(copy.folder / "run.json", lora=copy.info.lora | {"reference": copy.info.lora["adapter"]})
     with pytest.raises(UserError, match="copy/reference holds no adapter_model.safetensors"):
         open_run(copy.folder)
     config.unlink()
@@ -184,7 +194,7 @@ def test_adapters_that_cannot_be_used(copy):
         open_run(copy)
 
 
-@pytest_slow
+@pytest.mark.slow
 @pytest.mark.parametrize("base, what", [("nobody/no-such-model", "nobody/no-such-model"), ("a-folder", "DPO_MODEL")])
 def test_base_model_that_is_not_here(copy, base, what):
     edit(copy.folder / "run.json", model=base)
@@ -193,7 +203,7 @@ def test_base_model_that_is_not_here(copy, base, what):
         open_run(copy.folder)
 
 
-@pytest_slow
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["model", "tokenizer"])
 def test_code_that_comes_with_a_model_is_not_run(copy, part, tmp_path, monkeypatch):
     mark = tmp_path / "code was run"
@@ -233,7 +243,7 @@ def exact_base():
     return model.float()
 
 
-@pytest_slow
+@pytest.mark.slow
 def test_reference_is_the_base_and_the_policy_comes_back(opened, exact_base, pairs):
     first = implicit_rewards(opened, pairs[1])
     expected = pair_logps(exact_base, opened.tokenizer, pairs[1])
@@ -245,7 +255,7 @@ def test_reference_is_the_base_and_the_policy_comes_back(opened, exact_base, pai
     pd.testing.assert_frame_equal(implicit_rewards(opened, pairs[1]), first)
 
 
-@pytest_slow
+@pytest.mark.slow
 def test_rewards_by_hand(opened, pairs):
     rewards = implicit_rewards(opened, pairs[1])
     assert opened.beta == 0.1
@@ -257,7 +267,7 @@ def test_rewards_by_hand(opened, pairs):
     assert rewards.chosen_policy.tolist() == pytest.approx(opened.run.held_out.chosen_policy.tolist(), rel=0.05)
 
 
-@pytest_slow
+@pytest.mark.slow
 def test_rewards_of_tokens_add_up_to_those_of_the_pair(opened, pairs):
     rewards = implicit_rewards(opened, pairs[1])
     for row, pair in zip(rewards.itertuples(), pairs[1], strict=True):
@@ -274,21 +284,21 @@ def test_rewards_of_tokens_add_up_to_those_of_the_pair(opened, pairs):
         assert words == pair["chosen"][0]["content"].split()
 
 
-@pytest_slow
+@pytest.mark.slow
 def test_long_completions_are_cut_as_in_training(opened, copy, pairs):
-    edit(copy.folder / "run.json", config=copy.info["config"] | {"max_length": 50})
+    edit(copy.folder / "run.json", config=copy.info.config | {"max_length": 50})
     short = inspection.OpenRun(Run.load(copy.folder), opened.model, opened.tokenizer)
     rewards, whole = implicit_rewards(short, pairs[1]), implicit_rewards(opened, pairs[1])
     assert (rewards.chosen_tokens < whole.chosen_tokens).all()
     tokens = token_rewards(short, pairs[1][0])
     assert (tokens.side == "chosen").sum() == rewards.chosen_tokens[0]
     assert tokens[tokens.side == "chosen"].reward.sum() == pytest.approx(rewards.chosen_reward[0], abs=1e-4)
-    edit(copy.folder / "run.json", config=copy.info["config"] | {"max_length": 10})
+    edit(copy.folder / "run.json", config=copy.info.config | {"max_length": 10})
     full = inspection.OpenRun(Run.load(copy.folder), opened.model, opened.tokenizer)
     assert token_rewards(full, pairs[1][0]).empty and not implicit_rewards(full, pairs[1]).margin.any()
 
 
-@pytest_slow
+@pytest.mark.slow
 def test_a_run_from_a_trained_adapter_is_compared_with_that(run, opened, pairs, tmp_path):
     policy, tokenizer = helpers.load_model(str(run.adapter))
     second = train_dpo(policy, tokenizer, *pairs, tmp_path / "second", **SHORT | {"max_steps": 1})
@@ -302,7 +312,7 @@ def test_a_run_from_a_trained_adapter_is_compared_with_that(run, opened, pairs, 
         open_run(second)
 
 
-@pytest_slow
+@pytest.mark.slow
 def test_a_reference_that_was_passed_must_be_passed_again(run, pairs, tmp_path, opened):
     """The first run's policy as the reference of another."""
     policy, tokenizer = helpers.load_model("embedded")
@@ -329,7 +339,7 @@ def test_a_reference_that_was_passed_must_be_passed_again(run, pairs, tmp_path, 
 # ------------------------------------------------------------------------------------------------ replies
 
 
-@pytest_slow
+@pytest.mark.slow
 def test_replies_side_by_side(opened, exact_base):
     questions = ["What is the capital of France?", "Say yes."]
     table = compare_generations(opened, questions, max_new_tokens=12)
@@ -348,7 +358,7 @@ def test_replies_side_by_side(opened, exact_base):
     assert sampled[0].policy.tolist() != sampled[2].policy.tolist()
 
 
-@pytest_slow
+@pytest.mark.slow
 def test_hostile_replies_are_harmless(opened, monkeypatch):
     replies = [SimpleNamespace(text=text, ids=[1], ended=True) for text in HOSTILE.values()]
     monkeypatch.setattr("helpers.after.inspection.generate_replies", lambda *args, **options: replies)
@@ -356,7 +366,7 @@ def test_hostile_replies_are_harmless(opened, monkeypatch):
     assert "<script>alert(1)</script>" in shown and r"\x1b[2J" in shown and "(100000 characters)" in shown
 
 
-@pytest_slow
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
 def test_hostile_pairs_are_harmless(opened):
     texts = [text.replace("\ud83d", "") for text in HOSTILE.values()]  # no tokenizer takes half a character
