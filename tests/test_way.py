@@ -41,7 +41,7 @@ def test_from_pairs_to_a_merged_model(pairs, tmp_path):
     policy = helpers.add_lora(model)
     assert all(math.isfinite(loss) for loss in train_sft(policy, tokenizer, train, learning_rate=1e-2))
     run = helpers.train_dpo(policy, tokenizer, train, test, tmp_path / "run", learning_rate=1e-2, **QUICK)
-    assert run.info["model"] == "small" and run.reference is not None  # the SFT adapter
+    assert run.info.model == "small" and run.reference is not None  # the SFT adapter
     assert float(run.history[0]["loss"]) == pytest.approx(math.log(2), abs=1e-3)
     assert helpers.diagnose(run).codes == helpers.diagnose(tmp_path / "run").codes
 
@@ -51,8 +51,9 @@ def test_from_pairs_to_a_merged_model(pairs, tmp_path):
     words = helpers.token_rewards(opened, test[0])
     for side in ("chosen", "rejected"):
         assert words[words.side == side].reward.sum() == pytest.approx(rewards[f"{side}_reward"][0], abs=1e-3)
-    replies = helpers.compare_generations(opened, ["Why is the sky blue?"], max_new_tokens=4)
+    replies = helpers.compare_generations(opened, ["Why is the sky blue?", test[0], test[0]["prompt"]], max_new_tokens=4)
     assert replies.policy_tokens[0] <= 4
+    assert replies.loc[1].equals(replies.loc[2])  # a row of pairs, and its conversation
 
     adapter = helpers.export_run(run, "adapter", tmp_path / "adapter")
     assert "figures" in (run.folder / "README.md").read_text() and "# small" in (adapter / "README.md").read_text()
