@@ -1,7 +1,6 @@
-"""What is wrong with these pairs for this tokenizer: found in token ids, before a training step is spent.
+"""What is wrong with pairs for a tokenizer, found before a training step is spent.
 
-`check_pairs` measures every pair once (lengths, marks, hashes; a table that datasets caches) and judges the whole
-table afterwards. Its findings go into a `Report`, which takes findings of the same type from other rooms too.
+`check_pairs` measures every pair once (`helpers.data.measure`) and judges the whole table afterwards.
 """
 
 from typing import Any, Literal

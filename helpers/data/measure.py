@@ -157,6 +157,7 @@ def text_hash(text: str) -> int:
 
 
 def first_words(answer: str) -> str:
+    """The first two words of `answer`, without regard to case."""
     return " ".join(answer[:100].split()[:2]).casefold()
 
 

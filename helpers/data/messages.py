@@ -1,11 +1,6 @@
-"""Preference pairs: read from any usual file, brought to one form, split without leaks.
+"""Any spelling of turns as messages, and what a pair's messages must look like.
 
-The one form, which TRL's DPOTrainer takes as it is:
-
-- `prompt`: list of {role, content}; a system turn may come first, a user turn is last
-- `chosen`, `rejected`: lists of {role, content} that begin and end with an assistant turn
-- `origin`: "pairs.jsonl:12" is a line of a file, "pairs.parquet row 12" a row; both count from 1
-- the source's other columns (topic, flaw, chat_template_kwargs, ...) as they were
+A row that is no pair raises LeftOut with its reason.
 """
 
 import json
@@ -65,6 +60,7 @@ def _to_message(message: Any, column: str) -> dict[str, str]:
 
 
 def kind_of(value: Any) -> str:
+    """What `value` is, in words."""
     return "nothing" if value is None else VALUE_KINDS.get(type(value), f"a {type(value).__name__}")
 
 
@@ -103,6 +99,7 @@ def to_messages(value: Any, column: str, role: str, dialogue: bool) -> list[dict
 
 
 def check_roles(prompt: list[dict], chosen: list[dict], rejected: list[dict]) -> None:
+    """Raise LeftOut unless user and assistant take turns, and the prompt ends with a question."""
     for side, name in ((chosen, "chosen"), (rejected, "rejected")):
         if not side or side[-1]["role"] != "assistant":
             raise LeftOut(f"the last assistant turn is missing in {name}")

@@ -1,12 +1,4 @@
-"""Preference pairs: read from any usual file, brought to one form, split without leaks.
-
-The one form, which TRL's DPOTrainer takes as it is:
-
-- `prompt`: list of {role, content}; a system turn may come first, a user turn is last
-- `chosen`, `rejected`: lists of {role, content} that begin and end with an assistant turn
-- `origin`: "pairs.jsonl:12" is a line of a file, "pairs.parquet row 12" a row; both count from 1
-- the source's other columns (topic, flaw, chat_template_kwargs, ...) as they were
-"""
+"""Which of two answers won, read from a preference column."""
 
 import re
 from typing import Any
@@ -41,6 +33,7 @@ class Preference:
         self.tails = tuple(tail[2].lower() if tail else letter for tail, letter in zip(tails, "ab", strict=True))
 
     def see(self, value: Any) -> None:
+        """Take in one value of the column, before any is judged."""
         number = _number(value)
         if number is not None:
             self.low, self.high = min(self.low, number), max(self.high, number)

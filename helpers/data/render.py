@@ -163,7 +163,7 @@ class Renderer:
         return [_readable_options(row) for row in rows]
 
     def _cut(self, prompt: str, *others: str) -> int:
-        """Where all texts may be cut: up to there they are the same, and tokens on both sides stay as they are; or 0."""
+        """Up to where all texts are the same and may be cut, so that no token changes; 0 if there is no such place."""
         for token in self.cuts:
             place = prompt.rfind(token)
             if place > 0 and all(other.startswith(prompt[: place + len(token)]) for other in others):

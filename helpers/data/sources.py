@@ -1,12 +1,4 @@
-"""Preference pairs: read from any usual file, brought to one form, split without leaks.
-
-The one form, which TRL's DPOTrainer takes as it is:
-
-- `prompt`: list of {role, content}; a system turn may come first, a user turn is last
-- `chosen`, `rejected`: lists of {role, content} that begin and end with an assistant turn
-- `origin`: "pairs.jsonl:12" is a line of a file, "pairs.parquet row 12" a row; both count from 1
-- the source's other columns (topic, flaw, chat_template_kwargs, ...) as they were
-"""
+"""Files, lists, datasets and names on the hub as rows with their origin."""
 
 import csv
 import functools
@@ -31,6 +23,7 @@ from helpers.common import UserError
 from helpers.data.messages import kind_of
 from helpers.data.preferences import LeftOut
 from helpers.data.report import load_report
+from helpers.patches.dataset_key import dataset_key
 from helpers.session import quiet_progress
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -49,11 +42,13 @@ class Source:
 
 
 def reason_of(error: Exception) -> str:
+    """The first line of what a library raised, or of its cause."""
     cause = error.__cause__ or error
     return f"{type(cause).__name__}: {str(cause).strip()}".split("\n")[0][:300]
 
 
 def printable(name: str) -> str:
+    """A file name that can be shown."""
     return "".join(character if character.isprintable() else "?" for character in name)
 
 
@@ -139,8 +134,7 @@ def _dataset_rows(table: Dataset, name: str) -> Iterator[tuple[str, Any]]:
 
 def _from_dataset(table: Dataset, name: str) -> Source:
     table = table.with_format(None)
-    key = table._fingerprint if table.cache_files else None
-    return Source(name, functools.partial(_dataset_rows, table, name), key, table.features)
+    return Source(name, functools.partial(_dataset_rows, table, name), dataset_key(table), table.features)
 
 
 def _from_file(path: Path) -> Source:
@@ -171,6 +165,14 @@ def _from_file(path: Path) -> Source:
 
 
 def open_source(source: Any, split: str) -> Source:
+    """Where the rows of `source` come from.
+
+    Args:
+        source, split: as in `load_pairs`.
+
+    Raises:
+        UserError: it is not there, or nothing that pairs can be read from.
+    """
     if isinstance(source, DatasetDict):
         if split not in source:
             raise UserError(f"There is no split {split!r}. Pass split= one of {', '.join(source)}.")

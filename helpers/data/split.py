@@ -1,12 +1,4 @@
-"""Preference pairs: read from any usual file, brought to one form, split without leaks.
-
-The one form, which TRL's DPOTrainer takes as it is:
-
-- `prompt`: list of {role, content}; a system turn may come first, a user turn is last
-- `chosen`, `rejected`: lists of {role, content} that begin and end with an assistant turn
-- `origin`: "pairs.jsonl:12" is a line of a file, "pairs.parquet row 12" a row; both count from 1
-- the source's other columns (topic, flaw, chat_template_kwargs, ...) as they were
-"""
+"""Pairs to train on and pairs held out, without a prompt on both sides."""
 
 from collections import Counter
 

@@ -15,6 +15,7 @@ import torch
 import helpers
 from helpers import UserError
 from helpers.model import embedded, load, profiles
+from helpers.model.embedded import embedded_folder
 
 
 def chat(model, tokenizer, question: str, tokens: int = 30) -> torch.Tensor:
@@ -217,7 +218,8 @@ def test_adapter_of_a_model_in_a_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, public",
     [
-        ("/home/me/.cache/SmolLM2-135M-Instruct-0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        (str(embedded_folder()), "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("/data/SmolLM2-135M-Instruct-my-sft", "SmolLM2-135M-Instruct-my-sft"),
         ("unsloth/Qwen3-4B", "unsloth/Qwen3-4B"),
         ("/data/my-model", "my-model"),
     ],
