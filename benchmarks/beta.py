@@ -1,12 +1,12 @@
 """The long beta sweep behind 05_beta_sweep: python benchmarks/beta.py --out benchmarks/results/beta.json
 
 Six betas and three seeds of the embedded model, one epoch of the bundled training pairs (360; 120 held out), learning
-rate 2e-4, batch 8, with two sampled replies to each held-out prompt. Held-out pairs are also scored on the way, so
-that one can see whether the order of the betas has settled. The settings are those of the CPU profile on any machine;
-a GPU only shortens the wait. Interrupted, the same command goes on. The betas can be shared out over several processes
-(`--betas 0.01 0.05` and so on); `--merge A.json B.json` puts their files together instead of training.
+rate 2e-4, batch 8, with two sampled replies to each held-out prompt. Held-out pairs are also scored during training,
+which shows whether the order of the betas has settled. The settings are those of the CPU profile on any machine; a GPU
+only shortens the wait. After an interruption the same command goes on. Several processes can share the betas
+(`--betas 0.01 0.05` and so on); `--merge A.json B.json` joins their files instead of training.
 
-`--out` is what `helpers.sweep.Sweep.load` reads. The last line is one JSON object: means by beta, the order by
+`helpers.train.sweep.Sweep.load` reads the file `--out`. The last line is one JSON object: means by beta, the order by
 log-ratio gap and by KL at each held-out evaluation and for each seed, and the recommendation.
 """
 
@@ -15,7 +15,7 @@ import json
 import os
 from pathlib import Path
 
-os.environ["DPO_PROFILE"] = "cpu"  # before helpers: the same settings, 16-bit weights, also where there is a GPU
+os.environ["DPO_PROFILE"] = "cpu"  # before helpers: the same settings and 16-bit weights on a GPU too
 
 
 def order(values) -> list[float]:
@@ -29,11 +29,11 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--betas", type=float, nargs="+", default=BETAS)
-    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--pairs", type=int, default=360, help="training pairs; a third as many are held out")
-    parser.add_argument("--folder", type=Path, default=output_folder("beta_long"), help="of the runs; kept")
+    parser.add_argument("--folder", type=Path, default=output_folder("beta_long"), help="of the runs; it is kept")
     parser.add_argument(
         "--merge", type=Path, nargs="+", help="files that this script wrote, or sweep.json of its folders"
     )
@@ -77,7 +77,7 @@ def train(args) -> dict:
 
 
 def command(stored: dict) -> str:
-    """What makes these runs, without paths."""
+    """The command that makes these runs, without paths."""
     settings = stored["info"]["identity"]["settings"]
     betas, seeds = (sorted({row[name] for row in stored["table"]}) for name in ("beta", "seed"))
     return (

@@ -1,12 +1,11 @@
 """What thinking pairs teach, over three seeds: python benchmarks/thinking.py [--seeds 0 1 2] [--folder F]
 
-For each seed, with the pairs and settings of `04_thinking_pairs` on the embedded model: SFT on well-formed thoughts,
-then DPO from it on pairs whose sides both think, and on naive pairs (chosen thinks, rejected is an answer without a
-thought), both with the SFT loss of the chosen side added. For the first seed also DPO without that, and DPO without
-SFT before it, on either kind. All are tested on the same held-out pairs, whose sides both think at like length, and by
-replies to 80 held-out word problems, of which the notebook asks the first 40. About three quarters of an hour on one
-CPU core.
-The last line is one JSON object.
+Pairs and settings are those of `04_thinking_pairs`, on the embedded model. Each seed starts with SFT on well-formed
+thoughts. DPO follows, once on pairs whose sides both think, once on naive pairs (chosen thinks, rejected is an answer
+without a thought), both with the SFT loss of the chosen side added. The first seed also does DPO without that loss, and
+DPO of either kind without SFT. All runs are tested on the same held-out pairs, whose sides both think at similar
+length, and by replies to 80 held-out word problems; the notebook asks the first 40 of them. It takes about three
+quarters of an hour on one CPU core. The last line is one JSON object.
 """
 
 import argparse  # noqa: I001  (helpers before peft: it imports Unsloth first)
@@ -16,21 +15,29 @@ from collections import Counter
 from pathlib import Path
 from statistics import mean
 
-from helpers import add_lora, load_model, train_dpo
+from helpers import (
+    KINDS,
+    accuracy_by,
+    add_lora,
+    generate_replies,
+    load_model,
+    load_thinking_pairs,
+    machine,
+    make_thinking_pairs,
+    render_thinking,
+    split_thinking,
+    thought_table,
+    train_dpo,
+    train_sft,
+    versions,
+)
 
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from helpers.common import write_json
-from helpers.model.generate import generate_replies, repetition
-from helpers.run.folder import machine, versions
-from helpers.run.metrics import accuracy_by
-from helpers.train.sft import train_sft
-from helpers.thinking.pairs import load_thinking_pairs, render_thinking
-from helpers.thinking.score import thought_table
-from helpers.thinking.tags import split_thinking
-from helpers.thinking.word_problems import KINDS, make_thinking_pairs
+from helpers.model.generate import repetition
 
-HELD_OUT = ("everyday", "logic")  # topics of the written pairs; this and what follows as in the notebook
+HELD_OUT = ("everyday", "logic")  # topics of the written pairs; from here on as in the notebook
 ONCE = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "learning_rate": 2e-4}
 WITH_NLL = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 2.0]}
 
@@ -72,7 +79,7 @@ def one_seed(seed: int, folder: Path) -> dict:
     fresh = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
     if seed == 0:
         results["base"] = {"replies": replies_of(model, tokenizer)}
-        train("both think without SFT", like, test[:24])  # here it is the replies that count
+        train("both think without SFT", like, test[:24])  # only the replies matter here
         set_peft_model_state_dict(model, fresh)
         train("naive without SFT", naive, test[:24])
         set_peft_model_state_dict(model, fresh)

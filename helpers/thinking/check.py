@@ -1,15 +1,9 @@
-"""Thoughts between `<think>` and `</think>`: where they begin and end, pairs that differ in them, what goes wrong.
-
-A thinking pair keeps each thought apart from its answer and holds no tags: `prompt` (text or messages),
-`chosen_thought`, `chosen_answer`, `rejected_thought` (None: no thought at all), `rejected_answer`, `flaw` (what is
-wrong with the rejected side), `topic` and `answer` (what a right answer must say, see `is_right`). 72 are written, and
-`helpers.word_problems` makes more. `render_thinking` puts the tags where the model at hand wants them, and gives
-pairs in the form of `load_pairs`.
-"""
+"""What is wrong with the think tags and thoughts of pairs: `check_thinking`, whose findings go into a report."""
 
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -17,21 +11,11 @@ from trl.data_utils import common_prefix_length
 
 from helpers.common import UserError
 from helpers.data.findings import Finding
-from helpers.data.render import template_options
-from helpers.thinking.tags import (
-    CLOSE,
-    OPEN,
-    OPEN_AT_END,
-    SPELLINGS,
-    ThinkBoundary,
-    Thinking,
-    render,
-    split_thinking,
-    think_boundary,
-)
+from helpers.data.render import encode, render, template_options
+from helpers.thinking.tags import CLOSE, OPEN, OPEN_AT_END, Thinking, has_tag, split_thinking, think_boundary
 
 # code: (severity, what, why it matters, what to do)
-_THINKING_FINDINGS = {
+_THINKING_FINDINGS: dict[str, tuple[Literal["error", "warning"], str, str, str]] = {
     "thought_unclosed": (
         "error",
         f"a thought without {CLOSE}",
@@ -41,75 +25,75 @@ _THINKING_FINDINGS = {
     "thought_unopened": (
         "error",
         f"{CLOSE} without {OPEN}",
-        "What stands before the closing tag is trained as text that no tag opened.",
+        "The text before the closing tag is trained as text that no tag opened.",
         f"Put {OPEN} before the thought, or use render_thinking.",
     ),
     "thought_nested": (
         "error",
         f"{OPEN} inside an open thought",
-        "The tag is doubled. A template may also drop the text between the two without a word.",
-        f"Leave one {OPEN}: where the model's prompt ends in it, a text must not begin with it again.",
+        "The tag is doubled. A template may also silently drop the text between the two.",
+        f"Leave one {OPEN}: if the model's prompt ends in it, a text must not begin with it again.",
     ),
     "thought_repeated": (
         "error",
         "more than one thought in a reply",
         f"Templates keep what follows the last {CLOSE}; the model learns to go on thinking after its answer.",
-        "Make one thought of them.",
+        "Join them into one thought.",
     ),
     "think_spelling": (
         "error",
         "think tags in another spelling",
         f"<thinking>, [THINK], <Think> and the like are plain text to this model: only {OPEN} and {CLOSE} count.",
-        f"Replace them with {OPEN} and {CLOSE}, or take them out.",
+        f"Replace them with {OPEN} and {CLOSE}, or remove them.",
     ),
     "think_in_prompt": (
         "error",
         "a think tag in a system or user turn",
         "The tag is read as if the model had begun to think; a template may even cut the turn there.",
-        "Take the tag out of the prompt: the chat template opens the thought where this model wants it.",
+        "Remove the tag from the prompt: the chat template opens the thought where this model needs it.",
     ),
     "thought_lost": (
         "error",
         "the chat template drops the thought",
-        "The thought is in the data and not in what is trained.",
+        "The thought is in the data, but the model is not trained on it.",
         "Use a training version of the chat template that keeps the last thought (TRL has some), or another model.",
     ),
     "thought_breaks_prompt": (
         "error",
-        "the prompt's end does not fit this reply's thought",
-        "The generation prompt opens a thought, or holds an empty one, and the reply goes on otherwise, so that the "
-        "prompt is no token prefix and the trainer cuts it short.",
+        "the end of the prompt does not fit this reply's thought",
+        "The generation prompt opens a thought or holds an empty one, and the reply does not go on from there. The "
+        "prompt is then no token prefix, and the trainer cuts it short.",
         "Render with render_thinking: no thoughts with enable_thinking=False, no empty ones in a thinking-only model.",
     ),
     "thought_cut": (
         "error",
         "max_length falls inside the thought",
-        f"The trainer cuts the sequence there, so {CLOSE} and the answer are never seen.",
+        f"The trainer cuts the sequence there, so the model never sees {CLOSE} and the answer.",
         "Raise max_length, shorten the thought, or leave the row out.",
     ),
     "thought_empty": (
         "warning",
         "an empty thought",
-        "The model learns to open a thought and leave it at once.",
-        "Write the thought, or store None in its place where the lack of one is the flaw.",
+        "The model learns to open a thought and close it at once.",
+        "Write the thought, or store None if its absence is the flaw.",
     ),
     "thought_late": (
         "warning",
         f"text before {OPEN}",
         "A thinking model opens its reply with the thought; this teaches it to answer first.",
-        "Move the text into the thought or behind it.",
+        "Move the text into the thought or after it.",
     ),
     "thought_one_sided": (
         "warning",
         "in most pairs only one side thinks",
         "Such pairs teach the tag and the length, not the quality of a thought.",
-        "Let both sides think, at like length, and let the rejected thought be the worse one.",
+        "Let both sides think, at similar length, and make the rejected thought the worse one.",
     ),
     "tags_are_text": (
         "warning",
         "tags in a model that has none",
-        "The tags are several ordinary tokens each, and a model that never thinks will not learn to by DPO alone.",
-        "Begin with a short SFT on well-formed thoughts, and train DPO from that model.",
+        "Each tag is several ordinary tokens, and a model that never thinks will not learn it from DPO alone.",
+        "Start with a short SFT on well-formed thoughts, and train DPO from that model.",
     ),
 }
 _CODES = {  # of `Thinking.problems`
@@ -123,19 +107,15 @@ _CODES = {  # of `Thinking.problems`
 }
 
 
-def _tagged(text: str) -> bool:
-    return OPEN in text or CLOSE in text or SPELLINGS.search(text) is not None
-
-
 def _prompt_codes(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """What is wrong in the turns before the reply. Earlier thoughts are the template's business if they are whole."""
+    """What is wrong in the turns before the reply. Earlier thoughts that are whole are left to the template."""
     if isinstance(prompt, str):  # rendered already: it may end in an open thought, or in an empty one
-        return {"think_in_prompt"} if _tagged(re.sub(rf"{OPEN}\s*(?:{CLOSE}\s*)?$", "", prompt)) else set()
+        return {"think_in_prompt"} if has_tag(re.sub(rf"{OPEN}\s*(?:{CLOSE}\s*)?$", "", prompt)) else set()
     codes = set()
     for turn in prompt:
         if turn["role"] == "assistant":
             codes |= {_CODES[problem] for problem in split_thinking(turn["content"], tokenizer, False).problems}
-        elif _tagged(turn["content"]):
+        elif has_tag(turn["content"]):
             codes.add("think_in_prompt")
     return codes
 
@@ -145,24 +125,26 @@ def check_thinking(
 ) -> list[Finding]:
     """What is wrong with the thoughts of these pairs, for a report of `check_pairs`: `report.add(check_thinking(...))`.
 
-    Looks at each message as it is written and, where that is in order, at what the chat template makes of it: the
-    tokens that the trainer will see.
+    It looks at each message as it is written. If that is in order, it looks at what the chat template makes of it:
+    the tokens that the trainer will see.
 
     Args:
-        pairs: rows as `render_thinking` and `load_pairs` give them; also prompt, chosen and rejected as plain text,
-            as they stand for the trainer, template and all.
+        pairs: rows as `render_thinking` and `load_pairs` give them; or prompt, chosen and rejected as the text that
+            the trainer gets, with the chat template applied.
         tokenizer: of the model that they are for.
         max_length: tokens of prompt + completion that the trainer keeps.
 
     Returns:
-        One finding for each thing that is wrong, with the rows that show it; none where all is well.
+        One finding for each thing that is wrong, with the rows that show it; none if all is well.
 
     Raises:
         UserError: rows without the columns prompt, chosen and rejected.
     """
     boundary = think_boundary(tokenizer)
+    tags_are_text = boundary.kind == "ordinary" and not boundary.one_token
     found: dict[str, dict[int, str]] = defaultdict(dict)  # code -> position of the row -> how to name it
-    one_sided, count = {}, 0
+    one_sided: dict[int, str] = {}
+    count = 0
     for position, row in enumerate(pairs):
         count += 1
         if not {"prompt", "chosen", "rejected"} <= set(row):
@@ -172,8 +154,10 @@ def check_thinking(
             found[code][position] = f"{name} (prompt)"
         thinks = []
         for side in ("chosen", "rejected"):
-            codes, thought = _side_codes(row, side, tokenizer, boundary, max_length)
-            thinks.append(thought)
+            codes, side_thinks = _side_codes(row, side, tokenizer, max_length)
+            thinks.append(side_thinks)
+            if tags_are_text and (side_thinks or codes):
+                codes.add("tags_are_text")
             for code in codes:
                 found[code].setdefault(position, f"{name} ({side})")
         if thinks[0] != thinks[1]:
@@ -188,24 +172,24 @@ def check_thinking(
 
 
 def _side_codes(
-    row: dict, side: str, tokenizer: PreTrainedTokenizerBase, boundary: ThinkBoundary, max_length: int | None
+    row: dict, side: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> tuple[set[str], bool]:
     """The codes of what is wrong with one side, and whether it thinks."""
     prompt, reply = row["prompt"], row[side]
-    kwargs = template_options(row)
     if isinstance(prompt, str):
         before, full, written = prompt, prompt + reply, Thinking(None, None)
     else:
         try:
-            before = render(tokenizer, prompt, add_generation_prompt=True, **kwargs)
-            full = render(tokenizer, prompt + reply, **kwargs)
-        except TemplateError:  # check_pairs names such rows
+            options = template_options(row)
+            before = render(tokenizer, prompt, add_generation_prompt=True, **options)
+            full = render(tokenizer, prompt + reply, **options)
+        except (TemplateError, ValueError):  # check_pairs names such rows
             return set(), False
         content = reply[-1]["content"]
         # The template of a thinking-only model also takes a message whose thought only closes.
         only_closes = CLOSE in content and OPEN not in content and OPEN_AT_END.search(before)
         written = split_thinking(content, tokenizer, opened=bool(only_closes))
-    before_ids, full_ids = tokenizer([before, full], add_special_tokens=False)["input_ids"]
+    before_ids, full_ids = encode(tokenizer, [before, full])
     completion = full[len(before) :]
 
     codes, thought = {_CODES[problem] for problem in written.problems}, written.thought
@@ -218,11 +202,8 @@ def _side_codes(
         codes, thought = {_CODES[problem] for problem in seen.problems}, seen.thought
         if not isinstance(prompt, str) and not written.thought:
             codes.discard("thought_empty")  # the template's own block, around no thought
-    thinks = re.search(r"\w", thought or "") is not None
-    if boundary.kind == "ordinary" and not boundary.one_token and (thinks or codes):
-        codes.add("tags_are_text")
     if max_length and len(full_ids) > max_length and CLOSE in completion:
         to_close = full[: full.rfind(CLOSE) + len(CLOSE)]
-        if len(tokenizer(to_close, add_special_tokens=False)["input_ids"]) > max_length:
+        if len(encode(tokenizer, [to_close])[0]) > max_length:
             codes.add("thought_cut")
-    return codes, thinks
+    return codes, re.search(r"\w", thought or "") is not None

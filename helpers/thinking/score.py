@@ -1,11 +1,7 @@
-"""Word problems as thinking pairs: as many as asked, right in every step, or wrong in exactly one.
-
-The pairs have the fields that `helpers.thinking` describes. `is_right` and `false_steps` read answers and thoughts
-again, so that a program can say whether a reply is right, of a pair or of a model.
-"""
+"""What a program can say of answers and thoughts, of a pair or of a model: right or not, and which steps are false."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
@@ -13,14 +9,15 @@ from transformers import PreTrainedTokenizerBase
 from helpers.model.generate import Reply
 from helpers.run.metrics import wilson_interval
 from helpers.thinking.tags import split_thinking
-from helpers.thinking.word_problems import DAYS, MONTHS, NAMES, UNITS, calculate
+from helpers.thinking.word_problems import DAYS, MONTHS, NAMES, UNITS, step_result
 
 
 def is_right(answer: str | None, expected: str) -> bool:
-    """Whether an answer says what it must: what is `expected`, the field `answer` of a pair.
+    """Whether `answer` says what is `expected`, the field `answer` of a pair.
 
-    A number: the last number of the answer is that one. One of NAMES or DAYS: it is the only one named. A date such
-    as "May 7": it occurs, in either order. Other words: they occur. None (a thought that never closed) is not right.
+    If that is a number, it must be the last number of the answer. One of NAMES or DAYS must be the only one named. A
+    date such as "May 7" must occur, in either order, and so must other words. None (a thought that never closed) is
+    not right.
 
     >>> is_right("That leaves 1,200 of them.", "1200"), is_right("Ben, or else Ada.", "Ben")
     (True, False)
@@ -39,8 +36,30 @@ def is_right(answer: str | None, expected: str) -> bool:
     return re.search(rf"(?<!\w)(?:{words})(?!\w)", answer, re.IGNORECASE) is not None
 
 
+def _is_true_calculation(x: str, sign: str, y: str, result: str) -> bool:
+    if sign == "/":
+        return int(result) * int(y) == int(x)
+    return step_result(int(x), sign, int(y)) == int(result)
+
+
+_UNIT_SIZES = {(big, small): size for size, units in UNITS.items() for big, small, _ in units}
+_STATEMENTS: tuple[tuple[str, Callable[..., bool]], ...] = (  # pattern, whether the statement found is true
+    (r"(?<![\d.])(?<![-+*/] )(\d+) ([-+*/]) (\d+) = (\d+)(?![\d.]*\d)", _is_true_calculation),
+    (r"(\d+)% of (\d+) = (\d+)", lambda percent, of, result: int(percent) * int(of) == 100 * int(result)),
+    (r"(\d+) < (\d+)", lambda x, y: int(x) < int(y)),
+    (r"(\d+) > (\d+)", lambda x, y: int(x) > int(y)),
+    (
+        rf"(\d+) days after ({'|'.join(DAYS)}) comes (\w+)",
+        lambda n, day, end: step_result(int(n), "days after", day) == end,
+    ),
+    (rf"({'|'.join(MONTHS)}) has (\d+) days", lambda month, days: MONTHS[month] == int(days)),
+    (r"One (\w+) is (\d+) (\w+)", lambda big, size, small: _UNIT_SIZES.get((big, small), int(size)) == int(size)),
+    (r"In a (race|game of points) the (smallest|largest) number wins", lambda a, b: (a == "race") == (b == "smallest")),
+)
+
+
 def false_steps(thought: str) -> list[str]:
-    """The statements of a thought that can be evaluated and are false, as they stand there.
+    """The statements of a thought that can be evaluated and are false, word for word.
 
     Reads what `make_thinking_pairs` writes: calculations of two whole numbers, comparisons of them, "25% of 80 = 20",
     "3 days after Monday comes Thursday", lengths of months ("June has 30 days") and of units ("One week is 7 days").
@@ -48,35 +67,16 @@ def false_steps(thought: str) -> list[str]:
     >>> false_steps("Each box holds 8, so 3 * 8 = 24, and 24 + 5 = 30.")
     ['24 + 5 = 30']
     """
-    false = []
-    for found in re.finditer(r"(?<![\d.])(?<![-+*/] )(\d+) ([-+*/]) (\d+) = (\d+)(?![\d.]*\d)", thought):
-        x, y, z = int(found[1]), int(found[3]), int(found[4])
-        if not (z * y == x if found[2] == "/" else calculate(x, found[2], y) == z):
-            false.append(found[0])
-    for found in re.finditer(r"(\d+)% of (\d+) = (\d+)", thought):
-        if int(found[1]) * int(found[2]) != 100 * int(found[3]):
-            false.append(found[0])
-    for found in re.finditer(r"(\d+) ([<>]) (\d+)", thought):
-        if (int(found[1]) < int(found[3])) != (found[2] == "<"):
-            false.append(found[0])
-    for found in re.finditer(rf"(\d+) days after ({'|'.join(DAYS)}) comes (\w+)", thought):
-        if calculate(int(found[1]), "days after", found[2]) != found[3]:
-            false.append(found[0])
-    for found in re.finditer(rf"({'|'.join(MONTHS)}) has (\d+) days", thought):
-        if MONTHS[found[1]] != int(found[2]):
-            false.append(found[0])
-    for found in re.finditer(r"One (\w+) is (\d+) (\w+)", thought):
-        known = {(big, small): f for f, units in UNITS.items() for big, small, _ in units}
-        if known.get((found[1], found[3]), int(found[2])) != int(found[2]):
-            false.append(found[0])
-    for found in re.finditer(r"In a (race|game of points) the (smallest|largest) number wins", thought):
-        if (found[1] == "race") != (found[2] == "smallest"):
-            false.append(found[0])
-    return false
+    return [
+        found[0]
+        for pattern, is_true in _STATEMENTS
+        for found in re.finditer(pattern, thought)
+        if not is_true(*found.groups())
+    ]
 
 
 def thought_table(replies: Sequence[Reply], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    """What a program can say of the thoughts in these replies; the means of its columns are a model's figures.
+    """What a program can say of the thoughts in these replies; the means of the columns describe the model.
 
     Args:
         replies: as `generate_replies` gives them.
@@ -84,10 +84,10 @@ def thought_table(replies: Sequence[Reply], answers: Sequence[str], tokenizer: P
         tokenizer: of the model that replied.
 
     Returns:
-        One row for each reply: well_formed (one whole thought, then the answer, no other tag), closed (whatever else
-        is wrong, a thought ends and an answer follows), right (see `is_right`; an answer without a thought counts
-        too), false_steps (statements that can be evaluated and are false), thought_tokens (0 without a thought) and
-        cut (the reply met max_new_tokens before its end).
+        One row for each reply: well_formed (one whole thought, then the answer, no other tag), closed (a thought ends
+        and an answer follows, whatever else is wrong), right (see `is_right`; an answer without a thought counts
+        too), false_steps (how many), thought_tokens (0 without a thought) and cut (the reply reached max_new_tokens
+        before its end).
     """
     rows = []
     for reply, answer in zip(replies, answers, strict=True):

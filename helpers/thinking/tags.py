@@ -1,28 +1,26 @@
-"""Thoughts between `<think>` and `</think>`: where they begin and end, pairs that differ in them, what goes wrong.
-
-A thinking pair keeps each thought apart from its answer and holds no tags: `prompt` (text or messages),
-`chosen_thought`, `chosen_answer`, `rejected_thought` (None: no thought at all), `rejected_answer`, `flaw` (what is
-wrong with the rejected side), `topic` and `answer` (what a right answer must say, see `is_right`). 72 are written, and
-`helpers.word_problems` makes more. `render_thinking` puts the tags where the model at hand wants them, and gives
-pairs in the form of `load_pairs`.
-"""
+"""Where a model's thought begins and ends: its tags, as tokens and in its chat template, and a reply taken apart."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from helpers.common import UserError
+from helpers.data.render import render
 
 OPEN, CLOSE = "<think>", "</think>"
 OPEN_AT_END = re.compile(rf"{OPEN}\s*$")
-# What other models and careless hands write for the same thing; `<think>` and `</think>` themselves are left out.
-SPELLINGS = re.compile(
-    r"(?!</?think>)(?i:<\s*/?\s*(?:think|thinking|thought|thoughts|reasoning)\s*/?\s*>"
+# The tags, and what other models and careless writers use for the same thing.
+_ANY_SPELLING = re.compile(
+    r"(?i:<\s*/?\s*(?:think|thinking|thought|thoughts|reasoning)\s*/?\s*>"
     r"|\[/?think(?:ing)?\]|<\|/?think(?:ing)?\|>|&lt;/?think(?:ing)?&gt;)"
 )
+
+
+def has_tag(text: str) -> bool:
+    """Whether a think tag is in `text`, in any spelling."""
+    return _ANY_SPELLING.search(text) is not None
 
 
 @dataclass(frozen=True)
@@ -31,11 +29,11 @@ class ThinkBoundary:
 
     `kind` is "thinking-only" (the generation prompt always opens a thought), "hybrid" (`enable_thinking=False` puts
     an empty thought into the generation prompt) or "ordinary" (the template knows nothing of thoughts).
-    `open_ids` and `close_ids` are token ids: one each where the model has the tags as tokens, several elsewhere.
+    `open_ids` and `close_ids` are token ids: one each if the model has the tags as tokens, several if not.
     `prompt_opens`: the generation prompt ends inside a thought. `prompt_skips`: it holds an empty one, closed.
     """
 
-    kind: str
+    kind: Literal["thinking-only", "hybrid", "ordinary"]
     open_ids: tuple[int, ...]
     close_ids: tuple[int, ...]
     prompt_opens: bool
@@ -51,9 +49,9 @@ class ThinkBoundary:
 class Thinking:
     """A reply taken apart.
 
-    `thought` is None where there is none at all, `answer` is None where the thought never closes. `problems` names
-    what is wrong: "unclosed", "unopened", "empty", "nested" (a tag opened twice), "repeated" (a second block or a
-    second closing tag), "text before" (the first tag) and "spelling" (tags written in another way).
+    `thought` is None if there is none at all, `answer` is None if the thought never closes. `problems` names what is
+    wrong: "unclosed", "unopened", "empty", "nested" (a tag opened twice), "repeated" (a second block or a second
+    closing tag), "text before" (the first tag) and "spelling" (tags written in another way).
     """
 
     thought: str | None
@@ -66,21 +64,11 @@ class Thinking:
         return self.thought is not None and not self.problems
 
 
-def _switch(enable_thinking: bool | None) -> dict:
-    return {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-
-
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **kwargs: Any) -> str:
-    if not tokenizer.chat_template:
-        raise UserError("This tokenizer has no chat template: take the instruct version of the model, or set one.")
-    return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-
-
-def _generation_end(tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | None) -> str:
-    """What the template adds after the conversation for the model to go on from."""
-    messages, kwargs = [{"role": "user", "content": "Hi"}], _switch(enable_thinking)
-    without = render(tokenizer, messages, **kwargs)
-    return render(tokenizer, messages, add_generation_prompt=True, **kwargs)[len(without) :]
+def _generation_end(tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+    """What the template adds to a conversation to open the model's reply."""
+    messages = [{"role": "user", "content": "Hi"}]
+    without = render(tokenizer, messages, **options)
+    return render(tokenizer, messages, add_generation_prompt=True, **options)[len(without) :]
 
 
 def think_boundary(tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | None = None) -> ThinkBoundary:
@@ -88,19 +76,16 @@ def think_boundary(tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | N
 
     Args:
         tokenizer: the model's.
-        enable_thinking: passed to the chat template where it is not None (hybrid models have this switch).
+        enable_thinking: passed to the chat template unless it is None (hybrid models have this switch).
 
     Raises:
         UserError: the tokenizer has no chat template.
     """
-    end = _generation_end(tokenizer, enable_thinking)
+    end = _generation_end(tokenizer, **({} if enable_thinking is None else {"enable_thinking": enable_thinking}))
     opens = OPEN_AT_END.search(end) is not None
-    if CLOSE in _generation_end(tokenizer, False):
-        kind = "hybrid"
-    else:
-        kind = "thinking-only" if opens else "ordinary"
+    hybrid = CLOSE in _generation_end(tokenizer, enable_thinking=False)
     return ThinkBoundary(
-        kind=kind,
+        kind="hybrid" if hybrid else "thinking-only" if opens else "ordinary",
         open_ids=tuple(tokenizer.encode(OPEN, add_special_tokens=False)),
         close_ids=tuple(tokenizer.encode(CLOSE, add_special_tokens=False)),
         prompt_opens=opens,
@@ -116,7 +101,8 @@ def _pieces(text_or_ids: str | Sequence[int], tokenizer: PreTrainedTokenizerBase
             ids = ids[: ids.index(tokenizer.eos_token_id)]
         boundary = think_boundary(tokenizer)
         if boundary.one_token:  # only the token is the tag; the same letters in other tokens are not
-            pieces, start = [], 0
+            pieces: list[str] = []
+            start = 0
             for i, token in enumerate(ids):
                 if token in boundary.open_ids + boundary.close_ids:
                     pieces += [tokenizer.decode(ids[start:i]), OPEN if token in boundary.open_ids else CLOSE]
@@ -133,8 +119,8 @@ def split_thinking(
 ) -> Thinking:
     """A reply's thought and answer.
 
-    The last tag decides: where it opens, the thought never closes and there is no answer; else the answer is what
-    follows it, as chat templates read it.
+    The last tag decides, as in chat templates: if it closes, the answer is what follows it; if it opens, the thought
+    never closes and there is no answer.
 
     Args:
         text_or_ids: one reply, without its prompt, as text or token ids; what follows the end of the turn is left out.
@@ -146,9 +132,7 @@ def split_thinking(
         opened = think_boundary(tokenizer).prompt_opens
     pieces = _pieces(text_or_ids, tokenizer)
     tags = pieces[1::2]
-    problems = set()
-    if any(SPELLINGS.search(text) or OPEN in text or CLOSE in text for text in pieces[::2]):
-        problems.add("spelling")
+    problems = {"spelling"} if any(has_tag(text) for text in pieces[::2]) else set()
     inside, blocks = opened, int(opened)
     for tag in tags:
         if tag == OPEN:

@@ -1,27 +1,26 @@
-"""Word problems as thinking pairs: as many as asked, right in every step, or wrong in exactly one.
-
-The pairs have the fields that `helpers.thinking` describes. `is_right` and `false_steps` read answers and thoughts
-again, so that a program can say whether a reply is right, of a pair or of a model.
-"""
+"""Word problems as thinking pairs, as many as asked: one side right in every step, the other wrong in exactly one."""
 
 import random
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
-# One planted error each: a calculation gone wrong, a number of the question copied wrong, plus for minus, a wrong
-# fact (days of a month, size of a unit), or a right thought with another answer under it.
+# One planted error each: a wrong calculation, a number of the question copied wrong, plus for minus, a wrong fact
+# (days of a month, size of a unit), or a right thought followed by another answer.
 KINDS = ("slip", "misread", "operation", "fact", "wrong_answer")
-NAMES = tuple(
-    "Ada Ben Cleo Dan Eva Finn Gita Hugo Ines Jon Kira Leo Mina Nils Olga Paul Rosa Sam Tara Udo Vera Will".split()
-)
+NAMES = (
+    "Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gita", "Hugo", "Ines", "Jon", "Kira", "Leo", "Mina", "Nils", "Olga",
+    "Paul", "Rosa", "Sam", "Tara", "Udo", "Vera", "Will",
+)  # fmt: skip
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = {
     "January": 31, "March": 31, "April": 30, "May": 31, "June": 30, "July": 31, "August": 31, "September": 30,
     "October": 31, "November": 30, "December": 31,
 }  # fmt: skip
 _NEXT_MONTH = dict(zip(MONTHS, [*list(MONTHS)[1:], "January"], strict=True)) | {"January": "February"}
-UNITS = {  # how many small ones make a big one: big, small, things that have such a length
+UNITS = {  # how many small units make a big one: big, small, things of such a length
     7: (("week", "days", ("holiday", "strike", "camp")),),
     12: (("year", "months", ("course", "project", "lease")),),
     24: (("day", "hours", ("journey", "storm", "voyage")),),
@@ -29,18 +28,20 @@ UNITS = {  # how many small ones make a big one: big, small, things that have su
     100: (("metre", "centimetres", ("rope", "ribbon", "shelf")),),
     1000: (("kilometre", "metres", ("path", "race", "tunnel")),),
 }
-_GOODS = ("pencils", "marbles", "stickers", "cards", "shells", "buttons", "coins", "beads")
-_WARES = ("coat", "lamp", "chair", "watch", "tent", "phone", "bike", "table")
-_GROUPS = ("club", "choir", "school", "village", "team", "chess league")
-_EVENTS = ("fair", "show", "market", "camp", "trip", "exam", "sale", "course")
+_WORDS = {
+    "goods": ("pencils", "marbles", "stickers", "cards", "shells", "buttons", "coins", "beads"),
+    "ware": ("coat", "lamp", "chair", "watch", "tent", "phone", "bike", "table"),
+    "group": ("club", "choir", "school", "village", "team", "chess league"),
+    "event": ("fair", "show", "market", "camp", "trip", "exam", "sale", "course"),
+}
 
 
 class _Story(NamedTuple):
     """A kind of word problem. In the texts, {a} {b} {c} are numbers, {s1} {s2} calculations, {r1} {r2} results.
 
-    `steps` are (left, operator, right) over names of numbers and results; "?" is plus or minus, drawn, and `signs`
-    holds the words for either. `fact` names the number that is no part of the question but known. A problem whose
-    result is above `at_most` is not made.
+    `steps` are (left, operator, right) over names of numbers and results. For "?" plus or minus is drawn; `signs` has
+    the words for both. `fact` names the number that the reader must know, since the question does not give it. A
+    problem with a result above `at_most` is not made.
     """
 
     topic: str
@@ -51,7 +52,7 @@ class _Story(NamedTuple):
     steps: tuple[tuple[str, str, str], ...]
     signs: tuple[dict[str, str], ...] = ()
     expected: str = "{r2}"
-    fact: str | None = None
+    fact: str = ""
     at_most: int = 1_000_000
 
 
@@ -163,7 +164,11 @@ _STORIES = (
 _FORMS = {"%": "{}% of {} = {}", "days after": "{} days after {} comes {}"}
 
 
-def calculate(left: int, operator: str, right: int | str) -> int | str:
+def step_result(left: int, operator: str, right: Any) -> Any:
+    """The result of one step: left + right, left - right, left * right, left % (of) right, left "days after" right.
+
+    Whole numbers, except that what comes "days after" is one of DAYS, to a day.
+    """
     if operator == "days after":
         return DAYS[(DAYS.index(right) + left) % 7]
     if operator == "%":
@@ -172,17 +177,17 @@ def calculate(left: int, operator: str, right: int | str) -> int | str:
 
 
 def _slip(rng: random.Random, values: dict, left: str, operator: str, right: str) -> int | str:
-    """A wrong result of the same make: as round, as long and as large as right ones are, taken over many problems."""
+    """A wrong result that, over many problems, is as round, as long and as large as the right ones are."""
     x, y = values[left], values[right]
     if operator == "days after":
-        return calculate(x + rng.choice((-1, 1)), operator, y)
+        return step_result(x + rng.choice((-1, 1)), operator, y)
     if operator == "%":
-        return calculate(x + rng.choice((-5, 5)), operator, y)
+        return step_result(x + rng.choice((-5, 5)), operator, y)
     if operator == "*":
         nudge = rng.choice((-1, 1))
         return (x + nudge) * y if right == "f" or rng.random() < 0.5 else x * (y + nudge)
     step = values["a"] // 20 if "p" in values else rng.choice((1, 10))
-    return calculate(x, operator, y) + rng.choice((-step, step))
+    return step_result(x, operator, y) + rng.choice((-step, step))
 
 
 def _signed(steps: tuple, signs: str) -> list[tuple[str, str, str]]:
@@ -191,15 +196,15 @@ def _signed(steps: tuple, signs: str) -> list[tuple[str, str, str]]:
     return [(left, next(drawn) if operator == "?" else operator, right) for left, operator, right in steps]
 
 
-def _work(story: _Story, values: dict, signs: str, wrong: dict[int, int | str] | None = None) -> dict | None:
-    """Values, calculations {s1} and results {r1} of a story, or None where a result is not one to tell of.
+def _work(story: _Story, values: dict, signs: str, wrong: dict[int, int | str]) -> dict | None:
+    """Values, calculations {s1} and results {r1} of a story, or None if a result is out of bounds.
 
-    `wrong` maps the index of a step to the wrong result that it gives; what follows goes on from there.
+    `wrong` maps the index of a step to the wrong result that it gives; the next step goes on from there.
     """
     values = dict(values)
     for i, (left, operator, right) in enumerate(_signed(story.steps, signs)):
         x, y = values[left], values[right]
-        result = (wrong or {}).get(i, calculate(x, operator, y))
+        result = wrong.get(i, step_result(x, operator, y))
         if isinstance(result, int) and not 0 < result <= story.at_most:
             return None
         form = _FORMS.get(operator, f"{{}} {operator} {{}} = {{}}")
@@ -208,11 +213,10 @@ def _work(story: _Story, values: dict, signs: str, wrong: dict[int, int | str] |
 
 
 def _story_pair(story: _Story, rng: random.Random, kind: str) -> dict | None:
-    """A problem of this story with an error of this kind, or None where the numbers drawn do not allow it."""
+    """A problem of this story with an error of this kind, or None if the numbers drawn do not allow it."""
     name, other = rng.sample(NAMES, 2)
-    words = {"name": name, "other": other, "week": 7, "day": rng.choice(DAYS)}
-    for key, choice in (("goods", _GOODS), ("ware", _WARES), ("group", _GROUPS), ("event", _EVENTS)):
-        words[key] = rng.choice(choice)
+    words: dict[str, Any] = {"name": name, "other": other, "week": 7, "day": rng.choice(DAYS)}
+    words |= {key: rng.choice(choices) for key, choices in _WORDS.items()}
     facts = list(UNITS) if story.topic == "unit" else [30, 31]
     words["f"] = rng.choice(facts)
     if story.topic == "unit":
@@ -227,7 +231,8 @@ def _story_pair(story: _Story, rng: random.Random, kind: str) -> dict | None:
         said = {f"sign{i + 1}": story.signs[i][sign].format(**values) for i, sign in enumerate(signs)}
         return text.format(**values, **said)
 
-    wrong_values, wrong_signs, wrong_result = dict(values), signs, {}
+    wrong_values, wrong_signs = dict(values), signs
+    wrong_result: dict[int, int | str] = {}
     if kind == "misread":
         key = rng.choice(list(story.numbers))
         wrong_values[key] = rng.choice([number for number in story.numbers[key] if number != values[key]])
@@ -236,14 +241,14 @@ def _story_pair(story: _Story, rng: random.Random, kind: str) -> dict | None:
     elif kind == "operation":
         i = rng.randrange(len(signs))
         wrong_signs = signs[:i] + {"+": "-", "-": "+"}[signs[i]] + signs[i + 1 :]
-    right = _work(story, values, signs)
+    right = _work(story, values, signs, {})
     if right is None:
         return None
     if kind in ("slip", "wrong_answer"):
         i = rng.randrange(len(story.steps)) if kind == "slip" else len(story.steps) - 1
         wrong_result = {i: _slip(rng, right, *_signed(story.steps, signs)[i])}
         if kind == "wrong_answer" and isinstance(right["r2"], int) and rng.random() < 0.5:
-            wrong_result = {i: right["r1"]}  # one that the thought does name
+            wrong_result = {i: right["r1"]}  # a number that the thought does name
     wrong = _work(story, wrong_values, wrong_signs, wrong_result)
     if wrong is None or wrong["r2"] == right["r2"]:
         return None
@@ -265,11 +270,11 @@ def _ranking_pair(rng: random.Random, kind: str) -> dict | None:
     race = rng.random() < 0.5
     place = rng.randrange(3)
     of = dict(zip(names, numbers, strict=True))
-    order = sorted(names, key=of.get, reverse=not race)
+    order = sorted(names, key=lambda name: of[name], reverse=not race)
     wrong_race, wrong_of, wrong_order = race, dict(of), list(order)
     if kind == "misread":
         wrong_of[rng.choice(names)] = rng.choice([number for number in range(31, 90) if number not in numbers])
-        wrong_order = sorted(names, key=wrong_of.get, reverse=not race)
+        wrong_order = sorted(names, key=lambda name: wrong_of[name], reverse=not race)
     elif kind == "fact":
         wrong_race, wrong_order = not race, order[::-1]
     elif kind == "slip":
@@ -280,15 +285,12 @@ def _ranking_pair(rng: random.Random, kind: str) -> dict | None:
     if wrong_order[place] == order[place]:
         return None
 
-    def thought(race: bool, of: dict, order: list[str]) -> str:
-        rule = f"In a {'race' if game else 'game of points'} the {'smallest' if race else 'largest'} number wins."
-        steps = [
-            f"{of[x]} {'<' if race else '>'} {of[y]}, so {x} is before {y}."
-            for x, y in zip(order, order[1:], strict=False)
-        ]
-        return f"{rule} {' '.join(steps)} From first to last the order is {', '.join(order)}."
+    def thought(smallest_wins: bool, of: dict, order: list[str]) -> str:
+        winner, sign = ("smallest", "<") if smallest_wins else ("largest", ">")
+        steps = " ".join(f"{of[x]} {sign} {of[y]}, so {x} is before {y}." for x, y in pairwise(order))
+        return f"In a {game} the {winner} number wins. {steps} From first to last the order is {', '.join(order)}."
 
-    game, place_name = race, ("first", "second", "last")[place]
+    game, place_name = "race" if race else "game of points", ("first", "second", "last")[place]
     how = "needed {} seconds for the race, {} {} and {} {}" if race else "made {} points in the game, {} {} and {} {}"
     (a, x), (b, y), (c, z) = of.items()
     said = (race, of, order) if kind == "wrong_answer" else (wrong_race, wrong_of, wrong_order)
@@ -307,10 +309,11 @@ def _ranking_pair(rng: random.Random, kind: str) -> dict | None:
 def make_thinking_pairs(n: int, seed: int = 0) -> list[dict]:
     """`n` different word problems as thinking pairs; the same `n` and `seed` give the same pairs.
 
-    The chosen thought is right in every step. The rejected one holds one planted error, named in `flaw` (see KINDS),
-    and goes on from it without a second one, in the same words: so it is as long, and only the error tells it.
+    The chosen thought is right in every step. The rejected one has one planted error, named in `flaw` (see KINDS), and
+    goes on from it without a second one, in the same words. So it is as long, and only the error gives it away.
     """
-    makers = defaultdict(lambda: defaultdict(list))  # kind of error -> topic -> what makes such a pair
+    # kind of error -> topic -> what makes such a pair
+    makers: dict[str, dict[str, list[Callable]]] = defaultdict(lambda: defaultdict(list))
     for story in _STORIES:
         for kind in KINDS:
             if (kind != "operation" or story.signs) and (kind != "fact" or story.fact):
@@ -318,7 +321,8 @@ def make_thinking_pairs(n: int, seed: int = 0) -> list[dict]:
     for kind in ("slip", "misread", "fact", "wrong_answer"):
         makers[kind]["order"].append(_ranking_pair)
 
-    rng, pairs = random.Random(seed), {}  # by prompt; there are millions of prompts, so a repeated one is drawn anew
+    rng = random.Random(seed)
+    pairs: dict[str, dict] = {}  # by prompt; there are millions, so a repeated one is drawn again
     while len(pairs) < n:
         kind = rng.choice(KINDS)
         topic = rng.choice(list(makers[kind]))

@@ -1,36 +1,21 @@
-"""The thinking pairs, written and made: right where chosen, wrong as named, and told apart by nothing else."""
+"""Thinking pairs: the written ones, files that are none, and rendering for each kind of model."""
 
 import json
 import re
 from collections import Counter
-from datetime import datetime, timedelta
 from statistics import median
 
 import pytest
+from trl.data_utils import common_prefix_length
 
+from helpers.common import UserError
 from helpers.data.check import check_pairs
-from helpers.thinking.check import check_thinking
-from helpers.thinking.pairs import load_thinking_pairs, render_thinking
+from helpers.thinking.pairs import BUNDLED_THINKING, load_thinking_pairs, render_thinking
 from helpers.thinking.score import false_steps, is_right
-from helpers.thinking.word_problems import DAYS, KINDS, make_thinking_pairs
-
-
-@pytest.fixture(scope="module")
-def generated():
-    return make_thinking_pairs(5000, seed=0)
-
+from helpers.thinking.tags import think_boundary
+from helpers.thinking.word_problems import make_thinking_pairs
 
 # The pairs written for this project
-
-
-def text_of(pair, side):
-    return f"{pair[f'{side}_thought'] or ''} {pair[f'{side}_answer']}"
-
-
-def accuracy(pairs, feature):
-    """How often guessing "the side with more of this is chosen" is right; ties count half."""
-    scores = [(feature(text_of(pair, "chosen")), feature(text_of(pair, "rejected"))) for pair in pairs]
-    return sum((a > b) + (a == b) / 2 for a, b in scores) / len(scores)
 
 
 def test_written_pairs_have_their_flaws_and_both_sides_think():
@@ -57,7 +42,7 @@ def test_written_pairs_are_right_where_chosen_and_only_there():
         assert false_steps(pair["chosen_thought"]) == []
 
 
-def test_no_surface_feature_tells_the_written_pairs(tokenizer):
+def test_no_surface_feature_tells_the_written_pairs(tokenizer, texts, accuracy):
     everything = load_thinking_pairs()
     both_think = [pair for pair in everything if pair["rejected_thought"]]
     for pairs in (everything, both_think):
@@ -68,177 +53,98 @@ def test_no_surface_feature_tells_the_written_pairs(tokenizer):
             lambda text: len(re.findall(r"\d", text)),
         ):
             assert 0.45 <= accuracy(pairs, feature) <= 0.55
-    ratios = [len(text_of(pair, "chosen")) / len(text_of(pair, "rejected")) for pair in everything]
+    ratios = [len(chosen) / len(rejected) for chosen, rejected in texts(everything)]
     assert 0.95 <= median(ratios) <= 1.05
     first = Counter()
     for pair in both_think:
         first[pair["chosen_thought"].split()[0]] += 1
         first[pair["rejected_thought"].split()[0]] -= 1
-    assert max(map(abs, first.values())) <= 1  # no first word stands on one side twice more often
-
-
-# The word problems
-
-
-def test_word_problems_are_as_many_as_asked_and_repeatable(generated):
-    assert len(generated) == len({pair["prompt"] for pair in generated}) == 5000
-    assert make_thinking_pairs(5000, seed=0) == generated
-    assert make_thinking_pairs(20, seed=1) != generated[:20]
-    assert set(Counter(pair["flaw"] for pair in generated)) == set(KINDS)
-    topics = Counter(pair["topic"] for pair in generated)
-    assert set(topics) == {"arithmetic", "unit", "percentage", "order", "date"} and min(topics.values()) > 700
-
-
-def test_chosen_reasoning_is_right_in_every_step(generated):
-    for pair in generated:
-        assert false_steps(pair["chosen_thought"]) == []
-        assert is_right(pair["chosen_answer"], pair["answer"])
-        result = pair["chosen_answer"].split()[0] if pair["answer"].isalpha() else pair["answer"]
-        assert result in pair["chosen_thought"] or pair["answer"] in DAYS
-
-
-def solve(question):
-    """The answer to a word problem, from the question alone and by other means than the maker's."""
-    n = [int(number) for number in re.findall(r"\d+", question)]
-    plus = {"+": 1, "-": -1}["-" if re.search(r"away|pays|shorter|falls|shrinks|older|places ahead", question) else "+"]
-    if "boxes" in question or "dollars a day" in question:
-        return n[0] * n[1] + plus * n[2]
-    if "bus" in question:
-        signs = [1 if word == "on" else -1 for word in re.findall(r"\d+ get (\w+)", question)]
-        return n[0] + signs[0] * n[1] + signs[1] * n[2]
-    if "percent" in question:
-        return round(n[0] * (100 + plus * n[1]) / 100)
-    if "long is it" in question:
-        small = re.search(r"How many (\w+) long", question)[1]
-        big = re.search(r"of \d+ (\w+)s is", question)[1]
-        ratio = {"days": 7, "months": 12, "hours": 24, "minutes": 60, "seconds": 60, "centimetres": 100, "metres": 1000}
-        assert (big, small) in zip(("week", "year", "day", "hour", "minute", "metre", "kilometre"), ratio, strict=True)
-        return n[0] * ratio[small] + plus * n[1]
-    if "was born" in question:
-        return n[0] + plus * n[1] + n[2]
-    if "starts on" in question:
-        start = datetime.strptime(re.search(r"on (\w+ \d+)", question)[1] + " 2023", "%B %d %Y")
-        end = start + timedelta(days=n[1])
-        return f"{end:%B} {end.day}"
-    if "day of the week" in question:
-        day = re.search(r"on a (\w+)", question)[1]
-        return f"{datetime.strptime(f'2024 1 {DAYS.index(day) + 1}', '%Y %m %d') + timedelta(days=n[0]):%A}"
-    if "In a line" in question:
-        return n[0] - n[1] - plus * n[2]
-    names = re.findall(r"(\w+) (?:needed |made )?\d", question)
-    order = sorted(names, key=lambda name: n[names.index(name)], reverse="points" in question)
-    return order[("first", "second", "last").index(question[:-1].split()[-1])]
-
-
-def test_chosen_answer_is_right(generated):
-    for pair in generated:
-        assert str(solve(pair["prompt"])) == pair["answer"], pair
-
-
-def test_rejected_holds_exactly_one_planted_error(generated):
-    def numbers(text):
-        return set(re.findall(r"\d+", text))
-
-    for pair in generated:
-        right, wrong, false = pair["chosen_thought"], pair["rejected_thought"], false_steps(pair["rejected_thought"])
-        assert not is_right(pair["rejected_answer"], pair["answer"])
-        if pair["flaw"] == "wrong_answer":
-            assert wrong == right
-            continue
-        assert wrong != right
-        if "<" not in wrong and ">" not in wrong:  # the wrong answer follows from the wrong thought
-            last = re.findall(r"(?:= (\d+)|comes (\w+))", wrong)[-1]
-            assert (last[0] or last[1]) in pair["rejected_answer"]
-        if pair["flaw"] in ("slip", "fact"):
-            assert len(false) == 1, pair
-        else:
-            assert false == [], pair
-        if pair["flaw"] == "misread":
-            assert len((numbers(pair["prompt"]) & numbers(right)) - numbers(wrong)) <= 1
-            assert (
-                sum(a != b for a, b in zip(re.findall(r"[-+*]", right), re.findall(r"[-+*]", wrong), strict=True)) == 0
-            )
-        if pair["flaw"] == "operation":
-            signs = [re.findall(r" ([-+*]) ", text) for text in (right, wrong)]
-            assert sum(a != b for a, b in zip(*signs, strict=True)) == 1
-
-
-def test_no_one_feature_tells_the_word_problems(generated):
-    features = {
-        "characters": len,
-        "words": lambda text: len(text.split()),
-        "digits": lambda text: len(re.findall(r"\d", text)),
-        "largest number": lambda text: max(map(int, re.findall(r"\d+", text))),
-        "last number": lambda text: int(re.findall(r"\d+", text)[-1]),
-        "even digits": lambda text: len(re.findall(r"[02468]", text)),
-        "round numbers": lambda text: len(re.findall(r"[05]\b", text)),
-        "plus signs": lambda text: text.count("+"),
-        "first letter": lambda text: ord(text[0]),
-        "different numbers": lambda text: len(set(re.findall(r"\d+", text))),
-    }
-    for name, feature in features.items():
-        assert 0.45 <= accuracy(generated, feature) <= 0.55, name
-    for topic in {pair["topic"] for pair in generated}:  # a slip must leave a number as even as it was
-        pairs = [pair for pair in generated if pair["topic"] == topic]
-        assert 0.465 <= accuracy(pairs, lambda text: len(re.findall(r"[02468]\b", text))) <= 0.535, topic
-    assert all(pair["chosen_thought"].split()[0] == pair["rejected_thought"].split()[0] for pair in generated)
-    words = Counter()  # how many more pairs have the word in chosen only than in rejected only
-    for pair in generated:
-        sides = [set(re.findall(r"\w+|\S", text_of(pair, side))) for side in ("chosen", "rejected")]
-        words.update(sides[0] - sides[1])
-        words.subtract(sides[1] - sides[0])
-    assert max(map(abs, words.values())) < 0.02 * len(generated)
-
-
-@pytest.mark.slow
-def test_check_pairs_runs_clean_on_5000_word_problems(tokenizer, generated):
-    pairs = render_thinking(generated, tokenizer)
-    report = check_pairs(pairs, tokenizer, max_length=512)
-    assert report.findings == [], str(report)
-    assert {finding.code for finding in check_thinking(pairs, tokenizer, 512)} == {"tags_are_text"}
-
-
-def test_word_problems_stay_short(generated):
-    assert all(25 <= len(pair["chosen_thought"].split()) <= 60 for pair in generated)
-    assert all(len(pair["prompt"].split()) < 40 and len(pair["chosen_answer"].split()) <= 15 for pair in generated)
-
-
-# Measuring
-
-
-@pytest.mark.parametrize(
-    "answer, expected, right",
-    [
-        ("There are 33 pencils left.", "33", True),
-        ("Of 48 pencils, 33 are left.", "33", True),
-        ("That is 1,200 metres.", "1200", True),
-        ("33.0", "33", True),
-        ("33.5", "33", False),
-        ("There are 34 pencils.", "33", False),
-        ("There are some.", "33", False),
-        (None, "33", False),
-        ("Ben came second.", "Ben", True),
-        ("Ben or Ada came second.", "Ben", False),
-        ("It is a Friday.", "Friday", True),
-        ("It ends on May 7.", "May 7", True),
-        ("It ends on the 7th of May.", "May 7", True),
-        ("It ends on May 17.", "May 7", False),
-        ("No, a whale is a mammal.", "Mammal", True),
-        ("Mammalogy.", "mammal", False),
-    ],
-)
-def test_is_right(answer, expected, right):
-    assert is_right(answer, expected) is right
-
-
-def test_false_steps_reads_what_it_can():
-    assert false_steps("300 / 4 = 75, 75 * 6 = 450, and 25% of 80 = 20, so 80 - 20 = 60.") == []
-    assert false_steps("300 / 4 = 74 and 25% of 80 = 25") == ["300 / 4 = 74", "25% of 80 = 25"]
-    assert false_steps("50 * 9 / 5 = 90 and 0.5 * 4 = 2 are left alone") == []
-    assert false_steps("3 days after Monday comes Friday") == ["3 days after Monday comes Friday"]
-    assert false_steps("June has 31 days. One day is 60 hours.") == ["June has 31 days", "One day is 60 hours"]
+    assert max(map(abs, first.values())) <= 1  # no first word is on one side twice more often
 
 
 def test_bundled_file_is_plain_json():
-    with open(load_thinking_pairs.__defaults__[0], encoding="utf-8") as file:
+    with BUNDLED_THINKING.open(encoding="utf-8") as file:
         assert all(set(json.loads(line)) >= {"prompt", "chosen_thought", "flaw"} for line in file)
+
+
+def test_written_pairs_pass_check_pairs(tokenizer, qwen3, thinking_2507):
+    for model in (tokenizer, qwen3, thinking_2507):
+        report = check_pairs(render_thinking(load_thinking_pairs(), model), model)
+        assert report.findings == []
+
+
+# Bad files
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "f.jsonl is empty"),
+        ("\n", "f.jsonl holds no pairs"),
+        ('{"prompt": "a"}\n', r"f.jsonl:1: the field 'chosen_thought'"),
+        ("[1]\n", "f.jsonl row 1: a line must hold one JSON object"),
+        ('{"prompt": \n', "f.jsonl, line 1, column 11: not valid JSON"),
+    ],
+)
+def test_thinking_pairs_from_a_bad_file(tmp_path, text, message):
+    path = tmp_path / "f.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_thinking_pairs(path)
+
+
+def test_thinking_pairs_from_no_file(tmp_path):
+    with pytest.raises(UserError, match="none.jsonl"):
+        load_thinking_pairs(tmp_path / "none.jsonl")
+    (tmp_path / "bad.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="UTF-8"):
+        load_thinking_pairs(tmp_path / "bad.jsonl")
+
+
+# Rendering
+
+
+def test_one_thought_and_a_prompt_that_stays_a_prefix(case, codes, as_trained):
+    tokenizer, switch = case
+    pairs = load_thinking_pairs() + make_thinking_pairs(50, seed=1)
+    for pair, rendered in zip(pairs, render_thinking(pairs, tokenizer, switch), strict=True):
+        prompt, *sides = as_trained(rendered, tokenizer)
+        for ids, thought in zip(sides, (pair["chosen_thought"], pair["rejected_thought"]), strict=True):
+            assert common_prefix_length(prompt, ids) == len(prompt)
+            text = tokenizer.decode(ids)
+            blocks = 0 if thought is None and think_boundary(tokenizer).kind == "ordinary" else 1
+            assert (text.count("<think>"), text.count("</think>")) == (blocks, blocks)
+            inside = text.partition("<think>")[2].partition("</think>")[0].strip()
+            if switch is False or (thought is None and blocks == 0):
+                assert inside == ""
+            elif thought is not None:
+                assert inside == thought
+    assert codes(render_thinking(pairs, tokenizer, switch), tokenizer, max_length=512) == set()
+
+
+def test_tags_are_single_tokens_where_the_model_has_them(thinking_2507, as_trained):
+    pair = render_thinking(load_thinking_pairs()[:1], thinking_2507)[0]
+    prompt, chosen, _ = as_trained(pair, thinking_2507)
+    assert prompt[-2] == 151667 and chosen.count(151667) == chosen.count(151668) == 1
+
+
+def test_earlier_thoughts_follow_the_template(qwen3, tokenizer, codes, as_trained):
+    turns = [
+        {"role": "user", "content": "What is 2 + 2?"},
+        {"role": "assistant", "content": "<think>\nTwo and two.\n</think>\n\n4"},
+        {"role": "user", "content": "And 3 + 3?"},
+    ]
+    pair = load_thinking_pairs()[0] | {"prompt": turns}
+    for model, kept in ((qwen3, False), (tokenizer, True)):
+        rendered = render_thinking([pair], model)[0]
+        at_inference = model.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        prompt, chosen, _ = as_trained(rendered, model)
+        assert model.decode(prompt) == at_inference and chosen[: len(prompt)] == prompt
+        assert ("Two and two." in at_inference) == kept
+        assert codes([rendered], model) == set()
+
+
+def test_no_switch_no_enable_thinking(tokenizer, thinking_2507):
+    for model in (tokenizer, thinking_2507):
+        with pytest.raises(UserError, match="enable_thinking"):
+            render_thinking(load_thinking_pairs(), model, enable_thinking=False)
