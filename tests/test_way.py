@@ -51,7 +51,8 @@ def test_from_pairs_to_a_merged_model(pairs, tmp_path):
     words = helpers.token_rewards(opened, test[0])
     for side in ("chosen", "rejected"):
         assert words[words.side == side].reward.sum() == pytest.approx(rewards[f"{side}_reward"][0], abs=1e-3)
-    replies = helpers.compare_generations(opened, ["Why is the sky blue?", test[0], test[0]["prompt"]], max_new_tokens=4)
+    prompts = ["Why is the sky blue?", test[0], test[0]["prompt"]]
+    replies = helpers.compare_generations(opened, prompts, max_new_tokens=4)
     assert replies.policy_tokens[0] <= 4
     assert replies.loc[1].equals(replies.loc[2])  # a row of pairs, and its conversation
 

@@ -1,8 +1,4 @@
-"""The beta sweep: one run for each beta and seed on one loaded model, measured alike, kept as it goes.
-
-Each run is a `train_dpo` run in a folder of its own, from a fresh adapter, so that it equals the same run made alone.
-What betas and seeds have in common is done once: the model is loaded, and the reference's log-probs are in the cache.
-"""
+"""Which beta to take after a sweep: held-out accuracies compared pair by pair, drift, and how sure that is."""
 
 import math
 from statistics import NormalDist
@@ -11,7 +7,7 @@ from typing import NamedTuple
 from helpers.common import UserError
 from helpers.train.sweep import Sweep
 
-USUAL = 0.1  # TRL's default, and what to keep where nothing speaks for another
+USUAL = 0.1  # TRL's default, and what to keep if no other is measured to be better
 
 
 class Recommendation(NamedTuple):
@@ -25,12 +21,12 @@ def compare_accuracy(sweep: Sweep, beta: float, other: float, comparisons: int =
     """Held-out accuracy of `beta` minus that of `other`, with its interval (95 percent for all comparisons together).
 
     Both saw the same pairs, so they are compared pair by pair, each averaged over its seeds: what makes a pair hard
-    for both drops out. The level is shared out over the comparisons (Bonferroni).
+    for both cancels out. The level is divided among the comparisons (Bonferroni).
 
     Args:
         sweep: with finished runs of both.
         beta, other: two of its betas.
-        comparisons: how many such are made together.
+        comparisons: how many are made together.
 
     Returns:
         (difference, lower end, upper end), as shares of pairs.
@@ -43,10 +39,9 @@ def compare_accuracy(sweep: Sweep, beta: float, other: float, comparisons: int =
 
 
 def recommend(sweep: Sweep) -> Recommendation:
-    """The beta that the measurements speak for; the usual one where they do not tell it from the others.
+    """The beta with the best held-out accuracy, if it beats the usual one by more than chance; else the usual one.
 
-    Held-out accuracy decides, where its difference from the usual beta's is larger than chance. Drift is named beside
-    it.
+    Drift is named too, and decides nothing.
 
     Args:
         sweep: one with a finished run, or more.
@@ -87,12 +82,10 @@ def recommend(sweep: Sweep) -> Recommendation:
     if "kl" in table:
         drift = table.groupby("beta").kl.mean()
         error = table.groupby("beta").kl_error.agg(lambda errors: math.hypot(*errors) / len(errors))
-        closer = [
-            other for other in drift.index if drift[other] + 1.96 * error[other] < drift[beta] - 1.96 * error[beta]
-        ]
-        if closer:
+        closer = drift.index[drift + 1.96 * error < drift[beta] - 1.96 * error[beta]]
+        if len(closer):
             listed = ", ".join(f"{other:g} ({drift[other]:.1f})" for other in closer)
             lines.append(f"Nearer to the reference than {beta:g} (KL {drift[beta]:.1f} nats a reply): {listed}.")
     if seeds == 1:
-        lines.append("One seed: another one may order them otherwise.")
+        lines.append("One seed: another one may order them differently.")
     return Recommendation(beta, "\n".join(lines))

@@ -4,9 +4,9 @@
     torchrun --nproc_per_node 2 train.py
     torchrun --nproc_per_node 2 train.py --num_train_epochs 2
 
-`export_run(..., "trl")` puts this file beside `dpo.yaml` and `data/`; arguments of TRL's script override the former.
-It trains nothing itself. It makes the imports in an order that works, divides the global batch of `dpo.yaml` among
-the processes, and goes on from the last whole checkpoint where one is there.
+`export_run(..., "trl")` puts this file next to `dpo.yaml` and `data/`; arguments of TRL's script override `dpo.yaml`.
+It trains nothing itself. It imports in an order that works, divides the global batch of `dpo.yaml` among the
+processes, and goes on from the last whole checkpoint if there is one.
 """
 
 import json
@@ -33,7 +33,7 @@ def share(batch: int, largest: int, processes: int) -> tuple[int, int]:
 
 
 def last_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint in `output` whose last file is whole; one that was cut short is passed over."""
+    """The newest checkpoint in `output` whose last file is whole; one that was cut short is skipped."""
     found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for folder in reversed(found):
         try:
@@ -45,7 +45,7 @@ def last_checkpoint(output: Path) -> str | None:
 
 
 def model_folder(name: str) -> str:
-    """Where `name` is here: the embedded model has a folder of its own on a CPU; a hub name stays as it is."""
+    """Where the model `name` is on this machine: on a CPU the embedded one has a folder; a hub name stays as it is."""
     if not torch.accelerator.is_available():
         try:
             from helpers.model.embedded import EMBEDDED_HUB_NAME, embedded_model
@@ -62,11 +62,11 @@ def main() -> None:
     """Read `dpo.yaml` and the command line, share the batch out, and hand over to TRL's script."""
     if not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # or accelerate would not join the processes
-        # TRL's fused LM head is a Triton kernel, which no CPU runs. Unsloth replaces it, if it is imported before.
-        # On GPUs TRL stands alone: its script loads the model by itself, so Unsloth's fast kernels would not be used.
+        # TRL's fused LM head is a Triton kernel, which no CPU runs. Unsloth replaces it if it is imported first.
+        # GPUs need no Unsloth: TRL's script loads the model by itself, so its fast kernels would not be used.
         import unsloth  # noqa: F401
 
-        # Of several CPU processes each resumes onto a device that it calls cpu:0, a name that torch.load refuses.
+        # Each of several CPU processes resumes onto a device that it calls cpu:0, a name that torch.load refuses.
         torch.serialization.register_package(
             0, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
         )

@@ -1,1 +1,1 @@
-"""The run folder: what a training run leaves, and all that passes between the notebooks."""
+"""The run folder: what a training run leaves, its figures and its model card."""

@@ -251,7 +251,7 @@ def save_adapter(folder: Path, model: PeftModel, info: RunInfo) -> None:
     config["base_model_name_or_path"] = info.model
     info.lora[folder.name] = {name: config[name] for name in LORA_SCALE}
     (part / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    (part / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours lies beside the adapter
+    (part / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is next to the adapter
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 
@@ -269,11 +269,12 @@ def save_run(run: Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, car
     tokenizer.save_pretrained(run.adapter)
     write_json(folder / "history.json", run.history)
     write_json(folder / "metrics.json", run.metrics)
-    write_atomic(folder / "held_out.jsonl", lambda path: run.held_out.to_json(path, orient="records", lines=True))
+    table = pd.DataFrame(run.held_out)
+    write_atomic(folder / "held_out.jsonl", lambda path: table.to_json(path, orient="records", lines=True))
     write_atomic(folder / "README.md", lambda path: Path(path).write_text(card, encoding="utf-8"))
     write_info(folder, run.info)
     for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
-    (folder / "checkpoints" / "README.md").unlink(missing_ok=True)  # TRL's card; ours lies beside the adapter
+    (folder / "checkpoints" / "README.md").unlink(missing_ok=True)  # TRL's card; ours is next to the adapter
     with contextlib.suppress(OSError):  # not empty: TensorBoard's files, say, which stay
         (folder / "checkpoints").rmdir()
