@@ -7,7 +7,7 @@ data sets and models in their tables is made safe to show by `visible`.
 import contextlib
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,12 @@ class OpenRun:
         else:
             with self.model.disable_adapter():
                 yield self.model
+
+    def both(self, ask: Callable[[PreTrainedModel | PeftModel], Any]) -> dict[str, Any]:
+        """What `ask` gives for the "reference" and for the "policy"."""
+        with self.reference() as model:
+            reference = ask(model)
+        return {"reference": reference, "policy": ask(self.model)}
 
 
 def _check_adapter(folder: Path, expected: str | None, scale: dict | None) -> None:
@@ -196,9 +202,7 @@ def compare_generations(
     """
     opened = _opened(run)
     options |= {"max_new_tokens": max_new_tokens}
-    with opened.reference() as model:
-        replies = {"reference": generate_replies(model, opened.tokenizer, prompts, **options)}
-    replies["policy"] = generate_replies(opened.model, opened.tokenizer, prompts, **options)
+    replies = opened.both(lambda model: generate_replies(model, opened.tokenizer, prompts, **options))
     columns: dict[str, list] = {"prompt": [_conversation(_messages(prompt)) for prompt in prompts]}
     columns |= {name: [visible(reply.text) for reply in group] for name, group in replies.items()}
     for name, group in replies.items():
@@ -227,10 +231,8 @@ def implicit_rewards(run: OpenRun | Run | str | Path, pairs: Dataset) -> pd.Data
     """
     opened = _opened(run)
     ids = tokenize_pairs(pairs, opened.tokenizer)
-    with opened.reference() as model:
-        reference = pair_logps(model, opened.tokenizer, ids, max_length=opened.max_length)
-    policy = pair_logps(opened.model, opened.tokenizer, ids, max_length=opened.max_length)
-    table = held_out_table(pairs, reference, policy)
+    logps = opened.both(lambda model: pair_logps(model, opened.tokenizer, ids, max_length=opened.max_length))
+    table = held_out_table(pairs, **logps)
     for name in {"origin", "topic", "flaw"} & set(table.columns):
         table[name] = [visible(str(value)) for value in table[name]]
     for side in ("chosen", "rejected"):
@@ -264,6 +266,27 @@ def _token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str
     return texts
 
 
+def _side_rewards(opened: OpenRun, side: str, prompt: list[int], completion: list[int]) -> pd.DataFrame:
+    tokenizer, ids = opened.tokenizer, completion[: max(opened.max_length - len(prompt), 0)]
+    logps = opened.both(lambda model: _token_logps(model, prompt, ids).numpy())
+    texts = _token_texts(ids, tokenizer)
+    special = [token in tokenizer.all_special_ids for token in ids]
+    # A word starts at a space, and around a special token.
+    starts = [i > 0 and (text[:1].isspace() or special[i] or special[i - 1]) for i, text in enumerate(texts)]
+    table = pd.DataFrame(
+        {
+            "side": side,
+            "word": pd.Series(starts, dtype=int).cumsum(),
+            "token": [visible(text) for text in texts],
+            "id": ids,
+            "eos": [token == tokenizer.eos_token_id for token in ids],
+        }
+    ).assign(**logps)
+    table["log_ratio"] = table.policy - table.reference
+    table["reward"] = opened.beta * table.log_ratio
+    return table
+
+
 def token_rewards(run: OpenRun | Run | str | Path, pair: dict) -> pd.DataFrame:
     """How much each token adds to the implicit rewards of a pair.
 
@@ -284,29 +307,5 @@ def token_rewards(run: OpenRun | Run | str | Path, pair: dict) -> pd.DataFrame:
     """
     opened = _opened(run)
     row = tokenize_pairs(Dataset.from_list([pair]), opened.tokenizer)[0]
-    tables = []
-    for side in ("chosen", "rejected"):
-        ids = row[f"{side}_ids"][: max(opened.max_length - len(row["prompt_ids"]), 0)]
-        texts = _token_texts(ids, opened.tokenizer)
-        with opened.reference() as model:
-            reference = _token_logps(model, row["prompt_ids"], ids)
-        policy = _token_logps(opened.model, row["prompt_ids"], ids)
-        special = [token in opened.tokenizer.all_special_ids for token in ids]
-        # A word starts at a space, and around a special token.
-        starts = [i > 0 and (text[:1].isspace() or special[i] or special[i - 1]) for i, text in enumerate(texts)]
-        tables.append(
-            pd.DataFrame(
-                {
-                    "side": side,
-                    "word": pd.Series(starts, dtype=int).cumsum(),
-                    "token": [visible(text) for text in texts],
-                    "id": ids,
-                    "eos": [token == opened.tokenizer.eos_token_id for token in ids],
-                    "reference": reference.numpy(),
-                    "policy": policy.numpy(),
-                    "log_ratio": (policy - reference).numpy(),
-                    "reward": opened.beta * (policy - reference).numpy(),
-                }
-            )
-        )
+    tables = [_side_rewards(opened, side, row["prompt_ids"], row[f"{side}_ids"]) for side in ("chosen", "rejected")]
     return pd.concat(tables, ignore_index=True)
