@@ -147,8 +147,8 @@ def _load_policy(run: Run) -> tuple[PeftModel, PreTrainedTokenizerBase]:
 def open_run(run: Run | str | Path, *, ref_model: PreTrainedModel | PeftModel | None = None) -> OpenRun:
     """Load a run's policy and reference, after a check that they are what the run left.
 
-    On a CPU both calculate in 32 bits. In the 16 bits of training, rounding changes the log-ratio of a token nearly
-    as much as training does.
+    On a CPU both calculate in 32 bits. In the 16 bits of training, rounding changes the log-ratio of a token by a good
+    part of what training changes.
 
     Args:
         run: a run, or its folder.
