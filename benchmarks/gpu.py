@@ -290,7 +290,7 @@ def side(name: str, folder: str, longest: int, say) -> dict:
             cached = pair_logps(model, tokenizer, ids, max_length=longest, batch_size=8)
             result["reference_seconds_while_others_load"] = round(time.perf_counter() - begin, 2)
             config = helpers.DPOConfig(**settings)
-            trainer = make_trainer(model, tokenizer, with_reference(data, cached), None, config)
+            trainer = make_trainer(model, tokenizer, with_reference(ids, cached), None, config)
             if longest == 512:
                 result["step_zero"] = step_zero(trainer, tokenizer, cached, ids, longest)
         else:

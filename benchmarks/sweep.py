@@ -35,37 +35,35 @@ def plain_side(turns: Turns, weights: str, beta: float, pairs, folder: str) -> d
     model, tokenizer = load_plain(weights)
     settings = dpo_settings() | {"beta": beta, "save_strategy": "no", "disable_tqdm": True}
     trainer = plain_trainer(add_lora(model, seed=0), tokenizer, pairs, folder, settings)
-    take_turns(trainer, turns)
+    trainer.add_callback(take_turns(turns))
     trainer.train()
     turns.stop()
     return {"steps": trainer.state.global_step, "losses": _losses(trainer.state.log_history)}
 
 
 def sweep_side(turns: Turns, weights: str, pairs, held_out, folder: str) -> dict:
-    from helpers import load_model
-    from helpers.train import dpo
-    from helpers.train.sweep import sweep_beta
+    from helpers import load_model, sweep_beta  # first: Unsloth before transformers  # isort: skip
+    from accelerate import Accelerator
+    from transformers import TrainerCallback
 
-    make_trainer, floor = dpo.make_trainer, [0.0]
+    floor = [0.0]
 
-    def make(*args):
-        trainer = make_trainer(*args)
-        take_turns(trainer, turns)
-        trainer.model.forward = _timed(trainer.model.forward, floor, lambda: trainer.model.training)
-        trainer.accelerator.backward = _timed(trainer.accelerator.backward, floor)
-        return trainer
+    class TimeForward(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            model.forward = _timed(model.forward, floor, lambda: model.training)
 
-    dpo.make_trainer = make
+    Accelerator.backward = _timed(Accelerator.backward, floor)
     turns.start()
     model, tokenizer = load_model(weights)
     step = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     if model.device.type == "cuda":
         step = {"gradient_checkpointing": True}
-    sweep = sweep_beta(model, tokenizer, pairs, held_out, f"{folder}/sweep", betas=BETAS, prompts=0, **step)
+    call = {"betas": BETAS, "prompts": 0, "callbacks": [take_turns(turns), TimeForward()]}
+    sweep = sweep_beta(model, tokenizer, pairs, held_out, f"{folder}/sweep", **call, **step)
     turns.stop()
     runs = [sweep.run(beta) for beta in BETAS]
     return {
-        "steps": sum(run.info["steps"] for run in runs),
+        "steps": sum(run.info.steps for run in runs),
         "floor_seconds": floor[0],
         "reference_seconds": sum(run.metrics["reference_seconds"] for run in runs),
         "losses": [_losses(run.history) for run in runs],

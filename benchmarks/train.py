@@ -38,7 +38,8 @@ class Turns:
         self.seconds += time.perf_counter() - self.begin
 
 
-def take_turns(trainer, turns: Turns) -> None:
+def take_turns(turns: Turns):
+    """A callback for a trainer that stops after every TURN steps until it is this side's turn again."""
     from transformers import TrainerCallback
 
     class TakeTurns(TrainerCallback):
@@ -47,7 +48,7 @@ def take_turns(trainer, turns: Turns) -> None:
                 turns.stop()
                 turns.start()
 
-    trainer.add_callback(TakeTurns())
+    return TakeTurns()
 
 
 def load_plain(weights: str) -> tuple:
@@ -75,6 +76,7 @@ def plain_trainer(model, tokenizer, pairs, folder: str, settings: dict):
 def side(name: str, epochs: float, size: int, fp32: bool) -> dict:
     """Train one side, taking turns; returns its losses, seconds and peak memory."""
     from helpers import DPOConfig, add_lora, load_model, load_pairs
+    from helpers.data.render import tokenize_pairs
     from helpers.model.embedded import embedded_model
     from helpers.model.logps import reference_logps, with_reference
     from helpers.train.settings import dpo_settings
@@ -103,8 +105,9 @@ def side(name: str, epochs: float, size: int, fp32: bool) -> dict:
         if name == "plain":
             trainer = plain_trainer(model, tokenizer, pairs, folder, settings)
         else:
-            logps = reference_logps(model, tokenizer, pairs, max_length=settings["max_length"], batch_size=4)
-            data = with_reference(pairs, logps)
+            ids = tokenize_pairs(pairs, tokenizer)
+            logps = reference_logps(model, tokenizer, ids, max_length=settings["max_length"], batch_size=4)
+            data = with_reference(ids, logps)
             if name == "grouped":
                 # The trainer looks for lengths in a column, which it would have dropped as unused.
                 settings |= {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}
@@ -114,7 +117,7 @@ def side(name: str, epochs: float, size: int, fp32: bool) -> dict:
                 longest = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
                 trainer.train_dataset = rows.add_column("length", longest)
         reference_seconds = time.perf_counter() - turns.begin
-        take_turns(trainer, turns)
+        trainer.add_callback(take_turns(turns))
         trainer.train()
         turns.stop()
     steps = trainer.state.global_step

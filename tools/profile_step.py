@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from helpers import DPOConfig, add_lora, load_model, load_pairs  # first: Unsloth before transformers  # isort: skip
 from transformers import TrainerCallback
 
+from helpers.data.render import tokenize_pairs
 from helpers.model.logps import reference_logps, with_reference
 from helpers.run.folder import machine, versions
 from helpers.train.settings import dpo_settings
@@ -57,7 +58,8 @@ def main() -> None:
     model = add_lora(model, seed=0)
     pairs = load_pairs().select(range(48))
     settings = dpo_settings() | {"max_steps": 6, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
-    data = with_reference(pairs, reference_logps(model, tokenizer, pairs, max_length=512, batch_size=4))
+    ids = tokenize_pairs(pairs, tokenizer)
+    data = with_reference(ids, reference_logps(model, tokenizer, ids, max_length=512, batch_size=4))
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(model, tokenizer, data, None, DPOConfig(output_dir=folder, **settings))
         step_seconds = []

@@ -6,6 +6,7 @@ makes it. With --check nothing is written, and the program fails if the README i
 
 import json
 import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -32,11 +33,11 @@ def result(name: str) -> Any:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def listed(values: list, digits: int = 2) -> str:
+def listed(values: Iterable[float], digits: int = 2) -> str:
     return ", ".join(f"{value:.{digits}f}" for value in values)
 
 
-def span(values: list, digits: int = 2) -> str:
+def span(values: Collection[float], digits: int = 2) -> str:
     return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
 
 
@@ -54,7 +55,7 @@ def summary() -> str:
 |---|---|
 | chosen told from rejected, {seeds["seeds"][0]["pairs"]} pairs on held-out topics | {seeds["reference_accuracy"]:.2f} before training, {seeds["accuracy_mean"]:.3f} after it (mean of three seeds) |
 | training speed on two cores, as the usual notebook does it and as `train_dpo` does it | {train["plain_pairs_per_s"]:.2f} and {train["ours_pairs_per_s"]:.2f} pairs a second |
-| six betas, three seeds | from beta {min(kl):g} to {max(kl):g} the KL falls from {kl[min(kl)]:.1f} to {kl[max(kl)]:.1f} nats a reply; accuracy {span([*by_beta("accuracy").values()])} at all of them |
+| six betas, three seeds | from beta {min(kl):g} to {max(kl):g} the KL falls from {kl[min(kl)]:.1f} to {kl[max(kl)]:.1f} nats a reply; accuracy {span(by_beta("accuracy").values())} at all of them |
 """
 
 
