@@ -271,9 +271,8 @@ def test_without_a_patch_everything_stays_as_the_library_has_it(none_works, monk
     model = SimpleNamespace(device=torch.device("cuda"), _unsloth_gradient_checkpointing=True)
     unsloth_checkpointing.set_checkpointing(model, False)
     assert vars(model)["_unsloth_gradient_checkpointing"] is True
-    monkeypatch.delenv("UNSLOTH_LLAMA_CPP_PATH", raising=False)
-    folder, names = llama_cpp.converter_places()
-    assert folder == Path.home() / ".unsloth" / "llama.cpp" and "convert_hf_to_gguf.py" in names
+    monkeypatch.setenv("UNSLOTH_LLAMA_CPP_PATH", "somewhere")
+    assert llama_cpp.converter_places() == (Path("somewhere"), ("convert_hf_to_gguf.py", "convert-hf-to-gguf.py"))
     datasets.Dataset.from_dict({"a": [1]}).save_to_disk(tmp_path / "table")
     assert dataset_key.dataset_key(datasets.load_from_disk(tmp_path / "table")) is None
 
