@@ -26,7 +26,7 @@ def _subplots(*shape: int, **options: Any) -> tuple[plt.Figure, Any]:
 
 
 def _series(history: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of what is called `name`, where the history has it."""
+    """Steps and values of `name` in the rows of the history that have it."""
     rows = [(row["step"], float(row[name])) for row in history if name in row]
     return [step for step, _ in rows], [value for _, value in rows]
 
