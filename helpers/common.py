@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from platformdirs import user_cache_dir
 
@@ -24,7 +24,7 @@ def write_atomic(path: Path, write: Callable[[str], object]) -> None:
     os.close(handle)
     try:
         write(part)
-        os.replace(part, path)
+        Path(part).replace(path)
     except BaseException:
         Path(part).unlink(missing_ok=True)
         raise
@@ -56,6 +56,10 @@ def visible(text: str, limit: int = 1000) -> str:
 PROJECT = Path(__file__).parent.parent  # relative paths in .env start here, wherever a notebook runs
 
 
+@overload
+def setting(name: str, default: str) -> str: ...
+@overload
+def setting(name: str, default: None = None) -> str | None: ...
 def setting(name: str, default: str | None = None) -> str | None:
     """The setting `name` from the environment or `.env`, else `default`; an empty one counts as not set."""
     return os.environ.get(name, "").strip() or default

@@ -13,9 +13,9 @@ from helpers import UserError
 from helpers.data.load import load_pairs
 from helpers.data.render import tokenize_pairs
 from helpers.model.generate import generate_replies
-from helpers.model.logps import _pair_forward, pair_logps, with_reference
+from helpers.model.logps import pair_logps, with_reference
 from helpers.model.memory import ESTIMATE_MARGIN, estimate_for, free_memory, is_out_of_memory
-from helpers.patches import cast_once
+from helpers.patches import PATCHES, cast_once, fault, fused_lm_head
 from helpers.train.dpo import train_dpo
 from helpers.train.settings import DPOConfig, dpo_settings
 from helpers.train.trainer import make_trainer
@@ -35,21 +35,15 @@ def pairs():
 
 
 @pytest.fixture
-def policy(base):
-    """A fresh LoRA adapter on the shared base model."""
-    model, tokenizer = base
-    yield helpers.add_lora(model, seed=0), tokenizer
-    strip(model)
-
-
-@pytest.fixture
 def cache(monkeypatch, tmp_path):
     """A cache of reference log-probs of this test's own."""
     monkeypatch.setattr("helpers.model.logps.cache_folder", lambda: tmp_path / "cache")
 
 
 def config(tmp_path, **settings) -> DPOConfig:
-    return DPOConfig(output_dir=str(tmp_path / "trainer"), **(dpo_settings() | QUIET | settings))
+    return DPOConfig(
+        output_dir=str(tmp_path / "trainer"), **(dpo_settings() | {"learning_rate": 2e-4} | QUIET | settings)
+    )
 
 
 def trained(policy, tokenizer, pairs, tmp_path, callbacks=(), **settings):
@@ -96,17 +90,49 @@ def test_step_zero_and_the_reference_of_the_patched_trainer(base, pairs, tmp_pat
 def test_train_dpo_starts_at_ln_2_moves_away_and_says_its_peak(policy, pairs, cache, tmp_path, capsys):
     policy, tokenizer = policy
     run = train_dpo(policy, tokenizer, *pairs, tmp_path / "run", max_steps=8, logging_steps=1, learning_rate=1e-3)
-    memory = run.info["memory_gb"]
+    memory = run.info.memory_gb
     assert 0 < memory["used"] < memory["peak"] and memory["used"] < 1.1 * memory["needed"]
     printed = capsys.readouterr().out
     assert f"Peak GPU memory {memory['peak']:.2f} GB" in printed
-    assert "8 pairs at once, checkpointing off" in printed and not run.info["config"]["gradient_checkpointing"]
+    assert "8 pairs at once, checkpointing off" in printed and not run.info.config["gradient_checkpointing"]
     losses = [float(row["loss"]) for row in run.history if "loss" in row]
     print("losses", losses)
     assert losses[0] == pytest.approx(math.log(2), abs=0.003)
     moved = (run.held_out.chosen_policy - run.held_out.chosen_reference).abs().mean()
     print("moved by", moved)
     assert moved > 0.5
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_each_patch_passes_its_self_test_here_too(name):
+    assert fault(name) is None
+
+
+def test_the_trainer_takes_the_ids_that_were_checked(policy, pairs, tmp_path):
+    """Unsloth's trainer, given ids: what it collates are these ids, and TRL tokenises nothing."""
+    policy, tokenizer = policy
+    ids = tokenize_pairs(pairs[0], tokenizer)
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, train_dataloader, **kwargs):
+            seen.extend(row for batch in train_dataloader for row in batch["input_ids"].tolist())
+
+    trainer = make_trainer(
+        policy,
+        tokenizer,
+        with_reference(ids, pair_logps(policy, tokenizer, ids)),
+        None,
+        config(tmp_path, max_steps=1),
+        [Look()],
+    )
+    trainer.train()
+    wanted = {tuple(row["prompt_ids"] + row[side]) for row in ids for side in ("chosen_ids", "rejected_ids")}
+    pad = tokenizer.pad_token_id
+    ends = [max(place for place, token in enumerate(row) if token != pad) for row in seen]
+    found = {tuple(row[: end + 1]) for row, end in zip(seen, ends, strict=True)}
+    assert found == wanted
+    assert trainer.train_dataset.column_names == [*ids.column_names, "ref_chosen_logps", "ref_rejected_logps"]
 
 
 def test_misspelt_setting_is_an_error(tmp_path):
@@ -143,7 +169,7 @@ def test_shared_prompts_give_the_same_log_probs_and_gradient(policy, pairs, monk
     def scores(shared: bool):
         monkeypatch.setattr("helpers.patches.shared_prompt.ON_GPU", shared)
         policy.zero_grad()
-        with _pair_forward(policy.get_base_model()), torch.autocast("cuda", dtype=torch.bfloat16):
+        with fused_lm_head.applied(policy.get_base_model()), torch.autocast("cuda", dtype=torch.bfloat16):
             out = policy(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
@@ -204,19 +230,19 @@ def test_full_card_is_answered_before_training_and_when_it_runs_out(policy, pair
     with pytest.raises(UserError, match="(?s)GB are free.*max_length="):
         train()
     with monkeypatch.context() as patch:
-        patch.setattr("helpers.train.dpo.free_memory", lambda device: 1e12)
+        patch.setattr("helpers.train.job.free_memory", lambda device: 1e12)
         with pytest.raises(UserError, match="(?s)Out of memory.*per_device_train_batch_size=4") as caught:
             train()
     assert is_out_of_memory(caught.value.__cause__)  # of torch's allocator, or of the driver that loads a kernel
     del held, caught
     gc.collect()
     torch.cuda.empty_cache()
-    assert train().info["status"] == "finished"  # the same call, once there is room
+    assert train().info.status == "finished"  # the same call, once there is room
 
 
 def test_full_card_gets_checkpointing_and_a_run_keeps_what_it_began_with(policy, pairs, cache, tmp_path, capsys):
     policy, tokenizer = policy
-    ids, settings = tokenize_pairs(pairs[0], tokenizer), dpo_settings()
+    ids, settings = tokenize_pairs(pairs[0], tokenizer), dpo_settings(policy)
     kept, recomputed = (
         estimate_for(policy, ids, settings | {"gradient_checkpointing": on}).training for on in (False, True)
     )
@@ -228,8 +254,8 @@ def test_full_card_gets_checkpointing_and_a_run_keeps_what_it_began_with(policy,
     def train(**options):
         capsys.readouterr()
         run = train_dpo(policy, tokenizer, *pairs, tmp_path / "run", max_steps=1, **options)
-        print(run.info["memory_gb"])
-        return run.info["config"]["gradient_checkpointing"], capsys.readouterr().out
+        print(run.info.memory_gb)
+        return run.info.config["gradient_checkpointing"], capsys.readouterr().out
 
     checkpointing, printed = train()
     assert checkpointing and "checkpointing on" in printed and "without checkpointing" in printed

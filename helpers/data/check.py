@@ -70,11 +70,11 @@ class _Judge:
         severity, why, cure = FINDINGS[code]
         if worst is not None:
             rows = rows[np.argsort(-worst[rows], kind="stable")]
-        rows = tuple(int(row) for row in rows)
-        origins = [f"row {row + 1}" for row in rows[:WORST]]
+        places = tuple(int(row) for row in rows)
+        origins: list[str] = [f"row {row + 1}" for row in places[:WORST]]
         if "origin" in self.pairs.column_names:
-            origins = self.pairs.select(rows[:WORST])["origin"][:]
-        self.findings.append(Finding(code, severity, len(rows), what, why, cure, rows, tuple(origins)))
+            origins = self.pairs.select(places[:WORST])["origin"][:]
+        self.findings.append(Finding(code, severity, len(places), what, why, cure, places, tuple(origins)))
 
     def marks(self) -> None:
         marks = self.column("marks")
@@ -158,7 +158,7 @@ class _Judge:
         if loaded and loaded.left_out:
             severity, why, cure = FINDINGS["left_out"]
             reasons = "; ".join(f"{rows['count']} {reason}" for reason, rows in loaded.left_out.items())
-            origins = [origin for rows in loaded.left_out.values() for origin in rows["origins"]][:WORST]
+            origins: list[str] = [origin for rows in loaded.left_out.values() for origin in rows["origins"]][:WORST]
             count = loaded.rows - loaded.pairs
             what = f"left out when read: {reasons}"
             self.findings.append(Finding("left_out", severity, count, what, why, cure, (), tuple(origins)))

@@ -17,10 +17,11 @@ from datasets import Dataset
 from helpers.common import UserError, visible
 from helpers.data.render import data_hash
 
+Severity = Literal["error", "warning"]
 WORST = 5  # rows that a finding names
 SHOWN_CHARACTERS = 200  # characters of a text that a report shows
 # code: (severity, why it matters, what to do). Errors stop a run, warnings do not.
-FINDINGS: dict[str, tuple[str, str, str]] = {
+FINDINGS: dict[str, tuple[Severity, str, str]] = {
     "template_refuses": (
         "error",
         "The chat template raises an error for these rows, and so would the trainer.",
@@ -140,7 +141,7 @@ class Finding:
     """
 
     code: str
-    severity: Literal["error", "warning"]
+    severity: Severity
     count: int
     what: str
     why: str

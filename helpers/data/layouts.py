@@ -31,15 +31,15 @@ class Layout:
 
     prompt: str | None
     system: str | None
-    chosen: str | None = None
-    rejected: str | None = None
-    a: str | None = None
-    b: str | None = None
-    preference: str | None = None
+    chosen: str = ""
+    rejected: str = ""
+    a: str = ""
+    b: str = ""
+    preference: str = ""
 
     def columns(self) -> set[str]:
         """Names of the source's columns that are read."""
-        return {name for name in asdict(self).values() if name is not None}
+        return {name for name in asdict(self).values() if name}
 
 
 def find_layout(names: Iterable[str], columns: dict[str, str]) -> Layout | None:
@@ -60,6 +60,6 @@ def find_layout(names: Iterable[str], columns: dict[str, str]) -> Layout | None:
     for name in by_lower:
         if found := ANSWER.fullmatch(name):
             answers.setdefault(found[1], []).append(name)
-    first, second = next((sorted(pair) for pair in answers.values() if len(pair) == 2), (None, None))
-    a, b, preference = pick("a", [first]), pick("b", [second]), pick("preference", PREFERENCE_NAMES)
+    two = next((sorted(pair) for pair in answers.values() if len(pair) == 2), [])
+    a, b, preference = pick("a", two[:1]), pick("b", two[1:]), pick("preference", PREFERENCE_NAMES)
     return Layout(prompt, system, a=a, b=b, preference=preference) if a and b and preference else None

@@ -123,7 +123,7 @@ class _Reader:
         for preference in self.preferences.values():
             preference.decide_scale(source.name)
         typed = source.features or {}
-        self.extras = {
+        self.extras: dict[str, Any] = {
             name: typed.get(name) or _column_feature(kinds[name])
             for name in names
             if name in kinds and name not in taken

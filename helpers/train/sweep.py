@@ -105,12 +105,18 @@ def _describe_replies(replies: list[Reply]) -> dict:
     }
 
 
+def _gaps(run: Run) -> np.ndarray:
+    """Log-ratio gap of each held-out pair in nats, shape (pairs,)."""
+    assert run.held_out is not None  # of a finished run
+    return run.held_out["log_ratio_gap"].to_numpy()
+
+
 def _figures(run: Run, beta: float) -> dict:
     """Figures of a finished run that need no model."""
     metrics, logged = run.metrics, [row for row in run.history if "grad_norm" in row]
     low, high = metrics["accuracy_interval"]
     names = ("log_ratio_gap", "margin", "chosen_change", "rejected_change", "train_seconds")
-    weight = torch.sigmoid(-beta * torch.tensor(run.held_out.log_ratio_gap.to_numpy())).mean()
+    weight = torch.sigmoid(-beta * torch.from_numpy(_gaps(run))).mean()
     return {
         "steps": run.info.steps,
         "accuracy": metrics["accuracy"],
@@ -154,7 +160,8 @@ def _save(sweep: Sweep) -> None:
         name: json.loads(getattr(sweep, name).to_json(orient="records")) for name in ("table", "history")
     }  # by pandas, which writes NaN as null
     gaps = [
-        {"beta": beta, "seed": seed, "gaps": values.round(4).tolist()} for (beta, seed), values in sweep.gaps.items()
+        {"beta": beta, "seed": seed, "gaps": sweep.gaps[beta, seed].round(4).tolist()}
+        for beta, seed in list(sweep.gaps)
     ]
     write_json(sweep.folder / "sweep.json", {"info": sweep.info, **records, "gaps": gaps})
     write_atomic(sweep.folder / "table.csv", lambda path: sweep.table.to_csv(path, index=False))
@@ -297,7 +304,7 @@ def _one_run(
             kl = sampled_kl(model, base.tokenizer, sampling.prompts, max_new_tokens=sampling.max_new_tokens, seed=seed)
             row |= {"kl": kl.kl, "kl_error": kl.error} | _describe_replies(kl.replies)
         row |= {"sampling_seconds": time.monotonic() - begin, "status": "finished"}
-        gaps = run.held_out.log_ratio_gap.to_numpy()
+        gaps = _gaps(run)
     except UserError:
         raise
     except Exception as error:
