@@ -101,8 +101,8 @@ def floor_seconds(pairs: Dataset, tokenizer: Any) -> dict[str, float]:
         empty: list = [{}] * len(rows["prompt"])
         begin = time.perf_counter()
         texts = [renderer.texts(rows["prompt"], empty, add_generation_prompt=True)]
-        for side in ("chosen", "rejected"):
-            texts.append(renderer.texts([a + b for a, b in zip(rows["prompt"], rows[side], strict=True)], empty))
+        whole = [[a + b for a, b in zip(rows["prompt"], rows[side], strict=True)] for side in ("chosen", "rejected")]
+        texts += [renderer.texts(conversations, empty) for conversations in whole]
         rendered = time.perf_counter()
         ids = [tokenizer(batch, add_special_tokens=False, return_attention_mask=False)["input_ids"] for batch in texts]
         floor["render"] += rendered - begin

@@ -69,9 +69,9 @@ def one_seed(seed: int, folder: Path) -> dict:
     def train(name: str, pairs: list[dict], test: list[dict] = test, **settings) -> None:
         data = [render_thinking(part, tokenizer) for part in (pairs, test)]
         settings |= ONCE
-        run = train_dpo(model, tokenizer, *data, folder / f"{name} {seed}", thinking=True, seed=seed, **settings)
+        run = train_dpo(model, tokenizer, *data, folder / f"{name} {seed}", seed=seed, **settings)
         results[name] = run.metrics | {
-            "steps": run.info["steps"],
+            "steps": run.info.steps,
             "by_flaw": accuracy_by(run.held_out, "flaw").round(4).to_dict("index"),
             "replies": replies_of(model, tokenizer),
         }

@@ -177,7 +177,7 @@ class _Reader:
                 yield {**nothing, "origin": origin, "left_out": str(reason)}
 
 
-def _take_out(table: Dataset, source: str) -> Dataset:
+def _take_out(table: Dataset, source: str, bundled: bool) -> Dataset:
     """The pairs of a table that `_Reader.rows` made; the rows left out go into the report. Prints it if there are any.
 
     Raises UserError where no pair remains.
@@ -188,7 +188,7 @@ def _take_out(table: Dataset, source: str) -> Dataset:
         rows = np.flatnonzero(reasons == reason)
         left_out[reason] = {"count": len(rows), "origins": [table[int(row)]["origin"] for row in rows[:5]]}
     kept = np.flatnonzero(reasons == "")
-    report = LoadReport(len(table), len(kept), left_out)
+    report = LoadReport(len(table), len(kept), left_out, bundled)
     if not len(kept):
         raise UserError(f"{source} holds no preference pair. {report}")
     if left_out:
@@ -268,4 +268,4 @@ def load_pairs(
         raise
     except LIBRARY_ERRORS as error:
         raise UserError(f"{name} can't be read ({reason_of(error)}).") from None
-    return _take_out(table, name)
+    return _take_out(table, name, bundled=isinstance(source, str | Path) and Path(source) == BUNDLED_PAIRS)

@@ -9,11 +9,15 @@ from datasets import Dataset
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_pairs` read: rows = pairs + the rows it left out, those by reason."""
+    """What `load_pairs` read: rows = pairs + the rows it left out, those by reason.
+
+    `bundled` says whether they are the pairs that come with this project, so that their licence is known.
+    """
 
     rows: int
     pairs: int
     left_out: dict[str, dict[str, Any]] = field(default_factory=dict)  # reason -> {"count", "origins": the first five}
+    bundled: bool = False
 
     def __str__(self) -> str:
         """One line, and one more for each reason."""

@@ -13,7 +13,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import selective_log_softmax
 
 from helpers.common import cache_folder, write_atomic
 from helpers.data.render import IDS, data_hash, pair_lengths, tokenize_pairs
@@ -39,8 +38,8 @@ def _sums(model: PreTrainedModel | PeftModel, batch: dict[str, torch.Tensor], fu
     if fused:
         labels = batch["input_ids"].masked_fill(mask == 0, -100)
         return model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum(dim=1)
-    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-    return (selective_log_softmax(logits, batch["input_ids"][:, 1:]) * mask[:, 1:]).sum(dim=1)
+    logps = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(dim=-1)
+    return (logps.gather(2, batch["input_ids"][:, 1:, None])[..., 0] * mask[:, 1:]).sum(dim=1)
 
 
 def pair_logps(

@@ -11,6 +11,7 @@ from helpers.common import UserError
 from helpers.data.check import check_pairs
 from helpers.data.findings import Report
 from helpers.data.render import pair_lengths
+from helpers.data.report import load_report
 from helpers.model.memory import (
     BATCH_SETTINGS,
     ESTIMATE_MARGIN,
@@ -43,6 +44,11 @@ class CheckedPairs(NamedTuple):
     train: Report
     test: Report
     rule: dict[str, Any]
+
+
+def _is_bundled(pairs: Dataset) -> bool:
+    report = load_report(pairs)
+    return report is not None and report.bundled
 
 
 def check_both(
@@ -105,7 +111,13 @@ class Job:
             config=describe_config(self.config),
             train_pairs=len(train.pairs),
             test_pairs=len(test.pairs),
-            data=DataInfo(train.hash, test.hash, {one.code: one.count for one in train.findings}, train.prompts),
+            data=DataInfo(
+                train.hash,
+                test.hash,
+                {one.code: one.count for one in train.findings},
+                train.prompts,
+                bundled=all(_is_bundled(report.pairs) for report in (train, test)),
+            ),
             base=self.policy.base,
             start=self.policy.adapter,
             reference=POLICY_AT_START if self.reference is None else self.reference.fingerprint,

@@ -47,7 +47,7 @@ PROMPT, CHOSEN, REJECTED = [user("Which is larger?")], [assistant("Ten.")], [ass
 
 
 @pytest.mark.parametrize(
-    ("row", "wanted"),
+    "row, wanted",
     [
         ({"prompt": "Which is larger?", "chosen": "Ten.", "rejected": "Two."}, WANTED),
         ({"prompt": PROMPT, "chosen": CHOSEN, "rejected": REJECTED}, WANTED),
@@ -137,7 +137,7 @@ def test_hub_names_are_asked_for_with_their_split(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("names", "values", "better"),
+    "names, values, better",
     [
         ("response_a response_b", ["A", "b", "tie"], "ab-"),
         ("response_a response_b", ["response_a", "model_b", "Tie (both bad)"], "ab-"),

@@ -25,7 +25,7 @@ from helpers.data.load import load_pairs
 from helpers.model.embedded import embedded_folder
 from helpers.model.logps import pair_logps, reference_logps, with_reference
 from helpers.model.profiles import PROFILES
-from helpers.run.folder import DataInfo, Run, RunInfo, Status
+from helpers.run.folder import DataInfo, Run, RunInfo, Status, set_aside
 from helpers.train import resume, settings
 from helpers.train.dpo import train_dpo
 from helpers.train.job import check_both
@@ -476,7 +476,7 @@ print("LOGPS", logps.chosen.tolist() + logps.rejected.tolist())
     assert "finished already" in capsys.readouterr().out
     with pytest.raises(UserError, match="beta 0.1 there, 0.5 now.*replace=True"):
         train_dpo(policy, tokenizer, *pairs, folder, **SHORT, beta=0.5)
-    folder.set_aside(folder)
+    set_aside(folder)
     assert Run.load(tmp_path / "run.old-1").metrics == run.metrics
 
 
