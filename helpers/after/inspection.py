@@ -189,7 +189,8 @@ def compare_generations(
 
     Args:
         run: a run, its folder, or what `open_run` gave.
-        prompts: questions (str), conversations, or rows of pairs, whose `tools` and `chat_template_kwargs` count.
+        prompts: questions (str), conversations, or rows of pairs, whose `tools` and `chat_template_kwargs` count. For
+            the others the chat template gets what all training prompts had in common (`run.info.template`).
         max_new_tokens: where a reply is cut.
         options: of `generate_replies`; greedy by default, temperature, top_p and seed to sample.
 
@@ -201,7 +202,7 @@ def compare_generations(
         UserError: the run cannot be opened (see `open_run`).
     """
     opened = _opened(run)
-    options |= {"max_new_tokens": max_new_tokens}
+    options = opened.run.info.template | options | {"max_new_tokens": max_new_tokens}
     replies = opened.both(lambda model: generate_replies(model, opened.tokenizer, prompts, **options))
     columns: dict[str, list] = {"prompt": [_conversation(_messages(prompt)) for prompt in prompts]}
     columns |= {name: [visible(reply.text) for reply in group] for name, group in replies.items()}

@@ -45,6 +45,14 @@ def template_options(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def shared_options(pairs: Dataset) -> dict[str, Any]:
+    """The chat_template_kwargs that all rows of `pairs` have in common, e.g. enable_thinking=False; else nothing."""
+    if "chat_template_kwargs" not in pairs.column_names:
+        return {}
+    kinds = {json.dumps(template_options({"chat_template_kwargs": own})) for own in pairs["chat_template_kwargs"]}
+    return json.loads(kinds.pop()) if len(kinds) == 1 else {}
+
+
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options: Any) -> str:
     """One conversation as the text that the chat template makes of it.
 
@@ -69,14 +77,14 @@ def prompt_ids(
     Args:
         tokenizer: the model's.
         prompts: each a question (str), a conversation, or a row of pairs, whose tools and chat_template_kwargs count.
-        options: for the chat template of all of them, e.g. enable_thinking=False.
+        options: for the chat template of all of them, e.g. enable_thinking=False; what a row brings goes before it.
     """
     texts = []
     for prompt in prompts:
         own = template_options(prompt) if isinstance(prompt, dict) else {}
         messages = prompt["prompt"] if isinstance(prompt, dict) else prompt
         messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        texts.append(render(tokenizer, messages, add_generation_prompt=True, **own | options))
+        texts.append(render(tokenizer, messages, add_generation_prompt=True, **options | own))
     return encode(tokenizer, texts) if texts else []
 
 

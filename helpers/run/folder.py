@@ -68,6 +68,7 @@ class RunInfo:
         status, steps: how far the run has come; `steps` and `end` are None until it is finished.
         lora: what scales each saved adapter ("adapter", "reference"); its weights alone do not tell.
         memory_gb: GB "needed" by the estimate and "free" at the start; on a GPU also measured: "used", "peak".
+        template: what the chat template gets for a prompt that brings nothing of its own (`shared_options`).
         prompts_rule: arguments of `check_pairs` for long prompts: max_prompt_length, on_long_prompt.
         schema: version of this form; 1 had none written.
     """
@@ -88,6 +89,7 @@ class RunInfo:
     end: str | None = None
     lora: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     memory_gb: dict[str, float] = dataclasses.field(default_factory=dict)
+    template: dict[str, Any] = dataclasses.field(default_factory=dict)
     prompts_rule: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {"max_prompt_length": 256, "on_long_prompt": "shorten"}
     )

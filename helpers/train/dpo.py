@@ -20,6 +20,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 
 from helpers.common import UserError
 from helpers.data.check import MAX_PROMPT_LENGTH
+from helpers.data.render import shared_options
 from helpers.model.logps import PairLogps, pair_logps, reference_logps, with_reference
 from helpers.model.memory import is_out_of_memory, return_freed_memory
 from helpers.model.policy import Policy
@@ -89,10 +90,11 @@ def train_dpo(
         raise UserError("The model has no LoRA adapter to train. Call `model = add_lora(model)` first.")
     values = complete_settings(model, settings)
     rule = {"max_prompt_length": max_prompt_length, "on_long_prompt": on_long_prompt}
+    pairs = check_both(train, test, tokenizer, values["max_length"], **rule)
     job = Job(
-        policy=Policy(model, tokenizer),
+        policy=Policy(model, tokenizer, shared_options(pairs.train.pairs)),
         reference=None if ref_model is None else Policy(ref_model, tokenizer),
-        pairs=check_both(train, test, tokenizer, values["max_length"], **rule),
+        pairs=pairs,
         folder=Path(folder),
         values=values,
         settings=settings,
@@ -116,7 +118,8 @@ def train_checked(
         pairs: of `check_both` with the same tokenizer and max_length.
     """
     values = complete_settings(model, settings)
-    return run_job(Job(Policy(model, tokenizer), None, pairs, folder, values, settings), callbacks=callbacks)
+    policy = Policy(model, tokenizer, shared_options(pairs.train.pairs))
+    return run_job(Job(policy, None, pairs, folder, values, settings), callbacks=callbacks)
 
 
 def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback] = ()) -> Run:

@@ -124,6 +124,7 @@ class Job:
             versions=versions(),
             machine=machine(),
             status=Status.RUNNING,
+            template=self.policy.options,
             prompts_rule=self.pairs.rule,
         )
 

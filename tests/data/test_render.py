@@ -10,7 +10,16 @@ import trl
 from helpers import UserError
 from helpers.data.check import check_pairs
 from helpers.data.load import load_pairs
-from helpers.data.render import IDS, data_hash, pair_lengths, prompt_ids, template_options, token_counts, tokenize_pairs
+from helpers.data.render import (
+    IDS,
+    data_hash,
+    pair_lengths,
+    prompt_ids,
+    shared_options,
+    template_options,
+    token_counts,
+    tokenize_pairs,
+)
 from helpers.model.load import CHATML
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}
@@ -84,6 +93,18 @@ def test_a_prompt_for_a_reply_is_the_prompt_that_was_trained(with_options):
         == [tokenize_pairs(pairs, with_options)[0]["prompt_ids"]] * 2
     )
     assert "Style: long" in with_options.decode(prompt_ids(with_options, [question], style="long")[0])
+
+
+def test_what_a_row_brings_goes_before_what_all_get(with_options):
+    rows = list(load_pairs(ROWS))
+    ids = prompt_ids(with_options, [rows[0], rows[2]], style="long")
+    assert ["Style: long" in with_options.decode(ids[0]), "Style: short" in with_options.decode(ids[1])] == [True, True]
+
+
+def test_options_that_all_rows_share():
+    short, other = ROWS[2], {**ROWS[2], "chat_template_kwargs": {"style": "long"}}
+    assert shared_options(load_pairs([short, short])) == {"style": "short"}
+    assert shared_options(load_pairs([short, other])) == shared_options(load_pairs(ROWS)) == {}
 
 
 def test_counts_and_lengths(with_options):

@@ -303,12 +303,13 @@ def test_trainer_that_could_not_be_made_leaves_the_policy_as_it_was(policy, pair
     rows = with_reference(few, reference_logps(policy, tokenizer, few, max_length=512))
     made = []
 
-    def fails(*args, **options):
-        made.append(real(*args, **options))
-        raise RuntimeError("out of memory")
+    class Fails(trl.DPOTrainer):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(self)
+            raise RuntimeError("out of memory")
 
-    real = trl.DPOTrainer
-    monkeypatch.setattr(trl, "DPOTrainer", fails)
+    monkeypatch.setattr(trl, "DPOTrainer", Fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         make_trainer(policy, tokenizer, rows, None, config(tmp_path))
     assert made and list(policy.peft_config) == ["default"]

@@ -61,7 +61,7 @@ def test_prompts_that_are_too_long_are_counted_aloud(policy, tmp_path, capsys):
     assert said in capsys.readouterr().out
     assert run.info.train_pairs == 4 and run.info.data.prompts == {"shortened": 2, "left_out": 3}
     card = (run.folder / "README.md").read_text()
-    assert "2 prompts" in card and "3 pairs" in card
+    assert "2 were shortened by whole turns from the left and 3 left out" in " ".join(card.split())
 
     kept = train_dpo(policy, tokenizer, pairs, test, tmp_path / "all", max_prompt_length=400, **QUICK)
     assert kept.info.train_pairs == 7 and "Prompts over" not in capsys.readouterr().out
@@ -122,3 +122,20 @@ def test_a_report_of_errors_stops_the_run(policy, tmp_path):
             load_pairs(ROWS[:1]),
             tmp_path / "run",
         )
+
+
+def test_replies_are_asked_with_the_options_that_training_had(policy, with_options, tmp_path, monkeypatch):  # noqa: F811
+    train = load_pairs([ROWS[2] | {"prompt": say(f"Say {word}.")} for word in ("hello", "yes", "no", "so")])
+    run = train_dpo(policy, with_options, train, load_pairs(TEST), tmp_path / "run", **QUICK)
+    assert run.info.template == {"style": "short"}
+    asked = []
+    real = with_options.__class__.apply_chat_template
+
+    def apply(self, *args, **options):
+        asked.append(options.get("style"))
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(with_options.__class__, "apply_chat_template", apply)
+    rows = [{"prompt": say("Hi"), "chat_template_kwargs": {"style": "long"}}]
+    helpers.compare_generations(run, ["Hi", say("Hi"), *rows], max_new_tokens=2)
+    assert asked == ["short", "short", "long"] * 2  # of the reference and of the policy
