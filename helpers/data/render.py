@@ -292,8 +292,9 @@ def pair_lengths(ids: Dataset) -> np.ndarray:
 def data_hash(ids: Dataset) -> str:
     """20 hex digits of the token `ids` of pairs, as `tokenize_pairs` gives them, in their order."""
     digest = hashlib.sha256()
-    for column in IDS:
+    for name in IDS:
+        column = ids.select_columns([name]).with_format("arrow")
         for start in range(0, len(ids), BATCH):
-            for row in ids[start : start + BATCH][column]:
+            for row in column[start : start + BATCH][name].to_pylist():
                 digest.update(str(row).encode())
     return digest.hexdigest()[:20]

@@ -4,6 +4,7 @@ Training, sweep and inspection all score through `pair_logps`, so that their fig
 """
 
 import hashlib
+import uuid
 from typing import NamedTuple
 
 import numpy as np
@@ -123,7 +124,11 @@ def with_reference(pairs: Dataset, logps: PairLogps) -> Dataset:
         pairs: in the form that `load_pairs` or `tokenize_pairs` gives.
         logps: of these pairs under the reference, as `reference_logps` gives them.
     """
+    # Names of their own, since datasets would make one by pickling the whole table.
+    if set(pairs.column_names) == set(IDS):
+        # As a plain table: `add_column` copies a selection row by row.
+        pairs = Dataset(pairs.with_format("arrow")[:], fingerprint=uuid.uuid4().hex)
     with quiet_progress(len(pairs)):
         for name, values in (("ref_chosen_logps", logps.chosen), ("ref_rejected_logps", logps.rejected)):
-            pairs = pairs.add_column(name, values.float().tolist())
+            pairs = pairs.add_column(name, values.float().tolist(), new_fingerprint=uuid.uuid4().hex)
     return pairs
