@@ -90,7 +90,7 @@ def _check_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str 
         raise UserError(
             f"{name!r} has no chat template, so a conversation cannot be written as its text: it is a base model. "
             "Take its instruct version, or give it a template: "
-            "load_model(name, chat_template=helpers.models.CHATML)."
+            "load_model(name, chat_template=helpers.model.load.CHATML)."
         )
 
 
