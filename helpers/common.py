@@ -71,7 +71,7 @@ def cache_folder() -> Path:
 
 
 def output_folder(*parts: str) -> Path:
-    """A folder below `DPO_OUTPUT_DIR` (relative to the project), which is `outputs` where it is not set.
+    """A folder below `DPO_OUTPUT_DIR` (relative to the project), which is `outputs` if it is not set.
 
     It is named, not made: `output_folder("sweep", "a")` is `outputs/sweep/a`.
 

@@ -18,8 +18,6 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -139,6 +137,10 @@ def kept_update(model: PeftModel, dtype: torch.dtype = torch.float16) -> float:
         model: base and adapter, not merged.
         dtype: what the merged weights are rounded to.
     """
+    # Imported here: PEFT may move them, and the other exports do without.
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.integrations import dequantize_module_weight
+
     kept = whole = 0.0
     with torch.no_grad():
         for layer in model.modules():

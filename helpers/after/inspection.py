@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.common import UserError, visible
-from helpers.data.render import tokenize_pairs
+from helpers.data.render import Renderer, tokenize_pairs
 from helpers.model.fingerprint import base_hash, fingerprint, hash_tensors
 from helpers.model.generate import generate_replies, repetition
 from helpers.model.load import load_model
@@ -304,9 +304,13 @@ def token_rewards(run: OpenRun | Run | str | Path, pair: dict) -> pd.DataFrame:
         eos (whether it ends the turn), reference and policy (log-probs in nats), log_ratio (nats), reward.
 
     Raises:
-        UserError: the run cannot be opened (see `open_run`).
+        UserError: the run cannot be opened (see `open_run`), or its chat template refuses the pair.
     """
     opened = _opened(run)
-    row = tokenize_pairs(Dataset.from_list([pair]), opened.tokenizer)[0]
+    # Not as a Dataset, which would give each tool of the row the keys of the others.
+    rendered = Renderer(opened.tokenizer)({name: [value] for name, value in pair.items()})
+    if rendered.refused[0]:
+        raise UserError("The chat template refuses this pair. check_pairs says why such rows are errors.")
+    row = {name: column[0] for name, column in rendered.ids().items()}
     tables = [_side_rewards(opened, side, row["prompt_ids"], row[f"{side}_ids"]) for side in ("chosen", "rejected")]
     return pd.concat(tables, ignore_index=True)

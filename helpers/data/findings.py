@@ -209,7 +209,7 @@ class Report:
         return self.pairs.select([place for place, row in enumerate(self._kept) if int(row) not in bad])
 
     def raise_for_errors(self) -> None:
-        """Raise UserError where the report holds an error; it names the rows, the cures and how to go on anyway."""
+        """Raise UserError if the report holds an error; it names the rows, the cures and how to go on anyway."""
         if not self.errors:
             return
         lines = [

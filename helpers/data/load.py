@@ -46,7 +46,7 @@ RESERVED = set(
 
 
 def _pair(row: dict[str, Any], layout: Layout, preference: Preference | None) -> dict[str, Any]:
-    """One row in the one form, without its origin. Raises LeftOut with the reason where it is no pair."""
+    """One row in the one form, without its origin. Raises LeftOut with the reason if it is no pair."""
     better, worse = layout.chosen, layout.rejected
     if preference:
         better, worse = layout.a, layout.b
@@ -54,7 +54,7 @@ def _pair(row: dict[str, Any], layout: Layout, preference: Preference | None) ->
             better, worse = worse, better
     prompt, chosen, rejected = row.get(layout.prompt), row.get(better), row.get(worse)
 
-    # "\n\nHuman: ..." is markup where the prompt is in it, or where the whole text begins with such a prompt.
+    # "\n\nHuman: ..." is markup if the prompt is written in it, or if the whole text begins with such a prompt.
     marked = isinstance(prompt, str) and dialogue_turns(prompt) is not None
     dialogue = prompt is None or (marked and isinstance(chosen, str) and chosen.startswith(prompt))
     chosen = to_messages(chosen, better, "assistant", dialogue)
@@ -143,7 +143,7 @@ class _Reader:
         )
 
     def _layout(self, row: dict[str, Any]) -> Layout | None:
-        """By the columns that hold something; where these make no pair by all, so that what is missing is named."""
+        """By the non-empty columns; if they make no pair, by all columns, so that the error can name what is missing."""
         filled = tuple(name for name, value in row.items() if value is not None and value != "")
         return self.layout_of(filled) or self.layout_of(tuple(row))
 
@@ -180,7 +180,7 @@ class _Reader:
 def _take_out(table: Dataset, source: str, bundled: bool) -> Dataset:
     """The pairs of a table that `_Reader.rows` made; the rows left out go into the report. Prints it if there are any.
 
-    Raises UserError where no pair remains.
+    Raises UserError if no pair remains.
     """
     reasons = np.array(table["left_out"][:], dtype=object)
     left_out = {}
@@ -226,7 +226,7 @@ def load_pairs(
         source: a file (JSONL, JSON, CSV, Parquet; the first three also gzipped), a list of dicts, a Dataset, or a name
             on the hub; left out, what `DPO_DATA` names, else the pairs that come with this project.
         split: which one to take, of a hub name or a DatasetDict.
-        columns: the source's columns, where the usual names do not find them: {"prompt": ..., "chosen": ...,
+        columns: the source's columns, if they do not have the usual names: {"prompt": ..., "chosen": ...,
             "rejected": ...} or {"prompt": ..., "a": ..., "b": ..., "preference": ...}, and "system".
         first_wins: the value of the preference column that says that the first answer is better; it is asked for where
             0 and 1 could mean either.

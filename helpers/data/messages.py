@@ -117,7 +117,7 @@ def check_roles(prompt: list[dict], chosen: list[dict], rejected: list[dict]) ->
 
 
 def read_template_kwargs(value: Any) -> dict[str, Any]:
-    """A row's template variables, from JSON or an object. Raises LeftOut where it sets what it may not."""
+    """A row's template variables, from JSON or an object. Raises LeftOut if it sets what it may not."""
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else {}

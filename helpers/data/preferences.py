@@ -40,7 +40,7 @@ class Preference:
             self.fractions |= number != int(number)
 
     def decide_scale(self, source: str) -> None:
-        """Choose how numbers are read. Raises UserError where they could be read in two ways."""
+        """Choose how numbers are read. Raises UserError if they could be read in two ways."""
         low, high, column = self.low, self.high, self.layout.preference
         if self.first_wins is not None or low > high:
             self.scale = "given"
@@ -60,7 +60,7 @@ class Preference:
             )
 
     def second_wins(self, value: Any) -> bool:
-        """True where the second answer is the better one. Raises LeftOut for a tie or a value without a meaning."""
+        """Whether the second answer is the better one. Raises LeftOut for a tie or a value without a meaning."""
         if value is None or value == "":
             raise LeftOut("no preference")
         text = str(value).strip().lower()

@@ -8,6 +8,7 @@ make, in batches.
 import functools
 import hashlib
 import json
+import os
 import uuid
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -16,7 +17,6 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import common_prefix_length
 
 from helpers.common import UserError
 from helpers.patches.given_ids import ID_COLUMNS
@@ -27,7 +27,7 @@ IDS = Features({name: List(Value("int32")) for name in ID_COLUMNS})
 
 
 def template_options(row: dict[str, Any]) -> dict[str, Any]:
-    """What `row` passes to the chat template beside its messages: `tools` and its chat_template_kwargs.
+    """What `row` passes to the chat template besides its messages: `tools` and its chat_template_kwargs.
 
     Arrow fills the keys that other rows have with None, so None is taken as not set.
 
@@ -38,7 +38,8 @@ def template_options(row: dict[str, Any]) -> dict[str, Any]:
         ValueError: `tools` is a text that is not JSON.
     """
     tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    if isinstance(tools, str):
+        tools = json.loads(tools) if tools.strip() else None
     options = {"tools": tools} if tools else {}
     return options | {
         name: value for name, value in (row.get("chat_template_kwargs") or {}).items() if value is not None
@@ -49,7 +50,10 @@ def shared_options(pairs: Dataset) -> dict[str, Any]:
     """The chat_template_kwargs that all rows of `pairs` have in common, e.g. enable_thinking=False; else nothing."""
     if "chat_template_kwargs" not in pairs.column_names:
         return {}
-    kinds = {json.dumps(template_options({"chat_template_kwargs": own})) for own in pairs["chat_template_kwargs"]}
+    kinds = {
+        json.dumps(template_options({"chat_template_kwargs": own}), sort_keys=True)
+        for own in pairs["chat_template_kwargs"]
+    }
     return json.loads(kinds.pop()) if len(kinds) == 1 else {}
 
 
@@ -192,7 +196,7 @@ class Renderer:
             return self(batch)
         ids: dict[str, list] = {name: [] for name in ("prompt_tokens", *IDS)}
         for part, end, chosen, rejected in zip(parts, ends, *sides, strict=True):
-            shared = min(common_prefix_length(end, chosen), common_prefix_length(end, rejected))
+            shared = min(len(os.path.commonprefix([end, side])) for side in (chosen, rejected))
             ids["prompt_tokens"].append(len(part) + len(end))
             ids["prompt_ids"].append(part + end[:shared])
             ids["chosen_ids"].append(chosen[shared:])
@@ -258,11 +262,11 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Datase
     """
     renderer = Renderer(tokenizer)
 
-    def ids(batch: dict[str, list]) -> dict[str, list]:
+    def ids(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
         rendered = renderer(batch)
         if any(rendered.refused):
             row = rendered.refused.index(True)
-            origin = batch["origin"][row] if "origin" in batch else f"row {row + 1}"
+            origin = batch["origin"][row] if "origin" in batch else f"row {rows[row] + 1}"
             raise UserError(f"{origin}: the chat template refuses this row. check_pairs names all such rows.")
         return rendered.ids()
 
@@ -270,9 +274,11 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Datase
         return pairs.map(
             ids,
             batched=True,
+            with_indices=True,
             batch_size=BATCH,
             remove_columns=pairs.column_names,
             features=IDS,
+            keep_in_memory=True,  # on disk nobody would find it again
             new_fingerprint=uuid.uuid4().hex,
         )
 

@@ -38,7 +38,7 @@ class Source:
     name: str
     rows: Callable[[], Iterator[tuple[str, Any]]]
     key: str | None = None  # names the content; None: the result is kept in memory
-    features: Features | None = None  # known beforehand where the source is typed
+    features: Features | None = None  # known beforehand if the source is typed
 
 
 def reason_of(error: Exception) -> str:

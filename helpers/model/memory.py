@@ -1,6 +1,6 @@
 """Memory: what a training run will need, what is free, and what each change would save.
 
-The estimate is arithmetic over the model's sizes, so it needs no trial run; `tests/test_memory.py` holds it beside
+The estimate is arithmetic over the model's sizes, so it needs no trial run; `tests/model/test_memory.py` compares it with
 measured runs.
 """
 
@@ -45,7 +45,7 @@ class MemoryEstimate(NamedTuple):
     Attributes:
         weights: of the model, which are there before training starts.
         adapter: LoRA's parameters and gradients in fp32, and the optimizer's state. (On a GPU the gradients, and a copy
-            of the parameters, are in bf16 while there are activations: just as much, where a step is one batch.)
+            of the parameters, are in bf16 while there are activations: just as much, if a step is one batch.)
         activations: what the backward pass of one micro-batch needs.
         logits: of the LM head, a piece of the batch at a time.
     """
@@ -98,7 +98,7 @@ def estimate_memory(
         config: of a Llama-like transformers model, e.g. from AutoConfig.
         pairs: in a micro-batch (`per_device_train_batch_size`).
         tokens: of the longest sequence, prompt and answer.
-        prompt: tokens of it that are the prompt's, which both answers share. It counts where not `plain`.
+        prompt: tokens of it that are the prompt's, which both answers share. It does not count if `plain`.
         checkpointing: gradient checkpointing; one layer's activations are kept at a time, and the inputs of all layers.
             "unsloth": these go to the machine's memory.
         load_in_4bit: weights of the projections in bitsandbytes' NF4, else all in 16 bits.
@@ -152,8 +152,8 @@ class BatchPlan(NamedTuple):
 def _plan(need: Callable[[int, bool], float], free: float, batch: int) -> BatchPlan | None:
     """The fastest way that fits; `need` gives the bytes for pairs in a micro-batch, and checkpointing.
 
-    A pass over few tokens leaves a GPU waiting for its next kernel, so the batch stays whole where it can. Without
-    checkpointing a step has two passes (forward, backward), with it three; so dropping it comes first where there is
+    A pass over few tokens leaves a GPU waiting for its next kernel, so the batch stays whole if it can. Without
+    checkpointing a step has two passes (forward, backward), with it three; so dropping it comes first if there is
     room. benchmarks/gpu.py measures both.
     """
     needs = []
@@ -236,10 +236,10 @@ def plan_for(model: PeftModel, ids: Dataset, settings: dict, free: float) -> Bat
     Args:
         model, ids, settings: as in `estimate_for`. The step keeps the number of pairs that it has by the settings,
             a power of two.
-        free: bytes beside the loaded model.
+        free: bytes on top of the loaded model.
 
     Returns:
-        The plan, its `bytes` beside the loaded model.
+        The plan, its `bytes` on top of the loaded model.
     """
     batch, longest = pairs_a_step(settings), _longest(model, ids)
 

@@ -43,9 +43,9 @@ PROFILES = {
 
 
 def current_profile() -> Profile:
-    """The profile of this machine: `DPO_PROFILE` where it is set, else `gpu` where an accelerator is found.
+    """The profile of this machine: `DPO_PROFILE` if it is set, else `gpu` if an accelerator is found.
 
-    Raises UserError for a profile that does not exist, or for `gpu` where there is none.
+    Raises UserError for a profile that does not exist, or for `gpu` if there is none.
     """
     has_gpu = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
     name = setting("DPO_PROFILE", "gpu" if has_gpu else "cpu")
@@ -62,7 +62,7 @@ def current_profile() -> Profile:
 
 
 def named_model(profile: Profile, thinking: bool = False) -> str:
-    """What `.env` names as the model (`DPO_MODEL`; `DPO_THINKING_MODEL` where `thinking`), else the profile's."""
+    """What `.env` names as the model (`DPO_MODEL`; `DPO_THINKING_MODEL` if `thinking`), else the profile's."""
     if thinking:
         return setting("DPO_THINKING_MODEL", profile.thinking_model)
     return setting("DPO_MODEL", profile.model)

@@ -7,7 +7,6 @@ from typing import Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import common_prefix_length
 
 from helpers.common import UserError
 from helpers.data.findings import Finding
@@ -195,7 +194,7 @@ def _side_codes(
     codes, thought = {_CODES[problem] for problem in written.problems}, written.thought
     if not codes and thought and thought not in full:
         codes = {"thought_lost"}
-    elif not codes and common_prefix_length(before_ids, full_ids) < len(before_ids):
+    elif not codes and full_ids[: len(before_ids)] != before_ids:
         codes = {"thought_breaks_prompt"}
     elif not codes:
         seen = split_thinking(completion, tokenizer, opened=bool(OPEN_AT_END.search(before)))

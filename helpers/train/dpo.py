@@ -69,7 +69,7 @@ def train_dpo(
         folder: of the run, e.g. `output_folder("train")`.
         ref_model: the reference, if it is another model; loaded like `model`, with the same tokenizer.
         early_stopping: stop after so many evaluations without a better held-out loss.
-        replace: start anew if `folder` holds another run; the old one is kept beside it as `NAME.old-1` and so on.
+        replace: start anew if `folder` holds another run; the old one is kept next to it as `NAME.old-1` and so on.
         max_prompt_length, on_long_prompt: what becomes of long prompts, as in `check_pairs`; a printed line and the
             model card say how many were shortened or left out.
         callbacks: of transformers, for the trainer.
@@ -135,14 +135,15 @@ def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback
         job.policy.put_back(load_file(job.folder / "adapter" / "adapter_model.safetensors"))
         return Run.load(job.folder)
     job.begin()
-    with _errors_answered(job), _policy_kept(job.policy), own_forward(job.policy.inner):
+    reference_model = (job.reference or job.policy).inner
+    with _errors_answered(job), _policy_kept(job.policy), own_forward(reference_model), own_forward(job.policy.inner):
         began = time.monotonic()
         reference = _reference(job)
         seconds = {"reference_seconds": time.monotonic() - began}
         trainer, seconds["train_seconds"] = _train(job, reference, callbacks, begun=before is not None)
         test = job.pairs.test
         policy = pair_logps(job.policy.model, job.policy.tokenizer, test.ids, **_how_to_score(job))
-    return _finish(job, trainer, held_out_table(test.pairs, reference["test"], policy), seconds)
+        return _finish(job, trainer, held_out_table(test.pairs, reference["test"], policy), seconds)
 
 
 @contextlib.contextmanager
@@ -187,7 +188,7 @@ def _reference(job: Job) -> dict[str, PairLogps]:
     print(f"Reference log-probs of {sum(len(report.ids) for report in sets.values())} pairs ...", flush=True)
     reference = job.reference or job.policy
     logps = {
-        name: reference_logps(reference.model, reference.tokenizer, report.ids, **_how_to_score(job))
+        name: reference_logps(reference.model, reference.tokenizer, report.ids, data=report.hash, **_how_to_score(job))
         for name, report in sets.items()
     }
     if job.reference is None and not job.policy.is_fresh:
@@ -211,8 +212,8 @@ def _trainer(job: Job, reference: dict[str, PairLogps], callbacks: Iterable[Trai
 
 def _train(
     job: Job, reference: dict[str, PairLogps], callbacks: Iterable[TrainerCallback], begun: bool
-) -> trl.DPOTrainer:
-    """Train from the last whole checkpoint, or from the start; returns the trainer.
+) -> tuple[trl.DPOTrainer, float]:
+    """Train from the last whole checkpoint, or from the start; returns the trainer and the seconds of its steps.
 
     Raises:
         KeyboardInterrupt: it was interrupted; all is saved.

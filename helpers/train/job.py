@@ -142,7 +142,13 @@ class Job:
         Raises:
             UserError: the folder holds another run.
         """
-        before = read_info(self.folder)
+        try:
+            before = read_info(self.folder)
+        except UserError:  # run.json can't be read, or lacks something
+            if not replace:
+                raise
+            set_aside(self.folder)
+            before = None
         kept_nothing = (
             before is not None
             and before.status != Status.FINISHED
@@ -157,7 +163,7 @@ class Job:
         if not replace and not kept_nothing:
             raise UserError(
                 f"{self.folder} holds another run ({'; '.join(changed[:3])}). Give this one a folder of its own, "
-                "or pass replace=True: the old run is then kept beside it."
+                "or pass replace=True: the old run is then kept next to it."
             )
         set_aside(self.folder)
         return None

@@ -31,9 +31,11 @@ RESULT_SETTINGS = frozenset(
     # a step: its pairs, their order, its rounding
     "per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing dataloader_drop_last "
     "train_sampling_strategy length_column_name seed data_seed bf16 fp16 tf32 torch_compile full_determinism "
+    "auto_find_batch_size accelerator_config average_tokens_across_devices padding_free use_liger_kernel "
+    "liger_kernel_config "
     # which checkpoint is kept
-    "eval_strategy eval_steps eval_delay save_strategy save_steps load_best_model_at_end metric_for_best_model "
-    "greater_is_better".split()
+    "eval_strategy eval_steps eval_delay eval_on_start bf16_full_eval fp16_full_eval save_strategy save_steps "
+    "save_only_model ignore_data_skip load_best_model_at_end metric_for_best_model greater_is_better".split()
 )
 
 

@@ -28,6 +28,7 @@ GONE = {
     "reference_free": "leave it out; DPO always needs its reference",
     "generate_during_eval": "compare replies before and after yourself, as the end of 03_train does",
     "ref_adapter_name": "the reference is the policy before its first step",
+    "thinking": "max_length is what the model was loaded for: load_model(thinking=True), or pass max_length",
 }
 
 

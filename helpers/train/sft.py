@@ -1,4 +1,4 @@
-"""Supervised fine-tuning (SFT): a start for DPO where the model lacks a habit that its reference must have.
+"""Supervised fine-tuning (SFT): a start for DPO if the model lacks a habit that its reference must have.
 
 DPO only shifts what the reference already says at times: a model that never thinks is shown thoughts first.
 """
@@ -34,7 +34,8 @@ def train_sft(
     """
     shared = ("lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "gradient_checkpointing", "bf16", "fp16")
     settings = {name: value for name, value in dpo_settings(model).items() if name in shared}
-    data = Dataset.from_dict({"prompt": pairs["prompt"], "completion": pairs["chosen"]})
+    columns = [name for name in ("prompt", "chosen", "tools", "chat_template_kwargs") if name in pairs.column_names]
+    data = pairs.select_columns(columns).rename_column("chosen", "completion")
     with tempfile.TemporaryDirectory() as folder, quiet_progress(len(data)), own_forward(model.get_base_model()):
         config = SFTConfig(
             output_dir=folder,

@@ -89,7 +89,7 @@ class Sweep:
         return self.table[self.table.status == "finished"]
 
     def run(self, beta: float, seed: int = 0) -> Run:
-        """The run of one beta and seed, with its adapter. Raises UserError where it is not in the sweep's folder."""
+        """The run of one beta and seed, with its adapter. Raises UserError if it is not in the sweep's folder."""
         return Run.load(self.folder / _run_name(beta, seed))
 
 
@@ -213,7 +213,7 @@ def sweep_beta(
         prompts: how many held-out prompts get two sampled replies each, for the KL and the figures of replies;
             0 measures held-out pairs only.
         max_new_tokens: where a sampled reply is cut.
-        callbacks: of transformers, for each trainer.
+        callbacks: of transformers, the same ones for each trainer.
         settings: DPOConfig settings, for all runs, that differ from `dpo_settings()`.
 
     Returns:
@@ -234,8 +234,10 @@ def sweep_beta(
     rule = {"max_prompt_length": MAX_PROMPT_LENGTH, "on_long_prompt": "shorten"}
     pairs = check_both(train, test, tokenizer, values["max_length"], **rule)
     # Held-out prompts from all of the set, which may be sorted by topic.
-    asked = list(test.select(range(0, len(test), max(1, len(test) // prompts))))[:prompts] if prompts else []
-    sampling = _Sampling(asked, max_new_tokens)
+    held_out = pairs.test.pairs
+    every = max(1, len(held_out) // prompts) if prompts else 1
+    asked = list(held_out.select(range(0, len(held_out), every)))[:prompts]
+    sampling, callbacks = _Sampling(asked, max_new_tokens), list(callbacks)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     policy = Policy(model, tokenizer)

@@ -88,7 +88,7 @@ def test_scoring_and_sampling_put_the_mode_back_after_an_error(policy, monkeypat
     with pytest.raises(RuntimeError, match="no"):
         helpers.generate_replies(policy, tokenizer, ["Hi"], max_new_tokens=2)
     assert policy.training
-    monkeypatch.setattr("helpers.model.logps.DataCollatorForPreference", lambda **options: fails)
+    monkeypatch.setattr("trl.trainer.dpo_trainer.DataCollatorForPreference", lambda **options: fails)
     with pytest.raises(RuntimeError, match="no"):
         pair_logps(policy, tokenizer, load_pairs(TEST))
     assert policy.training
