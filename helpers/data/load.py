@@ -143,7 +143,7 @@ class _Reader:
         )
 
     def _layout(self, row: dict[str, Any]) -> Layout | None:
-        """By the non-empty columns; if they make no pair, by all columns, so that the error can name what is missing."""
+        """By the non-empty columns; if they make no pair, by all, so that the error can name what is missing."""
         filled = tuple(name for name, value in row.items() if value is not None and value != "")
         return self.layout_of(filled) or self.layout_of(tuple(row))
 

@@ -1,7 +1,7 @@
 """Memory: what a training run will need, what is free, and what each change would save.
 
-The estimate is arithmetic over the model's sizes, so it needs no trial run; `tests/model/test_memory.py` compares it with
-measured runs.
+The estimate is arithmetic over the model's sizes, so it needs no trial run; `tests/model/test_memory.py`
+compares it with measured runs.
 """
 
 import contextlib
