@@ -49,8 +49,8 @@ def _long_prompts(run: Run) -> str:
         return ""
     return (
         f"Of the training prompts over {run.info.prompts_rule['max_prompt_length']} tokens, "
-        f"{counts.get('shortened', 0)} were shortened by whole turns from the left and {counts.get('left_out', 0)} left "
-        "out with their pairs. "
+        f"{counts.get('shortened', 0)} were shortened by whole turns from the left and "
+        f"{counts.get('left_out', 0)} left out with their pairs. "
     )
 
 

@@ -103,7 +103,7 @@ def test_prompts_of_all_kinds_are_handed_on_whole_and_shown(monkeypatch):
         return [SimpleNamespace(text=model, ids=[1], ended=True)] * len(prompts)
 
     monkeypatch.setattr("helpers.after.inspection.generate_replies", reply)
-    info = SimpleNamespace(config={"beta": 0.1, "max_length": 512})
+    info = SimpleNamespace(config={"beta": 0.1, "max_length": 512}, template={})
     opened = inspection.OpenRun(SimpleNamespace(info=info), "policy", None, "reference")
     turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
     prompts = ["Hi", turns, {"prompt": turns, "tools": "[]", "chat_template_kwargs": {"enable_thinking": False}}]

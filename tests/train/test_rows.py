@@ -10,7 +10,7 @@ import helpers
 from helpers import UserError, train_dpo
 from helpers.data.load import load_pairs
 from helpers.model.logps import pair_logps
-from tests.data.test_render import ROWS, say, sides, with_options  # noqa: F401  (a fixture)
+from tests.data.test_render import ROWS, WEATHER, say, sides, with_options  # noqa: F401  (a fixture)
 
 QUICK = {
     "max_steps": 2,
@@ -139,3 +139,14 @@ def test_replies_are_asked_with_the_options_that_training_had(policy, with_optio
     rows = [{"prompt": say("Hi"), "chat_template_kwargs": {"style": "long"}}]
     helpers.compare_generations(run, ["Hi", say("Hi"), *rows], max_new_tokens=2)
     assert asked == ["short", "short", "long"] * 2  # of the reference and of the policy
+
+
+def test_token_rewards_of_a_row_with_tools_add_up_to_its_rewards(policy, with_options, tmp_path):  # noqa: F811
+    """Two tools with different parameters: neither may get the keys of the other."""
+    calendar = {"type": "function", "function": {"name": "calendar", "parameters": {"day": {"type": "string"}}}}
+    row = ROWS[0] | {"tools": [WEATHER, calendar]}
+    run = train_dpo(policy, with_options, load_pairs([row] + ROWS[1:3]), load_pairs(TEST), tmp_path / "run", **QUICK)
+    opened, pairs = helpers.open_run(run), load_pairs([row])
+    rewards, words = helpers.implicit_rewards(opened, pairs), helpers.token_rewards(opened, pairs[0])
+    for side in ("chosen", "rejected"):
+        assert words[words.side == side].reward.sum() == pytest.approx(rewards[f"{side}_reward"][0], abs=1e-5)
