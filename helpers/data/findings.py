@@ -8,10 +8,12 @@ import html
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import yaml
 from datasets import Dataset
 
 from helpers.common import UserError, visible
@@ -20,115 +22,10 @@ from helpers.data.render import data_hash
 Severity = Literal["error", "warning"]
 WORST = 5  # rows that a finding names
 SHOWN_CHARACTERS = 200  # characters of a text that a report shows
-# code: (severity, why it matters, what to do). Errors stop a run, warnings do not.
+# code: (severity, why it matters, what to do)
 FINDINGS: dict[str, tuple[Severity, str, str]] = {
-    "template_refuses": (
-        "error",
-        "The chat template raises an error for these rows, and so would the trainer.",
-        "Bring the rows into the order of turns that the template wants, or leave them out.",
-    ),
-    "prompt_not_prefix": (
-        "error",
-        "The prompt's tokens are not the first tokens of prompt + completion. The trainer then cuts where they part, "
-        "and the model is trained on a context that it never sees at inference.",
-        "Take white space off the beginning of the completion, or use a chat template (or chat_template_kwargs) that "
-        "renders the prompt the same way alone and with an answer.",
-    ),
-    "completion_empty": (
-        "error",
-        "A side without text teaches to end at once, or to end never.",
-        "Write the missing answer, or leave the row out.",
-    ),
-    "eos_missing": (
-        "error",
-        "Nothing teaches the model to stop: replies run on until the limit.",
-        "Check tokenizer.eos_token (it must be the token that the chat template puts after a turn), or the template.",
-    ),
-    "eos_doubled": (
-        "error",
-        "An EOS inside the completion, or two at its end: the model learns to stop early, or to go on after the end.",
-        "Take the EOS out of the texts; the chat template writes it.",
-    ),
-    "bos_doubled": (
-        "error",
-        "Two beginning-of-text tokens in a row, which the model has not seen in pre-training.",
-        "Take the token out of the texts; the chat template writes it.",
-    ),
-    "special_token_in_text": (
-        "error",
-        "A control token of this model inside a text is read as control: it ends or opens a turn in mid-text.",
-        "Take the token out of the text.",
-    ),
-    "same_text": (
-        "error",
-        "Chosen and rejected are the same: the pair has no gradient and counts as a wrong answer in every accuracy.",
-        "Leave the row out.",
-    ),
-    "swapped_labels": (
-        "error",
-        "The same two answers to the same prompt stand in both orders, so one of the labels is wrong.",
-        "Decide which one is right and take out the other.",
-    ),
-    "no_room": (
-        "error",
-        "The prompt alone fills max_length: the trainer drops such rows without a word.",
-        "Shorten the prompt (on_long_prompt), or raise max_length.",
-    ),
-    "test_overlap": (
-        "error",
-        "These prompts are in the test set too, so its accuracy would measure memory.",
-        "Split again with split_pairs, or leave the rows out of the training set.",
-    ),
-    "duplicate_pair": (
-        "warning",
-        "A pair that stands twice counts twice.",
-        "Keep one of them.",
-    ),
-    "long_prompt": (
-        "warning",
-        "DPOTrainer has no max_prompt_length any more; long prompts eat the room of the answers.",
-        "Nothing, if this is what you want; else raise max_prompt_length, or pass on_long_prompt.",
-    ),
-    "over_max_length": (
-        "warning",
-        "The trainer cuts the end of these completions off, their EOS with it.",
-        "Raise max_length, shorten the texts, or leave the rows out.",
-    ),
-    "user_turn_in_completion": (
-        "warning",
-        "A completion holds turns of the user as well, and the model is trained to write them.",
-        "Split the dialogue so that one assistant turn is the completion.",
-    ),
-    "template_leftover": (
-        "warning",
-        "Markup of another model's chat template stands in a text and will be learned as text.",
-        "Take the markup out.",
-    ),
-    "not_utf8": (
-        "warning",
-        "Bytes that were no UTF-8, or UTF-8 that was once read as Latin-1: the model learns the broken characters.",
-        "Save the source as UTF-8 and load it again.",
-    ),
-    "length_ratio": (
-        "warning",
-        "One side is much longer than the other in most pairs.",
-        "Compare answers of like length, or train with a loss that divides by length (sigmoid_norm).",
-    ),
-    "length_leak": (
-        "warning",
-        "Length alone tells chosen from rejected, so length may be all that is learned.",
-        "Balance it: as many pairs with the shorter answer chosen.",
-    ),
-    "feature_leak": (
-        "warning",
-        "One surface feature alone tells chosen from rejected, so it may be all that is learned.",
-        "Bring the feature into both sides, or into neither.",
-    ),
-    "left_out": (
-        "warning",
-        "These rows of the source are no pairs and were left out when it was read.",
-        "Look at them with load_report(pairs); mend the source if they should count.",
-    ),
+    code: (one["severity"], one["why"], one["cure"])
+    for code, one in yaml.safe_load(Path(__file__).with_name("findings.yaml").read_text("utf-8")).items()
 }
 
 

@@ -3,8 +3,10 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Literal
+from pathlib import Path
+from typing import Any
 
+import yaml
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -13,88 +15,9 @@ from helpers.data.findings import Finding
 from helpers.data.render import encode, render, template_options
 from helpers.thinking.tags import CLOSE, OPEN, OPEN_AT_END, Thinking, has_tag, split_thinking, think_boundary
 
-# code: (severity, what, why it matters, what to do)
-_THINKING_FINDINGS: dict[str, tuple[Literal["error", "warning"], str, str, str]] = {
-    "thought_unclosed": (
-        "error",
-        f"a thought without {CLOSE}",
-        "The model learns to think without ever giving an answer.",
-        f"Close the thought with {CLOSE} before the answer, or leave the row out.",
-    ),
-    "thought_unopened": (
-        "error",
-        f"{CLOSE} without {OPEN}",
-        "The text before the closing tag is trained as text that no tag opened.",
-        f"Put {OPEN} before the thought, or use render_thinking.",
-    ),
-    "thought_nested": (
-        "error",
-        f"{OPEN} inside an open thought",
-        "The tag is doubled. A template may also silently drop the text between the two.",
-        f"Leave one {OPEN}: if the model's prompt ends in it, a text must not begin with it again.",
-    ),
-    "thought_repeated": (
-        "error",
-        "more than one thought in a reply",
-        f"Templates keep what follows the last {CLOSE}; the model learns to go on thinking after its answer.",
-        "Join them into one thought.",
-    ),
-    "think_spelling": (
-        "error",
-        "think tags in another spelling",
-        f"<thinking>, [THINK], <Think> and the like are plain text to this model: only {OPEN} and {CLOSE} count.",
-        f"Replace them with {OPEN} and {CLOSE}, or remove them.",
-    ),
-    "think_in_prompt": (
-        "error",
-        "a think tag in a system or user turn",
-        "The tag is read as if the model had begun to think; a template may even cut the turn there.",
-        "Remove the tag from the prompt: the chat template opens the thought where this model needs it.",
-    ),
-    "thought_lost": (
-        "error",
-        "the chat template drops the thought",
-        "The thought is in the data, but the model is not trained on it.",
-        "Use a training version of the chat template that keeps the last thought (TRL has some), or another model.",
-    ),
-    "thought_breaks_prompt": (
-        "error",
-        "the end of the prompt does not fit this reply's thought",
-        "The generation prompt opens a thought or holds an empty one, and the reply does not go on from there. The "
-        "prompt is then no token prefix, and the trainer cuts it short.",
-        "Render with render_thinking: no thoughts with enable_thinking=False, no empty ones in a thinking-only model.",
-    ),
-    "thought_cut": (
-        "error",
-        "max_length falls inside the thought",
-        f"The trainer cuts the sequence there, so the model never sees {CLOSE} and the answer.",
-        "Raise max_length, shorten the thought, or leave the row out.",
-    ),
-    "thought_empty": (
-        "warning",
-        "an empty thought",
-        "The model learns to open a thought and close it at once.",
-        "Write the thought, or store None if its absence is the flaw.",
-    ),
-    "thought_late": (
-        "warning",
-        f"text before {OPEN}",
-        "A thinking model opens its reply with the thought; this teaches it to answer first.",
-        "Move the text into the thought or after it.",
-    ),
-    "thought_one_sided": (
-        "warning",
-        "in most pairs only one side thinks",
-        "Such pairs teach the tag and the length, not the quality of a thought.",
-        "Let both sides think, at similar length, and make the rejected thought the worse one.",
-    ),
-    "tags_are_text": (
-        "warning",
-        "tags in a model that has none",
-        "Each tag is several ordinary tokens, and a model that never thinks will not learn it from DPO alone.",
-        "Start with a short SFT on well-formed thoughts, and train DPO from that model.",
-    ),
-}
+_THINKING_FINDINGS: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("findings.yaml").read_text("utf-8")
+)
 _CODES = {  # of `Thinking.problems`
     "unclosed": "thought_unclosed",
     "unopened": "thought_unopened",
@@ -164,8 +87,8 @@ def check_thinking(
     if len(one_sided) > count / 2:
         found["thought_one_sided"] = one_sided
     return [
-        Finding(code, severity, len(found[code]), what, why, cure, tuple(found[code]), tuple(found[code].values())[:5])
-        for code, (severity, what, why, cure) in _THINKING_FINDINGS.items()
+        Finding(code, count=len(found[code]), rows=tuple(found[code]), origins=tuple(found[code].values())[:5], **one)
+        for code, one in _THINKING_FINDINGS.items()
         if code in found
     ]
 
