@@ -160,5 +160,10 @@ def test_the_fingerprint_is_of_code_in_its_order(small):
     before = fingerprint(small)
     small.cells[0].source = "# 07 Other words"
     assert fingerprint(small) == before
+    small.cells[1].source = "from somewhere import (\n    name,\n)\n\n" + small.cells[1].source
+    assert fingerprint(small) == before
+    small.cells[1].source += "\nname"
+    assert fingerprint(small) != before
+    small.cells[1].source = small.cells[1].source.removesuffix("\nname")
     small.cells[1], small.cells[2] = small.cells[2], small.cells[1]
     assert fingerprint(small) != before

@@ -5,6 +5,7 @@ written if it ran to its end and `faults` finds nothing in it; one that fails st
 object as its last line: the seconds of each.
 """
 
+import ast
 import base64
 import hashlib
 import io
@@ -35,9 +36,24 @@ _PATH = re.compile(r"(?<![\w.~</:-])/(?:[\w.-]+/)+[\w.-]+|\b[A-Z]:\\+Users\b")
 _WARNING = re.compile(r"\b\w+Warning:|^WARNING", re.MULTILINE)
 
 
+def _without_imports(source: str) -> str:
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:  # a cell magic: all of it counts
+        return source
+    lines = source.splitlines()
+    for node in reversed(body):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            del lines[node.lineno - 1 : node.end_lineno]
+    return "\n".join(lines).strip()
+
+
 def fingerprint(notebook) -> str:
-    """Hash of the code cells' sources in their order: the outputs are theirs. Prose can change without a new run."""
-    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    """Hash of the code cells' sources in their order, without imports: the outputs are theirs.
+
+    Prose can change without a new run, and so can the place that a name is imported from.
+    """
+    sources = [_without_imports(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
     return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
 
 
