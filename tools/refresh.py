@@ -45,7 +45,7 @@ def _without_imports(source: str) -> str:
     for node in reversed(body):
         if isinstance(node, ast.Import | ast.ImportFrom):
             del lines[node.lineno - 1 : node.end_lineno]
-    return "\n".join(lines).strip()
+    return "\n".join(line for line in lines if line)
 
 
 def fingerprint(notebook) -> str:
