@@ -124,6 +124,10 @@ class RunInfo:
             )
         return info
 
+    def __getitem__(self, name: str) -> Any:
+        """A field by its name in run.json: `run.info["model"]`."""
+        return getattr(self, name)
+
     def to_json(self) -> dict[str, Any]:
         """All of it as plain JSON."""
         return dataclasses.asdict(self)
