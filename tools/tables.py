@@ -138,6 +138,7 @@ def measured() -> str:
         for run in seeds["seeds"]
     ]
     low, high = seeds["seeds"][0]["reference_accuracy_interval"]
+    small, large = result("prepare")["sizes"]
     share = {name: f"{value:.0%}" for name, value in profile["share"].items()}
     memory = [case["estimated_gb"] / case["measured_gb"] for case in result("memory")["cases"]]
     gap, kl, accuracy = (by_beta(column) for column in ("log_ratio_gap", "kl", "accuracy"))
@@ -155,6 +156,7 @@ def measured() -> str:
 | do both compute the same? loss of each step, compared | fp32: within {train["max_loss_difference_fp32"]:.6f}; bf16: {train["mean_loss_difference"]:.3f} apart on average, {train["max_loss_difference"]:.2f} at most | the same |
 | batches of similar length, against ours | {train["grouped_step_against_ours"]:.2f}: nothing gained on these pairs, so it is left out | the same |
 | what bounds a step now | {profile["step_gflop_per_s"]:.0f} of the {profile["matrix_gflop_per_s"]:.0f} GFLOP/s that two large matrices reach; LM head ({share["LM head"]}: product, softmax, the logged entropy) and elementwise work ({share["elementwise and overhead"]}) take more than the layers' products ({share["projections"]}) | `python tools/profile_step.py` |
+| work before the first step, file to the first batch without the reference's pass, against tokenising the same texts once in batches | {small["pairs"]:,} pairs: {small["seconds"]:.0f} s, {small["ratio"]:.2f} times; {large["pairs"]:,} pairs: {large["seconds"]:.0f} s, {large["ratio"]:.2f} times, in {large["peak_mb"]:.0f} MB more than the loaded model | `python benchmarks/prepare.py` |
 | memory estimate before training against {len(memory)} measured runs | {span(memory)} | `python benchmarks/memory.py` |
 | what beta does: six betas, three seeds, 45 steps; mean log-ratio gap and KL on held-out pairs, in nats | at beta {", ".join(map("{:g}".format, gap))}: gap {listed(gap.values(), 1)}; KL {listed(kl.values(), 1)}; accuracy {span(accuracy.values())} at all of them. A higher beta holds the policy nearer to the reference | `python benchmarks/beta.py` (on an H100) |
 | five betas in one sweep against five plain runs, one epoch of {sweep["pairs"]} pairs each, side by side | {sweep["wall_ratio"]:.2f} of the time, {sweep["floor_ratio"]:.2f} times its own forward and backward passes alone, and {sweep["peak_ratio"]:.2f} times the memory | `python benchmarks/sweep.py` |
