@@ -125,7 +125,7 @@ class Renderer:
     """Renders and tokenises batches of pairs for one tokenizer.
 
     The beginning that prompt, chosen and rejected share is tokenised once, up to the last place where a cut cannot
-    change the ids. That takes two thirds of the time of three whole texts (benchmarks/prepare.py).
+    change the ids.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
