@@ -248,9 +248,11 @@ class Judge:
             + ("..." if kept[key] == UNKNOWN or key in numeric else repr(kept[key]))
             for key in keys
         )
-        rule = (
-            " For a scale of numbers, give a rule: wins='1 to 3 first, 4 to 6 second' or the like." if numeric else ""
-        )
+        rule = ""
+        if len(kept) == 2:
+            rule = f" Of two values, first_wins={self.values[keys[0]]!r} or first_wins={self.values[keys[1]]!r} will do."
+        elif numeric:
+            rule = " For a scale of numbers, give a rule: wins='1 to 3 first, 4 to 6 second' or the like."
         return (
             f"{what}. Column {column!r} holds {self._shown(kept)}. Pass wins={{{wins}}} and say of each value: 'first' "
             f"({layout.a!r} is better), 'second' ({layout.b!r} is better), 'tie', or None to leave its rows out.{rule}"
