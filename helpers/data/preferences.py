@@ -250,7 +250,7 @@ class Judge:
         )
         rule = ""
         if len(kept) == 2:
-            rule = f" Of two values, first_wins={self.values[keys[0]]!r} or first_wins={self.values[keys[1]]!r} will do."
+            rule = f" Of two values, first_wins={self.values[keys[0]]!r} or ={self.values[keys[1]]!r} will do."
         elif numeric:
             rule = " For a scale of numbers, give a rule: wins='1 to 3 first, 4 to 6 second' or the like."
         return (
