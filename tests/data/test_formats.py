@@ -37,7 +37,8 @@ ASKED = {
     ("36", "default"): r"'not a': \.\.\., 'Neither A nor B': 'tie', 'Both A and B': 'tie', 'prefer A over B': 'first'",
     ("37", "mapped"): r"'labels' holds 1 \(1\), 0 \(1\)",
     ("58", "default"): r"line 1",
-    ("62c", "default"): r"xlsx.*CSV",
+    ("60", "default"): "UTF-16.*UTF-8",
+    ("62c", "default"): "spreadsheet.*CSV",
 }
 # What a question is answered with gives the right pairs.
 ANSWERED = {
@@ -56,7 +57,6 @@ TOLD = {
     "48": (["u:Is it done?"], r"not read: 'context'.*the prompt is empty"),
     "53": (None, r"^$"),
     "59": (["u:Question 1?"], r"^$"),
-    "60": (None, r"^$"),
     "68": (["u:Question 1?", "u:Question 2?", "u:Question 3?"], r"^$"),  # check_pairs has a finding
 }
 
