@@ -3,19 +3,21 @@
 `check_pairs` measures every pair once (`helpers.data.measure`) and judges the whole table afterwards.
 """
 
+import re
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from helpers.common import UserError
 from helpers.data.findings import FINDINGS, WORST, Finding, Report
-from helpers.data.measure import BIT, FEATURES, THOUGHT, WHAT, first_words, measure_table, measures_of, text_hash
-from helpers.data.messages import prompt_text
+from helpers.data.measure import BIT, FEATURES, THOUGHT, WHAT, first_words, measure_table, measures_of
 from helpers.data.prompts import fit_prompts, fitted_measures
 from helpers.data.render import IDS
 from helpers.data.report import load_report
+from helpers.data.split import prompt_families
 
 MAX_PROMPT_LENGTH = 256  # tokens; a longer prompt leaves too little of max_length to the answers
 # A feature tells chosen from rejected when guessing by it alone is right this much more (or less) often than a coin,
@@ -24,6 +26,7 @@ LEAK = 0.05
 LEAK_SIGMAS = 2.6
 # Median of chosen / rejected tokens outside of which the lengths differ enough to be learned before anything else.
 LENGTH_RATIOS = (0.8, 1.25)
+SCORE = re.compile("score|rating|reward")  # of a column: what a judge gave to an answer
 
 
 def _mix(*columns: np.ndarray) -> np.ndarray:
@@ -81,7 +84,7 @@ class _Judge:
         for code, what in WHAT.items():
             self.find(code, self.live[marks & BIT[code] > 0], what)
 
-    def repeats(self, test_prompts: np.ndarray | None) -> None:
+    def repeats(self, test: Dataset | None) -> None:
         prompt, chosen, rejected = (self.column(name) for name in ("prompt_text", "chosen_text", "rejected_text"))
         same = chosen == rejected
         self.find("same_text", self.live[same], "chosen and rejected are the same")
@@ -91,8 +94,28 @@ class _Judge:
         first = np.zeros(len(pair), dtype=bool)
         first[np.unique(pair, return_index=True)[1]] = True
         self.find("duplicate_pair", self.live[~first], "a pair that was there before")
-        if test_prompts is not None:
-            self.find("test_overlap", self.live[np.isin(prompt, test_prompts)], "a prompt that is in the test set")
+        if test is not None:  # by the rule of split_pairs
+            families = prompt_families([*self.pairs["prompt"][:], *test["prompt"][:]])
+            held_out = set(families[len(self.pairs) :])
+            overlap = np.array([family in held_out for family in families[: len(self.pairs)]])
+            self.find("test_overlap", self.live[overlap[self.live]], "a question or talk that is in the test set")
+        prompts, counts = np.unique(prompt[first], return_counts=True)
+        if counts.max() > max(first.sum() / 2, 2):
+            rows = self.live[prompt == prompts[counts.argmax()]]
+            self.find("one_prompt", rows, f"the same prompt in {len(rows)} of {len(self.live)} pairs")
+
+    def scores(self) -> None:
+        """Columns such as score_chosen and score_rejected, or margin, that say the opposite of the labels."""
+        names = self.pairs.column_names
+        twins = [(name, name.replace("chosen", "rejected")) for name in names if SCORE.search(name)]
+        gaps = {f"{a} below {b}": self._numbers(a) - self._numbers(b) for a, b in twins if a != b and b in names}
+        gaps |= {"margin below zero": self._numbers("margin")} if "margin" in names else {}
+        for what, gap in gaps.items():
+            self.find("score_below", self.live[gap[self.live] < 0], what, -gap)
+
+    def _numbers(self, column: str) -> np.ndarray:
+        """What is no number, as NaN."""
+        return pd.to_numeric(pd.Series(self.pairs[column][:], dtype=object), errors="coerce").to_numpy(float)
 
     def lengths(self, max_length: int) -> None:
         shared, longest = self.measures["shared"], np.maximum(self.measures["chosen"], self.measures["rejected"])
@@ -211,7 +234,8 @@ def check_pairs(
 
     judge = _Judge(pairs, measures, kept)
     judge.marks()
-    judge.repeats(None if test is None else np.array([text_hash(prompt_text(prompt)) for prompt in test["prompt"]]))
+    judge.repeats(test)
+    judge.scores()
     judge.find(
         "long_prompt",
         long,
