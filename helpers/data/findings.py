@@ -130,10 +130,11 @@ class Report:
         return f"{self._checked} pairs checked: {kinds if self.findings else 'nothing found'}."
 
     def __str__(self) -> str:
-        lines = [self._summary()]
-        for f in self.to_frame().itertuples():
-            lines.append(f"{f.severity:8}{f.count:>7}  {f.code:24}{f.what}" + (f" ({f.rows})" if f.rows else ""))
-        return "\n".join(lines)
+        lines = (
+            f"{severity:8}{count:>7}  {code:24}{what}" + (f" ({rows})" if rows else "")
+            for severity, code, count, what, rows, *_ in self.to_frame().itertuples(index=False)
+        )
+        return "\n".join([self._summary(), *lines])
 
     __repr__ = __str__
 
