@@ -33,6 +33,9 @@ WHAT = {
     "user_turn_in_completion": "user turns in a completion",
     "template_leftover": "chat markup in a text",
     "not_utf8": "text that is no UTF-8",
+    "white_space_only": "chosen and rejected differ in white space only",
+    "prompt_in_answers": "both answers begin with the prompt",
+    "prompt_is_answer": "an answer that is the prompt",
 }
 BIT = {code: 1 << place for place, code in enumerate(WHAT)}
 LEFTOVER = re.compile(
@@ -124,6 +127,7 @@ class Measure:
                 marks |= BIT["bos_doubled"]
             for turn in prompt:
                 marks |= self._text_marks(turn["content"])
+            marks |= _pair_marks(prompt, batch["chosen"][row], batch["rejected"][row])
             for side, ids in (("chosen", rendered.chosen_ids[row]), ("rejected", rendered.rejected_ids[row])):
                 found = self._side(batch[side][row], ids)
                 marks |= found.pop("marks")
@@ -134,6 +138,18 @@ class Measure:
             result["shared"].append(shared)
             result["marks"].append(BIT["template_refuses"] if rendered.refused[row] else marks)
         return result
+
+
+def _pair_marks(prompt: list[dict], chosen: list[dict], rejected: list[dict]) -> int:
+    """What the texts of a pair show next to each other."""
+    question, answers = prompt[-1]["content"].strip(), [side[0]["content"].strip() for side in (chosen, rejected)]
+    words = [[turn["content"].split() for turn in side] for side in (chosen, rejected)]
+    marks = BIT["white_space_only"] if words[0] == words[1] and chosen != rejected else 0
+    if question and question in answers:
+        marks |= BIT["prompt_is_answer"]
+    elif question and not question.isalpha() and all(answer.startswith(question) for answer in answers):
+        marks |= BIT["prompt_in_answers"]  # not of one word: "Hello" is rightly answered by "Hello, how are you?"
+    return marks
 
 
 _SIDE = ("", "_characters", "_text", "_start", "_features")
