@@ -3,6 +3,7 @@
 `check_pairs` measures every pair once (`helpers.data.measure`) and judges the whole table afterwards.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -15,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from helpers.common import UserError
 from helpers.data.findings import FINDINGS, WORST, Finding, Report
 from helpers.data.measure import BIT, FEATURES, THOUGHT, WHAT, first_words, measure_table, measures_of
+from helpers.data.messages import MESSAGES
 from helpers.data.prompts import fit_prompts, fitted_measures
-from helpers.data.render import IDS
+from helpers.data.render import BATCH, IDS, Renderer
 from helpers.data.report import load_report
 from helpers.data.split import prompt_families
 
@@ -87,6 +89,24 @@ class _Judge:
         if counts.iloc[0] > max(counts.sum() / 2, 2):
             rows = self.live[texts.prompt == counts.index[0]]
             self.find("one_prompt", rows, f"the same prompt in {len(rows)} of {len(self.live)} pairs")
+
+    def not_rendered(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Calls of tools and reasoning in messages that the chat template leaves out."""
+        if self.pairs.features["chosen"] == MESSAGES:  # roles and texts only
+            return
+        renderer, rows = Renderer(tokenizer), {"tool_calls": set(), "reasoning_content": set()}
+        for begin in range(0, len(self.live), BATCH):
+            part = self.live[begin : begin + BATCH]
+            batch = self.pairs.select(part)[:]
+            options = renderer.options(batch)
+            for side, key in itertools.product(("chosen", "rejected"), rows):
+                talks = [prompt + answer for prompt, answer in zip(batch["prompt"], batch[side], strict=True)]
+                bare = [[{k: v for k, v in turn.items() if k != key} for turn in talk] for talk in talks]
+                shown, hidden = (renderer.texts(some, options) for some in (talks, bare))
+                same = zip(part.tolist(), talks, bare, shown, hidden, strict=True)
+                rows[key] |= {row for row, talk, less, text, other in same if talk != less and text == other}
+        for key, found in rows.items():
+            self.find("not_rendered", np.array(sorted(found), dtype=int), f"{key} that the chat template leaves out")
 
     def scores(self) -> None:
         """Columns such as score_chosen and score_rejected, or margin, that say the opposite of the labels."""
@@ -210,6 +230,7 @@ def check_pairs(
     judge = _Judge(pairs, measures, kept)
     judge.marks()
     judge.repeats(test)
+    judge.not_rendered(tokenizer)
     judge.scores()
     judge.find(
         "long_prompt",
