@@ -208,10 +208,10 @@ def test_what_split_keeps_apart_the_check_counts(tokenizer):
 
 def test_a_long_talk_that_is_shortened_is_still_in_the_test_set(tokenizer):
     prompt = [turn("user", "word " * 300), turn("assistant", "Yes."), turn("user", "Why?")]
-    pairs = load_pairs([pair(prompt), pair("How?")])
-    report = check_pairs(pairs, tokenizer, test=pairs.select([0]))
-    assert "1 shortened" in str(report)
-    assert found(report, "test_overlap") == [0]
+    pairs = load_pairs([pair("word " * 300), pair(prompt), pair("How?")])
+    report = check_pairs(pairs, tokenizer, test=pairs.select([1]))
+    assert "1 shortened, 1 left out" in str(report)
+    assert found(report, "test_overlap") == [1]
 
 
 # Tokens

@@ -88,12 +88,13 @@ def test_what_belongs_together():
         talk("Why?", "Because.", "And how?", "So.", "Thanks."),
         talk("WHY?", "Well.", "Tell me.", system="Be kind."),  # another talk that begins with it
         talk("Why? Because. And how?"),  # one turn that reads like three
+        talk("Why?assistant: Because.user: And how?"),
         talk("Why not?"),
         talk("Hi", "Hello.", "How are you?"),  # two talks of one opening, which is no prompt here
         talk("Hi", "Hello.", "Who are you?"),
         talk("Hi", "Hello.", "Who are you?", "A model.", "Which?"),
     ]
-    expected = [{0, 1, 2, 3, 4}, {5}, {6}, {7}, {8, 9}]
+    expected = [{0, 1, 2, 3, 4}, {5}, {6}, {7}, {8}, {9, 10}]
     for order in (prompts, prompts[::-1]):
         families = {}
         for prompt, family in zip(order, prompt_families(order), strict=True):
