@@ -127,6 +127,9 @@ def rows_in(whole: Any, name: str) -> list | None:
     tables = [key for key, value in lists.items() if value and all(isinstance(item, dict) for item in value)]
     if len(lists) == 1 and (tables or len(whole) == 1):  # {"version": 1, "data": [...]}
         return next(iter(lists.values()))
+    if len(whole) == 1 and isinstance(inner := next(iter(whole.values())), dict):  # {"data": {...}}
+        rows = rows_in(inner, name)
+        return [inner] if rows is None else rows
     if lists and len(lists) == len(whole):
         sizes = ", ".join(f"{key!r} ({len(value)})" for key, value in lists.items())
         if len(tables) == len(lists):

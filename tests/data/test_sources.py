@@ -133,6 +133,9 @@ JSON = {
     "a pretty wrapper": (json.dumps({"data": [Q, R]}, indent=1), [Q, R], " row 1"),
     "columns": (json.dumps({key: [Q[key], R[key]] for key in NAMES}), [Q, R], " row 1"),
     "columns by pandas": (json.dumps({key: {"0": Q[key], "1": R[key]} for key in NAMES}), [Q, R], " row 1"),
+    "columns in a wrapper": (json.dumps({"data": {key: [Q[key], R[key]] for key in NAMES}}), [Q, R], " row 1"),
+    "rows by id in a wrapper": (json.dumps({"data": {"id1": Q, "id2": R}}), [Q, R], " row 1"),
+    "one row by id": (json.dumps({"id1": Q}), [Q], " row 1"),
     "rows by id": (json.dumps({"id1": Q, "id2": R}), [Q, R], " row 1"),
     "one row of messages": (json.dumps(MESSAGES), [MESSAGES], ":1"),
     "one row of single messages": (
@@ -173,12 +176,16 @@ def test_python_objects_in_every_shape():
 
 
 def test_frames_of_pandas_and_arrow():
-    frame = pd.DataFrame(ROWS).assign(
-        score=[1.0, float("nan"), 2.0],
-        parts=[pd.array(["a"]).to_numpy(), None, pd.array(["b", "c"]).to_numpy()],
-        when=pd.Timestamp("2024-05-01"),
-        kind=pd.Categorical(["x", "y", "x"]),
-    )[1:]
+    frame = (
+        pd.DataFrame(ROWS)
+        .assign(
+            score=[1.0, float("nan"), 2.0],
+            parts=[pd.array(["a"]).to_numpy(), None, pd.array(["b", "c"]).to_numpy()],
+            when=pd.Timestamp("2024-05-01"),
+            kind=pd.Categorical(["x", "y", "x"]),
+        )
+        .iloc[[1, 2]]
+    )  # not a plain range, so pandas hands its row numbers over too
     wanted = [
         ROWS[1] | {"score": None, "parts": None, "when": pd.Timestamp("2024-05-01"), "kind": "y"},
         ROWS[2] | {"score": 2.0, "parts": ["b", "c"], "when": pd.Timestamp("2024-05-01"), "kind": "x"},
