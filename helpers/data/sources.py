@@ -95,8 +95,7 @@ def _from_frame(frame: Any) -> Source:
         plain = [  # `datasets` knows no categories of short texts, which polars has
             pa.array(column.to_pylist()) if pa.types.is_dictionary(column.type) else column for column in table.columns
         ]
-        names = [name for name in table.column_names if not name.startswith("__index_level_")]  # of pandas
-        return _from_dataset(Dataset(pa.table(plain, names=table.column_names).select(names)), "table", "")
+        return _from_dataset(Dataset(pa.table(plain, names=table.column_names)), "table", "")
     except (*LIBRARY_ERRORS, KeyError) as error:
         raise UserError(
             f"The {type(frame).__name__} can't be read ({reason_of(error)}). Every column needs a name of its own and "
