@@ -145,8 +145,8 @@ def _curves(run: Run, beta: float, seed: int) -> list[dict]:
 def _save(sweep: Sweep) -> None:
     # By pandas, which writes NaN as null.
     records = {name: json.loads(getattr(sweep, name).to_json(orient="records")) for name in ("table", "history")}
-    columns = sweep.gaps.round(4).items()
-    gaps = [{"beta": beta, "seed": seed, "gaps": values.tolist()} for (beta, seed), values in columns]
+    rounded = sweep.gaps.round(4)
+    gaps = [{"beta": beta, "seed": seed, "gaps": rounded[beta, seed].tolist()} for beta, seed in list(rounded)]
     write_json(sweep.folder / "sweep.json", {"info": sweep.info, **records, "gaps": gaps})
     write_atomic(sweep.folder / "table.csv", lambda path: sweep.table.to_csv(path, index=False))
 
