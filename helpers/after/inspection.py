@@ -1,11 +1,12 @@
 """Inspection: what a run changed, in its replies, in the rewards of pairs, and token by token.
 
-All three functions take a run, its folder, or what `open_run` gave, which loads the model once for many calls. Text of
-data sets and models in their tables is made safe to show by `visible`.
+All three functions take a run, its folder, or what `open_run` gave, which loads the model once for many calls; they
+raise the UserError of `open_run`. Text of data sets and models in their tables is made safe to show by `visible`.
 """
 
 import contextlib
 import copy
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.common import UserError, visible
-from helpers.data.render import Renderer, tokenize_pairs
+from helpers.data.render import Renderer, tokenize_pairs, turns_of
 from helpers.model.fingerprint import base_hash, fingerprint, hash_tensors
 from helpers.model.generate import generate_replies, repetition
 from helpers.model.load import load_model
@@ -28,57 +29,46 @@ from helpers.model.logps import pair_logps
 from helpers.run.folder import LORA_SCALE, POLICY_AT_START, Run
 from helpers.run.metrics import held_out_table
 
-
-def _messages(prompt: str | list[dict] | dict) -> list[dict]:
-    prompt = prompt["prompt"] if isinstance(prompt, dict) else prompt
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+Model = PreTrainedModel | PeftModel
 
 
-def _conversation(messages: list[dict]) -> str:
-    if len(messages) == 1:
-        return visible(messages[0]["content"])
-    return visible("\n".join(f"{message['role']}: {message['content']}" for message in messages))
+def _conversation(prompt: str | list[dict] | dict) -> str:
+    turns = turns_of(prompt)
+    named = [f"{turn['role']}: {turn['content']}" for turn in turns]
+    return visible(turns[0]["content"] if len(turns) == 1 else "\n".join(named))
 
 
+@dataclasses.dataclass(repr=False, eq=False)
 class OpenRun:
-    """A run with its policy in memory.
+    """A run with its policy in memory; `ref_model` is the reference if that was passed to the training."""
 
-    Attributes:
-        run: the run.
-        model: the policy.
-        tokenizer: the run's.
-        beta, max_length: as in training.
-    """
+    run: Run
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    ref_model: Model | None = None
 
-    def __init__(
-        self,
-        run: Run,
-        model: PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
-        ref_model: PreTrainedModel | PeftModel | None = None,
-    ):
-        self.run, self.model, self.tokenizer, self._ref_model = run, model, tokenizer, ref_model
-        self.beta, self.max_length = run.info.config["beta"], run.info.config["max_length"]
+    def __post_init__(self) -> None:
+        self.beta, self.max_length = self.run.info.config["beta"], self.run.info.config["max_length"]
 
     @contextlib.contextmanager
-    def reference(self) -> Iterator[PreTrainedModel | PeftModel]:
+    def reference(self) -> Iterator[Model]:
         """The reference of the training, for a `with` block in which the policy must not be used.
 
         It is the model that was passed, the adapter that the run started from, or the base model.
         """
-        if self._ref_model is not None:
-            yield self._ref_model
-        elif self.run.reference is not None:
+        if self.ref_model is not None:
+            yield self.ref_model
+        elif self.run.reference is None:
+            with self.model.disable_adapter():
+                yield self.model
+        else:
             self.model.set_adapter("reference")
             try:
                 yield self.model
             finally:
                 self.model.set_adapter("default")
-        else:
-            with self.model.disable_adapter():
-                yield self.model
 
-    def both(self, ask: Callable[[PreTrainedModel | PeftModel], Any]) -> dict[str, Any]:
+    def both(self, ask: Callable[[Model], Any]) -> dict[str, Any]:
         """What `ask` gives for the "reference" and for the "policy"."""
         with self.reference() as model:
             reference = ask(model)
@@ -108,7 +98,7 @@ def _check_adapter(folder: Path, expected: str | None, scale: dict | None) -> No
         )
 
 
-def _check_reference(run: Run, ref_model: PreTrainedModel | PeftModel | None) -> None:
+def _check_reference(run: Run, ref_model: Model | None) -> None:
     passed = run.info.reference != POLICY_AT_START
     if passed and ref_model is None:
         raise UserError(
@@ -144,7 +134,7 @@ def _load_policy(run: Run) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def open_run(run: Run | str | Path, *, ref_model: PreTrainedModel | PeftModel | None = None) -> OpenRun:
+def open_run(run: Run | str | Path, *, ref_model: Model | None = None) -> OpenRun:
     """Load a run's policy and reference, after a check that they are what the run left.
 
     On a CPU both calculate in 32 bits. In the 16 bits of training, rounding changes the log-ratio of a token by a good
@@ -185,7 +175,10 @@ def compare_generations(
     max_new_tokens: int = 80,
     **options: Any,
 ) -> pd.DataFrame:
-    """Replies of reference and policy to the same prompts, side by side.
+    """Replies of reference and policy to the same prompts, side by side: a row for each prompt.
+
+    Columns: prompt, reference and policy (texts), and for both models the tokens of the reply, whether it ended before
+    `max_new_tokens`, and the share of its 4-grams that repeat an earlier one.
 
     Args:
         run: a run, its folder, or what `open_run` gave.
@@ -193,18 +186,11 @@ def compare_generations(
             the others the chat template gets what all training prompts had in common (`run.info.template`).
         max_new_tokens: where a reply is cut.
         options: of `generate_replies`; greedy by default, temperature, top_p and seed to sample.
-
-    Returns:
-        One row a prompt: prompt, reference and policy (texts that are safe to show), and for both models the tokens of
-        the reply, whether it ended before `max_new_tokens`, and the share of its 4-grams that repeat an earlier one.
-
-    Raises:
-        UserError: the run cannot be opened (see `open_run`).
     """
     opened = _opened(run)
     options = opened.run.info.template | options | {"max_new_tokens": max_new_tokens}
     replies = opened.both(lambda model: generate_replies(model, opened.tokenizer, prompts, **options))
-    columns: dict[str, list] = {"prompt": [_conversation(_messages(prompt)) for prompt in prompts]}
+    columns: dict[str, list] = {"prompt": [_conversation(prompt) for prompt in prompts]}
     columns |= {name: [visible(reply.text) for reply in group] for name, group in replies.items()}
     for name, group in replies.items():
         columns[f"{name}_tokens"] = [len(reply.ids) for reply in group]
@@ -214,21 +200,11 @@ def compare_generations(
 
 
 def implicit_rewards(run: OpenRun | Run | str | Path, pairs: Dataset) -> pd.DataFrame:
-    """Implicit rewards of the pairs: beta times the log-ratio (Rafailov et al. 2023, section 4, after eq. 7).
+    """Implicit rewards of `pairs`: beta times the log-ratio (Rafailov et al. 2023, section 4, after eq. 7).
 
-    Completions that pass the run's `max_length` are cut as in training.
-
-    Args:
-        run: a run, its folder, or what `open_run` gave.
-        pairs: any, in the form that `load_pairs` gives.
-
-    Returns:
-        One row a pair, in their order: the columns of `Run.held_out` (log-probs in nats under reference and policy,
-        tokens, log_ratio_gap), chosen_reward, rejected_reward, margin (their difference), and prompt, chosen and
-        rejected as texts that are safe to show.
-
-    Raises:
-        UserError: the run cannot be opened (see `open_run`).
+    `run` is a run, its folder, or what `open_run` gave. Completions that pass its `max_length` are cut as in training.
+    One row a pair, in their order: the columns of `Run.held_out` (log-probs in nats under reference and policy,
+    tokens, log_ratio_gap), chosen_reward, rejected_reward, margin (their difference), and the texts.
     """
     opened = _opened(run)
     ids = tokenize_pairs(pairs, opened.tokenizer)
@@ -244,7 +220,7 @@ def implicit_rewards(run: OpenRun | Run | str | Path, pairs: Dataset) -> pd.Data
     return table
 
 
-def _token_logps(model: PreTrainedModel | PeftModel, prompt: list[int], completion: list[int]) -> torch.Tensor:
+def _token_logps(model: Model, prompt: list[int], completion: list[int]) -> torch.Tensor:
     """Log-probs of the completion's tokens in nats, shape (tokens,): the plain definition, one softmax a token."""
     if not completion:  # the prompt fills max_length
         return torch.zeros(0, dtype=torch.float64)
@@ -289,22 +265,13 @@ def _side_rewards(opened: OpenRun, side: str, prompt: list[int], completion: lis
 
 
 def token_rewards(run: OpenRun | Run | str | Path, pair: dict) -> pd.DataFrame:
-    """How much each token adds to the implicit rewards of a pair.
+    """How much each token adds to the implicit rewards of `pair`, a row as `load_pairs` gives them.
 
-    A log-prob of a text is the sum of its tokens' log-probs, so a reward is a sum too (Rafailov et al. 2024,
-    arXiv:2404.12358). The sums equal the rewards of `implicit_rewards` up to rounding: log-ratios within 0.001 nats on
-    a CPU, within some tenths in 16 bits or 4.
-
-    Args:
-        run: a run, its folder, or what `open_run` gave.
-        pair: a row of pairs as `load_pairs` gives them.
-
-    Returns:
-        One row a token: side ("chosen", "rejected"), word (its number, from 0), token (text that is safe to show), id,
-        eos (whether it ends the turn), reference and policy (log-probs in nats), log_ratio (nats), reward.
-
-    Raises:
-        UserError: the run cannot be opened (see `open_run`), or its chat template refuses the pair.
+    `run` is a run, its folder, or what `open_run` gave. A log-prob of a text is the sum of its tokens' log-probs, so a
+    reward is a sum too (Rafailov et al. 2024, arXiv:2404.12358). The sums equal the rewards of `implicit_rewards` up to
+    rounding: log-ratios within 0.001 nats on a CPU, within some tenths in 16 bits or 4. One row a token: side
+    ("chosen", "rejected"), word (its number, from 0), token (its text), id, eos (whether it ends the turn), reference
+    and policy (log-probs in nats), log_ratio (nats), reward. Raises UserError if the chat template refuses the pair.
     """
     opened = _opened(run)
     # Not as a Dataset, which would give each tool of the row the keys of the others.

@@ -7,17 +7,12 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from helpers.data.measure import measure_table, measures_of
-from helpers.data.render import BATCH, Renderer, encode
+from helpers.data.render import BATCH, Renderer, batch_options, encode
 from helpers.session import quiet_progress
 
 
 class FittedPrompts(NamedTuple):
-    """Pairs whose prompts fit.
-
-    Attributes:
-        pairs, table: what remains, and its rows of `measure_table`.
-        shortened, dropped: positions in the pairs that were given.
-    """
+    """Pairs whose prompts fit, their rows of `measure_table`, and positions in the pairs that were given."""
 
     pairs: Dataset
     table: Dataset
@@ -40,7 +35,7 @@ def _fitting_starts(pairs: Dataset, rows: np.ndarray, tokenizer: PreTrainedToken
         batch = pairs.select(part)[:]
         tries = [
             (int(row), start, _from_turn(prompt, start), options)
-            for row, prompt, options in zip(part, batch["prompt"], renderer.options(batch), strict=True)
+            for row, prompt, options in zip(part, batch["prompt"], batch_options(batch), strict=True)
             for start in [place for place, turn in enumerate(prompt) if turn["role"] == "user"][1:]
         ]
         if not tries:
@@ -58,18 +53,11 @@ def fit_prompts(
 ) -> FittedPrompts:
     """The pairs with their long prompts shortened, left out or kept, in the same order.
 
-    Args:
-        pairs, table: the pairs, and `measure_table` of them.
-        tokenizer: the model's.
-        long: positions of the pairs whose prompt has more than `limit` tokens.
-        limit: tokens of a prompt.
-        how: "shorten", "drop" or "keep", as in `check_pairs`.
+    `long` are the positions of pairs whose prompt has more than `limit` tokens, `how` is as in `check_pairs`.
     """
     starts = _fitting_starts(pairs, long, tokenizer, limit) if how == "shorten" else {}
     shortened = np.array(sorted(starts), dtype=int)
     dropped = np.setdiff1d(long, shortened) if how != "keep" else long[:0]
-    if not len(shortened) and not len(dropped):
-        return FittedPrompts(pairs, table, shortened, dropped)
     same = np.setdiff1d(np.arange(len(pairs)), np.concatenate([shortened, dropped]))
     if not len(shortened):
         return FittedPrompts(pairs.select(same), table.select(same), shortened, dropped)
@@ -88,14 +76,8 @@ def fit_prompts(
 
 
 def fitted_measures(measures: dict[str, np.ndarray], fitted: FittedPrompts) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Measures by position in the pairs that were given, those of shortened prompts anew, and the positions kept.
-
-    Args:
-        measures: of the pairs that were given, as `measures_of` gives them.
-        fitted: what `fit_prompts` made of them.
-    """
-    size = len(measures["prompt"])
-    kept = np.setdiff1d(np.arange(size), fitted.dropped)
+    """Measures by position in the pairs that were given, those of shortened prompts anew, and the positions kept."""
+    kept = np.setdiff1d(np.arange(len(measures["prompt"])), fitted.dropped)
     if not len(fitted.shortened):
         return measures, kept
     renewed = {name: values.copy() for name, values in measures.items()}
