@@ -89,9 +89,7 @@ def functions(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.Func
                 yield from functions(node.body, f"{prefix}{node.name}.")
 
 
-IMPORTS = {
-    name: [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)] for name, tree in TREES.items()
-}
+IMPORTS = {name: [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)] for name, tree in TREES.items()}
 
 
 def offered(module: str) -> set[str]:
