@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.common import UserError, visible
-from helpers.data.render import Renderer, tokenize_pairs, turns_of
+from helpers.data.render import Prompt, Renderer, tokenize_pairs, turns_of
 from helpers.model.fingerprint import base_hash, fingerprint, hash_tensors
 from helpers.model.generate import generate_replies, repetition
 from helpers.model.load import load_model
@@ -32,7 +32,7 @@ from helpers.run.metrics import held_out_table
 Model = PreTrainedModel | PeftModel
 
 
-def _conversation(prompt: str | list[dict] | dict) -> str:
+def _conversation(prompt: Prompt) -> str:
     turns = turns_of(prompt)
     named = [f"{turn['role']}: {turn['content']}" for turn in turns]
     return visible(turns[0]["content"] if len(turns) == 1 else "\n".join(named))
@@ -145,8 +145,8 @@ def open_run(run: Run | str | Path, *, ref_model: Model | None = None) -> OpenRu
         ref_model: the reference, for a run whose train_dpo had a `ref_model`.
 
     Raises:
-        UserError: the folder is no finished run, was made by another version, or edited; the adapter is missing or is
-            no safetensors file; the base model is not here, is another one, or comes with code (which is never run).
+        UserError: the folder is no finished run, or was edited; the adapter is missing or no safetensors file; the
+            base model is not here, is another one, or comes with code (which is never run).
     """
     run = run if isinstance(run, Run) else Run.load(run)
     scales = run.info.lora
@@ -169,11 +169,7 @@ def _opened(run: OpenRun | Run | str | Path) -> OpenRun:
 
 
 def compare_generations(
-    run: OpenRun | Run | str | Path,
-    prompts: Sequence[str | list[dict] | dict],
-    *,
-    max_new_tokens: int = 80,
-    **options: Any,
+    run: OpenRun | Run | str | Path, prompts: Sequence[Prompt], *, max_new_tokens: int = 80, **options: Any
 ) -> pd.DataFrame:
     """Replies of reference and policy to the same prompts, side by side: a row for each prompt.
 
@@ -245,23 +241,15 @@ def _token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str
 
 def _side_rewards(opened: OpenRun, side: str, prompt: list[int], completion: list[int]) -> pd.DataFrame:
     tokenizer, ids = opened.tokenizer, completion[: max(opened.max_length - len(prompt), 0)]
-    logps = opened.both(lambda model: _token_logps(model, prompt, ids).numpy())
-    texts = _token_texts(ids, tokenizer)
-    special = [token in tokenizer.all_special_ids for token in ids]
+    texts, special = _token_texts(ids, tokenizer), [token in tokenizer.all_special_ids for token in ids]
     # A word starts at a space, and around a special token.
     starts = [i > 0 and (text[:1].isspace() or special[i] or special[i - 1]) for i, text in enumerate(texts)]
-    table = pd.DataFrame(
-        {
-            "side": side,
-            "word": pd.Series(starts, dtype=int).cumsum(),
-            "token": [visible(text) for text in texts],
-            "id": ids,
-            "eos": [token == tokenizer.eos_token_id for token in ids],
-        }
-    ).assign(**logps)
+    table = pd.DataFrame({"side": side, "word": pd.Series(starts, dtype=int).cumsum()})
+    table["token"], table["id"] = [visible(text) for text in texts], ids
+    table["eos"] = [token == tokenizer.eos_token_id for token in ids]
+    table = table.assign(**opened.both(lambda model: _token_logps(model, prompt, ids).numpy()))
     table["log_ratio"] = table.policy - table.reference
-    table["reward"] = opened.beta * table.log_ratio
-    return table
+    return table.assign(reward=opened.beta * table.log_ratio)
 
 
 def token_rewards(run: OpenRun | Run | str | Path, pair: dict) -> pd.DataFrame:
