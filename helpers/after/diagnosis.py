@@ -1,8 +1,7 @@
 """Diagnosis of a training run: the symptom by name, with its numbers, its likely causes in order, and the cure.
 
 It reads what a run folder holds (history, metrics, info) and loads no model. `measure` turns that into a few numbers,
-`LIMITS` says at which value a number becomes a symptom, `RULES` puts the two together, and symptoms.yaml says what is
-behind each symptom.
+`RULES` compares them with the limits of symptoms.yaml, which also says what is behind each symptom.
 """
 
 import html
@@ -17,22 +16,10 @@ import yaml
 from helpers.run.folder import Run, RunInfo, Status, read_info
 from helpers.run.metrics import wilson_interval
 
-# Each limit is between the runs of benchmarks/diagnosis.py that have the symptom and the healthy ones, with room on
-# both sides: tests/after/test_diagnosis.py checks that.
-LIMITS = {
-    "start_off": 1.0,  # nats; rounding in 16 bits gives tenths, a model that was trained in between gives many
-    "moved": 0.3,  # nats; a run that does not move shows rounding only
-    "loss_end": 1.5,  # nats; twice the loss of not knowing
-    "loss_half": 0.1,  # nats; half of the steps do not bring a healthy run near 0
-    "accuracy_first": 0.9,  # too good to be true after a third of a run
-    "accuracy_end": 0.6,  # low, if the interval also holds a coin's 0.5
-    "loss_rise": 0.03,  # nats; between two evaluations the held-out loss also wavers
-    "chosen_fall": 0.15,  # share of the chosen's log-prob; some fall is usual, the loss asks for a difference only
-    "cut": 0.2,  # share of the training pairs
-}
 ENOUGH_PAIRS = 30  # held out; below, the interval of an accuracy is wider than 0.34 and tells little from chance
-# The catalogue, by code: what is seen, evidence, causes with their cures, the test that decides between them.
-SYMPTOMS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("symptoms.yaml").read_text("utf-8"))
+# At which value a number becomes a symptom, and the catalogue by code: what is seen, evidence, causes with their cures,
+# the test that decides between them.
+LIMITS, SYMPTOMS = yaml.safe_load_all(Path(__file__).with_name("symptoms.yaml").read_text("utf-8"))
 
 
 @dataclass(frozen=True)
