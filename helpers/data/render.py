@@ -24,6 +24,7 @@ from helpers.common import UserError
 from helpers.patches.given_ids import ID_COLUMNS
 from helpers.session import quiet_progress
 
+Prompt = str | list[dict] | dict  # a question, a conversation, or a row of pairs
 BATCH = 500  # rows at a time: enough for the tokenizer's threads, little enough to keep memory flat
 IDS = Features({name: List(Value("int32")) for name in ID_COLUMNS})
 
@@ -61,15 +62,13 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options: 
     return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
-def turns_of(prompt: str | list[dict] | dict) -> list[dict]:
-    """The messages of a `prompt`: a question, a conversation, or a row of pairs."""
+def turns_of(prompt: Prompt) -> list[dict]:
+    """The messages of a `prompt`."""
     turns = prompt["prompt"] if isinstance(prompt, dict) else prompt
     return [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
 
 
-def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str | list[dict] | dict], **options: Any
-) -> list[list[int]]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt], **options: Any) -> list[list[int]]:
     """Token ids of prompts up to where the reply begins.
 
     Args:
@@ -130,7 +129,6 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self._ids_of: dict[str, list[int]] = {}  # of the few endings that prompts have
         opening = self.texts([[{"role": "user", "content": "x"}]], [{}], add_generation_prompt=True)[0] or ""
         added = list(getattr(tokenizer, "added_tokens_decoder", {}).values())
         fast = getattr(tokenizer, "is_fast", False) and not getattr(tokenizer, "split_special_tokens", False)
@@ -186,13 +184,11 @@ class Renderer:
         """Ids of what the three texts of a row share, of the prompt's end after it, and of both sides after it."""
         parts = [text[:cut] for text, cut in zip(texts[0], cuts, strict=True)]
         endings, chosen, rejected = ([text[cut:] for text, cut in zip(column, cuts, strict=True)] for column in texts)
-        if len(self._ids_of) > BATCH:  # without a cut every prompt is an ending of its own
-            self._ids_of.clear()
-        new = list(dict.fromkeys(ending for ending in endings if ending not in self._ids_of))
-        ids = iter(encode(self.tokenizer, parts + chosen + rejected + new))
+        unique = list(dict.fromkeys(endings))  # prompts have few
+        ids = iter(encode(self.tokenizer, parts + chosen + rejected + unique))
         parts, chosen, rejected = (list(itertools.islice(ids, len(cuts))) for _ in range(3))
-        self._ids_of.update(zip(new, ids, strict=True))
-        return [parts, [self._ids_of[ending] for ending in endings], chosen, rejected]
+        of_ending = dict(zip(unique, ids, strict=True))
+        return [parts, [of_ending[ending] for ending in endings], chosen, rejected]
 
 
 def cuts_cleanly(token: Any, others: Iterable[str]) -> bool:
