@@ -42,15 +42,11 @@ def held_out_table(test: Dataset, reference: PairLogps, policy: PairLogps) -> pd
 def preference_metrics(table: pd.DataFrame, beta: float) -> dict[str, Any]:
     """Held-out figures of a run, from its `table` (`Run.held_out`) and the `beta` of its training.
 
-    Returns:
-        pairs: how many.
-        reference_accuracy: share of pairs whose chosen has the higher log-prob per token before training.
-        accuracy: share of pairs whose chosen has the higher implicit reward (log-ratio) after it.
-        reference_accuracy_interval, accuracy_interval: 95 percent (`wilson_interval`).
-        loss: the DPO loss in nats (Rafailov et al. 2023, eq. 7); ln 2 if nothing was learned.
-        margin: mean of beta * log-ratio gap (section 5.1 there).
-        log_ratio_gap: the same without beta, in nats, so that it can be compared across betas.
-        chosen_change, rejected_change: mean log-ratio of either side, in nats.
+    reference_accuracy is the share of pairs whose chosen has the higher log-prob per token before training, accuracy
+    that whose chosen has the higher implicit reward (log-ratio) after it; each with its `wilson_interval`. loss is that
+    of DPO in nats (Rafailov et al. 2023, eq. 7), ln 2 if nothing was learned. margin is the mean of beta * log-ratio
+    gap (section 5.1 there), log_ratio_gap the same without beta, in nats, so that it can be compared across betas.
+    chosen_change and rejected_change are the mean log-ratios of either side in nats.
     """
     gap = torch.tensor(table.log_ratio_gap.to_numpy())
     before = table.chosen_reference / table.chosen_tokens > table.rejected_reference / table.rejected_tokens
