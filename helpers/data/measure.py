@@ -112,22 +112,22 @@ class Measure:
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         """Rows of `batch`, columns of pairs, as columns of MEASURES and IDS."""
         rendered = self.renderer(batch)
-        result: dict[str, list] = {name: [] for name in MEASURES} | rendered.ids()
+        result: dict[str, list] = {name: [] for name in MEASURES} | {name: rendered[name] for name in IDS}
         bos = self.tokenizer.bos_token
-        result |= {"prompt": rendered.prompt_tokens, "shared": [len(ids) for ids in rendered.prompt_ids]}
+        result |= {"prompt": rendered["prompt_tokens"], "shared": [len(ids) for ids in rendered["prompt_ids"]]}
         for row, prompt in enumerate(batch["prompt"]):
             marks = BIT["prompt_not_prefix"] if result["shared"][row] < result["prompt"][row] else 0
-            if bos and bos * 2 in rendered.chosen_text[row] + " " + rendered.rejected_text[row]:
+            if bos and bos * 2 in rendered["chosen_text"][row] + " " + rendered["rejected_text"][row]:
                 marks |= BIT["bos_doubled"]
             for turn in prompt:
                 marks |= self._text_marks(turn["content"])
-            for side, ids in (("chosen", rendered.chosen_ids[row]), ("rejected", rendered.rejected_ids[row])):
-                found = self._side(batch[side][row], ids)
+            for side in ("chosen", "rejected"):
+                found = self._side(batch[side][row], rendered[f"{side}_ids"][row])
                 marks |= found.pop("marks")
                 for name, value in found.items():
                     result[f"{side}{name}"].append(value)
             result["prompt_text"].append(text_hash(prompt_text(prompt)))
-            result["marks"].append(BIT["template_refuses"] if rendered.refused[row] else marks)
+            result["marks"].append(BIT["template_refuses"] if rendered["refused"][row] else marks)
         return result
 
 

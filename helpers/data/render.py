@@ -13,7 +13,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -86,26 +86,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-class Rendered(NamedTuple):
-    """A batch of pairs as text and ids; each field has one entry a pair.
-
-    `prompt_tokens` are those of the prompt with what opens the reply; ids are as TRL's trainer takes them. Prompt ids
-    that are not the first of both conversations are left out, so `len(prompt_ids)` can be less than `prompt_tokens`.
-    """
-
-    chosen_text: list[str]  # of the whole conversation
-    rejected_text: list[str]
-    prompt_tokens: list[int]
-    prompt_ids: list[list[int]]
-    chosen_ids: list[list[int]]
-    rejected_ids: list[list[int]]
-    refused: list[bool]  # whether the chat template raised an error
-
-    def ids(self) -> dict[str, list[list[int]]]:
-        """The columns of `IDS`."""
-        return {name: getattr(self, name) for name in IDS}
-
-
 def _or_none(call: Callable, *args: Any, **options: Any) -> Any:
     try:
         return call(*args, **options)
@@ -159,8 +139,13 @@ class Renderer:
                 return place
         return 0
 
-    def __call__(self, batch: dict[str, list]) -> Rendered:
-        """The rows of `batch`, columns of pairs as `load_pairs` gives them."""
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        """The rows of `batch`, columns of pairs as `load_pairs` gives them, as columns of text and ids.
+
+        IDS are as TRL's trainer takes them; chosen_text and rejected_text are of the whole conversation; prompt_tokens
+        counts the prompt with what opens the reply, also ids that are not the first of both conversations and so are
+        left out of prompt_ids; refused says whether the chat template raised an error.
+        """
         options, prompts = batch_options(batch), batch["prompt"]
         whole = [[a + b for a, b in zip(prompts, batch[side], strict=True)] for side in ("chosen", "rejected")]
         rendered = [self.texts(prompts, options, add_generation_prompt=True), *(self.texts(w, options) for w in whole)]
@@ -171,14 +156,15 @@ class Renderer:
         if self.cuts and parts and parts[0] + sides[0][0] != encode(self.tokenizer, [texts[1][0]])[0]:
             self.cuts = []  # by the rules of `cuts_cleanly` this cannot be; one row of each batch is looked at still
             return self(batch)
-        ids: dict[str, list] = {name: [] for name in ("prompt_tokens", *IDS)}
+        result = {"chosen_text": texts[1], "rejected_text": texts[2], "refused": refused}
+        result |= {name: [] for name in ("prompt_tokens", *IDS)}
         for part, end, chosen, rejected in zip(parts, ends, *sides, strict=True):
             shared = min(len(os.path.commonprefix([end, side])) for side in (chosen, rejected))
-            ids["prompt_tokens"].append(len(part) + len(end))
-            ids["prompt_ids"].append(part + end[:shared])
-            ids["chosen_ids"].append(chosen[shared:])
-            ids["rejected_ids"].append(rejected[shared:])
-        return Rendered(texts[1], texts[2], refused=refused, **ids)
+            result["prompt_tokens"].append(len(part) + len(end))
+            result["prompt_ids"].append(part + end[:shared])
+            result["chosen_ids"].append(chosen[shared:])
+            result["rejected_ids"].append(rejected[shared:])
+        return result
 
     def _tokens(self, texts: list[list[str]], cuts: list[int]) -> list[list[list[int]]]:
         """Ids of what the three texts of a row share, of the prompt's end after it, and of both sides after it."""
@@ -225,11 +211,11 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Datase
 
     def ids(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
         rendered = renderer(batch)
-        if any(rendered.refused):
-            row = rendered.refused.index(True)
+        if any(rendered["refused"]):
+            row = rendered["refused"].index(True)
             origin = batch["origin"][row] if "origin" in batch else f"row {rows[row] + 1}"
             raise UserError(f"{origin}: the chat template refuses this row. check_pairs names all such rows.")
-        return rendered.ids()
+        return {name: rendered[name] for name in IDS}
 
     with quiet_progress(len(pairs)):
         return pairs.map(
