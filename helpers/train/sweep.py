@@ -230,8 +230,7 @@ def sweep_beta(
     sweep = _open_sweep(folder, {"identity": identity, "versions": versions(), "machine": machine()})
     if sampling["prompts"] and "reference" not in sweep.info:
         sweep.info["reference"] = _describe_replies(sample_twice(model, tokenizer, **sampling, seed=0))
-    done = set() if sweep.table.empty else set(sweep.finished[["beta", "seed"]].itertuples(index=False, name=None))
-    todo = [(beta, seed) for seed in seeds for beta in betas if (beta, seed) not in done]
+    todo = [(beta, seed) for seed in seeds for beta in betas if (beta, seed) not in set(sweep.gaps)]  # unfinished ones
     began = time.monotonic()
     for number, (beta, seed) in enumerate(todo):
         minutes = (time.monotonic() - began) / 60 / max(number, 1) * (len(todo) - number)
