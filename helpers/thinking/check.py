@@ -13,11 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from helpers.common import UserError
 from helpers.data.findings import Finding
 from helpers.data.render import encode, render, template_options
-from helpers.thinking.tags import CLOSE, OPEN, OPEN_AT_END, Thinking, has_tag, split_thinking, think_boundary
+from helpers.thinking.tags import CLOSE, OPEN, OPEN_AT_END, has_tag, split_thinking, think_boundary
 
-_THINKING_FINDINGS: dict[str, dict[str, Any]] = yaml.safe_load(
-    Path(__file__).with_name("findings.yaml").read_text("utf-8")
-)
+_FOUND: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("findings.yaml").read_text("utf-8"))
 _CODES = {  # of `Thinking.problems`
     "unclosed": "thought_unclosed",
     "unopened": "thought_unopened",
@@ -29,6 +27,12 @@ _CODES = {  # of `Thinking.problems`
 }
 
 
+def _codes(content: str, tokenizer: PreTrainedTokenizerBase, opened: bool) -> tuple[set[str], str | None]:
+    """The codes of what is wrong with the tags of a text, and its thought."""
+    found = split_thinking(content, tokenizer, opened)
+    return {_CODES[problem] for problem in found.problems}, found.thought
+
+
 def _prompt_codes(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """What is wrong in the turns before the reply. Earlier thoughts that are whole are left to the template."""
     if isinstance(prompt, str):  # rendered already: it may end in an open thought, or in an empty one
@@ -36,7 +40,7 @@ def _prompt_codes(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase) 
     codes = set()
     for turn in prompt:
         if turn["role"] == "assistant":
-            codes |= {_CODES[problem] for problem in split_thinking(turn["content"], tokenizer, False).problems}
+            codes |= _codes(turn["content"], tokenizer, opened=False)[0]
         elif has_tag(turn["content"]):
             codes.add("think_in_prompt")
     return codes
@@ -47,17 +51,13 @@ def check_thinking(
 ) -> list[Finding]:
     """What is wrong with the thoughts of these pairs, for a report of `check_pairs`: `report.add(check_thinking(...))`.
 
-    It looks at each message as it is written. If that is in order, it looks at what the chat template makes of it:
-    the tokens that the trainer will see.
+    It looks at each message as it is written, and if that is in order, at what the chat template makes of it.
 
     Args:
         pairs: rows as `render_thinking` and `load_pairs` give them; or prompt, chosen and rejected as the text that
             the trainer gets, with the chat template applied.
         tokenizer: of the model that they are for.
         max_length: tokens of prompt + completion that the trainer keeps.
-
-    Returns:
-        One finding for each thing that is wrong, with the rows that show it; none if all is well.
 
     Raises:
         UserError: rows without the columns prompt, chosen and rejected.
@@ -88,7 +88,7 @@ def check_thinking(
         found["thought_one_sided"] = one_sided
     return [
         Finding(code, count=len(found[code]), rows=tuple(found[code]), origins=tuple(found[code].values())[:5], **one)
-        for code, one in _THINKING_FINDINGS.items()
+        for code, one in _FOUND.items()
         if code in found
     ]
 
@@ -99,7 +99,7 @@ def _side_codes(
     """The codes of what is wrong with one side, and whether it thinks."""
     prompt, reply = row["prompt"], row[side]
     if isinstance(prompt, str):
-        before, full, written = prompt, prompt + reply, Thinking(None, None)
+        before, full, codes, written = prompt, prompt + reply, set(), None
     else:
         try:
             options = template_options(row)
@@ -110,19 +110,16 @@ def _side_codes(
         content = reply[-1]["content"]
         # The template of a thinking-only model also takes a message whose thought only closes.
         only_closes = CLOSE in content and OPEN not in content and OPEN_AT_END.search(before)
-        written = split_thinking(content, tokenizer, opened=bool(only_closes))
+        codes, written = _codes(content, tokenizer, opened=bool(only_closes))
     before_ids, full_ids = encode(tokenizer, [before, full])
-    completion = full[len(before) :]
-
-    codes, thought = {_CODES[problem] for problem in written.problems}, written.thought
-    if not codes and thought and thought not in full:
+    completion, thought = full[len(before) :], written
+    if not codes and written and written not in full:
         codes = {"thought_lost"}
     elif not codes and full_ids[: len(before_ids)] != before_ids:
         codes = {"thought_breaks_prompt"}
     elif not codes:
-        seen = split_thinking(completion, tokenizer, opened=bool(OPEN_AT_END.search(before)))
-        codes, thought = {_CODES[problem] for problem in seen.problems}, seen.thought
-        if not isinstance(prompt, str) and not written.thought:
+        codes, thought = _codes(completion, tokenizer, opened=bool(OPEN_AT_END.search(before)))
+        if not isinstance(prompt, str) and not written:
             codes.discard("thought_empty")  # the template's own block, around no thought
     if max_length and len(full_ids) > max_length and CLOSE in completion:
         to_close = full[: full.rfind(CLOSE) + len(CLOSE)]

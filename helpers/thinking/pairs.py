@@ -17,23 +17,14 @@ from helpers.data.sources import open_source
 from helpers.thinking.tags import CLOSE, OPEN, think_boundary
 
 BUNDLED_THINKING = BUNDLED_PAIRS.with_name("thinking_pairs.jsonl")
-THINKING_FIELDS = (
-    "prompt",
-    "chosen_thought",
-    "chosen_answer",
-    "rejected_thought",
-    "rejected_answer",
-    "flaw",
-    "topic",
-    "answer",
-)
+THINKING_FIELDS = ("prompt", "chosen_thought", "chosen_answer", "rejected_thought", "rejected_answer")
+THINKING_FIELDS += ("flaw", "topic", "answer")
 
 
 def load_thinking_pairs(path: str | Path = BUNDLED_THINKING) -> list[dict]:
     """Thinking pairs from the JSONL file at `path`, by default the 72 of this project; `origin` is file and line.
 
-    A language model wrote those for this project and twice read them through critically; no person has. There are 12
-    for each of six topics, with six flaws. In 66 of them both sides think, at similar length.
+    A language model wrote those for this project and twice read them through critically; no person has.
 
     Raises:
         UserError: no such file, a line that is no JSON object, a field that is missing or no text.
@@ -57,7 +48,7 @@ def load_thinking_pairs(path: str | Path = BUNDLED_THINKING) -> list[dict]:
 def render_thinking(
     pairs: Iterable[dict], tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | None = None
 ) -> Dataset:
-    """Thinking pairs as conversations, in the form of `load_pairs`, for this model's chat template.
+    """Thinking pairs as conversations, in the form of `load_pairs` with an `answer`, for this model's chat template.
 
     Prompt + completion then carries exactly one `<think>...</think>`, and the prompt stays a token prefix:
 
@@ -74,9 +65,6 @@ def render_thinking(
         pairs: as `load_thinking_pairs` gives them.
         tokenizer: of the model that they are for.
         enable_thinking: only for a hybrid model; False puts an empty thought into its prompt.
-
-    Returns:
-        Pairs in the form of `load_pairs`, with the columns flaw, topic, answer and origin.
 
     Raises:
         UserError: `enable_thinking` for a model whose template has no such switch.
@@ -96,12 +84,8 @@ def render_thinking(
     rows = []
     for number, pair in enumerate(pairs, 1):
         prompt = pair["prompt"]
-        row = {
-            "prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
-            "chosen": reply(pair["chosen_thought"], pair["chosen_answer"]),
-            "rejected": reply(pair["rejected_thought"], pair["rejected_answer"]),
-            **{name: pair[name] for name in ("flaw", "topic", "answer")},
-            "origin": pair.get("origin", f"row {number}"),
-        }
-        rows.append(row | options)
+        row = {"prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
+        row |= {side: reply(pair[f"{side}_thought"], pair[f"{side}_answer"]) for side in ("chosen", "rejected")}
+        row |= {name: pair[name] for name in ("flaw", "topic", "answer")}
+        rows.append(row | {"origin": pair.get("origin", f"row {number}")} | options)
     return Dataset.from_list(rows)
