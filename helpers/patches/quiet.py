@@ -10,8 +10,6 @@ import sys
 
 from helpers.patches import expect
 
-WITHOUT = "A few warnings of the libraries are printed, which change nothing."
-
 _IMPORTS = {"torch.utils._pytree": "log", "bitsandbytes.backends.cpu.ops": "logger"}  # module: its logger
 _SAVING = "transformers.models.llama.modeling_llama"
 _MENDED = "Restored added_tokens_decoder"

@@ -11,8 +11,6 @@ from types import ModuleType
 
 from helpers.patches import expect, works
 
-WITHOUT = "Progress bars look as the libraries draw them."
-
 
 def _autonotebook(bar: type) -> ModuleType:
     """What takes the place of `tqdm.autonotebook`: its two names, for the class `bar`."""
