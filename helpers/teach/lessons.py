@@ -34,12 +34,7 @@ ADVICE = {
 
 
 def recorded(part: dict, name: str) -> Run:
-    """A run that benchmarks/diagnosis.py recorded, without its folder.
-
-    Args:
-        part: what one call of the benchmark printed.
-        name: of the run, a key of `part["runs"]`.
-    """
+    """The run of this name in what one call of benchmarks/diagnosis.py printed, without its folder."""
     run = part["runs"][name]
     not_recorded = dict.fromkeys(("model", "profile", "base", "start", "end", "reference"), "")
     info = not_recorded | {"versions": part["versions"], "machine": part["machine"]} | run["info"]
@@ -48,12 +43,9 @@ def recorded(part: dict, name: str) -> Run:
 
 
 def before_and_after(results: list[dict], case: str, number: str) -> pd.DataFrame:
-    """One number in all runs of a case: a row for each seed, columns sick and cured.
+    """One number in all runs of a case (a symptom's code, or a piece of advice): columns sick and cured, a row a seed.
 
-    Args:
-        results: what calls of benchmarks/diagnosis.py printed, on one machine or on several.
-        case: a symptom's code, or a piece of advice.
-        number: of `measure`, of the metrics, or of `RunInfo.memory_gb`.
+    `number` is one of `measure`, of the metrics, or of `RunInfo.memory_gb`.
     """
     rows: dict[tuple, dict[str, float]] = collections.defaultdict(dict)
     for place, part in enumerate(results):
@@ -72,14 +64,10 @@ def _spread(values: pd.Series) -> str:
 
 
 def guide(results: list[dict]) -> list[dict[str, Any]]:
-    """The rows of `plots.symptom_table`: each symptom as benchmarks/diagnosis.py made and cured it.
+    """The rows of `symptom_table`: each symptom as benchmarks/diagnosis.py made and cured it.
 
-    Args:
-        results: what calls of it printed, on one machine or on several.
-
-    Returns:
-        Cells by the name of their column; also "curve", the name of a series or None, and "histories" of the "sick"
-        and the "cured" run, as in `Run.history`.
+    `results` are what calls of it printed, on one machine or on several. A row has cells by the name of their column;
+    also "curve", the name of a series or None, and "histories" of the "sick" and the "cured" run.
     """
     rows = []
     for code, (number, label, curve) in SHOWN.items():
@@ -105,12 +93,8 @@ def guide(results: list[dict]) -> list[dict[str, Any]]:
 def advice(results: list[dict]) -> pd.DataFrame:
     """Common advice as benchmarks/diagnosis.py tried it: does its number change in the direction that it promises?
 
-    Args:
-        results: what calls of it printed, on one machine or on several.
-
-    Returns:
-        One row for each piece of advice, with its number without and with it, and the verdict: "held", "did not hold"
-        or "differs between seeds".
+    One row for each piece of advice, with its number without and with it, and the verdict: "held", "did not hold" or
+    "differs between seeds".
     """
     rows = []
     for name, (number, label, direction) in ADVICE.items():
