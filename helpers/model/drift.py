@@ -26,15 +26,8 @@ def sample_twice(
     Args:
         model, tokenizer, prompts, max_new_tokens, seed: as in `generate_replies`.
     """
-    return generate_replies(
-        model,
-        tokenizer,
-        [*prompts, *prompts],
-        max_new_tokens=max_new_tokens,
-        temperature=1.0,
-        seed=seed,
-        batch_size=32,
-    )
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": 1.0, "seed": seed, "batch_size": 32}
+    return generate_replies(model, tokenizer, [*prompts, *prompts], **sampling)
 
 
 class SampledKL(NamedTuple):
@@ -60,10 +53,7 @@ def sampled_kl(
     reply that is cut at `max_new_tokens` counts up to there. The standard error is over prompts.
 
     Args:
-        policy, tokenizer: with a LoRA adapter, and its tokenizer.
-        prompts: as in `generate_replies`.
-        max_new_tokens: where a reply is cut.
-        seed: of the sampling.
+        policy, tokenizer, prompts, max_new_tokens, seed: as in `generate_replies`, the policy with its adapter.
     """
     replies = sample_twice(policy, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed)
     first, second = replies[: len(prompts)], replies[len(prompts) :]

@@ -43,8 +43,8 @@ def is_fresh(model: PreTrainedModel | PeftModel) -> bool:
 def base_hash(model: PreTrainedModel | PeftModel) -> str:
     """`hash_tensors` of the weights of `model` below its adapter; the same with and without one.
 
-    It is computed once a process for each base, and again once its weights were changed. torch counts such changes;
-    those behind its back (`weight.data`) are noticed by a sample of each tensor.
+    It is computed again only if the weights were changed. torch counts such changes; those behind its back
+    (`weight.data`) are noticed by a sample of each tensor.
     """
     tensors = {
         name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor

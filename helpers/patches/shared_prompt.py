@@ -37,7 +37,7 @@ class Packed(NamedTuple):
 
 def _rows(
     ids: torch.Tensor, labels: torch.Tensor, lengths: list[int], starts: list[int]
-) -> tuple[dict[str, list[torch.Tensor]], list[tuple[int, int, int]]]:
+) -> tuple[dict[str, list[torch.Tensor]], list[tuple[int, ...]]]:
     """Each pair as one row: ids, positions and next-token labels, and the sizes of prompt, chosen and rejected.
 
     The prompt's last token opens either completion, since it has to predict both first tokens; the last token of a
@@ -45,7 +45,7 @@ def _rows(
     """
     pairs = len(ids) // 2
     rows: dict[str, list[torch.Tensor]] = {"input_ids": [], "position_ids": [], "shift_labels": []}
-    sizes = []
+    sizes: list[tuple[int, ...]] = []
     for chosen, rejected in zip(range(pairs), range(pairs, 2 * pairs), strict=True):
         prompt, end, other_end = starts[chosen] - 1, lengths[chosen] - 1, lengths[rejected] - 1
         rows["input_ids"].append(torch.cat([ids[chosen, :end], ids[rejected, prompt:other_end]]))
@@ -56,7 +56,7 @@ def _rows(
     return rows, sizes
 
 
-def _mask(sizes: list[tuple[int, int, int]], dtype: torch.dtype) -> torch.Tensor:
+def _mask(sizes: list[tuple[int, ...]], dtype: torch.dtype) -> torch.Tensor:
     """The additive mask (pairs, 1, tokens, tokens): each of the three parts sees the prompt and itself."""
     parts = [torch.repeat_interleave(torch.arange(3), torch.tensor(row)) for row in sizes]
     part = pad_sequence(parts, batch_first=True, padding_value=3)
@@ -106,7 +106,7 @@ def _share(inner: PreTrainedModel) -> None:
 
     @functools.wraps(fused)
     def forward(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> ModelOutput:
-        batch = [kwargs.get(name) for name in ("input_ids", "attention_mask", "labels")]
+        batch: list[Any] = [kwargs.get(name) for name in ("input_ids", "attention_mask", "labels")]
         packed = None
         if fused_lm_head and all(one is not None for one in batch):
             packed = pack(*batch, inner.dtype, one_row=inner.device.type == "cuda")
