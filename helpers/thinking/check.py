@@ -16,21 +16,13 @@ from helpers.data.render import encode, render, template_options
 from helpers.thinking.tags import CLOSE, OPEN, OPEN_AT_END, has_tag, split_thinking, think_boundary
 
 _FOUND: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("findings.yaml").read_text("utf-8"))
-_CODES = {  # of `Thinking.problems`
-    "unclosed": "thought_unclosed",
-    "unopened": "thought_unopened",
-    "nested": "thought_nested",
-    "repeated": "thought_repeated",
-    "spelling": "think_spelling",
-    "empty": "thought_empty",
-    "text before": "thought_late",
-}
+_CODES = {"spelling": "think_spelling", "text before": "thought_late"}  # of `Thinking.problems`, if not thought_...
 
 
 def _codes(content: str, tokenizer: PreTrainedTokenizerBase, opened: bool) -> tuple[set[str], str | None]:
     """The codes of what is wrong with the tags of a text, and its thought."""
     found = split_thinking(content, tokenizer, opened)
-    return {_CODES[problem] for problem in found.problems}, found.thought
+    return {_CODES.get(problem, f"thought_{problem}") for problem in found.problems}, found.thought
 
 
 def _prompt_codes(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase) -> set[str]:
@@ -65,27 +57,25 @@ def check_thinking(
     boundary = think_boundary(tokenizer)
     tags_are_text = boundary.kind == "ordinary" and not boundary.one_token
     found: dict[str, dict[int, str]] = defaultdict(dict)  # code -> position of the row -> how to name it
-    one_sided: dict[int, str] = {}
-    count = 0
-    for position, row in enumerate(pairs):
-        count += 1
+    rows = list(pairs)
+    for position, row in enumerate(rows):
         if not {"prompt", "chosen", "rejected"} <= set(row):
             raise UserError(f"Row {position + 1} has no prompt, chosen and rejected. Call render_thinking first.")
         name = row.get("origin") or f"row {position + 1}"
         for code in _prompt_codes(row["prompt"], tokenizer):
             found[code][position] = f"{name} (prompt)"
-        thinks = []
+        thinks = set()
         for side in ("chosen", "rejected"):
             codes, side_thinks = _side_codes(row, side, tokenizer, max_length)
-            thinks.append(side_thinks)
+            thinks.add(side_thinks)
             if tags_are_text and (side_thinks or codes):
                 codes.add("tags_are_text")
             for code in codes:
                 found[code].setdefault(position, f"{name} ({side})")
-        if thinks[0] != thinks[1]:
-            one_sided[position] = name
-    if len(one_sided) > count / 2:
-        found["thought_one_sided"] = one_sided
+        if len(thinks) == 2:
+            found["thought_one_sided"][position] = name
+    if len(found["thought_one_sided"]) <= len(rows) / 2:
+        del found["thought_one_sided"]
     return [
         Finding(code, count=len(found[code]), rows=tuple(found[code]), origins=tuple(found[code].values())[:5], **one)
         for code, one in _FOUND.items()

@@ -50,20 +50,12 @@ def render_thinking(
 ) -> Dataset:
     """Thinking pairs as conversations, in the form of `load_pairs` with an `answer`, for this model's chat template.
 
-    Prompt + completion then carries exactly one `<think>...</think>`, and the prompt stays a token prefix:
-
-    - A thought goes between the tags, in the message's content. A template that has opened it in the generation
-      prompt does not write the tag twice.
-    - With `enable_thinking=False` the prompt of a hybrid model holds the (empty) thought: only the answers are left.
-    - No thought (None) means no tag in an ordinary model, and the template's own empty block in a hybrid one. A
-      thinking-only model has opened the thought already, and an empty one would change the prompt's last token (two
-      newlines are one token), so the thought is "...".
-
-    Earlier turns of a prompt are left to the template, which treats them as it does at inference.
+    Prompt + completion then carries exactly one `<think>...</think>`, and the prompt stays a token prefix. With
+    `enable_thinking=False` the prompt of a hybrid model holds the (empty) thought: only the answers are left. Earlier
+    turns of a prompt are left to the template, which treats them as it does at inference.
 
     Args:
-        pairs: as `load_thinking_pairs` gives them.
-        tokenizer: of the model that they are for.
+        pairs, tokenizer: as `load_thinking_pairs` gives them, and of the model that they are for.
         enable_thinking: only for a hybrid model; False puts an empty thought into its prompt.
 
     Raises:
@@ -75,6 +67,7 @@ def render_thinking(
 
     def reply(thought: str | None, answer: str) -> list[dict]:
         if thought is None and boundary.kind == "thinking-only":
+            # It is opened already, and an empty one would change the prompt's last token (two newlines are one token).
             thought = "..."
         if thought is not None and not boundary.prompt_skips:
             answer = f"{OPEN}\n{thought.strip()}\n{CLOSE}\n\n{answer.strip()}"

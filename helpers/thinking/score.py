@@ -73,16 +73,13 @@ def false_steps(thought: str) -> list[str]:
 def thought_table(replies: Sequence[Reply], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
     """What a program can say of the thoughts in these replies; the means of the columns describe the model.
 
-    Args:
-        replies: as `generate_replies` gives them.
-        answers: what each answer must say (the field `answer` of a pair), in the order of `replies`.
-        tokenizer: of the model that replied.
+    One row for each reply: well_formed (one whole thought, then the answer, no other tag), closed (a thought ends and
+    an answer follows, whatever else is wrong), right (see `is_right`; an answer without a thought counts too),
+    false_steps (how many), thought_tokens (0 without a thought) and cut (it reached max_new_tokens before its end).
 
-    Returns:
-        One row for each reply: well_formed (one whole thought, then the answer, no other tag), closed (a thought ends
-        and an answer follows, whatever else is wrong), right (see `is_right`; an answer without a thought counts
-        too), false_steps (how many), thought_tokens (0 without a thought) and cut (the reply reached max_new_tokens
-        before its end).
+    Args:
+        replies, tokenizer: as `generate_replies` gives them, and of the model that replied.
+        answers: what each answer must say (the field `answer` of a pair), in the order of `replies`.
     """
     rows = []
     for reply, answer in zip(replies, answers, strict=True):
@@ -96,10 +93,9 @@ def thought_table(replies: Sequence[Reply], answers: Sequence[str], tokenizer: P
 
 
 def thought_shares(table: pd.DataFrame) -> pd.DataFrame:
-    """Shares of well-formed, closed and right replies in a `table` of `thought_table`.
+    """Shares of well-formed, closed and right replies in a `table` of `thought_table`, each a row.
 
-    Returns:
-        Three rows; columns share, low, high (Wilson, 95 percent) and pairs (the count of replies).
+    Columns are share, low, high (Wilson, 95 percent) and pairs (the count of replies).
     """
     names, n = ["well_formed", "closed", "right"], len(table)
     rows = [(table[name].mean(), *wilson_interval(int(table[name].sum()), n), n) for name in names]

@@ -67,12 +67,8 @@ class Thinking:
 def think_boundary(tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | None = None) -> ThinkBoundary:
     """How this model opens and closes a thought, read from its tokens and its chat template.
 
-    Args:
-        tokenizer: the model's.
-        enable_thinking: passed to the chat template unless it is None (hybrid models have this switch).
-
-    Raises:
-        UserError: the tokenizer has no chat template.
+    `enable_thinking` is passed to the chat template unless it is None (hybrid models have this switch). Raises
+    UserError if the `tokenizer` has no chat template.
     """
     messages = [{"role": "user", "content": "Hi"}]
 
@@ -124,7 +120,7 @@ def split_thinking(
     Args:
         text_or_ids: one reply, without its prompt, as text or token ids; what follows the end of the turn is left out.
         tokenizer: of the model that replied.
-        opened: whether the prompt ended inside a thought. Default: what the model's generation prompt does. Pass False
+        opened: whether the prompt ended inside a thought; by default what the model's generation prompt does, False
             for the content of a message, which carries both tags.
     """
     if opened is None:
@@ -144,15 +140,13 @@ def split_thinking(
     if not any_block:
         return Thinking(None, pieces[0].strip(), tuple(sorted(problems)))
 
-    start = 0
-    if not opened and tags[0] == OPEN:
-        start = 2
-        if pieces[0].strip():
-            problems.add("text before")
-    last = len(pieces) if inside else len(pieces) - 2  # the piece after the thought's last text
-    thought = "".join(pieces[start:last]).strip()
+    own_tag = not opened and tags[0] == OPEN
+    if own_tag and pieces[0].strip():
+        problems.add("text before")
     if inside:
         problems.add("unclosed")
+    # Without the answer and the tag before it.
+    thought = "".join(pieces[2 if own_tag else 0 : None if inside else -2]).strip()
     if not re.sub(f"{OPEN}|{CLOSE}", "", thought).strip():
         problems.add("empty")
     return Thinking(thought, None if inside else pieces[-1].strip(), tuple(sorted(problems)))
