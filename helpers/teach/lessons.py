@@ -5,32 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from helpers.after.diagnosis import SYMPTOMS, measure
 from helpers.run.folder import Run, RunInfo
 
-# What shows a symptom best: a number of `measure`, its name for a table, and the curve of the history.
-SHOWN = {
-    "out_of_memory": ("needed", "GB needed besides the model", None),
-    "nan": ("not_numbers", "values that are not finite", "loss"),
-    "wrong_reference": ("start_off", "nats between policy and reference at step 1", "loss"),
-    "diverged": ("loss_end", "training loss, last half", "loss"),
-    "leak": ("accuracy_first", "held-out accuracy, first evaluation", "eval_rewards/accuracies"),
-    "below_half": ("accuracy_end", "held-out accuracy", "eval_rewards/accuracies"),
-    "overfitting": ("loss_rise", "nats of held-out loss above its best", "eval_loss"),
-    "loss_zero": ("loss_half", "training loss half-way", "loss"),
-    "chosen_falls": ("chosen_fall", "share of its log-prob that the chosen lost", "eval_rewards/chosen"),
-    "not_moving": ("moved", "nats moved", "loss"),
-    "no_preference": ("accuracy_end", "held-out accuracy", "eval_rewards/accuracies"),
-    "never_ends": ("ended", "share of replies that end", "loss"),
-}
-# Advice of usual guides: the number of `measure` that should change, its name, and which way (1 up, -1 down).
-ADVICE = {
-    "raise beta for a stronger signal": ("gap", "log-ratio gap, nats", 1),
-    "lower beta against overfitting": ("accuracy_end", "held-out accuracy", 1),
-    "raise beta against overfitting": ("accuracy_end", "held-out accuracy", 1),
-    "a separate reference for a stronger constraint": ("moved", "nats moved", -1),
-}
+_DATA: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+SHOWN, ADVICE = _DATA["shown"], _DATA["advice"]
 
 
 def recorded(part: dict, name: str) -> Run:
