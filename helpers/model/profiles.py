@@ -52,8 +52,3 @@ def current_profile() -> Profile:
             "DPO_PROFILE is 'gpu', but torch finds no GPU. Check the driver (`nvidia-smi`), or use DPO_PROFILE=cpu."
         )
     return PROFILES[name]
-
-
-def named_model(profile: Profile, thinking: bool = False) -> str:
-    """What `.env` names as the model (`DPO_MODEL`; `DPO_THINKING_MODEL` if `thinking`), else the profile's."""
-    return setting("DPO_THINKING_MODEL", profile.thinking_model) if thinking else setting("DPO_MODEL", profile.model)

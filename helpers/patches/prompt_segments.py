@@ -28,7 +28,7 @@ class Keys(NamedTuple):
     longest_k: int
 
 
-def segment_keys(sizes: list[tuple[int, ...]], device: torch.device) -> Keys:
+def segment_keys(sizes: list[list[int]], device: torch.device) -> Keys:
     """The keys of each segment on `device`; `sizes` are those of a prompt and its completions, for each pair."""
     index, queries, base = [], [], 0
     for prompt, *completions in sizes:
@@ -91,7 +91,7 @@ def _compare() -> None:
 
     sizes = {"bsz": 1, "q_len": 7, "kv_seq_len": 7, "n_heads": 2, "head_dim": 16, "requires_grad": True}
     unused = {"seq_info": None, "attention_mask": None, "causal_mask": None}
-    keys = segment_keys([(3, 2, 2)], torch.device("cuda"))
+    keys = segment_keys([[3, 2, 2]], torch.device("cuda"))
     context = dispatch.AttentionContext(**sizes, **unused, prefix_seg_info=keys)
     config = dispatch.AttentionConfig(backend=dispatch.SDPA, n_kv_heads=2, n_groups=1)
     take_segments()

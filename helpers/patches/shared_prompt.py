@@ -35,30 +35,9 @@ class Packed(NamedTuple):
     packed: tuple[torch.Tensor, ...]
 
 
-def _rows(
-    ids: torch.Tensor, labels: torch.Tensor, lengths: list[int], starts: list[int]
-) -> tuple[dict[str, list[torch.Tensor]], list[tuple[int, ...]]]:
-    """Each pair as one row: ids, positions and next-token labels, and the sizes of prompt, chosen and rejected.
-
-    The prompt's last token opens either completion, since it has to predict both first tokens; the last token of a
-    completion predicts nothing and is left out.
-    """
-    pairs = len(ids) // 2
-    rows: dict[str, list[torch.Tensor]] = {"input_ids": [], "position_ids": [], "shift_labels": []}
-    sizes: list[tuple[int, ...]] = []
-    for chosen, rejected in zip(range(pairs), range(pairs, 2 * pairs), strict=True):
-        prompt, end, other_end = starts[chosen] - 1, lengths[chosen] - 1, lengths[rejected] - 1
-        rows["input_ids"].append(torch.cat([ids[chosen, :end], ids[rejected, prompt:other_end]]))
-        rows["position_ids"].append(torch.cat([torch.arange(end), torch.arange(prompt, other_end)]))
-        predicted = labels[chosen, 1 : end + 1], labels[rejected, prompt + 1 : other_end + 1]
-        rows["shift_labels"].append(torch.cat(predicted))
-        sizes.append((prompt, end - prompt, other_end - prompt))
-    return rows, sizes
-
-
-def _mask(sizes: list[tuple[int, ...]], dtype: torch.dtype) -> torch.Tensor:
+def _mask(sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The additive mask (pairs, 1, tokens, tokens): each of the three parts sees the prompt and itself."""
-    parts = [torch.repeat_interleave(torch.arange(3), torch.tensor(row)) for row in sizes]
+    parts = [torch.repeat_interleave(torch.arange(3), row) for row in sizes]
     part = pad_sequence(parts, batch_first=True, padding_value=3)
     query, key = part[:, None, :, None], part[:, None, None, :]
     seen = ((query == key) | (key == 0)).tril()
@@ -70,35 +49,46 @@ def pack(
 ) -> Packed | None:
     """The batch [chosen; rejected] with each prompt once, as a row for each pair or all in `one_row`.
 
-    One row is filled up to a multiple of 128 tokens: for each new width matrix kernels are chosen and loaded, and the
-    fast ones want a multiple of 8. None if the rows are no pairs with equal prompts and something after them.
+    The prompt's last token opens either completion, since it has to predict both first tokens; the last token of a
+    completion predicts nothing and is left out. One row is filled up to a multiple of 128 tokens: for each new width
+    matrix kernels are chosen and loaded, and the fast ones want a multiple of 8. None if the rows are no pairs with
+    equal prompts and something after them.
     """
     if len(ids) % 2:
         return None
     device, pairs = ids.device, len(ids) // 2
-    ids, labels = ids.cpu(), labels.cpu()  # one copy; each comparison below would wait for the GPU
-    lengths = mask.sum(dim=1).tolist()
-    starts = (labels != -100).long().argmax(dim=1).tolist()
-    if starts[:pairs] != starts[pairs:] or min(starts) <= (1 if one_row else 0):
+    ids, labels, last = ids.cpu(), labels.cpu(), mask.sum(dim=1).cpu() - 1  # each comparison would wait for the GPU
+    starts = (labels != -100).long().argmax(dim=1)
+    in_prompt = torch.arange(ids.shape[1]) < starts[:pairs, None]
+    if not torch.equal(starts[:pairs], starts[pairs:]) or starts.min() <= (1 if one_row else 0):
         return None
-    if any(not torch.equal(ids[i, : starts[i]], ids[pairs + i, : starts[i]]) for i in range(pairs)):
+    if ((ids[:pairs] != ids[pairs:]) & in_prompt).any():
         return None
-    rows, sizes = _rows(ids, labels, lengths, starts)
+
+    def by_pair(rows: torch.Tensor) -> torch.Tensor:
+        return rows.unflatten(0, (2, -1)).transpose(0, 1)
+
+    prompt, column = starts[:pairs] - 1, torch.arange(ids.shape[1] - 1)
+    first = torch.cat([torch.zeros_like(prompt), prompt])  # rejected comes without the prompt
+    kept = by_pair((column >= first[:, None]) & (column < last[:, None]))
+    rows = {"input_ids": ids[:, :-1], "position_ids": column.expand(2 * pairs, -1), "shift_labels": labels[:, 1:]}
     padding = {"input_ids": 0, "position_ids": 0, "shift_labels": -100}
+    flat = {name: by_pair(values)[kept] for name, values in rows.items()}
+    sizes = torch.stack([prompt, last[:pairs] - prompt, last[pairs:] - prompt], dim=1)
     if one_row:
-        fill = -sum(map(sum, sizes)) % 128
-        inputs = {name: pad(torch.cat(rows[name])[None], (0, fill), value=value) for name, value in padding.items()}
+        fill = -len(flat["input_ids"]) % 128
+        inputs = {name: pad(flat[name][None], (0, fill), value=value) for name, value in padding.items()}
     else:
-        inputs = {name: pad_sequence(rows[name], True, value) for name, value in padding.items()}
-    # Pair by pair, as the packed rows have them.
-    pair, side, column = (labels[:, 1:] != -100).unflatten(0, (2, -1)).transpose(0, 1).nonzero(as_tuple=True)
-    given, packed = (side * pairs + pair, column), (inputs["shift_labels"] != -100).nonzero(as_tuple=True)
+        counts = sizes.sum(dim=1).tolist()
+        inputs = {name: pad_sequence(flat[name].split(counts), True, value) for name, value in padding.items()}
+    pair, side, place = by_pair(labels[:, 1:] != -100).nonzero(as_tuple=True)
+    given, packed = (side * pairs + pair, place), (inputs["shift_labels"] != -100).nonzero(as_tuple=True)
     inputs = {name: values.to(device) for name, values in inputs.items()}
     if one_row:
-        inputs["prefix_seg_info"] = segment_keys([*sizes, (fill,)] if fill else sizes, device)
+        inputs["prefix_seg_info"] = segment_keys(sizes.tolist() + ([[fill]] if fill else []), device)
     else:
         inputs["attention_mask"] = _mask(sizes, dtype)
-    return Packed(inputs, *(tuple(place.to(device) for place in places) for places in (given, packed)))
+    return Packed(inputs, *(tuple(index.to(device) for index in places) for places in (given, packed)))
 
 
 def _share(inner: PreTrainedModel) -> None:
