@@ -1,14 +1,13 @@
 """Replies of a model to prompts, in batches, and what can be counted in them."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.data.render import prompt_ids
+from helpers.model import Model, Prompts, Tokenizer
 
 
 @contextlib.contextmanager
@@ -34,9 +33,9 @@ class Reply(NamedTuple):
 
 
 def generate_replies(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict] | dict],
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Prompts,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,

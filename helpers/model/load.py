@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel
 from unsloth import FastLanguageModel
 
 from helpers.common import PROJECT, UserError, setting
+from helpers.model import Model, Tokenizer
 from helpers.model.embedded import EMBEDDED_HUB_NAME, EMBEDDED_PACKAGE, embedded_folder, embedded_model
 from helpers.model.profiles import EMBEDDED, current_profile
 
@@ -32,7 +33,7 @@ def _model_name(name: str | None, thinking: bool) -> str:
     return embedded_model() if name == EMBEDDED else str(name)
 
 
-def public_name(model: PreTrainedModel | PeftModel) -> str:
+def public_name(model: Model) -> str:
     """The name of `model` for a run folder: that on the hub, for the embedded model that of its original."""
     name, embedded = str(model.config.name_or_path), embedded_folder()
     if embedded is not None and Path(name).name == embedded.name:  # in this cache folder, or copied from another
@@ -80,7 +81,7 @@ def not_found(name: str, error: Exception) -> UserError:
     )
 
 
-def _check_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, name: str) -> None:
+def _check_chat_template(tokenizer: Tokenizer, chat_template: str | None, name: str) -> None:
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if not tokenizer.chat_template:
@@ -91,9 +92,7 @@ def _check_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str 
         )
 
 
-def load_tokenizer(
-    name: str | None = None, *, thinking: bool = False, chat_template: str | None = None
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | None = None, *, thinking: bool = False, chat_template: str | None = None) -> Tokenizer:
     """The tokenizer that `load_model` returns for this name, thinking and chat_template, without the model.
 
     Raises UserError if it cannot be found, has no chat template, or neither a pad nor an EOS token.
@@ -122,7 +121,7 @@ def _keep_freed_memory() -> None:
 
 def load_model(
     name: str | None = None, *, thinking: bool = False, chat_template: str | None = None
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+) -> tuple[Model, Tokenizer]:
     """Load a model, in 4 or 16 bits as its profile says, and its tokenizer with Unsloth, pad token fixed.
 
     Args:
@@ -178,7 +177,7 @@ def load_model(
     return model, tokenizer
 
 
-def fix_pad_token(model: PreTrainedModel | PeftModel | None, tokenizer: PreTrainedTokenizerBase) -> None:
+def fix_pad_token(model: Model | None, tokenizer: Tokenizer) -> None:
     """Make tokenizer and model agree on a pad token, in place: the tokenizer's own, or its EOS if it has none.
 
     Padding with EOS is safe in DPO: TRL masks by each row's length, not by comparing ids with the pad id, so a

@@ -10,12 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.common import cache_folder, write_atomic
 from helpers.data.render import IDS, data_hash, pair_lengths, tokenize_pairs
+from helpers.model import Model, Tokenizer
 from helpers.model.fingerprint import base_model, fingerprint, tokenizer_hash
 from helpers.model.generate import evaluating
 from helpers.patches import fused_lm_head
@@ -31,11 +30,11 @@ class PairLogps(NamedTuple):
     rejected_tokens: torch.Tensor
 
 
-def _ids(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def _ids(pairs: Dataset, tokenizer: Tokenizer) -> Dataset:
     return pairs if set(IDS) <= set(pairs.column_names) else tokenize_pairs(pairs, tokenizer)
 
 
-def _sums(model: PreTrainedModel | PeftModel, batch: dict[str, torch.Tensor], fused: bool) -> torch.Tensor:
+def _sums(model: Model, batch: dict[str, torch.Tensor], fused: bool) -> torch.Tensor:
     """Log-probs of the completions of a collated batch in nats, shape (2 * pairs,): chosen, then rejected."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     mask = batch["completion_mask"]
@@ -47,12 +46,7 @@ def _sums(model: PreTrainedModel | PeftModel, batch: dict[str, torch.Tensor], fu
 
 
 def pair_logps(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Dataset,
-    *,
-    max_length: int | None = None,
-    batch_size: int = 8,
+    model: Model, tokenizer: Tokenizer, pairs: Dataset, *, max_length: int | None = None, batch_size: int = 8
 ) -> PairLogps:
     """Log-probs of chosen and rejected under `model`, as in the DPO loss (Rafailov et al. 2023, eq. 7).
 
@@ -84,13 +78,7 @@ def pair_logps(
 
 
 def reference_logps(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Dataset,
-    *,
-    max_length: int,
-    batch_size: int = 8,
-    data: str | None = None,
+    model: Model, tokenizer: Tokenizer, pairs: Dataset, *, max_length: int, batch_size: int = 8, data: str | None = None
 ) -> PairLogps:
     """`pair_logps` of the reference, kept in the cache folder: computed once, read for every later run.
 
@@ -98,9 +86,7 @@ def reference_logps(
     template, token ids of the pairs, and max_length. TRL keeps such a cache too (`precompute_ref_log_probs`), but its
     key changes with every setting, and data that is in memory is never found in it.
 
-    Args:
-        model, tokenizer, pairs, max_length, batch_size: as in `pair_logps`.
-        data: `data_hash` of the ids, if the caller has it.
+    The model, tokenizer, pairs, max_length and batch_size are as in `pair_logps`; `data` is the ids' `data_hash`.
     """
     ids = _ids(pairs, tokenizer)
     parts = [fingerprint(model), tokenizer_hash(tokenizer), data or data_hash(ids), str(max_length), str(model.dtype)]

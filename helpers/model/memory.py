@@ -1,8 +1,4 @@
-"""Memory: what a training run will need, what is free, and what each change would save.
-
-The estimate is arithmetic over the model's sizes, so it needs no trial run; `tests/model/test_memory.py`
-compares it with measured runs.
-"""
+"""Memory: what a training run will need, by arithmetic over the model's sizes, and what is free."""
 
 import contextlib
 import ctypes
@@ -152,11 +148,8 @@ def _plan(need: Callable[[int, bool], float], free: float, batch: int) -> BatchP
 def plan_batch(config: PretrainedConfig, free: float, *, tokens: int) -> BatchPlan | None:
     """The fastest way to train 8 pairs a step in 4 bits on a GPU, with room for the estimate's error; needs no GPU.
 
-    None if not even one pair fits. The reference's log-probs are cached in any case.
-
-    Args:
-        config, tokens: as in `estimate_memory`; every pair is taken to be that long.
-        free: bytes, before the model is loaded.
+    None if not even one pair fits. `config` and `tokens` are as in `estimate_memory`, for every pair; `free` are bytes
+    before the model is loaded. The reference's log-probs are cached in any case.
     """
     settings: dict[str, Any] = {"tokens": tokens, "load_in_4bit": True, "optim": "adamw_8bit"}
 
@@ -196,9 +189,7 @@ def _estimate(model: PeftModel, longest: tuple[int, int], settings: dict) -> Mem
 def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstimate:
     """`estimate_memory` for a policy that is loaded.
 
-    Args:
-        model, ids: with its LoRA adapter, and the training pairs, as `tokenize_pairs` gives them.
-        settings: DPOConfig settings, complete as `dpo_settings` gives them.
+    `model` has a LoRA adapter, `ids` are the training pairs' (`tokenize_pairs`), `settings` those of `dpo_settings`.
     """
     return _estimate(model, _longest(model, ids), settings)
 
@@ -206,9 +197,8 @@ def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstima
 def plan_for(model: PeftModel, ids: Dataset, settings: dict, free: float) -> BatchPlan:
     """`plan_batch` for a policy that is loaded, by its own pairs; if nothing fits, what needs least.
 
-    Args:
-        model, ids, settings: as in `estimate_for`. The step keeps its number of pairs, a power of two.
-        free: bytes, like the plan's, on top of the loaded model.
+    Bytes (`free`, the plan's) are on top of the loaded model. The step keeps its number of pairs, a power of two. The
+    model, ids and settings are as in `estimate_for`.
     """
     batch, longest = pairs_a_step(settings), _longest(model, ids)
 

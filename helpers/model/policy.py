@@ -3,9 +3,9 @@
 import functools
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+from helpers.model import Model, Tokenizer
 from helpers.model.fingerprint import adapter_hash, base_hash, base_model, fingerprint, is_fresh
 from helpers.model.load import public_name
 
@@ -16,9 +16,7 @@ class Policy:
     `options` are what the chat template gets for a prompt that brings nothing of its own, e.g. enable_thinking=False.
     """
 
-    def __init__(
-        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, options: dict | None = None
-    ):
+    def __init__(self, model: Model, tokenizer: Tokenizer, options: dict | None = None):
         self.model, self.tokenizer, self.options = model, tokenizer, options or {}
 
     name = functools.cached_property(lambda self: public_name(self.model))

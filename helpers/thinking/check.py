@@ -8,24 +8,24 @@ from typing import Any
 
 import yaml
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from helpers.common import UserError
 from helpers.data.findings import Finding
 from helpers.data.render import encode, render, template_options
+from helpers.model import Tokenizer
 from helpers.thinking.tags import CLOSE, OPEN, OPEN_AT_END, has_tag, split_thinking, think_boundary
 
 _FOUND: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("findings.yaml").read_text("utf-8"))
 _CODES = {"spelling": "think_spelling", "text before": "thought_late"}  # of `Thinking.problems`, if not thought_...
 
 
-def _codes(content: str, tokenizer: PreTrainedTokenizerBase, opened: bool) -> tuple[set[str], str | None]:
+def _codes(content: str, tokenizer: Tokenizer, opened: bool) -> tuple[set[str], str | None]:
     """The codes of what is wrong with the tags of a text, and its thought."""
     found = split_thinking(content, tokenizer, opened)
     return {_CODES.get(problem, f"thought_{problem}") for problem in found.problems}, found.thought
 
 
-def _prompt_codes(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase) -> set[str]:
+def _prompt_codes(prompt: str | list[dict], tokenizer: Tokenizer) -> set[str]:
     """What is wrong in the turns before the reply. Earlier thoughts that are whole are left to the template."""
     if isinstance(prompt, str):  # rendered already: it may end in an open thought, or in an empty one
         return {"think_in_prompt"} if has_tag(re.sub(rf"{OPEN}\s*(?:{CLOSE}\s*)?$", "", prompt)) else set()
@@ -38,9 +38,7 @@ def _prompt_codes(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase) 
     return codes
 
 
-def check_thinking(
-    pairs: Iterable[dict], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
-) -> list[Finding]:
+def check_thinking(pairs: Iterable[dict], tokenizer: Tokenizer, max_length: int | None = None) -> list[Finding]:
     """What is wrong with the thoughts of these pairs, for a report of `check_pairs`: `report.add(check_thinking(...))`.
 
     It looks at each message as it is written, and if that is in order, at what the chat template makes of it.
@@ -83,9 +81,7 @@ def check_thinking(
     ]
 
 
-def _side_codes(
-    row: dict, side: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-) -> tuple[set[str], bool]:
+def _side_codes(row: dict, side: str, tokenizer: Tokenizer, max_length: int | None) -> tuple[set[str], bool]:
     """The codes of what is wrong with one side, and whether it thinks."""
     prompt, reply = row["prompt"], row[side]
     if isinstance(prompt, str):

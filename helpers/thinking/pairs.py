@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from helpers.common import UserError
 from helpers.data.load import BUNDLED_PAIRS
 from helpers.data.sources import open_source
+from helpers.model import Tokenizer
 from helpers.thinking.tags import CLOSE, OPEN, think_boundary
 
 BUNDLED_THINKING = BUNDLED_PAIRS.with_name("thinking_pairs.jsonl")
@@ -45,9 +45,7 @@ def load_thinking_pairs(path: str | Path = BUNDLED_THINKING) -> list[dict]:
     return pairs
 
 
-def render_thinking(
-    pairs: Iterable[dict], tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | None = None
-) -> Dataset:
+def render_thinking(pairs: Iterable[dict], tokenizer: Tokenizer, enable_thinking: bool | None = None) -> Dataset:
     """Thinking pairs as conversations, in the form of `load_pairs` with an `answer`, for this model's chat template.
 
     Prompt + completion then carries exactly one `<think>...</think>`, and the prompt stays a token prefix. With

@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable, Sequence
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
+from helpers.model import Tokenizer
 from helpers.model.generate import Reply
 from helpers.run.metrics import wilson_interval
 from helpers.thinking.tags import split_thinking
@@ -70,7 +70,7 @@ def false_steps(thought: str) -> list[str]:
     ]
 
 
-def thought_table(replies: Sequence[Reply], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+def thought_table(replies: Sequence[Reply], answers: Sequence[str], tokenizer: Tokenizer) -> pd.DataFrame:
     """What a program can say of the thoughts in these replies; the means of the columns describe the model.
 
     One row for each reply: well_formed (one whole thought, then the answer, no other tag), closed (a thought ends and

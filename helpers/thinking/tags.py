@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase
-
 from helpers.data.render import render
+from helpers.model import Tokenizer
 
 OPEN, CLOSE = "<think>", "</think>"
 OPEN_AT_END = re.compile(rf"{OPEN}\s*$")
@@ -64,7 +63,7 @@ class Thinking:
         return self.thought is not None and not self.problems
 
 
-def think_boundary(tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | None = None) -> ThinkBoundary:
+def think_boundary(tokenizer: Tokenizer, enable_thinking: bool | None = None) -> ThinkBoundary:
     """How this model opens and closes a thought, read from its tokens and its chat template.
 
     `enable_thinking` is passed to the chat template unless it is None (hybrid models have this switch). Raises
@@ -89,7 +88,7 @@ def think_boundary(tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | N
     )
 
 
-def _pieces(text_or_ids: str | Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _pieces(text_or_ids: str | Sequence[int], tokenizer: Tokenizer) -> list[str]:
     """Text, tag, text, tag, ..., text; up to the end of the turn."""
     if not isinstance(text_or_ids, str):
         ids = [int(i) for i in text_or_ids]
@@ -109,9 +108,7 @@ def _pieces(text_or_ids: str | Sequence[int], tokenizer: PreTrainedTokenizerBase
     return re.split(f"({OPEN}|{CLOSE})", text_or_ids)
 
 
-def split_thinking(
-    text_or_ids: str | Sequence[int], tokenizer: PreTrainedTokenizerBase, opened: bool | None = None
-) -> Thinking:
+def split_thinking(text_or_ids: str | Sequence[int], tokenizer: Tokenizer, opened: bool | None = None) -> Thinking:
     """A reply's thought and answer.
 
     The last tag decides, as in chat templates: if it closes, the answer is what follows it; if it opens, the thought
