@@ -20,6 +20,7 @@ from helpers.patches.prompt_segments import segment_keys, take_segments
 
 # Architectures whose attention takes any mask and whose positions are all in position_ids.
 _KNOWN = ("llama", "qwen2", "qwen3")
+_BATCH = ("input_ids", "attention_mask", "labels")
 # Set to False, a GPU computes each pair as two rows: for benchmarks/gpu.py and tests, which compare.
 ON_GPU = True
 
@@ -96,14 +97,14 @@ def _share(inner: PreTrainedModel) -> None:
 
     @functools.wraps(fused)
     def forward(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> ModelOutput:
-        batch: list[Any] = [kwargs.get(name) for name in ("input_ids", "attention_mask", "labels")]
+        batch: list[Any] = [kwargs.get(name) for name in _BATCH]
         packed = None
         if fused_lm_head and all(one is not None for one in batch):
             packed = pack(*batch, inner.dtype, one_row=inner.device.type == "cuda")
         if packed is None:
             return fused(*args, fused_lm_head=fused_lm_head, **kwargs)
-        kwargs |= {"attention_mask": None, "labels": None} | packed.inputs
-        outputs = fused(*args, fused_lm_head=True, **kwargs)
+        others = {name: value for name, value in kwargs.items() if name not in _BATCH}
+        outputs = fused(*args, fused_lm_head=True, **others, **packed.inputs)
         for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
             values = getattr(outputs, name)
             if values is not None:

@@ -36,13 +36,12 @@ def is_right(answer: str | None, expected: str) -> bool:
     return re.search(rf"(?<!\w)(?:{words})(?!\w)", answer, re.IGNORECASE) is not None
 
 
-def _is_true_calculation(x: int, sign: str, y: int, result: int) -> bool:
-    return result * y == x if sign == "/" else step_result(x, sign, y) == result
-
-
 _UNIT_SIZES = {(big, small): size for size, units in UNITS.items() for big, small, _ in units}
 _STATEMENTS: tuple[tuple[str, Callable[..., bool]], ...] = (  # pattern, whether the statement found is true
-    (r"(?<![\d.])(?<![-+*/] )(\d+) ([-+*/]) (\d+) = (\d+)(?![\d.]*\d)", _is_true_calculation),
+    (
+        r"(?<![\d.])(?<![-+*/] )(\d+) ([-+*/]) (\d+) = (\d+)(?![\d.]*\d)",
+        lambda x, sign, y, result: result * y == x if sign == "/" else step_result(x, sign, y) == result,
+    ),
     (r"(\d+)% of (\d+) = (\d+)", lambda percent, of, result: percent * of == 100 * result),
     (r"(\d+) < (\d+)", lambda x, y: x < y),
     (r"(\d+) > (\d+)", lambda x, y: x > y),

@@ -84,11 +84,8 @@ def _draw(story: dict, rng: random.Random) -> tuple[dict[str, Any], list]:
     return values | {key: rng.choice(range(*span)) for key, span in story["numbers"].items()}, facts
 
 
-def _story_pair(story: dict, rng: random.Random, kind: str) -> tuple | None:
-    """A problem of this story with an error of this kind, or None if the numbers drawn do not allow it.
-
-    A problem is (prompt, thoughts, answers, flaw, topic, answer), with thoughts and answers for chosen and rejected.
-    """
+def _story_pair(story: dict, rng: random.Random, kind: str) -> dict | None:
+    """A problem of this story with an error of this kind, or None if the numbers drawn do not allow it."""
     values, facts = _draw(story, rng)
     signs = [rng.choice("+-") for _ in story.get("signs", ())]
     wrong_values, wrong_signs, wrong_result = dict(values), list(signs), {}
@@ -118,13 +115,14 @@ def _story_pair(story: dict, rng: random.Random, kind: str) -> tuple | None:
             text = text.replace(f"{{sign{i + 1}}}", story["signs"][i][sign])
         return text.format(**values)
 
-    thoughts = (fill(story["thought"], side) for side in (right, right if kind == "wrong_answer" else wrong))
-    answers = (fill(story["answer"], side) for side in (right, wrong))
-    expected = fill(story.get("expected", "{r2}"), right)
-    return fill(story["question"], values), thoughts, answers, kind, story["topic"], expected
+    question, thought, answer = story["question"], story["thought"], story["answer"]
+    said = right if kind == "wrong_answer" else wrong
+    sides = fill(thought, right), fill(answer, right), fill(thought, said), fill(answer, wrong)
+    rest = kind, story["topic"], fill(story.get("expected", "{r2}"), right)
+    return dict(zip(THINKING_FIELDS, (fill(question, values), *sides, *rest), strict=True))
 
 
-def _ranking_pair(rng: random.Random, kind: str) -> tuple | None:
+def _ranking_pair(rng: random.Random, kind: str) -> dict | None:
     """Who came first, second or last, by the smallest number (a race) or the largest (points)."""
     names, numbers = rng.sample(NAMES, 3), rng.sample(range(31, 90), 3)
     race = rng.random() < 0.5
@@ -153,10 +151,12 @@ def _ranking_pair(rng: random.Random, kind: str) -> tuple | None:
 
     how = "needed {} seconds for the race, {} {} and {} {}" if race else "made {} points in the game, {} {} and {} {}"
     (a, x), (b, y), (c, z) = of.items()
-    right = (race, of, order)
-    thoughts = thought(*right), thought(*(right if kind == "wrong_answer" else (wrong_race, wrong_of, wrong_order)))
-    answers = (f"{side[place]} came {place_name}." for side in (order, wrong_order))
-    return f"{a} {how.format(x, b, y, c, z)}. Who came {place_name}?", thoughts, answers, kind, "order", order[place]
+    question = f"{a} {how.format(x, b, y, c, z)}. Who came {place_name}?"
+    right = thought(race, of, order)
+    wrong = right if kind == "wrong_answer" else thought(wrong_race, wrong_of, wrong_order)
+    answer, wrong_answer = (f"{names[place]} came {place_name}." for names in (order, wrong_order))
+    fields = question, right, answer, wrong, wrong_answer, kind, "order", order[place]
+    return dict(zip(THINKING_FIELDS, fields, strict=True))
 
 
 def make_thinking_pairs(n: int, seed: int = 0) -> list[dict]:
@@ -179,10 +179,7 @@ def make_thinking_pairs(n: int, seed: int = 0) -> list[dict]:
     while len(pairs) < n:
         kind = rng.choice(KINDS)
         topic = rng.choice(list(makers[kind]))
-        made = rng.choice(makers[kind][topic])(rng, kind)
-        if made is not None and made[0] not in pairs:
-            prompt, thoughts, answers, *rest = made
-            (chosen, rejected), (right, wrong) = thoughts, answers
-            pair = dict(zip(THINKING_FIELDS, (prompt, chosen, right, rejected, wrong, *rest), strict=True))
-            pairs[prompt] = pair | {"origin": f"make_thinking_pairs(seed={seed}) row {len(pairs) + 1}"}
+        pair = rng.choice(makers[kind][topic])(rng, kind)
+        if pair is not None and pair["prompt"] not in pairs:
+            pairs[pair["prompt"]] = pair | {"origin": f"make_thinking_pairs(seed={seed}) row {len(pairs) + 1}"}
     return list(pairs.values())
