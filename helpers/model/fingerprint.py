@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from helpers.model import Model, Tokenizer
 
-_SAMPLED = 64  # values of each tensor by which a base is recognised that was hashed before
 # Base model -> (its samples and changes, base_hash): it takes seconds if a model has billions of weights.
 _BASES: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[str, str]]" = weakref.WeakKeyDictionary()
 
@@ -53,7 +52,7 @@ def base_hash(model: Model) -> str:
         for name, tensor in model.state_dict().items()
         if "lora_" not in name
     }
-    sampled = {name: t.flatten()[:: max(1, t.numel() // _SAMPLED)] for name, t in tensors.items()}
+    sampled = {name: t.flatten()[:: max(1, t.numel() // 64)] for name, t in tensors.items()}
     changes = sum(tensor._version for tensor in tensors.values())  # noqa: SLF001  (named in torch's own documentation)
     sample, inner = f"{hash_tensors(sampled)} {changes}", base_model(model)
     if _BASES.get(inner, ("", ""))[0] != sample:

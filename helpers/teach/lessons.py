@@ -10,8 +10,8 @@ import yaml
 from helpers.after.diagnosis import SYMPTOMS, measure
 from helpers.run.folder import Run, RunInfo
 
-_DATA: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
-SHOWN, ADVICE = _DATA["shown"], _DATA["advice"]
+_TABLES: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+SHOWN, ADVICE = _TABLES["shown"], _TABLES["advice"]
 
 
 def recorded(part: dict, name: str) -> Run:

@@ -18,8 +18,8 @@ from helpers.thinking.pairs import THINKING_FIELDS
 # One planted error each: a wrong calculation, a number of the question copied wrong, plus for minus, a wrong fact
 # (days of a month, size of a unit), or a right thought followed by another answer.
 KINDS = ("slip", "misread", "operation", "fact", "wrong_answer")
-_DATA: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
-NAMES, DAYS, MONTHS, UNITS = (_DATA[name] for name in ("names", "days", "months", "units"))
+_TEXTS: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+NAMES, DAYS, MONTHS, UNITS = (_TEXTS[name] for name in ("names", "days", "months", "units"))
 _NEXT_MONTH = dict(pairwise([*MONTHS, "January"])) | {"January": "February"}
 _FORMS = {"%": "{}% of {} = {}", "days after": "{} days after {} comes {}"}
 
@@ -73,7 +73,7 @@ def _draw(story: dict, rng: random.Random) -> tuple[dict[str, Any], list]:
     """The words and numbers of a problem, and the facts of its kind (sizes of units, or days of months)."""
     name, other = rng.sample(NAMES, 2)
     values: dict[str, Any] = {"name": name, "other": other, "week": 7, "day": rng.choice(DAYS)}
-    values |= {key: rng.choice(choices) for key, choices in _DATA["words"].items()}
+    values |= {key: rng.choice(choices) for key, choices in _TEXTS["words"].items()}
     facts = list(UNITS) if story["topic"] == "unit" else [30, 31]
     values["f"] = rng.choice(facts)
     if story["topic"] == "unit":
@@ -168,7 +168,7 @@ def make_thinking_pairs(n: int, seed: int = 0) -> list[dict]:
     # kind of error -> topic -> what makes such a pair
     makers: dict[str, dict[str, list[Callable]]] = defaultdict(lambda: defaultdict(list))
     for kind in KINDS:
-        for story in _DATA["stories"]:
+        for story in _TEXTS["stories"]:
             if (kind != "operation" or "signs" in story) and (kind != "fact" or "{f}" in story["thought"]):
                 makers[kind][story["topic"]].append(partial(_story_pair, story))
         if kind != "operation":
