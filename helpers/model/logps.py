@@ -10,12 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.common import cache_folder, write_atomic
 from helpers.data.render import IDS, data_hash, pair_lengths, tokenize_pairs
+from helpers.model import Model, Tokenizer
 from helpers.model.fingerprint import base_model, fingerprint, tokenizer_hash
 from helpers.model.generate import evaluating
 from helpers.patches import fused_lm_head
@@ -31,7 +30,11 @@ class PairLogps(NamedTuple):
     rejected_tokens: torch.Tensor
 
 
-def _sums(model: PreTrainedModel | PeftModel, batch: dict[str, torch.Tensor], fused: bool) -> torch.Tensor:
+def _ids(pairs: Dataset, tokenizer: Tokenizer) -> Dataset:
+    return pairs if set(IDS) <= set(pairs.column_names) else tokenize_pairs(pairs, tokenizer)
+
+
+def _sums(model: Model, batch: dict[str, torch.Tensor], fused: bool) -> torch.Tensor:
     """Log-probs of the completions of a collated batch in nats, shape (2 * pairs,): chosen, then rejected."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     mask = batch["completion_mask"]
@@ -43,16 +46,9 @@ def _sums(model: PreTrainedModel | PeftModel, batch: dict[str, torch.Tensor], fu
 
 
 def pair_logps(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Dataset,
-    *,
-    max_length: int | None = None,
-    batch_size: int = 8,
+    model: Model, tokenizer: Tokenizer, pairs: Dataset, *, max_length: int | None = None, batch_size: int = 8
 ) -> PairLogps:
     """Log-probs of chosen and rejected under `model`, as in the DPO loss (Rafailov et al. 2023, eq. 7).
-
-    Pairs of similar length share a batch, which leaves little padding; the result is in the order of `pairs`.
 
     Args:
         model, tokenizer: as `load_model` gives them, with or without an adapter.
@@ -60,8 +56,7 @@ def pair_logps(
         max_length: longer sequences are cut at their end, as the trainer cuts them.
         batch_size: pairs in a forward pass.
     """
-    ids = pairs if set(IDS) <= set(pairs.column_names) else tokenize_pairs(pairs, tokenizer)
-    ids = ids.select_columns(list(IDS))
+    ids = _ids(pairs, tokenizer).select_columns(list(IDS))
     # Imported here: TRL does not document it, and all but scoring does without.
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -83,27 +78,17 @@ def pair_logps(
 
 
 def reference_logps(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Dataset,
-    *,
-    max_length: int,
-    batch_size: int = 8,
-    data: str | None = None,
+    model: Model, tokenizer: Tokenizer, pairs: Dataset, *, max_length: int, batch_size: int = 8, data: str | None = None
 ) -> PairLogps:
     """`pair_logps` of the reference, kept in the cache folder: computed once, read for every later run.
 
     The key holds all that decides the result: the weights (and the adapter's, if it is not fresh), tokenizer, chat
-    template, token ids of the pairs, and max_length. Beta, seed, learning rate and loss are no part of it. TRL keeps
-    such a cache too (`precompute_ref_log_probs`), but its key changes with every setting, and data that is in memory
-    is never found in it.
+    template, token ids of the pairs, and max_length. TRL keeps such a cache too (`precompute_ref_log_probs`), but its
+    key changes with every setting, and data that is in memory is never found in it.
 
-    Args:
-        model: the reference.
-        tokenizer, pairs, max_length, batch_size: as in `pair_logps`.
-        data: `data_hash` of the ids, if the caller has it.
+    The model, tokenizer, pairs, max_length and batch_size are as in `pair_logps`; `data` is the ids' `data_hash`.
     """
-    ids = pairs if set(IDS) <= set(pairs.column_names) else tokenize_pairs(pairs, tokenizer)
+    ids = _ids(pairs, tokenizer)
     parts = [fingerprint(model), tokenizer_hash(tokenizer), data or data_hash(ids), str(max_length), str(model.dtype)]
     key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
     path = cache_folder() / "reference" / f"{key}.safetensors"
@@ -122,12 +107,7 @@ def reference_logps(
 
 
 def with_reference(pairs: Dataset, logps: PairLogps) -> Dataset:
-    """The pairs with the two columns in which DPOTrainer looks for the reference's log-probs.
-
-    Args:
-        pairs: in the form that `load_pairs` or `tokenize_pairs` gives.
-        logps: of these pairs under the reference, as `reference_logps` gives them.
-    """
+    """The `pairs` (or their ids) with the two columns in which DPOTrainer looks for the reference's `logps`."""
     # Names of their own, since datasets would make one by pickling the whole table.
     if set(pairs.column_names) == set(IDS):
         # As a plain table: `add_column` copies a selection row by row.
