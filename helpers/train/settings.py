@@ -133,13 +133,14 @@ def _steps(pairs: int, values: dict[str, Any]) -> int:
     return math.ceil(math.ceil(pairs / pairs_a_step(values)) * values["num_train_epochs"])
 
 
-def run_config(folder: Path, pairs: int, values: dict[str, Any]) -> DPOConfig:
-    """The config of a run: the caller's settings, and what lets it be resumed and watched.
+def run_config(folder: Path, pairs: int, values: dict[str, Any], share: dict[str, Any]) -> DPOConfig:
+    """The config of a process of a run: the caller's settings, and what lets it be resumed and watched.
 
     Args:
         folder: of the run.
         pairs: how many are trained on.
         values: as `complete_settings` gives them.
+        share: what `share_step` makes of them for this process.
     """
     every = max(1, math.ceil(_steps(pairs, values) / 3))  # three evaluations, three checkpoints
     usual = {
@@ -155,5 +156,5 @@ def run_config(folder: Path, pairs: int, values: dict[str, Any]) -> DPOConfig:
     if values.get("eval_strategy", "steps") != "steps":
         del usual["eval_steps"]  # on a GPU Unsloth prints that it is ignored
     return DPOConfig(
-        output_dir=str(folder / "checkpoints"), disable_tqdm=True, remove_unused_columns=True, **usual | values
+        output_dir=str(folder / "checkpoints"), disable_tqdm=True, remove_unused_columns=True, **usual | share
     )
