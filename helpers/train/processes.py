@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import trl
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather, gather_object
 from filelock import FileLock, Timeout
 from torch.utils.data import BatchSampler, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -30,7 +30,7 @@ T = TypeVar("T")
 def processes() -> PartialState:
     """The processes of this run: how many, which one this is. They are joined at the first call."""
     asked, on_cpu = int(os.environ.get("WORLD_SIZE", 1)), not torch.accelerator.is_available()
-    if asked > 1 and on_cpu:
+    if on_cpu and "LOCAL_RANK" in os.environ:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # or accelerate would not join them
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")  # not cpu:1, which torch.load refuses
     state = PartialState(cpu=on_cpu)
@@ -153,10 +153,12 @@ class _SameFigures(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs: Any
     ) -> None:
         """transformers' hook."""
-        every = gather_object([(1 if "loss" in logs else self.held_out, logs)])
-        for name in logs:
-            total = sum(weight * float(one[name]) for weight, one in every)
-            logs[name] = total if name == "num_tokens" else total / sum(weight for weight, _ in every)
+        own = [1 if "loss" in logs else self.held_out, *map(float, logs.values())]
+        every = gather(torch.tensor([own], dtype=torch.float64, device=args.device))
+        total = (every[:, 1:] * every[:, :1]).sum(dim=0)
+        logs |= dict(zip(logs, (total / every[:, 0].sum()).tolist(), strict=True))
+        if "num_tokens" in logs:
+            logs["num_tokens"] *= args.world_size
         state.log_history[-1] |= logs
 
 
@@ -215,9 +217,9 @@ def share_steps(trainer: trl.DPOTrainer) -> None:
 
     def average_gradients(loss: torch.Tensor) -> torch.Tensor:
         if accelerator.sync_gradients:
-            gradients = [weight.grad for weight in weights]
-            total = accelerator.reduce(torch.nn.utils.parameters_to_vector(gradients), "mean")
-            torch.nn.utils.vector_to_parameters(total, gradients)
+            mean = accelerator.reduce(torch.cat([weight.grad.flatten() for weight in weights]), "mean")
+            for weight, gradient in zip(weights, mean.split([weight.numel() for weight in weights]), strict=True):
+                weight.grad = gradient.view_as(weight)
         return loss
 
     @contextlib.contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import trl
+from accelerate import DistributedType
 from datasets import Dataset
 from peft import PeftModel
 from transformers import (
@@ -121,7 +122,7 @@ def make_trainer(
     if model.device.type == "cuda" and config.bf16:
         cast_weights_once(trainer)
     weigh_pairs(trainer)
-    if config.world_size > 1:
+    if trainer.accelerator.distributed_type != DistributedType.NO:
         share_steps(trainer)
     text_progress(trainer)
     return trainer
