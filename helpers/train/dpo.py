@@ -37,7 +37,6 @@ from helpers.train.settings import complete_settings
 from helpers.train.trainer import make_trainer
 
 
-@one_voice()
 def train_dpo(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -93,17 +92,13 @@ def train_dpo(
         raise UserError("The model has no LoRA adapter to train. Call `model = add_lora(model)` first.")
     values = complete_settings(model, settings)
     rule = {"max_prompt_length": max_prompt_length, "on_long_prompt": on_long_prompt}
-    pairs = check_both(train, test, tokenizer, values["max_length"], **rule)
-    job = Job(
-        policy=Policy(model, tokenizer, shared_options(pairs.train.pairs)),
-        reference=None if ref_model is None else Policy(ref_model, tokenizer),
-        pairs=pairs,
-        folder=Path(folder),
-        values=values,
-        settings=settings,
-    )
     early = [] if early_stopping is None else [EarlyStoppingCallback(early_stopping)]
-    return run_job(job, replace, [*early, *callbacks])
+    with one_voice(Path(folder)):
+        pairs = check_both(train, test, tokenizer, values["max_length"], **rule)
+        policy = Policy(model, tokenizer, shared_options(pairs.train.pairs))
+        reference = None if ref_model is None else Policy(ref_model, tokenizer)
+        job = Job(policy, reference, pairs, Path(folder), values, settings)
+        return run_job(job, replace, [*early, *callbacks])
 
 
 def train_checked(

@@ -9,10 +9,17 @@ import functools
 import itertools
 import math
 import os
+import platform
+import signal
+import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import trl
 from accelerate import PartialState
@@ -40,12 +47,68 @@ def processes() -> PartialState:
 
 
 @contextlib.contextmanager
-def one_voice() -> Iterator[None]:
-    """In the block (or the decorated function) only the first process prints."""
-    with contextlib.ExitStack() as stack:
-        if not processes().is_main_process:
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
+def one_voice(folder: Path) -> Iterator[None]:
+    """In the block only the first process prints; the others have a log in NAME.logs beside `folder` while they run."""
+    state, logs = processes(), folder.with_name(f"{folder.name}.logs")
+    if state.num_processes == 1:
         yield
+        return
+    with _last_words(logs):
+        if state.is_main_process:
+            yield
+            return
+        logs.mkdir(parents=True, exist_ok=True)
+        path = logs / f"process-{state.process_index}.txt"
+        with path.open("a", buffering=1) as log, contextlib.redirect_stdout(log):
+            try:
+                yield
+            except BaseException:
+                traceback.print_exc(file=log)
+                raise
+    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # others are still there
+        logs.rmdir()
+
+
+@contextlib.contextmanager
+def _last_words(logs: Path) -> Iterator[None]:
+    """In the block a process that torchrun ends because another one died says which, and where its log is.
+
+    Python's own handler would wait for a main thread that waits for the dead process; a thread reads the signal.
+    """
+    state, host = processes(), platform.node()
+    every = gather_object([(state.process_index, os.getpid(), host)])
+    here = {rank: pid for rank, pid, other in every if other == host}
+    heard, said = os.pipe()
+    os.set_blocking(said, False)
+
+    def listen() -> None:
+        while (number := os.read(heard, 1)) and number[0] != signal.SIGTERM:
+            pass
+        if not number:
+            return
+        dead = [rank for rank, pid in here.items() if not psutil.pid_exists(pid)]
+        if dead and state.process_index == min(here.keys() - dead):
+            where = f"in {logs / f'process-{dead[0]}.txt'}" if dead[0] else "above"
+            print(
+                f"Process {dead[0]} of this run (pid {here[dead[0]]}) died, so the others are ended; what it said is "
+                f"{where}. The same command goes on from the last complete checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=listen, daemon=True).start()
+    before, wakeup = signal.signal(signal.SIGTERM, lambda *_: None), signal.set_wakeup_fd(said)
+    try:
+        yield
+    except RuntimeError:  # of a broken connection, perhaps: torchrun now sees what died, and the thread says so
+        time.sleep(2)
+        raise
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGTERM, before)
+        os.close(said)
 
 
 def once(function: Callable[[], T]) -> T:
