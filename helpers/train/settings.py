@@ -143,6 +143,8 @@ USUAL: dict[str, Any] = {
     "load_best_model_at_end": True,
     "metric_for_best_model": "eval_loss",
     "greater_is_better": False,
+    "disable_tqdm": True,
+    "remove_unused_columns": True,
 }
 
 
@@ -159,6 +161,4 @@ def run_config(folder: Path, pairs: int, values: dict[str, Any], share: dict[str
     usual = USUAL | {"eval_steps": every, "save_steps": every}
     if values.get("eval_strategy", "steps") != "steps":
         del usual["eval_steps"]  # on a GPU Unsloth prints that it is ignored
-    return DPOConfig(
-        output_dir=str(folder / "checkpoints"), disable_tqdm=True, remove_unused_columns=True, **usual | share
-    )
+    return DPOConfig(output_dir=str(folder / "checkpoints"), **usual | share)
