@@ -329,7 +329,8 @@ def _write_trl(run: Run, part: Path, train: Dataset | None, test: Dataset | None
     _write_pairs(run, part, train, test)
     settings = _trl_settings(run)
     (part / "dpo.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    shutil.copy(TEMPLATES / "accelerate.yaml", part)
+    for name in ("accelerate.yaml", "fsdp.yaml"):
+        shutil.copy(TEMPLATES / name, part)
     shutil.copy(Path(__file__).with_name("trl_script.py"), part / "train.py")
     on_cpu = f", on a CPU also unsloth=={run.info.versions['unsloth']}"
     embedded = (
