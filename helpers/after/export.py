@@ -1,4 +1,4 @@
-"""Handing a finished run over: its adapter, the merged model, a GGUF file, or the run itself for more processes.
+"""Handing a finished run over: its adapter, the merged model, a GGUF file, or the run itself for more GPUs.
 
 `export_run` writes a folder that is whole or not there. It hands over what was trained and measured: a 4-bit base is
 de-quantised, not replaced by its 16-bit original.
@@ -29,12 +29,13 @@ from helpers.common import UserError, setting
 from helpers.data.check import check_pairs
 from helpers.data.render import template_options
 from helpers.model.embedded import EMBEDDED_HUB_NAME
-from helpers.model.load import adapter_base, load_tokenizer, not_found
+from helpers.model.load import LORA_TARGETS, adapter_base, load_tokenizer, not_found
 from helpers.model.memory import pairs_a_step
-from helpers.model.profiles import PROFILES
+from helpers.model.profiles import EMBEDDED, PROFILES
 from helpers.patches.llama_cpp import converter_places
 from helpers.run.card import TEMPLATES, changed_settings, model_card
 from helpers.run.folder import POLICY_AT_START, Run, set_aside
+from helpers.train.settings import USUAL, dpo_settings
 
 
 def export_run(
@@ -58,15 +59,16 @@ def export_run(
             of the update the rounding keeps; below 90% it is printed too. A 4-bit base is de-quantised, not replaced
             by its 16-bit original, on which nothing was trained. Nothing is downloaded.
             "gguf": the merged model as one 8-bit file (q8_0), if llama.cpp's converter is on this machine.
-            "trl": settings, pairs and a start script with which TRL repeats the run in more processes.
-        train, test: for "trl": the pairs that were given to `train_dpo`, compared with the run's by their hash.
+            "torchrun": settings, pairs and a start script with which `train_dpo` repeats the run on several GPUs.
+            "trl": the same with TRL's script, for those without this package; on GPUs several times slower.
+        train, test: for the last two: the pairs that were given to `train_dpo`, compared with the run's by their hash.
         hub: a repository on the hub (OWNER/NAME) to which the folder is also uploaded; a new one is made private.
         replace: write even if `folder` exists. An old export is removed; a folder that holds anything else (your
             notes, what was trained there) is kept next to the new one as `NAME.old-1` and so on.
 
     Raises:
         UserError: another `to`, a folder that exists, a base model that is not here, no converter, other pairs than
-            the run's, a run that TRL's script can't repeat, no token or a refusal by the hub, no room on the disk.
+            the run's, a run that a script can't repeat, no token or a refusal by the hub, no room on the disk.
     """
     folder = Path(folder)
     if to not in _WRITERS:
@@ -74,8 +76,8 @@ def export_run(
     if folder.exists() and not replace:
         raise UserError(f"{folder.name} exists already. Take another folder, or pass replace=True.")
     if hub is not None:
-        if to == "trl":
-            raise UserError('hub= uploads models; the form "trl" holds your pairs. Copy its folder by other means.')
+        if to in ("torchrun", "trl"):
+            raise UserError(f'hub= uploads models; the form "{to}" holds your pairs. Copy its folder by other means.')
         if setting("HF_TOKEN") is None:
             raise UserError(f"Uploading to {hub} needs HF_TOKEN in .env: a token that may write, from the hub's pages.")
     part = folder.with_name(f".{folder.name}.part")
@@ -239,7 +241,7 @@ def _write_gguf(run: Run, part: Path, *_: Any) -> None:
 def _same_pairs(run: Run, train: Dataset | None, test: Dataset | None) -> dict[str, Dataset]:
     """The pairs as the run trained on them. Raises UserError if they are others."""
     if train is None or test is None:
-        raise UserError('export_run(..., "trl") needs train= and test=, the pairs that train_dpo was given.')
+        raise UserError("This form needs train= and test=, the pairs that train_dpo was given.")
     tokenizer, longest = load_tokenizer(base_of(run)), run.info.config["max_length"]
     reports = {
         "train": check_pairs(train, tokenizer, longest, test=test, **run.info.prompts_rule),
@@ -250,10 +252,15 @@ def _same_pairs(run: Run, train: Dataset | None, test: Dataset | None) -> dict[s
             raise UserError(
                 f"{name}= is not what the run {run.folder.name} was given: {len(report.pairs)} pairs here, "
                 f"{getattr(run.info, f'{name}_pairs')} there, and other tokens. Pass the same pairs in the same order; "
-                "if they are, then the run used another chat template than its base model has, which TRL's script "
-                "would not."
+                "if they are, then the run used another chat template than its base model has, which no script would."
             )
     return {name: report.pairs for name, report in reports.items()}
+
+
+def _write_pairs(run: Run, part: Path, train: Dataset | None, test: Dataset | None) -> None:
+    (part / "data").mkdir()
+    for name, pairs in _same_pairs(run, train, test).items():
+        (part / "data" / f"{name}.jsonl").write_text(_json_lines(pairs), encoding="utf-8")
 
 
 def _json_lines(pairs: Dataset) -> str:
@@ -290,6 +297,28 @@ def _trl_settings(run: Run) -> dict[str, Any]:
     return settings
 
 
+def _write_torchrun(run: Run, part: Path, train: Dataset | None, test: Dataset | None) -> None:
+    if run.info.reference != POLICY_AT_START:
+        raise UserError(
+            "This run was given a reference model, which its folder does not hold: a script can't repeat it."
+        )
+    _write_pairs(run, part, train, test)
+    config = run.info.config
+    lora = json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    own = {"model": EMBEDDED if run.info.model == EMBEDDED_HUB_NAME else run.info.model, "lora_rank": lora["r"]}
+    names = changed_settings(config).keys() | dpo_settings().keys() | USUAL.keys()
+    settings = {name: config[name] for name in sorted(names - {"report_to"}) if config[name] is not None}
+    text = yaml.safe_dump(own | {"folder": "run"} | settings, sort_keys=False)
+    (part / "settings.yaml").write_text(text, encoding="utf-8")
+    if run.reference is not None:
+        shutil.copytree(run.reference, part / "reference")
+    elif lora["lora_alpha"] != lora["r"] or set(lora["target_modules"]) != set(LORA_TARGETS):
+        raise UserError("This run's adapter was not made by add_lora, which is what the script would call.")
+    shutil.copy(Path(__file__).with_name("torchrun_script.py"), part / "train.py")
+    readme = (TEMPLATES / "torchrun_export.md").read_text(encoding="utf-8")
+    (part / "README.md").write_text(readme.format(run=run, batch=pairs_a_step(config)), encoding="utf-8")
+
+
 def _write_trl(run: Run, part: Path, train: Dataset | None, test: Dataset | None) -> None:
     if run.reference is not None or run.info.reference != POLICY_AT_START:
         raise UserError(
@@ -297,12 +326,11 @@ def _write_trl(run: Run, part: Path, train: Dataset | None, test: Dataset | None
             "model). TRL's script starts every adapter afresh on a base, so it can't repeat the run. Merge the "
             "trained adapter into its base first, train from the merged model, and export that run."
         )
-    (part / "data").mkdir()
-    for name, pairs in _same_pairs(run, train, test).items():
-        (part / "data" / f"{name}.jsonl").write_text(_json_lines(pairs), encoding="utf-8")
+    _write_pairs(run, part, train, test)
     settings = _trl_settings(run)
     (part / "dpo.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    shutil.copy(TEMPLATES / "accelerate.yaml", part)
+    for name in ("accelerate.yaml", "fsdp.yaml"):
+        shutil.copy(TEMPLATES / name, part)
     shutil.copy(Path(__file__).with_name("trl_script.py"), part / "train.py")
     on_cpu = f", on a CPU also unsloth=={run.info.versions['unsloth']}"
     embedded = (
@@ -323,5 +351,6 @@ _WRITERS: dict[str, Callable] = {
     "adapter": _write_adapter,
     "merged": _write_merged,
     "gguf": _write_gguf,
+    "torchrun": _write_torchrun,
     "trl": _write_trl,
 }

@@ -5,6 +5,7 @@ Training, sweep and inspection all score through `pair_logps`, so that their fig
 
 import hashlib
 import uuid
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +47,13 @@ def _sums(model: Model, batch: dict[str, torch.Tensor], fused: bool) -> torch.Te
 
 
 def pair_logps(
-    model: Model, tokenizer: Tokenizer, pairs: Dataset, *, max_length: int | None = None, batch_size: int = 8
+    model: Model,
+    tokenizer: Tokenizer,
+    pairs: Dataset,
+    *,
+    max_length: int | None = None,
+    batch_size: int = 8,
+    share: tuple[int, int] = (0, 1),
 ) -> PairLogps:
     """Log-probs of chosen and rejected under `model`, as in the DPO loss (Rafailov et al. 2023, eq. 7).
 
@@ -55,6 +62,7 @@ def pair_logps(
         pairs: rows in the form that `load_pairs` gives, or already tokenised by `tokenize_pairs`.
         max_length: longer sequences are cut at their end, as the trainer cuts them.
         batch_size: pairs in a forward pass.
+        share: (k, n): only the k-th of each n batches; the pairs of the others are zero.
     """
     ids = _ids(pairs, tokenizer).select_columns(list(IDS))
     # Imported here: TRL does not document it, and all but scoring does without.
@@ -63,12 +71,12 @@ def pair_logps(
     order = np.argsort(pair_lengths(ids), kind="stable")
     collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=max_length)
     inner = base_model(model)
-    result = torch.empty(4, len(ids), dtype=torch.float64)
+    result = torch.zeros(4, len(ids), dtype=torch.float64)
     # The trainer's own precision, so that the policy and its reference are rounded alike.
     autocast = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=inner.dtype == torch.bfloat16)
     with evaluating(model), torch.no_grad(), autocast, fused_lm_head.applied(inner) as fused:
         # Longest first: what a batch frees then has room for the next, and memory does not grow to the end.
-        for start in reversed(range(0, len(ids), batch_size)):
+        for start in list(reversed(range(0, len(ids), batch_size)))[share[0] :: share[1]]:
             index = order[start : start + batch_size]
             batch = collate(ids.select(index).to_list())
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -77,32 +85,55 @@ def pair_logps(
     return PairLogps(*result)
 
 
+def reference_file(model: Model, tokenizer: Tokenizer, data: str, max_length: int) -> Path:
+    """Where the cache keeps the log-probs of `reference_logps` with these arguments; its name holds all that counts.
+
+    The weights (and the adapter's, if it is not fresh), tokenizer, chat template, token ids, and max_length decide the
+    result. Beta, seed, learning rate and loss do not. TRL keeps such a cache too (`precompute_ref_log_probs`), but its
+    key changes with every setting, and data that is in memory is never found in it.
+
+    Args:
+        model, tokenizer, max_length: as there.
+        data: `data_hash` of the ids.
+    """
+    parts = [fingerprint(model), tokenizer_hash(tokenizer), data, str(max_length), str(model.dtype)]
+    key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
+    return cache_folder() / "reference" / f"{key}.safetensors"
+
+
+def read_logps(path: Path, pairs: int) -> PairLogps | None:
+    """What `write_logps` wrote to `path` for so many `pairs`; None if it is not there or damaged."""
+    if not path.is_file():
+        return None
+    try:
+        stored = load_file(path)
+        if len(stored["chosen"]) == pairs:
+            return PairLogps(**stored)
+        raise ValueError("wrong number of pairs")
+    except Exception as error:  # safetensors has an exception type of its own for a file that is cut short
+        print(f"The cached reference log-probs are damaged ({type(error).__name__}); computing them again.")
+        return None
+
+
+def write_logps(path: Path, logps: PairLogps) -> None:
+    """Write `logps` to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, lambda part: save_file({k: v.contiguous() for k, v in logps._asdict().items()}, part))
+
+
 def reference_logps(
-    model: Model, tokenizer: Tokenizer, pairs: Dataset, *, max_length: int, batch_size: int = 8, data: str | None = None
+    model: Model, tokenizer: Tokenizer, pairs: Dataset, *, max_length: int, batch_size: int = 8
 ) -> PairLogps:
     """`pair_logps` of the reference, kept in the cache folder: computed once, read for every later run.
 
-    The key holds all that decides the result: the weights (and the adapter's, if it is not fresh), tokenizer, chat
-    template, token ids of the pairs, and max_length. TRL keeps such a cache too (`precompute_ref_log_probs`), but its
-    key changes with every setting, and data that is in memory is never found in it.
-
-    The model, tokenizer, pairs, max_length and batch_size are as in `pair_logps`; `data` is the ids' `data_hash`.
+    The model, tokenizer, pairs, max_length and batch_size are as in `pair_logps`.
     """
     ids = _ids(pairs, tokenizer)
-    parts = [fingerprint(model), tokenizer_hash(tokenizer), data or data_hash(ids), str(max_length), str(model.dtype)]
-    key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
-    path = cache_folder() / "reference" / f"{key}.safetensors"
-    if path.is_file():
-        try:
-            stored = load_file(path)
-            if len(stored["chosen"]) == len(ids):
-                return PairLogps(**stored)
-            raise ValueError("wrong number of pairs")
-        except Exception as error:  # safetensors has an exception type of its own for a file that is cut short
-            print(f"The cached reference log-probs are damaged ({type(error).__name__}); computing them again.")
-    logps = pair_logps(model, tokenizer, ids, max_length=max_length, batch_size=batch_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, lambda part: save_file({k: v.contiguous() for k, v in logps._asdict().items()}, part))
+    path = reference_file(model, tokenizer, data_hash(ids), max_length)
+    logps = read_logps(path, len(ids))
+    if logps is None:
+        logps = pair_logps(model, tokenizer, ids, max_length=max_length, batch_size=batch_size)
+        write_logps(path, logps)
     return logps
 
 

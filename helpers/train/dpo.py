@@ -13,6 +13,7 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 import trl
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -21,7 +22,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 from helpers.common import UserError
 from helpers.data.check import MAX_PROMPT_LENGTH
 from helpers.data.render import shared_options
-from helpers.model.logps import PairLogps, pair_logps, reference_logps, with_reference
+from helpers.model.logps import PairLogps, pair_logps, read_logps, reference_file, with_reference, write_logps
 from helpers.model.memory import is_out_of_memory, return_freed_memory
 from helpers.model.policy import Policy
 from helpers.patches import works
@@ -30,6 +31,7 @@ from helpers.run.card import model_card
 from helpers.run.folder import Run, Status, save_adapter, save_run
 from helpers.run.metrics import held_out_table, preference_metrics
 from helpers.train.job import CheckedPairs, Job, check_both
+from helpers.train.processes import alone_in, once, one_voice, processes
 from helpers.train.resume import Checkpoints, StopAtStep, last_complete
 from helpers.train.settings import complete_settings
 from helpers.train.trainer import make_trainer
@@ -90,17 +92,13 @@ def train_dpo(
         raise UserError("The model has no LoRA adapter to train. Call `model = add_lora(model)` first.")
     values = complete_settings(model, settings)
     rule = {"max_prompt_length": max_prompt_length, "on_long_prompt": on_long_prompt}
-    pairs = check_both(train, test, tokenizer, values["max_length"], **rule)
-    job = Job(
-        policy=Policy(model, tokenizer, shared_options(pairs.train.pairs)),
-        reference=None if ref_model is None else Policy(ref_model, tokenizer),
-        pairs=pairs,
-        folder=Path(folder),
-        values=values,
-        settings=settings,
-    )
     early = [] if early_stopping is None else [EarlyStoppingCallback(early_stopping)]
-    return run_job(job, replace, [*early, *callbacks])
+    with one_voice(Path(folder)):
+        pairs = check_both(train, test, tokenizer, values["max_length"], **rule)
+        policy = Policy(model, tokenizer, shared_options(pairs.train.pairs))
+        reference = None if ref_model is None else Policy(ref_model, tokenizer)
+        job = Job(policy, reference, pairs, Path(folder), values, settings)
+        return run_job(job, replace, [*early, *callbacks])
 
 
 def train_checked(
@@ -129,21 +127,22 @@ def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback
         job: one call of `train_dpo`.
         replace, callbacks: as there.
     """
-    before = job.earlier(replace)
-    if before is not None and before.status == Status.FINISHED:
-        print(f"This run is finished already; loading it from {job.folder.name}.")
-        job.policy.put_back(load_file(job.folder / "adapter" / "adapter_model.safetensors"))
-        return Run.load(job.folder)
-    job.begin()
-    reference_model = (job.reference or job.policy).inner
-    with _errors_answered(job), _policy_kept(job.policy), own_forward(reference_model), own_forward(job.policy.inner):
-        began = time.monotonic()
-        reference = _reference(job)
-        seconds = {"reference_seconds": time.monotonic() - began}
-        trainer, seconds["train_seconds"] = _train(job, reference, callbacks, begun=before is not None)
-        test = job.pairs.test
-        policy = pair_logps(job.policy.model, job.policy.tokenizer, test.ids, **_how_to_score(job))
-        return _finish(job, trainer, held_out_table(test.pairs, reference["test"], policy), seconds)
+    with alone_in(job.folder):
+        before = job.earlier(replace)
+        if before is not None and before.status == Status.FINISHED:
+            print(f"This run is finished already; loading it from {job.folder.name}.")
+            job.policy.put_back(once(lambda: load_file(job.folder / "adapter" / "adapter_model.safetensors")))
+            return once(lambda: Run.load(job.folder))
+        once(job.begin)
+        inner = (job.reference or job.policy).inner
+        with _errors_answered(job), _policy_kept(job.policy), own_forward(inner), own_forward(job.policy.inner):
+            began = time.monotonic()
+            reference = _reference(job)
+            seconds = {"reference_seconds": time.monotonic() - began}
+            trainer, seconds["train_seconds"] = _train(job, reference, callbacks, begun=before is not None)
+            test = job.pairs.test
+            table = held_out_table(test.pairs, reference["test"], _score(job, job.policy, test.ids))
+            return once(lambda: _finish(job, trainer, table, seconds))
 
 
 @contextlib.contextmanager
@@ -178,8 +177,18 @@ def _errors_answered(job: Job) -> Iterator[None]:
         ) from error
 
 
-def _how_to_score(job: Job) -> dict[str, Any]:
-    return {"max_length": job.values["max_length"], "batch_size": job.values["per_device_eval_batch_size"]}
+def _score(job: Job, policy: Policy, ids: Dataset) -> PairLogps:
+    """`pair_logps` of `policy`, each process some of the batches."""
+    state = processes()
+    part = pair_logps(
+        policy.model,
+        policy.tokenizer,
+        ids,
+        max_length=job.values["max_length"],
+        batch_size=job.values["per_device_eval_batch_size"],
+        share=(state.process_index, state.num_processes),
+    )
+    return PairLogps(*(sum(parts) for parts in zip(*gather_object([part]), strict=True)))
 
 
 def _reference(job: Job) -> dict[str, PairLogps]:
@@ -187,13 +196,17 @@ def _reference(job: Job) -> dict[str, PairLogps]:
     sets = {"train": job.pairs.train, "test": job.pairs.test}
     print(f"Reference log-probs of {sum(len(report.ids) for report in sets.values())} pairs ...", flush=True)
     reference = job.reference or job.policy
-    logps = {
-        name: reference_logps(reference.model, reference.tokenizer, report.ids, data=report.hash, **_how_to_score(job))
-        for name, report in sets.items()
-    }
-    if job.reference is None and not job.policy.is_fresh:
+    found = {}
+    for name, report in sets.items():
+        path = reference_file(reference.model, reference.tokenizer, report.hash, job.values["max_length"])
+        logps = once(lambda path=path, report=report: read_logps(path, len(report.ids)))
+        if logps is None:
+            logps = _score(job, reference, report.ids)
+            once(lambda path=path, logps=logps: write_logps(path, logps))
+        found[name] = logps
+    if job.reference is None and not job.policy.is_fresh and processes().is_main_process:
         save_adapter(job.folder / "reference", job.policy.model, job.info)
-    return logps
+    return found
 
 
 def _trainer(job: Job, reference: dict[str, PairLogps], callbacks: Iterable[TrainerCallback]) -> trl.DPOTrainer:
@@ -221,7 +234,7 @@ def _train(
     device, stop = job.policy.device, StopAtStep()
     loaded = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     trainer = _trainer(job, reference, [stop, Checkpoints(), *callbacks])
-    checkpoint = last_complete(job.folder / "checkpoints") if begun else None
+    checkpoint = once(lambda: last_complete(job.folder / "checkpoints")) if begun else None
     if checkpoint is not None:
         print(f"Resuming from step {checkpoint.name.rpartition('-')[2]}.")
     return_freed_memory()  # what scoring freed rarely fits the batches of training
@@ -233,8 +246,9 @@ def _train(
     seconds = time.monotonic() - began
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
+        peak, used = map(max, zip(*gather_object([(peak, peak - loaded)]), strict=True))
         memory = job.info.memory_gb
-        memory |= {"used": round((peak - loaded) / 1e9, 2), "peak": round(peak / 1e9, 2)}
+        memory |= {"used": round(used / 1e9, 2), "peak": round(peak / 1e9, 2)}
         print(
             f"Peak GPU memory {memory['peak']:.2f} GB, {memory['used']:.2f} beside the loaded model "
             f"(estimated: {memory['needed']:.2f})."

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -34,6 +35,7 @@ from helpers.run.folder import (
     versions,
     write_info,
 )
+from helpers.train.processes import check_alike, once, processes, share_step
 from helpers.train.resume import differences, step_of
 from helpers.train.settings import DPOConfig, run_config
 
@@ -105,10 +107,12 @@ class Job:
 
     def __post_init__(self) -> None:
         train, test = self.pairs.train, self.pairs.test
+        share_step(self.values)
+        self.free = min(gather_object([free_memory(self.policy.device)]))  # of the fullest card
         self.info = RunInfo(
             model=self.policy.name,
             profile=current_profile().name,
-            config=describe_config(self.config),
+            config=self.described,
             train_pairs=len(train.pairs),
             test_pairs=len(test.pairs),
             data=DataInfo(
@@ -122,16 +126,23 @@ class Job:
             start=self.policy.adapter,
             reference=POLICY_AT_START if self.reference is None else self.reference.fingerprint,
             versions=versions(),
-            machine=machine(),
+            machine=machine() if processes().num_processes == 1 else f"{processes().num_processes} x {machine()}",
             status=Status.RUNNING,
             template=self.policy.options,
             prompts_rule=self.pairs.rule,
         )
+        facts = {"model": self.info.base, "adapter": self.info.start, "settings": self.info.config}
+        check_alike(**facts, pairs=(train.hash, test.hash))
 
     @property
     def config(self) -> DPOConfig:
-        """Of the trainer, by `values` as they are now."""
-        return run_config(self.folder, len(self.pairs.train.pairs), self.values)
+        """Of this process's trainer, by `values` as they are now."""
+        return run_config(self.folder, len(self.pairs.train.pairs), self.values, share_step(self.values))
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The config as it would be in one process, so that any number of them can go on with the run."""
+        return describe_config(run_config(self.folder, len(self.pairs.train.pairs), self.values, self.values))
 
     def earlier(self, replace: bool) -> RunInfo | None:
         """The same run as it was left in the folder, if it is there; decides how a step is made.
@@ -142,6 +153,11 @@ class Job:
         Raises:
             UserError: the folder holds another run.
         """
+        found = once(lambda: (self._earlier(replace), self.values, self.info, self.plan))
+        before, self.values, self.info, self.plan = found
+        return before
+
+    def _earlier(self, replace: bool) -> RunInfo | None:
         try:
             before = read_info(self.folder)
         except UserError:  # run.json can't be read, or lacks something
@@ -170,16 +186,17 @@ class Job:
 
     def _choose_step(self, before: RunInfo | None) -> None:
         """On a GPU, how a step's pairs are cut: as the run `before` did, else by free memory, unless it was given."""
-        model, ids, free = self.policy.model, self.pairs.train.ids, free_memory(self.policy.device)
+        model, ids, number = self.policy.model, self.pairs.train.ids, processes().num_processes
         if self.policy.device.type == "cuda" and not self.settings.keys() & set(BATCH_SETTINGS):
             step = step_of(before, self.info)
             if step is None:
-                self.plan = plan_for(model, ids, self.values, free)
-                step = dict(zip(BATCH_SETTINGS, self.plan[:3], strict=True))
+                self.plan = plan_for(model, ids, share_step(self.values), self.free)
+                size, pieces, checkpointing = self.plan[:3]
+                step = dict(zip(BATCH_SETTINGS, (size, pieces * number, checkpointing), strict=True))
             self.values |= step
-            self.info.config = describe_config(self.config)
-        needed = estimate_for(model, ids, self.values).training
-        self.info.memory_gb = {"needed": round(needed / 1e9, 2), "free": round(free / 1e9, 2)}
+            self.info.config = self.described
+        needed = estimate_for(model, ids, share_step(self.values)).training
+        self.info.memory_gb = {"needed": round(needed / 1e9, 2), "free": round(self.free / 1e9, 2)}
 
     def begin(self) -> None:
         """Say how a step is made and write the folder's run.json.
@@ -220,10 +237,10 @@ class Job:
             halved = {"per_device_train_batch_size": size // 2, "gradient_accumulation_steps": pieces * 2}
             changes.append((halved, "the same effective batch"))
         changes.append(({"max_length": half}, f"cuts {int((lengths > half).sum())} of {len(ids)} pairs"))
-        need = estimate_for(model, ids, values).training
+        need = estimate_for(model, ids, share_step(values)).training
         lines = ["What to change in the call, and what it saves:"]
         for change, note in changes:
             text = ", ".join(f"{name}={value}" for name, value in change.items())
-            saved = need - estimate_for(model, ids, values | change).training
+            saved = need - estimate_for(model, ids, share_step(values | change)).training
             lines.append(f"- {text} ({note}): {saved / 1e9:.1f} GB")
         return "\n".join(lines)

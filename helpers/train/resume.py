@@ -16,6 +16,7 @@ from helpers.common import write_json
 from helpers.model.memory import BATCH_SETTINGS, pairs_a_step
 from helpers.run.card import changed_settings
 from helpers.run.folder import RunInfo
+from helpers.train.processes import processes
 
 # The settings that change what a run ends with. All others (logging, saving, workers, reports, and what the next
 # version of a library adds) may differ between two calls of the same run.
@@ -45,7 +46,9 @@ class Checkpoints(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """transformers' hook."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_json(folder / "complete.json", {f.name: f.stat().st_size for f in folder.iterdir() if f.is_file()})
+        processes().wait_for_everyone()  # each writes a file of its own
+        if state.is_world_process_zero:
+            write_json(folder / "complete.json", {f.name: f.stat().st_size for f in folder.iterdir() if f.is_file()})
 
 
 def last_complete(checkpoints: Path) -> Path | None:
@@ -74,8 +77,8 @@ class StopAtStep(TrainerCallback):
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """In the block Ctrl-C is heard here; only the main thread can hear it."""
-        if threading.current_thread() is not threading.main_thread():
+        """In the block Ctrl-C is heard here, by the main thread of a single process; several would stop apart."""
+        if threading.current_thread() is not threading.main_thread() or processes().num_processes > 1:
             yield
             return
         previous = signal.getsignal(signal.SIGINT)

@@ -133,27 +133,32 @@ def _steps(pairs: int, values: dict[str, Any]) -> int:
     return math.ceil(math.ceil(pairs / pairs_a_step(values)) * values["num_train_epochs"])
 
 
-def run_config(folder: Path, pairs: int, values: dict[str, Any]) -> DPOConfig:
-    """The config of a run: the caller's settings, and what lets it be resumed and watched.
+# How a run is watched and kept, if the caller does not say otherwise; `run_config` says how often.
+USUAL: dict[str, Any] = {
+    "eval_strategy": "steps",
+    "eval_steps": None,
+    "save_strategy": "steps",
+    "save_steps": None,
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": False,
+    "disable_tqdm": True,
+    "remove_unused_columns": True,
+}
+
+
+def run_config(folder: Path, pairs: int, values: dict[str, Any], share: dict[str, Any]) -> DPOConfig:
+    """The config of a process of a run: the caller's settings, and what lets it be resumed and watched.
 
     Args:
         folder: of the run.
         pairs: how many are trained on.
         values: as `complete_settings` gives them.
+        share: what `share_step` makes of them for this process.
     """
     every = max(1, math.ceil(_steps(pairs, values) / 3))  # three evaluations, three checkpoints
-    usual = {
-        "eval_strategy": "steps",
-        "eval_steps": every,
-        "save_strategy": "steps",
-        "save_steps": every,
-        "save_total_limit": 2,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
-    }
+    usual = USUAL | {"eval_steps": every, "save_steps": every}
     if values.get("eval_strategy", "steps") != "steps":
         del usual["eval_steps"]  # on a GPU Unsloth prints that it is ignored
-    return DPOConfig(
-        output_dir=str(folder / "checkpoints"), disable_tqdm=True, remove_unused_columns=True, **usual | values
-    )
+    return DPOConfig(output_dir=str(folder / "checkpoints"), **usual | share)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import trl
+from accelerate import DistributedType
 from datasets import Dataset
 from peft import PeftModel
 from transformers import (
@@ -25,6 +26,7 @@ from helpers.patches.given_ids import trainer_class
 from helpers.patches.shared_prompt import share_prompts
 from helpers.patches.unsloth_checkpointing import set_checkpointing
 from helpers.session import quiet_progress
+from helpers.train.processes import share_steps, weigh_pairs
 
 
 class _TextProgress(TrainerCallback):
@@ -117,7 +119,10 @@ def make_trainer(
     if not config.precompute_ref_log_probs:
         use_cached_reference(trainer)
     share_prompts(model.get_base_model())
-    if model.device.type == "cuda" and config.bf16 and config.world_size == 1:
+    if model.device.type == "cuda" and config.bf16:
         cast_weights_once(trainer)
+    weigh_pairs(trainer)
+    if trainer.accelerator.distributed_type != DistributedType.NO:
+        share_steps(trainer)
     text_progress(trainer)
     return trainer

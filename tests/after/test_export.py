@@ -13,10 +13,12 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+import psutil
 import pytest
 import torch
 import trl
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -30,6 +32,7 @@ from helpers.model.embedded import EMBEDDED_HUB_NAME, embedded_model
 from helpers.model.logps import pair_logps
 from helpers.run.card import model_card
 from helpers.run.folder import POLICY_AT_START, DataInfo, Run, RunInfo, Status, describe_config
+from helpers.train import resume
 
 ROOT = Path(__file__).parent.parent.parent
 TOKEN = "hf_" + "Secret" * 6
@@ -208,7 +211,7 @@ def test_gguf_of_a_converter_that_fails(run, tmp_path, monkeypatch):
 
 
 def test_refused(made, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="'zip'.*'adapter', 'merged', 'gguf', 'trl'"):
+    with pytest.raises(UserError, match="'zip'.*'adapter', 'merged', 'gguf', 'torchrun', 'trl'"):
         export_run(made, "zip", tmp_path / "zip")
     monkeypatch.setenv("HF_TOKEN", "")
     with pytest.raises(UserError, match="someone/model needs HF_TOKEN"):
@@ -246,7 +249,7 @@ def test_run_folder_has_the_same_card(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["adapter", "merged", "trl"])
+@pytest.mark.parametrize("form", ["adapter", "merged", "torchrun", "trl"])
 def test_no_path_of_this_machine_and_no_token(form, run, pairs, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     written = texts(export_run(run, form, tmp_path / form, train=pairs[0], test=pairs[1]))
@@ -367,22 +370,94 @@ def test_checkpoint_that_was_cut_short_is_passed_over(tmp_path):
     assert Path(trl_script.last_checkpoint(tmp_path)).name == "checkpoint-10"
 
 
-@pytest.mark.slow
-def test_the_exported_run_in_two_processes(tmp_path):
-    """One, two, and two processes killed and started again; the script holds what is compared."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "two_gpus.py", "--cpu"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
+@pytest.fixture(scope="module")
+def small_run(small, pairs, tmp_path_factory) -> Run:
+    """Four steps of four pairs with the small model, in fp32."""
+    model, tokenizer = helpers.load_model(str(small))
+    return train_dpo(
+        helpers.add_lora(model.float()),
+        tokenizer,
+        *pairs,
+        tmp_path_factory.mktemp("small") / "run",
+        max_steps=4,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=0.1,
+        warmup_steps=0,
+        logging_steps=1,
+        eval_strategy="no",
+        load_best_model_at_end=False,
+        bf16=False,
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["processes"] == [1, 2]  # as torch.distributed counts them
-    assert result["global_batch"] == [4, 4]
-    assert result["resumed_from"] == "2"
-    assert max(result["losses"]) - min(result["losses"]) > 0.02  # they move
-    for difference in ("difference_to_original", "difference_of_two", "difference_after_kill"):
-        assert result[difference] < 2e-4, difference  # fp32: the order of a sum
-    assert not re.search(r"ERROR|Traceback", done.stdout)
+
+
+def run_in_two(folder: Path, *options: str, kill_at: int | None = None) -> str:
+    """What the exported script prints in two processes; with `kill_at` all of it is killed after so many steps."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train.py", *options],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    out = ""
+    for line in process.stdout:
+        out += line
+        if out.count("{'loss'") == kill_at:
+            for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                one.kill()  # the workers have sessions of their own
+            break
+    out += process.stdout.read()
+    assert bool(process.wait()) == (kill_at is not None), out[-3000:]
+    return out
+
+
+def losses_of(history: list[dict]) -> list[float]:
+    return [row["loss"] for row in history if "loss" in row]
+
+
+@pytest.mark.slow
+def test_trl_in_two_processes_killed_and_resumed_has_the_losses_of_the_run(
+    small_run, small, pairs, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("DPO_MODEL", str(small))
+    folder = export_run(small_run, "trl", tmp_path / "trl", train=pairs[0], test=pairs[1])
+    options = ["--model_name_or_path", str(small), "--dtype", "float32"]
+    out = run_in_two(folder, *options, kill_at=3)
+    assert "2 processes, 4 pairs a step: 2 in a forward, 1 forwards each; from the start" in out
+    assert "resuming from checkpoint-2" in run_in_two(folder, *options)
+    state = json.loads((folder / "output" / "checkpoint-4" / "trainer_state.json").read_text())
+    found, expected = losses_of(state["log_history"]), losses_of(small_run.history)
+    assert found == pytest.approx(expected, abs=2e-4) and max(found) - min(found) > 0.02  # they move
+
+
+@pytest.mark.slow
+def test_torchrun_in_two_processes_repeats_the_run(small_run, small, pairs, tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_MODEL", str(small))
+    folder = export_run(small_run, "torchrun", tmp_path / "torchrun", train=pairs[0], test=pairs[1])
+    run_in_two(folder, f"model={small}", "folder=again")
+    again = Run.load(folder / "again")
+    assert again.info.data == small_run.info.data and again.info.start == small_run.info.start
+    assert resume.differences(dataclasses.replace(again.info, base=small_run.info.base), small_run.info) == []
+    # The script loads in bf16 if the CPU has it; tests/train/test_processes.py compares in fp32.
+    assert losses_of(again.history) == pytest.approx(losses_of(small_run.history), abs=0.01)
+
+
+def test_runs_that_no_script_repeats_are_refused(made, pairs, tmp_path):
+    lora = json.loads((made.adapter / "adapter_config.json").read_text())
+    other = dataclasses.replace(made, info=dataclasses.replace(made.info, reference="another model"))
+    with pytest.raises(UserError, match="given a reference model"):
+        export_run(other, "torchrun", tmp_path / "torchrun", train=pairs[0], test=pairs[1])
+    other = dataclasses.replace(made, folder=tmp_path / "run")
+    shutil.copytree(made.adapter, other.adapter)
+    (other.adapter / "adapter_config.json").write_text(json.dumps(lora | {"lora_alpha": 2 * lora["r"]}))
+    with pytest.raises(UserError, match="not made by add_lora"):
+        export_run(other, "torchrun", tmp_path / "torchrun", train=pairs[0], test=pairs[1])
+
+
+def test_processes_that_shard_a_model_are_what_accelerate_reads(made, pairs, tmp_path):
+    folder = export_run(made, "trl", tmp_path / "trl", train=pairs[0], test=pairs[1])
+    config = load_config_from_file(str(folder / "fsdp.yaml"))
+    assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2
+    assert "fsdp.yaml" in (folder / "README.md").read_text()
