@@ -18,7 +18,7 @@ from helpers.data.findings import FINDINGS, WORST, Finding, Report
 from helpers.data.measure import BIT, FEATURES, THOUGHT, WHAT, first_words, measure_table, measures_of
 from helpers.data.messages import MESSAGES
 from helpers.data.prompts import fit_prompts, fitted_measures
-from helpers.data.render import BATCH, IDS, Renderer
+from helpers.data.render import BATCH, IDS, Renderer, batch_options
 from helpers.data.report import load_report
 from helpers.data.split import prompt_families
 
@@ -98,7 +98,7 @@ class _Judge:
         for begin in range(0, len(self.live), BATCH):
             part = self.live[begin : begin + BATCH]
             batch = self.pairs.select(part)[:]
-            options = renderer.options(batch)
+            options = batch_options(batch)
             for side, key in itertools.product(("chosen", "rejected"), rows):
                 talks = [prompt + answer for prompt, answer in zip(batch["prompt"], batch[side], strict=True)]
                 bare = [[{k: v for k, v in turn.items() if k != key} for turn in talk] for talk in talks]

@@ -67,6 +67,7 @@ def model_card(run: Run, form: str, kept: float | None = None) -> str:
         ),
         source=_sources(run),
         data=say("long_prompts" if any(counts.values()) else None, "bundled" if info.data.bundled else "own_data"),
+        reading="\n\n    " + "\n    ".join(info.data.reading) if info.data.reading else "",
         settings=yaml.safe_dump(changed_settings(info.config)),
         versions=", ".join(f"{name} {value}" for name, value in info.versions.items()),
         rows="\n".join(f"| {name} | {_show(value)} |" for name, value in run.metrics.items()),

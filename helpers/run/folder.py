@@ -43,6 +43,7 @@ class DataInfo:
         findings: of `check_pairs` on the training pairs, code to count.
         prompts: how many prompts over the limit were "shortened" and how many were "left_out".
         bundled: whether the pairs came with this project, so that their licence is known (`load_report`).
+        reading: how the training pairs were read, in lines (`load_report`).
     """
 
     train: str
@@ -50,6 +51,7 @@ class DataInfo:
     findings: dict[str, int] = dataclasses.field(default_factory=dict)
     prompts: dict[str, int] = dataclasses.field(default_factory=dict)
     bundled: bool = False
+    reading: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
