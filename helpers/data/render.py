@@ -156,7 +156,7 @@ class Renderer:
         if self.cuts and parts and parts[0] + sides[0][0] != encode(self.tokenizer, [texts[1][0]])[0]:
             self.cuts = []  # by the rules of `cuts_cleanly` this cannot be; one row of each batch is looked at still
             return self(batch)
-        result = {"chosen_text": texts[1], "rejected_text": texts[2], "refused": refused}
+        result: dict[str, list] = {"chosen_text": texts[1], "rejected_text": texts[2], "refused": refused}
         result |= {name: [] for name in ("prompt_tokens", *IDS)}
         for part, end, chosen, rejected in zip(parts, ends, *sides, strict=True):
             shared = len(os.path.commonprefix([end, chosen, rejected]))
