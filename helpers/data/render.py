@@ -159,7 +159,7 @@ class Renderer:
         result: dict[str, list] = {"chosen_text": texts[1], "rejected_text": texts[2], "refused": refused}
         result |= {name: [] for name in ("prompt_tokens", *IDS)}
         for part, end, chosen, rejected in zip(parts, ends, *sides, strict=True):
-            shared = min(len(os.path.commonprefix([end, side])) for side in (chosen, rejected))
+            shared = len(os.path.commonprefix([end, chosen, rejected]))
             result["prompt_tokens"].append(len(part) + len(end))
             result["prompt_ids"].append(part + end[:shared])
             result["chosen_ids"].append(chosen[shared:])

@@ -103,43 +103,21 @@ def _figures(run: Run, beta: float, gaps: np.ndarray) -> dict:
     norms = [float(row["grad_norm"]) for row in run.history if "grad_norm" in row]
     names = ("log_ratio_gap", "margin", "chosen_change", "rejected_change", "train_seconds")
     low, high = run.metrics["accuracy_interval"]
-    return {
-        "steps": run.info.steps,
-        "accuracy": run.metrics["accuracy"],
-        "accuracy_low": low,
-        "accuracy_high": high,
-        **{name: run.metrics[name] for name in names},
-        "grad_norm_start": norms[0],
-        "grad_norm_end": norms[-1],
-        "weight_start": 0.5,  # every margin is 0
-        "weight_end": float(torch.sigmoid(-beta * torch.from_numpy(gaps)).mean()),
-    }
+    row = {"steps": run.info.steps, "accuracy": run.metrics["accuracy"], "accuracy_low": low, "accuracy_high": high}
+    row |= {name: run.metrics[name] for name in names} | {"grad_norm_start": norms[0], "grad_norm_end": norms[-1]}
+    weight = torch.sigmoid(-beta * torch.from_numpy(gaps)).mean()
+    return row | {"weight_start": 0.5, "weight_end": float(weight)}  # at the start every margin is 0
 
 
-def _curves(run: Run, beta: float, seed: int) -> list[dict]:
-    rows = []
-    for logged in run.history:
-        prefix = "eval_" if "eval_loss" in logged else ""
-        if f"{prefix}loss" not in logged:
-            continue
-        names = ("accuracies", "margins", "chosen", "rejected")
-        accuracy, margin, chosen, rejected = (float(logged[f"{prefix}rewards/{name}"]) for name in names)
-        rows.append(
-            {
-                "beta": beta,
-                "seed": seed,
-                "step": logged["step"],
-                "split": "held out" if prefix else "train",
-                "loss": float(logged[f"{prefix}loss"]),
-                "accuracy": accuracy,
-                "margin": margin,
-                "log_ratio_gap": margin / beta,
-                "chosen": chosen / beta,
-                "rejected": rejected / beta,
-                "grad_norm": float(logged.get("grad_norm", "nan")),
-            }
-        )
-    return rows
+def _curve(logged: dict, beta: float, seed: int) -> dict:
+    """A row of `Sweep.history` from what the trainer logged at a step."""
+    prefix = "eval_" if "eval_loss" in logged else ""
+    names = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+    loss, accuracy, margin, chosen, rejected = (float(logged[prefix + name]) for name in names)
+    row = {"beta": beta, "seed": seed, "step": logged["step"], "split": "held out" if prefix else "train"}
+    row |= {"loss": loss, "accuracy": accuracy, "margin": margin}
+    row |= {"log_ratio_gap": margin / beta, "chosen": chosen / beta, "rejected": rejected / beta}
+    return row | {"grad_norm": float(logged.get("grad_norm", "nan"))}
 
 
 def _save(sweep: Sweep) -> None:
@@ -262,7 +240,7 @@ def _one_run(
     try:
         run = train_checked(model, base.tokenizer, pairs, sweep.run_folder(beta, seed), call, callbacks)
         sweep.info["step"] = {name: run.info.config[name] for name in BATCH_SETTINGS}
-        history = _curves(run, beta, seed)
+        history = [_curve(row, beta, seed) for row in run.history if {"loss", "eval_loss"} & row.keys()]
         if not math.isfinite(run.metrics["loss"]):
             raise FloatingPointError("the loss is not a number")
         of_pairs = pd.DataFrame(run.held_out)["log_ratio_gap"].to_numpy()
