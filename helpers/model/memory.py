@@ -159,31 +159,32 @@ def plan_batch(config: PretrainedConfig, free: float, *, tokens: int) -> BatchPl
     return _plan(need, free, batch=8)
 
 
-def _longest(model: PeftModel, ids: Dataset) -> tuple[int, int]:
-    """(tokens of the prompt that both answers share, tokens in all) of what the estimate takes every pair to be."""
-    if model.device.type == "cpu" or not can_share(model.get_base_model()):
-        return 0, int(pair_lengths(ids).max())
-    # The pair with most tokens, its sides taken to be alike.
-    counts = token_counts(ids)
-    answers = counts["chosen"] + counts["rejected"]
-    longest = int((counts["prompt"] + answers).argmax())
-    prompt = int(counts["prompt"][longest])
-    return prompt, prompt + math.ceil(answers[longest] / 2)
+def _estimator(model: PeftModel, ids: Dataset) -> Callable[[dict], MemoryEstimate]:
+    """`estimate_for` as a function of the settings: the longest pair is looked for once, every pair is taken as it."""
+    prompt, plain = 0, model.device.type == "cpu"
+    if plain or not can_share(model.get_base_model()):
+        tokens = int(pair_lengths(ids).max())
+    else:  # the pair with most tokens, its sides taken to be alike
+        counts = token_counts(ids)
+        answers = counts["chosen"] + counts["rejected"]
+        longest = int((counts["prompt"] + answers).argmax())
+        prompt = int(counts["prompt"][longest])
+        tokens = prompt + math.ceil(answers[longest] / 2)
 
+    def estimate(settings: dict) -> MemoryEstimate:
+        return estimate_memory(
+            model.config,
+            pairs=settings["per_device_train_batch_size"],
+            tokens=min(tokens, settings["max_length"]),
+            prompt=prompt,
+            checkpointing=settings["gradient_checkpointing"],
+            load_in_4bit=bool(getattr(model, "is_loaded_in_4bit", False)),
+            rank=next(iter(model.peft_config.values())).r,
+            optim=settings["optim"],
+            plain=plain,
+        )
 
-def _estimate(model: PeftModel, longest: tuple[int, int], settings: dict) -> MemoryEstimate:
-    prompt, tokens = longest
-    return estimate_memory(
-        model.config,
-        pairs=settings["per_device_train_batch_size"],
-        tokens=min(tokens, settings["max_length"]),
-        prompt=prompt,
-        checkpointing=settings["gradient_checkpointing"],
-        load_in_4bit=bool(getattr(model, "is_loaded_in_4bit", False)),
-        rank=next(iter(model.peft_config.values())).r,
-        optim=settings["optim"],
-        plain=model.device.type == "cpu",
-    )
+    return estimate
 
 
 def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstimate:
@@ -191,7 +192,7 @@ def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstima
 
     `model` has a LoRA adapter, `ids` are the training pairs' (`tokenize_pairs`), `settings` those of `dpo_settings`.
     """
-    return _estimate(model, _longest(model, ids), settings)
+    return _estimator(model, ids)(settings)
 
 
 def plan_for(model: PeftModel, ids: Dataset, settings: dict, free: float) -> BatchPlan:
@@ -200,11 +201,11 @@ def plan_for(model: PeftModel, ids: Dataset, settings: dict, free: float) -> Bat
     Bytes (`free`, the plan's) are on top of the loaded model. The step keeps its number of pairs, a power of two. The
     model, ids and settings are as in `estimate_for`.
     """
-    batch, longest = pairs_a_step(settings), _longest(model, ids)
+    batch, estimate = pairs_a_step(settings), _estimator(model, ids)
 
     def need(pairs: int, checkpointing: bool) -> float:
-        changed = {"per_device_train_batch_size": pairs, "gradient_checkpointing": checkpointing}
-        return _estimate(model, longest, settings | changed).training
+        step = {"per_device_train_batch_size": pairs, "gradient_checkpointing": checkpointing}
+        return estimate(settings | step).training
 
     return _plan(need, free, batch) or BatchPlan(1, batch, True, need(1, True), "no other way needs less")
 

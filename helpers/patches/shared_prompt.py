@@ -98,9 +98,8 @@ def _share(inner: PreTrainedModel) -> None:
     @functools.wraps(fused)
     def forward(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> ModelOutput:
         batch: list[Any] = [kwargs.get(name) for name in _BATCH]
-        packed = None
-        if fused_lm_head and all(one is not None for one in batch):
-            packed = pack(*batch, inner.dtype, one_row=inner.device.type == "cuda")
+        complete = fused_lm_head and all(one is not None for one in batch)
+        packed = pack(*batch, inner.dtype, one_row=inner.device.type == "cuda") if complete else None
         if packed is None:
             return fused(*args, fused_lm_head=fused_lm_head, **kwargs)
         others = {name: value for name, value in kwargs.items() if name not in _BATCH}
