@@ -7,6 +7,7 @@
 """
 
 if __name__ == "__main__":
+    import os
     import sys
     from pathlib import Path
 
@@ -17,7 +18,8 @@ if __name__ == "__main__":
     here = Path(__file__).resolve().parent
     settings = yaml.safe_load((here / "settings.yaml").read_text(encoding="utf-8"))
     settings |= {name: yaml.safe_load(value) for name, _, value in (given.partition("=") for given in sys.argv[1:])}
-    model, tokenizer = load_model(settings.pop("model"))
+    name = settings.pop("model")  # a folder has no path here; DPO_MODEL says where it is
+    model, tokenizer = load_model(None if name == Path(os.environ.get("DPO_MODEL", "")).name else name)
     rank, start = settings.pop("lora_rank"), here / "reference"
     if start.is_dir():  # the run went on from a trained adapter
         model, _ = load_model(str(start))
