@@ -7,7 +7,7 @@ from typing import NamedTuple
 from helpers.common import UserError
 from helpers.train.sweep import Sweep
 
-USUAL = 0.1  # TRL's default, and what to keep if no other is measured to be better
+USUAL_BETA = 0.1  # TRL's default, and what to keep if no other is measured to be better
 
 
 class Recommendation(NamedTuple):
@@ -39,7 +39,7 @@ def recommend(sweep: Sweep) -> Recommendation:
         raise UserError("No run of this sweep finished; its table says why.")
     by_beta = table.groupby("beta")
     accuracy, seeds = by_beta.accuracy.mean(), by_beta.size().min()
-    home = min(accuracy.index, key=lambda beta: abs(math.log(beta / USUAL)))
+    home = min(accuracy.index, key=lambda beta: abs(math.log(beta / USUAL_BETA)))
     basis = f"{len(sweep.gaps)} held-out pairs, {seeds} seed{'s' if seeds > 1 else ''}"
     others = [beta for beta in accuracy.index if beta != home]
     if not others:
