@@ -268,7 +268,11 @@ class _Reader:
 
     def reading(self) -> list[str]:
         """How the columns were read, a line for each layout and each preference; nothing for the three plain ones."""
-        texts = [name for name in self.extras if "string" in self.kinds[name] and not (name == "tools" and self.tools)]
+        texts = [
+            name
+            for name in self.extras
+            if name != "origin" and "string" in self.kinds[name] and not (name == "tools" and self.tools)
+        ]
         plain = Layout(prompt=("prompt",), chosen="chosen", rejected="rejected")
         lines = []
         for layout, count in self.layouts.items():
