@@ -284,8 +284,9 @@ def share_steps(trainer: trl.DPOTrainer) -> None:
 
     def average_gradients(loss: torch.Tensor) -> torch.Tensor:
         if accelerator.sync_gradients:
-            mean = accelerator.reduce(torch.cat([weight.grad.flatten() for weight in weights]), "mean")
-            for weight, gradient in zip(weights, mean.split([weight.numel() for weight in weights]), strict=True):
+            used = [weight for weight in weights if weight.grad is not None]
+            mean = accelerator.reduce(torch.cat([weight.grad.flatten() for weight in used]), "mean")
+            for weight, gradient in zip(used, mean.split([weight.numel() for weight in used]), strict=True):
                 weight.grad = gradient.view_as(weight)
         return loss
 
