@@ -329,14 +329,10 @@ def _write_trl(run: Run, part: Path, train: Dataset | None, test: Dataset | None
     _write_pairs(run, part, train, test)
     settings = _trl_settings(run)
     (part / "dpo.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    for name in ("accelerate.yaml", "fsdp.yaml"):
-        shutil.copy(TEMPLATES / name, part)
+    shutil.copy(TEMPLATES / "fsdp.yaml", part)
     shutil.copy(Path(__file__).with_name("trl_script.py"), part / "train.py")
     on_cpu = f", on a CPU also unsloth=={run.info.versions['unsloth']}"
-    embedded = (
-        "; on a CPU with this project's\n  `helpers` the embedded copy, elsewhere the hub's, whose weights were never "
-        "rounded to 4 bits and differ a little"
-    )
+    embedded = " from the hub, whose weights were never rounded to 4 bits and\n  differ a little from the run's"
     readme = (TEMPLATES / "trl_export.md").read_text(encoding="utf-8")
     readme = readme.format(
         run=run,

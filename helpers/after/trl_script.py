@@ -44,32 +44,14 @@ def last_checkpoint(output: Path) -> str | None:
     return None
 
 
-def model_folder(name: str) -> str:
-    """Where the model `name` is on this machine: on a CPU the embedded one has a folder; a hub name stays as it is."""
-    if not torch.accelerator.is_available():
-        try:
-            from helpers.model.embedded import EMBEDDED_HUB_NAME, embedded_model
-        except ImportError:  # a machine with TRL and Unsloth alone
-            return name
-        if name == EMBEDDED_HUB_NAME:
-            return embedded_model()
-    if "/" not in name and not Path(name).is_dir():
-        raise SystemExit(f"The run was on a model in a folder named {name}: add --model_name_or_path FOLDER.")
-    return name
-
-
 def main() -> None:
     """Read `dpo.yaml` and the command line, share the batch out, and hand over to TRL's script."""
     if not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # or accelerate would not join the processes
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # not cpu:1, onto which torch.load refuses to resume
         # TRL's fused LM head is a Triton kernel, which no CPU runs. Unsloth replaces it if it is imported first.
         # GPUs need no Unsloth: TRL's script loads the model by itself, so its fast kernels would not be used.
         import unsloth  # noqa: F401
-
-        # Each of several CPU processes resumes onto a device that it calls cpu:0, a name that torch.load refuses.
-        torch.serialization.register_package(
-            0, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
-        )
     from trl.scripts import dpo
 
     arguments = ["--config", f"{FOLDER}/dpo.yaml", "--dataset_name", f"{FOLDER}/data"]
@@ -83,7 +65,8 @@ def main() -> None:
     size, pieces = share(batch, training.per_device_train_batch_size, processes)
     training.per_device_train_batch_size, training.gradient_accumulation_steps = size, pieces
     training.resume_from_checkpoint = last_checkpoint(Path(training.output_dir))
-    model.model_name_or_path = model_folder(model.model_name_or_path)
+    if "/" not in model.model_name_or_path and not Path(model.model_name_or_path).is_dir():
+        raise SystemExit(f"The run was on {model.model_name_or_path}: add --model_name_or_path FOLDER.")
     if training.process_index == 0:
         start = training.resume_from_checkpoint
         print(

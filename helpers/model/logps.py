@@ -86,15 +86,11 @@ def pair_logps(
 
 
 def reference_file(model: Model, tokenizer: Tokenizer, data: str, max_length: int) -> Path:
-    """Where the cache keeps the log-probs of `reference_logps` with these arguments; its name holds all that counts.
+    """Where the cache keeps the log-probs under `model` of the ids whose `data_hash` is `data`.
 
-    The weights (and the adapter's, if it is not fresh), tokenizer, chat template, token ids, and max_length decide the
-    result. Beta, seed, learning rate and loss do not. TRL keeps such a cache too (`precompute_ref_log_probs`), but its
-    key changes with every setting, and data that is in memory is never found in it.
-
-    Args:
-        model, tokenizer, max_length: as there.
-        data: `data_hash` of the ids.
+    The weights (and the adapter's, if it is not fresh), `tokenizer`, its chat template and `max_length` decide them;
+    beta, seed, learning rate and loss do not. TRL's own cache (`precompute_ref_log_probs`) has a key that changes with
+    every setting, and data that is in memory is never found in it.
     """
     parts = [fingerprint(model), tokenizer_hash(tokenizer), data, str(max_length), str(model.dtype)]
     key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]

@@ -36,66 +36,44 @@ class Status(StrEnum):
 
 @dataclasses.dataclass
 class DataInfo:
-    """What a run knows of its pairs.
-
-    Attributes:
-        train, test: hashes of the pairs' token ids.
-        findings: of `check_pairs` on the training pairs, code to count.
-        prompts: how many prompts over the limit were "shortened" and how many were "left_out".
-        bundled: whether the pairs came with this project, so that their licence is known (`load_report`).
-        reading: how the training pairs were read, in lines (`load_report`).
-    """
+    """What a run knows of its pairs; `train` and `test` are hashes of their token ids."""
 
     train: str
     test: str
-    findings: dict[str, int] = dataclasses.field(default_factory=dict)
-    prompts: dict[str, int] = dataclasses.field(default_factory=dict)
-    bundled: bool = False
-    reading: list[str] = dataclasses.field(default_factory=list)
+    findings: dict[str, int] = dataclasses.field(default_factory=dict)  # of the training pairs, code to count
+    prompts: dict[str, int] = dataclasses.field(default_factory=dict)  # over the limit: "shortened", "left_out"
+    bundled: bool = False  # they came with this project, so their licence is known (`load_report`)
+    reading: list[str] = dataclasses.field(default_factory=list)  # how the training pairs were read (`load_report`)
 
 
 @dataclasses.dataclass
 class RunInfo:
-    """What run.json holds: model, data, settings and state of a run.
+    """What run.json holds: model, data, settings and state of a run."""
 
-    Attributes:
-        model: the base model's name, as other machines know it.
-        profile: of the machine that trained: "gpu" or "cpu".
-        config: the trainer's settings (`describe_config`).
-        train_pairs, test_pairs: how many.
-        data: what is known of them.
-        base, start, end: hashes of the base model's weights and of the adapter before and after training.
-        reference: POLICY_AT_START, or the hash of the ref_model.
-        versions, machine: as the functions of these names give them.
-        status, steps: how far the run has come; `steps` and `end` are None until it is finished.
-        lora: what scales each saved adapter ("adapter", "reference"); its weights alone do not tell.
-        memory_gb: GB "needed" by the estimate and "free" at the start; on a GPU also measured: "used", "peak".
-        template: what the chat template gets for a prompt that brings nothing of its own (`shared_options`).
-        prompts_rule: arguments of `check_pairs` for long prompts: max_prompt_length, on_long_prompt.
-        schema: version of this form; 1 had none written.
-    """
-
-    model: str
-    profile: str
-    config: dict[str, Any]
+    model: str  # the base model's name, as other machines know it
+    profile: str  # of the machine that trained: "gpu" or "cpu"
+    config: dict[str, Any]  # the trainer's settings (`describe_config`), as in one process
     train_pairs: int
     test_pairs: int
     data: DataInfo
-    base: str
-    start: str
-    reference: str
+    base: str  # hash of the base model's weights
+    start: str  # hash of the adapter before training
+    reference: str  # POLICY_AT_START, or the hash of the ref_model
     versions: dict[str, str]
     machine: str
     status: Status
-    steps: int | None = None
-    end: str | None = None
-    lora: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    steps: int | None = None  # None until it is finished, as is `end`
+    end: str | None = None  # hash of the trained adapter
+    lora: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # LORA_SCALE of "adapter", "reference"
+    # GB "needed" by the estimate and "free" at the start; on a GPU also measured, of the fullest: "used", "peak".
     memory_gb: dict[str, float] = dataclasses.field(default_factory=dict)
+    # What the chat template gets for a prompt that brings nothing of its own (`shared_options`).
     template: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # Arguments of `check_pairs` for long prompts.
     prompts_rule: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {"max_prompt_length": 256, "on_long_prompt": "shorten"}
     )
-    schema: int = 2
+    schema: int = 2  # version of this form; 1 had none written
 
     @classmethod
     def from_json(cls, values: dict[str, Any], source: str = "run.json") -> "RunInfo":

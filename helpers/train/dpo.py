@@ -109,24 +109,14 @@ def train_checked(
     settings: dict[str, Any],
     callbacks: Iterable[TrainerCallback] = (),
 ) -> Run:
-    """`train_dpo` on pairs that were checked already, for runs that share them.
-
-    Args:
-        model, tokenizer, folder, settings, callbacks: as in `train_dpo`.
-        pairs: of `check_both` with the same tokenizer and max_length.
-    """
+    """`train_dpo` on pairs that `check_both` checked with this tokenizer and max_length, for runs that share them."""
     values = complete_settings(model, settings)
     policy = Policy(model, tokenizer, shared_options(pairs.train.pairs))
     return run_job(Job(policy, None, pairs, folder, values, settings), callbacks=callbacks)
 
 
 def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback] = ()) -> Run:
-    """Do what `job` says; the arguments and the result are those of `train_dpo`.
-
-    Args:
-        job: one call of `train_dpo`.
-        replace, callbacks: as there.
-    """
+    """Do what `job` says; the other arguments and the result are those of `train_dpo`."""
     with alone_in(job.folder):
         before = job.earlier(replace)
         if before is not None and before.status == Status.FINISHED:
@@ -226,11 +216,7 @@ def _trainer(job: Job, reference: dict[str, PairLogps], callbacks: Iterable[Trai
 def _train(
     job: Job, reference: dict[str, PairLogps], callbacks: Iterable[TrainerCallback], begun: bool
 ) -> tuple[trl.DPOTrainer, float]:
-    """Train from the last whole checkpoint, or from the start; returns the trainer and the seconds of its steps.
-
-    Raises:
-        KeyboardInterrupt: it was interrupted; all is saved.
-    """
+    """Train from the last whole checkpoint, or from the start; returns the trainer and the seconds of its steps."""
     device, stop = job.policy.device, StopAtStep()
     loaded = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     trainer = _trainer(job, reference, [stop, Checkpoints(), *callbacks])

@@ -51,15 +51,7 @@ class CheckedPairs(NamedTuple):
 def check_both(
     train: Dataset, test: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, **rule: Any
 ) -> CheckedPairs:
-    """Check both sets, and print what becomes of prompts that are too long.
-
-    Args:
-        train, test, tokenizer, max_length: as in `train_dpo`.
-        rule: max_prompt_length and on_long_prompt, as in `check_pairs`.
-
-    Raises:
-        UserError: something would spoil training or a measurement.
-    """
+    """Check both sets by `check_pairs` with its `rule`; UserError for errors, a line for long prompts."""
     checked = CheckedPairs(
         check_pairs(train, tokenizer, max_length, test=test, **rule),
         check_pairs(test, tokenizer, max_length, **rule),
@@ -78,27 +70,16 @@ def check_both(
 
 @dataclasses.dataclass
 class Job:
-    """One call of `train_dpo`.
-
-    Attributes:
-        policy: what is trained.
-        reference: a Policy that was passed as `ref_model`; None if the reference is the policy at its start.
-        pairs: checked.
-        folder: of the run.
-        values: DPOConfig settings, complete.
-        settings: those that the caller gave.
-        info: as it will be in run.json.
-        plan: how free memory says that a step is made; None if the settings or an earlier run say so.
-    """
+    """One call of `train_dpo`."""
 
     policy: Policy
-    reference: Policy | None
+    reference: Policy | None  # passed as `ref_model`; None if the reference is the policy at its start
     pairs: CheckedPairs
     folder: Path
-    values: dict[str, Any]
-    settings: dict[str, Any]
-    info: RunInfo = dataclasses.field(init=False)
-    plan: BatchPlan | None = None
+    values: dict[str, Any]  # DPOConfig settings, complete, of all processes together
+    settings: dict[str, Any]  # those that the caller gave
+    info: RunInfo = dataclasses.field(init=False)  # as it will be in run.json
+    plan: BatchPlan | None = None  # by free memory; None if the settings or an earlier run say how a step is made
 
     def __post_init__(self) -> None:
         train, test = self.pairs.train, self.pairs.test
@@ -144,11 +125,7 @@ class Job:
     def earlier(self, replace: bool) -> RunInfo | None:
         """The same run as it was left in the folder, if it is there; decides how a step is made.
 
-        Args:
-            replace: put another run aside.
-
-        Raises:
-            UserError: the folder holds another run.
+        Another run is put aside if `replace`, else UserError is raised.
         """
         found = once(lambda: (self._earlier(replace), self.values, self.info, self.plan))
         before, self.values, self.info, self.plan = found
@@ -196,11 +173,7 @@ class Job:
         self.info.memory_gb = {"needed": round(needed / 1e9, 2), "free": round(self.free / 1e9, 2)}
 
     def begin(self) -> None:
-        """Say how a step is made and write the folder's run.json.
-
-        Raises:
-            UserError: training needs far more memory than is free.
-        """
+        """Say how a step is made, write run.json; UserError if training needs far more memory than is free."""
         self.folder.mkdir(parents=True, exist_ok=True)
         need, free = self.info.memory_gb["needed"], self.info.memory_gb["free"]
         if self.plan is not None:

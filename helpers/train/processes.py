@@ -72,9 +72,10 @@ def one_voice(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _last_words(logs: Path) -> Iterator[None]:
-    """In the block a process that torchrun ends because another one died says which, and where its log is.
+    """In the block a process that ends because another one on this machine died says which, and where its log is.
 
-    Python's own handler would wait for a main thread that waits for the dead process; a thread reads the signal.
+    That ends either in an error of the connection, or in torchrun's SIGTERM. Python's own handler would wait for a main
+    thread that waits for the dead process, so a thread reads the signal.
     """
     state, host = processes(), platform.node()
     every = gather_object([(state.process_index, os.getpid(), host)])
@@ -82,11 +83,7 @@ def _last_words(logs: Path) -> Iterator[None]:
     heard, said = os.pipe()
     os.set_blocking(said, False)
 
-    def listen() -> None:
-        while (number := os.read(heard, 1)) and number[0] != signal.SIGTERM:
-            pass
-        if not number:
-            return
+    def speak() -> None:
         dead = [rank for rank, pid in here.items() if not psutil.pid_exists(pid)]
         if dead and state.process_index == min(here.keys() - dead):
             where = f"in {logs / f'process-{dead[0]}.txt'}" if dead[0] else "above"
@@ -96,14 +93,21 @@ def _last_words(logs: Path) -> Iterator[None]:
                 file=sys.stderr,
                 flush=True,
             )
-        os._exit(128 + signal.SIGTERM)
+
+    def listen() -> None:
+        while (number := os.read(heard, 1)) and number[0] != signal.SIGTERM:
+            pass
+        if number:
+            speak()
+            os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=listen, daemon=True).start()
     before, wakeup = signal.signal(signal.SIGTERM, lambda *_: None), signal.set_wakeup_fd(said)
     try:
         yield
-    except RuntimeError:  # of a broken connection, perhaps: torchrun now sees what died, and the thread says so
-        time.sleep(2)
+    except RuntimeError:  # of a broken connection, perhaps
+        time.sleep(2)  # until the dead process is known to be dead; torchrun may end this one first
+        speak()
         raise
     finally:
         signal.set_wakeup_fd(wakeup)
@@ -280,8 +284,9 @@ def share_steps(trainer: trl.DPOTrainer) -> None:
 
     def average_gradients(loss: torch.Tensor) -> torch.Tensor:
         if accelerator.sync_gradients:
-            mean = accelerator.reduce(torch.cat([weight.grad.flatten() for weight in weights]), "mean")
-            for weight, gradient in zip(weights, mean.split([weight.numel() for weight in weights]), strict=True):
+            used = [weight for weight in weights if weight.grad is not None]
+            mean = accelerator.reduce(torch.cat([weight.grad.flatten() for weight in used]), "mean")
+            for weight, gradient in zip(used, mean.split([weight.numel() for weight in used]), strict=True):
                 weight.grad = gradient.view_as(weight)
         return loss
 

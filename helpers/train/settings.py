@@ -43,8 +43,7 @@ def _check_report_to(report_to: str | list[str] | None) -> None:
 def check_settings(names: Iterable[str]) -> None:
     """Raise UserError for the first of `names` that DPOConfig does not know; it gives the nearest one that it does.
 
-    TRL itself raises a TypeError here, but on a GPU Unsloth's DPOConfig prints a line and goes on without the
-    setting, so that a misspelt beta trains with the default.
+    On a GPU Unsloth's DPOConfig would print a line and go on, so that a misspelt beta trains with the default.
     """
     known = [field.name for field in dataclasses.fields(trl.DPOConfig)]
     for name in names:
@@ -116,11 +115,7 @@ def dpo_settings(model: PreTrainedModel | PeftModel | None = None) -> dict[str, 
 
 
 def complete_settings(model: PeftModel, settings: dict[str, Any]) -> dict[str, Any]:
-    """`dpo_settings(model)` with the caller's `settings` in their place.
-
-    Raises:
-        UserError: a setting that DPOConfig does not have; TensorBoard is asked for and not installed.
-    """
+    """`dpo_settings(model)` with the caller's `settings` in their place, if all of them can be had."""
     values = dpo_settings(model) | settings
     check_settings(values)
     _check_report_to(values["report_to"])
@@ -149,14 +144,7 @@ USUAL: dict[str, Any] = {
 
 
 def run_config(folder: Path, pairs: int, values: dict[str, Any], share: dict[str, Any]) -> DPOConfig:
-    """The config of a process of a run: the caller's settings, and what lets it be resumed and watched.
-
-    Args:
-        folder: of the run.
-        pairs: how many are trained on.
-        values: as `complete_settings` gives them.
-        share: what `share_step` makes of them for this process.
-    """
+    """The config of a process that has its `share` (`share_step`) of the complete settings `values` of a run."""
     every = max(1, math.ceil(_steps(pairs, values) / 3))  # three evaluations, three checkpoints
     usual = USUAL | {"eval_steps": every, "save_steps": every}
     if values.get("eval_strategy", "steps") != "steps":

@@ -86,18 +86,11 @@ def make_trainer(
     callbacks: Iterable[TrainerCallback] = (),
     ref_model: PreTrainedModel | PeftModel | None = None,
 ) -> trl.DPOTrainer:
-    """A DPOTrainer that needs no reference model: the reference's log-probs are in the data.
+    """A DPOTrainer that needs no reference model: `train` and `test` have the columns of `with_reference`.
 
-    It puts a forward of its own on the base model; `helpers.patches.fused_lm_head.own_forward` takes that off again.
-
-    Args:
-        model, tokenizer: the policy, with its LoRA adapter, and its tokenizer.
-        train, test: pairs or their token ids, with the columns of `with_reference`. Ids are trained on as they are,
-            and TRL tokenises pairs. Without `test` nothing is evaluated.
-        config: in full; `dpo_settings` gives what is usual on this machine. With `precompute_ref_log_probs` TRL
-            computes the reference's log-probs itself; the data then comes without the columns.
-        callbacks: of transformers, next to the one that prints a line a logging step.
-        ref_model: for `precompute_ref_log_probs`: the reference, if that is not the policy as it is now.
+    They are token ids, trained on as they are, or pairs, which TRL tokenises. With `precompute_ref_log_probs` in
+    `config` they come without the columns, and TRL asks `ref_model`, or the policy as it is now. The trainer puts a
+    forward of its own on the base model; `helpers.patches.fused_lm_head.own_forward` takes that off again.
     """
     set_checkpointing(model, bool(config.gradient_checkpointing))
     try:

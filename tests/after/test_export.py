@@ -350,7 +350,6 @@ def test_checkpointing_of_a_gpus_run_is_exported_for_trl_alone(made, pairs, tmp_
     assert "gradient_checkpointing_kwargs" not in settings  # TRL's default: use_reentrant is False
     readme = (folder / "README.md").read_text()
     assert "A step takes 4 pairs" in readme and "and bitsandbytes." in readme
-    assert yaml.safe_load((folder / "accelerate.yaml").read_text())["num_processes"] == 2
 
 
 def test_global_batch_is_shared_exactly():

@@ -212,7 +212,7 @@ def test_every_pair_is_in_one_batch_and_counts_the_same(tmp_path):
             processes.weigh_pairs(trainer)
             mine = processes._Shares(dataset, args)  # noqa: SLF001  (what is tested)
             every = list(mine)
-            assert len(every) == len(mine)
+            assert len(every) == len(mine) and all(every)
             batches.append(len(every))
             for index in range(math.ceil(rows / step)):
                 of_step = every[index * pieces : (index + 1) * pieces]
