@@ -39,7 +39,8 @@ WHAT = {
 }
 BIT = {code: 1 << place for place, code in enumerate(WHAT)}
 LEFTOVER = re.compile(
-    r"<\|[a-z_]{1,20}\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>"
+    r"<[|｜][A-Za-z_▁]{1,30}[|｜]>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>|<extra_id_\d>"
+    r"|^\s*(?:Human|Assistant|USER|ASSISTANT): "
     r"|(?:^|\n)#{2,3} ?(?:Instruction|Response|Human|Assistant):|\n\n(?:Human|Assistant):"
 )
 LATIN1_OF_UTF8 = re.compile("Ã[\u0080-\u00bf]|â€|Â[\u00a0-\u00bf]")
@@ -81,7 +82,7 @@ class Measure:
         marks = 0
         if any(opener in text for opener in self.openers) and self.control.search(text):
             marks |= BIT["special_token_in_text"]
-        elif ("<" in text or "[" in text or "##" in text or "\n\n" in text) and LEFTOVER.search(text):
+        elif any(sign in text for sign in ("<", "[", "##", "\n\n", ": ")) and LEFTOVER.search(text):
             marks |= BIT["template_leftover"]
         if not text.isascii() and ("\ufffd" in text or LATIN1_OF_UTF8.search(text)):
             marks |= BIT["not_utf8"]
