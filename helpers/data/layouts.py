@@ -17,9 +17,14 @@ import yaml
 from helpers.common import UserError, visible
 
 FORMATS = yaml.safe_load(Path(__file__).with_name("formats.yaml").read_text(encoding="utf-8"))
-PROMPT_NAMES = "prompt question instruction query input context conversations conversation messages".split()
-CHOSEN_NAMES = "chosen better_response preferred chosen_response preferred_response".split()
-REJECTED_NAMES = "rejected worse_response dispreferred rejected_response dispreferred_response".split()
+PROMPT_NAMES = (
+    "prompt question instruction query input context conversations conversation messages "
+    "trajectory context_messages".split()
+)
+CHOSEN_NAMES = "chosen better_response preferred chosen_response preferred_response response_chosen".split()
+REJECTED_NAMES = (
+    "rejected worse_response dispreferred rejected_response dispreferred_response response_rejected".split()
+)
 SYSTEM_NAMES = "system system_prompt".split()
 PREFERENCE_NAMES = (
     "preference preferred winner choice better label labels vote better_response_id overall_preference".split()
@@ -138,7 +143,7 @@ def _made(names: tuple[str, ...], **fields: Any) -> Layout:
     return Layout(**fields, read=frozenset(read - {""}))
 
 
-def _of_table(names: tuple[str, ...]) -> Layout | None:
+def _of_table(names: tuple[str, ...], columns: dict[str, Any]) -> Layout | None:
     for entry in FORMATS:
         if set(entry["columns"]) <= set(names) and not set(entry.get("without", ())) & set(names):
             if "refused" in entry:
@@ -146,7 +151,9 @@ def _of_table(names: tuple[str, ...]) -> Layout | None:
             fields = {key: value for key, value in entry.items() if key not in ("columns", "without")}
             for key in ("scores", "one_hot", "votes"):
                 fields[key] = tuple(fields.get(key, ()))
-            fields["prompt"] = (fields["prompt"],) if "prompt" in fields else ()
+            fields |= columns
+            given = fields.get("prompt", ())
+            fields["prompt"] = (given,) if isinstance(given, str) else tuple(given)
             for key in ("wins", "ranked"):
                 if isinstance(fields.get(key), dict):
                     fields[key] = tuple(fields[key].items())
@@ -213,6 +220,33 @@ class _Names:
         return found[0] if found else ""
 
 
+def check_arguments(columns: Any, wins: Any, scores: Any, ranked: Any, first_wins: Any) -> None:
+    """Raise UserError for arguments of `load_pairs` that can't be meant: of another kind, or two for one question."""
+    roles = ("prompt", "system", "chosen", "rejected", "a", "b", "preference")
+    if not isinstance(columns, dict) or set(columns) - set(roles):
+        wrong = [name for name in columns if name not in roles] if isinstance(columns, dict) else [columns]
+        raise UserError(
+            f"columns= has the key {listed(wrong)}. Its keys are ours (prompt, system, chosen, rejected, or a, b, "
+            "preference) and its values the names in the source."
+        )
+    lists = [name if role == "prompt" and isinstance(name, list | tuple) else [name] for role, name in columns.items()]
+    names = [name for some in lists for name in some]
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"columns= has {columns!r}; each value is the name of a column (prompt: or a list of names).")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"columns= has the column {twice[0]!r} twice.")
+    if scores is not None and (isinstance(scores, str) or len(set(scores)) != 2 or len(scores) != 2):
+        raise UserError(f"scores= is two columns, of the first and of the second answer, not {scores!r}.")
+    if not isinstance(wins, dict | str | None):
+        raise UserError(f"wins= is {{value: 'first', 'second', 'tie' or None}} or a rule in text, not {wins!r}.")
+    given = {"wins=": wins, "first_wins=": first_wins, "scores=": scores}
+    said = [name for name, value in given.items() if value is not None]
+    if len(said) > 1:
+        raise UserError(f"{' and '.join(said)} both say which answer is better. Pass one of them.")
+    if ranked not in ("ends", "all"):
+        raise UserError(f"ranked is 'ends' or 'all', not {ranked!r}.")
+
+
 def find_layout(names: tuple[str, ...], columns: dict[str, Any], scores: tuple[str, ...]) -> Layout | None:
     """The layout that these column names make, or None; `columns` and `scores`, as in `load_pairs`, go first.
 
@@ -220,10 +254,10 @@ def find_layout(names: tuple[str, ...], columns: dict[str, Any], scores: tuple[s
     """
     ours = _Names(names, columns)
     plain = {"chosen", "rejected"} <= set(names)
-    if not columns and not scores and not plain and (known := _of_table(names)):
+    if not set(columns) - {"prompt", "system"} and not scores and not plain and (known := _of_table(names, columns)):
         return known
     system, history = ours.pick("system", SYSTEM_NAMES), "history" if "history" in names else ""
-    if not {"a", "b"} & set(columns) and not scores:
+    if not {"a", "b", "preference"} & set(columns) and not scores:
         chosen, rejected = ours.pick("chosen", CHOSEN_NAMES), ours.pick("rejected", REJECTED_NAMES)
         if chosen and rejected:
             prompt = ours.prompt()

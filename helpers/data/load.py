@@ -11,6 +11,7 @@ The one form, which TRL's DPOTrainer takes as it is:
 import functools
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,7 @@ from trl.data_utils import extract_prompt
 
 from helpers.common import PROJECT, UserError, setting
 from helpers.data import CODE
-from helpers.data.layouts import FORMATS, Layout, find_layout, listed, lookup, opened
+from helpers.data.layouts import FORMATS, Layout, check_arguments, find_layout, listed, lookup, opened
 from helpers.data.messages import (
     ASSISTANT_MARK,
     MESSAGES,
@@ -42,6 +43,7 @@ from helpers.data.report import LoadReport, load_report
 from helpers.data.sources import LIBRARY_ERRORS, Source, open_source, printable, reason_of
 from helpers.session import quiet_progress
 
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 BUNDLED_PAIRS = Path(__file__).parent / "bundled" / "pairs.jsonl"
 # Columns that DPOTrainer reads by name. A source's own column of that name is kept as "source_...".
 RESERVED = set(
@@ -81,9 +83,9 @@ def _earlier(row: dict[str, Any], layout: Layout) -> list[dict[str, Any]]:
     return turns
 
 
-def _arena(prompt: list[str], side: list[str]) -> list[dict[str, Any]]:
-    if len(prompt) != len(side):
-        raise LeftOut("the lists of questions and answers have different lengths")
+def _arena(prompt: list[str | None], side: list[str | None]) -> list[dict[str, Any]]:
+    if len(prompt) != len(side) or None in (*prompt, *side):
+        raise LeftOut("the lists of questions and answers have different lengths or a turn without text")
     pairs = zip(prompt, side, strict=True)
     return [turn for q, a in pairs for turn in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
 
@@ -95,7 +97,7 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
     """
     prompt, chosen, rejected = _prompt(row, layout), lookup(row, better), lookup(row, worse)
     where = " + ".join(layout.prompt)
-    lists = [texts for texts in map(texts_of, (prompt, chosen, rejected)) if texts and layout.a]
+    lists = [texts for texts in map(texts_of, (prompt, chosen, rejected)) if texts]
     if len(lists) == 3:
         prompt, chosen, rejected = None, _arena(lists[0], lists[1]), _arena(lists[0], lists[2])
     # "Human: ..." is markup if the prompt is written in it, or if the whole text begins with such a prompt.
@@ -108,10 +110,11 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
         chosen, rejected = sides
     chosen = to_messages(chosen, better, "assistant", dialogue)
     rejected = to_messages(rejected, worse, "assistant", dialogue)
+    own = [] if is_missing(prompt) and prompt != "" else to_messages(prompt, where, "user", marked)
     if chosen[0]["role"] == "assistant" and rejected[0]["role"] == "assistant":
         if not layout.prompt:
             raise LeftOut(f"no prompt, and {better} and {worse} are no dialogues that share one")
-        prompt = to_messages(prompt, where, "user", marked)
+        prompt = own or to_messages(prompt, where, "user", marked)
         if marked and prompt[-1] == {"role": "assistant", "content": ""}:
             prompt = prompt[:-1]
     elif rejected[0]["role"] == "assistant" and len(rejected) == 1:  # ms-swift: only the last turn differs
@@ -119,6 +122,8 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
     else:
         parts = extract_prompt({"chosen": chosen, "rejected": rejected})
         prompt, chosen, rejected = parts["prompt"], parts["chosen"], parts["rejected"]
+    if own is not prompt:
+        prompt = _with_own(own, prompt, where)
     earlier = _earlier(row, layout)
     if earlier and prompt and prompt[0]["role"] == "system":
         earlier = [turn for turn in earlier if turn["role"] != "system"]
@@ -127,14 +132,30 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
+def _with_own(own: list[dict[str, Any]], shared: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """The beginning that two whole dialogues share, with the system turn of the row's own prompt.
+
+    Raises LeftOut if the row's prompt says something else.
+    """
+    system = [turn for turn in own if turn["role"] == "system"]
+    for turn in own if shared else ():
+        text = " ".join(turn["content"].split())
+        turns = [" ".join(other["content"].split()) for other in shared]
+        if turn["role"] == "user" and not any(text in other or (other and other in text) for other in turns):
+            raise LeftOut(f"{where} is not in the two dialogues; columns={{'prompt': []}} takes what they share")
+    return shared if shared and shared[0]["role"] == "system" else [*system, *shared]
+
+
 def _ranked(row: dict[str, Any], layout: Layout, every: bool) -> list[dict[str, Any]]:
     """Pairs out of a list of answers with scores or ranks: the best against the worst, or each against each."""
     how = dict(layout.ranked)
     by = how.get("score") or how["rank"]
     answers = opened(lookup(row, how["list"]))
+    if not isinstance(answers, list):
+        raise LeftOut(f"{how['list']} is {kind_of(answers)}, not a list of answers")
     beside = opened(lookup(row, by))  # one score for each answer, in a column of their own
     items = []
-    for place, answer in enumerate(answers if isinstance(answers, list) else []):
+    for place, answer in enumerate(answers):
         item = answer if isinstance(answer, dict) else {"": answer}
         score = number_of(beside[place] if isinstance(beside, list) and place < len(beside) else lookup(item, by))
         if score is not None:
@@ -196,6 +217,7 @@ class _Reader:
         self.layout_of = functools.cache(lambda names: find_layout(names, self.columns, self.scores))
         self.layouts: dict[Layout, int] = {}
         self.judges: dict[Layout, Judge] = {}
+        self.samples: dict[Layout, dict[str, Any]] = {}
         self.count, self.whole, self.tools = 0, False, True
         self.kinds: dict[str, set[str]] = {}
         names, question = dict.fromkeys(self.source.features or ()), None
@@ -224,6 +246,7 @@ class _Reader:
         self._check_columns()
 
     def _see(self, row: dict[str, Any], layout: Layout) -> None:
+        self.samples.setdefault(layout, row)
         if layout.a:
             if layout not in self.judges:
                 self.judges[layout] = Judge(layout, self.asked["wins"], self.asked["first_wins"])
@@ -239,14 +262,18 @@ class _Reader:
         wanted = list(itertools.chain.from_iterable([one] if isinstance(one, str) else one for one in given))
         missing = [name for name in wanted if name not in self.names]
         if missing or not self.layouts:
-            what = (
-                f"there is no column {missing[0]!r}" if missing else "the names of the columns make no preference pair"
-            )
+            what = "the names of the columns make no preference pair"
+            what = f"there is no column {missing[0]!r}" if missing else what if self.names else "no row is an object"
             raise UserError(
                 f"{what}. The columns are {listed(self.names)}. Pass columns={{'prompt': ..., 'chosen': ..., "
                 "'rejected': ...} with their names, or columns={'prompt': ..., 'a': ..., 'b': ..., 'preference': ...} "
                 "for two answers and a column that says which is better."
             )
+        if (self.asked["wins"], self.asked["first_wins"]) != (None, None) and not any(
+            layout.preference or layout.votes for layout in self.layouts
+        ):
+            read = "; ".join(map(str, self.layouts))
+            raise UserError(f"wins= and first_wins= say what a column of preferences means, but none is read ({read}).")
         # One place of the prompt for all rows with these answers: an empty one is never filled from another column.
         prompts: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
         for layout in self.layouts:
@@ -266,6 +293,17 @@ class _Reader:
             return self.layout_of(tuple(name for name, value in row.items() if value is not None)) or layout
         return layout
 
+    def _used(self, line: str, row: dict[str, Any]) -> str:
+        """The line with one name for each path of formats.yaml: of its options, the one that this row has."""
+        answers = [item for value in row.values() if isinstance(value, list) for item in value[:1]]
+        rows = [row, *(item for item in answers if isinstance(item, dict))]
+
+        def used(found: re.Match) -> str:
+            options = found[0].split(" | ")
+            return next((option for option in options for one in rows if lookup(one, option) is not None), options[0])
+
+        return re.sub(r"[^\s,;|]+(?: \| [^\s,;|]+)+", used, line).replace(".*", "")
+
     def reading(self) -> list[str]:
         """How the columns were read, a line for each layout and each preference; nothing for the three plain ones."""
         texts = [
@@ -279,8 +317,9 @@ class _Reader:
             if str(layout) in (str(plain), str(Layout(chosen="chosen", rejected="rejected"))) and not texts:
                 continue
             name = f", read as {layout.name}" if layout.name else ""
-            lines.append(f"{self.source.name}: {count} row{'s' * (count != 1)}{name}. {layout}")
-            lines += [self.judges[layout].reading()] if layout in self.judges else []
+            read = [f"{layout}", *([self.judges[layout].reading()] if layout in self.judges else [])]
+            read = [self._used(line, self.samples[layout]) for line in read] if layout.name else read
+            lines += [f"{self.source.name}: {count} row{'s' * (count != 1)}{name}. {read[0]}", *read[1:]]
         return [*lines, f"not read: {listed(texts)}"] if texts else lines
 
     def features(self) -> Features:
@@ -301,8 +340,8 @@ class _Reader:
         layout = self._layout(row)
         if layout is None:
             raise LeftOut("no chosen and rejected, nor two answers with a preference")
-        if row.get("images") or row.get("image"):
-            raise LeftOut("the row has images; only text is trained here")
+        if media := next((name for name in MEDIA if row.get(name)), None):
+            raise LeftOut(f"the row has {media}; only text is trained here")
         if layout.ranked:
             pairs = _ranked(row, layout, self.asked["ranked"] == "all")
         elif layout.a:
@@ -407,15 +446,8 @@ def load_pairs(
     >>> load_pairs([{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}])[0]["prompt"]
     [{'role': 'user', 'content': '2 + 2?'}]
     """
-    columns = columns or {}
-    unknown = set(columns) - {"prompt", "system", "chosen", "rejected", "a", "b", "preference"}
-    if unknown:
-        raise UserError(
-            f"columns= has the key {min(unknown)!r}. Its keys are ours (prompt, system, chosen, rejected, or a, b, "
-            "preference) and its values the names in the source."
-        )
-    if ranked not in ("ends", "all"):
-        raise UserError(f"ranked is 'ends' or 'all', not {ranked!r}.")
+    columns = {} if columns is None else columns
+    check_arguments(columns, wins, scores, ranked, first_wins)
     asked = {"columns": columns, "wins": wins, "scores": scores, "ranked": ranked, "first_wins": first_wins}
     if source is None:
         named = setting("DPO_DATA")

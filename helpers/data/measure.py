@@ -39,8 +39,8 @@ WHAT = {
 }
 BIT = {code: 1 << place for place, code in enumerate(WHAT)}
 LEFTOVER = re.compile(
-    r"<\|[a-z_]{1,20}\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>"
-    r"|(?:^|\n)#{2,3} ?(?:Instruction|Response|Human|Assistant):|(?:^|\n)(?:Human|Assistant|USER|ASSISTANT): ?"
+    r"<[|｜][A-Za-z_▁]{1,30}[|｜]>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>|<extra_id_\d>"
+    r"|(?:^|\n)#{2,3} ?(?:Instruction|Response|Human|Assistant):|(?:^\s*|\n)(?:Human|Assistant|USER|ASSISTANT): ?"
 )
 LATIN1_OF_UTF8 = re.compile("Ã[\u0080-\u00bf]|â€|Â[\u00a0-\u00bf]")
 THOUGHT = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)

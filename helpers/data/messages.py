@@ -43,10 +43,11 @@ TURNS = (
     re.compile(r"(?:^|\n\n)(Human|Assistant|System): ?"),
     re.compile(r"(?:^|\n)(Human|Assistant|System|User|USER|ASSISTANT): ?"),
     re.compile(r"(?:^|(?<=\s)|(?<=</s>))(Human|Assistant|User|USER|ASSISTANT): ?"),
+    re.compile(r"(?:^|\n)<extra_id_1>(User|Assistant)\n"),  # HelpSteer2's; the first turn of a user has none
 )
 OPENING = re.compile(r"A chat between .{0,400}", re.DOTALL)
 ASSISTANT_MARK = re.compile(r"\s*(?:Assistant|ASSISTANT): ?")
-LOOKS_LIKE_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
+LOOKS_LIKE_MESSAGES = re.compile(r"""\s*(?:array\()?\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
 
 
 def valid_text(value: Any) -> Any:
@@ -88,9 +89,16 @@ def _calls(value: Any, column: str) -> list[dict[str, Any]]:
     return calls
 
 
+def _turns(message: Any) -> list[Any]:
+    if isinstance(message, dict) and "input" in message and not message.keys() & {"role", "from"}:  # XTuner, Capybara
+        names = {"system": "system", "input": "user", "output": "assistant"}
+        return [{"role": role, "content": message[name]} for name, role in names.items() if message.get(name)]
+    return [message]
+
+
 def _to_message(message: Any, column: str) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise LeftOut(f"{column} holds {kind_of(message)} where a message should be")
+        raise LeftOut(f"{column} is a list that holds {kind_of(message)} where a message {{role, content}} should be")
     named, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     role = ROLES.get(str(named).lower())
     if role is None:
@@ -121,6 +129,8 @@ def kind_of(value: Any) -> str:
 
 def dialogue_turns(text: str) -> list[dict[str, Any]] | None:
     r"""The turns of a dialogue in one text ("\n\nHuman: ... \n\nAssistant: ..." and the like); None for any other."""
+    if "\n<extra_id_1>Assistant\n" in text and not text.startswith("<extra_id"):
+        text = f"<extra_id_1>User\n{text}"
     certain = text.startswith("\n\n")  # Anthropic's marks; the others must be those of a whole dialogue
     for place, pattern in enumerate(TURNS):
         opening, *parts = pattern.split(text if certain else text.lstrip())
@@ -138,16 +148,18 @@ def dialogue_turns(text: str) -> list[dict[str, Any]] | None:
     return None
 
 
-def texts_of(value: Any) -> list[str] | None:
-    """A list of texts, or its JSON, as Chatbot Arena has for the turns of one side; None for anything else."""
+def texts_of(value: Any) -> list[str | None] | None:
+    """A list of texts (or nulls), or its JSON, as Chatbot Arena has for the turns of one side; else None."""
     value = opened(value)
-    return value if isinstance(value, list) and value and all(isinstance(item, str) for item in value) else None
+    return value if isinstance(value, list) and value and all(isinstance(item, str | None) for item in value) else None
 
 
 def to_messages(value: Any, column: str, role: str, dialogue: bool) -> list[dict[str, Any]]:
     """Any spelling of one or more turns as messages; a plain string becomes one turn of `role`."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{", "a"):
         found = opened(value)
+        if isinstance(found, dict) and found.keys() <= {"messages", "tools"}:
+            found = found.get("messages")
         items = found if isinstance(found, list) else [found]
         keys = [item.keys() for item in items if isinstance(item, dict)]
         if keys and len(keys) == len(items) and all({"role", "content"} <= k or {"from", "value"} <= k for k in keys):
@@ -158,7 +170,7 @@ def to_messages(value: Any, column: str, role: str, dialogue: bool) -> list[dict
         turns = dialogue_turns(value) if dialogue else None
         return turns or [{"role": role, "content": valid_text(value)}]
     if isinstance(value, dict):
-        value = [value]
+        value = value["messages"] if isinstance(value.get("messages"), list) else [value]
     if is_missing(value):
         raise LeftOut(f"{column} is missing")
     if not isinstance(value, list):
@@ -167,7 +179,7 @@ def to_messages(value: Any, column: str, role: str, dialogue: bool) -> list[dict
         raise LeftOut(f"{column} is an empty list")
     if len(value) == 1 and isinstance(value[0], str):
         return [{"role": role, "content": valid_text(value[0])}]
-    return [_to_message(message, column) for message in value]
+    return [_to_message(turn, column) for message in value for turn in _turns(message)]
 
 
 # What may follow what. A call of a tool is answered by the tool, which the assistant answers.

@@ -36,7 +36,9 @@ TIES = (
 )
 NOUNS = "model|response|answer|completion|output|reply|candidate|conversation|assistant|option|text|summary"
 MODEL_COLUMNS = ("model_{}", "model{}", "generator_{}", "{}_model", "response_{}_model", "response_{}_source")
-TERM = re.compile(r"(?:(<=?|>=?) *)?(-?[\d.]+)(?: *(?:to|\.\.|-) *(-?[\d.]+))? +(first|second|tie|none)")
+TERM = re.compile(r"(?:(<=?|>=?) *)?(-?\d*\.?\d+)(?: *(?:to|\.\.|-) *(-?\d*\.?\d+))? +(first|second|tie|none)", re.I)
+# Columns whose numbers name an answer. Others ("label", "is_0_better") may hold 1 for yes, or a scale.
+NUMBERED = re.compile(r"preference|preferred|winner|choice|.*_(?:id|index|idx)", re.I)
 
 
 class LeftOut(Exception):
@@ -65,18 +67,21 @@ def _key(value: Any) -> str:
 
 
 def _words(text: str) -> str:
-    return " ".join(re.sub(r"[_\-()\[\]\"'.,!]", " ", text.casefold()).split())
+    return " ".join(re.sub(r"(?<=\w)[_-](?=\w)|[()\[\]\"'.,]|!+$", " ", text.casefold().strip()).split())
 
 
 class _Words:
     """Reads verdicts in words, and numbers that name an answer, about two answers with these column names."""
 
-    def __init__(self, a: str, b: str):
+    def __init__(self, a: str, b: str, column: str):
+        self.numbered = NUMBERED.fullmatch(column)
         tails = [found[1].lower() if (found := TAIL.fullmatch(name)) else "" for name in (a, b)]
         self.tails = tails if sorted(tails) in (["a", "b"], ["0", "1"], ["1", "2"]) else ["a", "b"]
+        # "The first" is not certain if the reader has response_2 as the first answer.
+        places = ("first|1st", "second|2nd") if self.tails == sorted(self.tails) else self.tails
         first, second = (
-            f"(?:{re.escape(_words(name))}|(?:the )?(?:(?:{NOUNS}) ?)?(?:{tail}|{place})|{place[:-4]} (?:{NOUNS}))"
-            for name, tail, place in zip((a, b), self.tails, ("first|1st", "second|2nd"), strict=True)
+            f"(?:{re.escape(_words(name))}|(?:the )?(?:(?:{NOUNS}) ?)?(?:{tail}|{place})|(?:{place}) (?:{NOUNS}))"
+            for name, tail, place in zip((a, b), self.tails, places, strict=True)
         )
         kinds = (("first", X_WINS, first, second), ("second", X_WINS, second, first))
         kinds += (("tie", TIES, first, second), ("tie", TIES[1:], second, first))
@@ -98,7 +103,7 @@ class _Words:
 
     def _place(self, number: float) -> str | None:
         """A number counts if the names of the answers end in it; between 1 and 2 AlpacaEval has fractions."""
-        if self.tails == ["a", "b"] or self.tails == ["b", "a"]:
+        if not self.numbered or "a" in self.tails:
             return UNKNOWN
         first, second = map(float, self.tails)
         if number not in (first, second) and not (first + second == 3 and 1 < number < 2):
@@ -111,7 +116,10 @@ def _by_table(wins: dict[Any, str | None]) -> Callable[[Any], str | None]:
     wrong = [meaning for meaning in wins.values() if meaning not in MEANINGS]
     if wrong:
         raise UserError(f"wins= gives {wrong[0]!r} to a value; it is 'first', 'second', 'tie' or None (left out).")
-    table = {_key(value): meaning for value, meaning in wins.items()}
+    table: dict[str, str | None] = {}
+    for value, meaning in wins.items():
+        if table.setdefault(_key(value), meaning) != meaning:
+            raise UserError(f"wins= says two things of {value!r}: capitals make no difference, nor do 1, 1.0 and '1'.")
     return lambda value: table.get(_key(value), UNKNOWN)
 
 
@@ -123,13 +131,12 @@ def _by_rule(rule: str) -> Callable[[Any], str | None]:
         )
 
     def of(value: Any) -> str | None:
-        number = number_of(value)
-        for sign, low, high, meaning in (term.groups() for term in terms if term):
-            if number is not None and (
-                SIGNS[sign](number, float(low)) if sign else float(low) <= number <= float(high or low)
-            ):
-                return None if meaning == "none" else meaning
-        return UNKNOWN
+        number, found = number_of(value), set()
+        for sign, low, high, meaning in (term.groups() for term in terms if term and number is not None):
+            low, high = float(low), float(high or low)
+            if SIGNS[sign](number, low) if sign else min(low, high) <= number <= max(low, high):
+                found.add(meaning.lower())
+        return UNKNOWN if len(found) != 1 else None if found == {"none"} else found.pop()
 
     return of
 
@@ -149,7 +156,7 @@ class Judge:
         if self.given:
             self.rule = _by_rule(wins) if isinstance(wins, str) else _by_table(dict(wins))
         else:
-            self.rule = _Words(layout.a, layout.b)
+            self.rule = _Words(layout.a, layout.b, layout.preference)
         self.found: Counter[tuple[str, str | None]] = Counter()  # (value as it is shown, meaning)
         self.values: dict[str, Any] = {}
         self.models: list[tuple[str, str]] | None = None
@@ -232,7 +239,9 @@ class Judge:
             for (key, meaning), count in found.items():
                 self.found[key, meaning if meaning == MISSING else meanings[key]] += count
             self.given, self.rule = True, _by_table({self.values[key]: meaning for key, meaning in meanings.items()})
-        elif UNKNOWN in kept.values():
+        elif UNKNOWN in kept.values() or (  # 1 alone may be of 0 and 1, or of 1 and 2
+            self.layout.preference and not self.given and {number_of(self.values[key]) for key in kept} == {1}
+        ):
             what = (
                 "wins= does not say what each value means" if self.given else "it is not certain which answer is better"
             )
@@ -263,8 +272,9 @@ class Judge:
         value, meaning = self._verdict(row)
         if meaning in ("first", "second"):
             return meaning
+        said = "" if is_missing(value) else f": {value}"
         raise LeftOut(
-            "tie" if meaning == "tie" else "no preference" if meaning == MISSING else f"{value!r} is left out"
+            "tie" if meaning == "tie" else f"no preference{said}" if meaning == MISSING else f"{value!r} is left out"
         )
 
     def reading(self) -> str:

@@ -278,6 +278,63 @@ READ = {
         [B_FIRST],
     ),
     "Label Studio, JSON-MIN": ([two("left", ("answer1", "answer2"), "comparison")], {}, [A_FIRST]),
+    "HelpSteer2, several turns": (
+        [
+            two(1, ONE_TWO, "preference_strength")
+            | {"prompt": f"Hi\n<extra_id_1>Assistant\nYes?\n<extra_id_1>User\n{Q}"}
+        ],
+        {},
+        [[f"u:Hi / a:Yes? / u:{Q}", *B_FIRST[1:]]],
+    ),
+    "Vertex AI": ([{"input_text": Q, "candidate_0": ONE, "candidate_1": TWO, "choice": 1}], {}, [B_FIRST]),
+    "ms-swift, query": (
+        [{"query": Q, "response": ONE, "rejected_response": TWO, "history": [["Hi", "Yes?"]]}],
+        {},
+        [[f"u:Hi / a:Yes? / u:{Q}", *A_FIRST[1:]]],
+    ),
+    "MedicalGPT": (
+        [{"system": "", "history": [], "question": Q, "response_chosen": ONE, "response_rejected": TWO}],
+        {},
+        [A_FIRST],
+    ),
+    "StackExchange, scores": (
+        [{"qid": 1, "question": Q, "answers": [{"text": TWO, "pm_score": 1}, {"text": ONE, "pm_score": 4}]}],
+        {},
+        [A_FIRST],
+    ),
+    "UltraInteract": ([{"trajectory": [{"from": "user", "value": Q}], "chosen": ONE, "rejected": TWO}], {}, [A_FIRST]),
+    "SHP, other prompt": (
+        [{"history": "x", "title": Q, "human_ref_A": ONE, "human_ref_B": TWO, "labels": 1}],
+        {"columns": {"prompt": "title"}},
+        [A_FIRST],
+    ),
+    "Capybara": (
+        [
+            {
+                "conversation": [{"input": Q, "output": ONE}],
+                "chosen": [{"role": "user", "content": Q}, {"role": "assistant", "content": ONE}],
+                "rejected": [{"role": "user", "content": Q}, {"role": "assistant", "content": TWO}],
+            }
+        ],
+        {},
+        [A_FIRST],
+    ),
+    "a system turn in the prompt of whole dialogues": (
+        [
+            {
+                "prompt": [{"role": "system", "content": "Be brief."}],
+                "chosen": [{"role": "user", "content": Q}, {"role": "assistant", "content": ONE}],
+                "rejected": [{"role": "user", "content": Q}, {"role": "assistant", "content": TWO}],
+            }
+        ],
+        {},
+        [[f"s:Be brief. / u:{Q}", *A_FIRST[1:]]],
+    ),
+    "the preference named beside chosen and rejected": (
+        [two("B", chosen=ONE, rejected=TWO)],
+        {"columns": {"preference": "preference"}},
+        [B_FIRST],
+    ),
     # the question in several columns
     "AlpacaFarm": (
         [{"instruction": "Which is", "input": "larger?", "output_1": ONE, "output_2": TWO, "preference": 2}],
@@ -329,6 +386,16 @@ READ = {
         {},
         [A_FIRST],
     ),
+    "JSON lists of one turn": (
+        [{"prompt": json.dumps([Q]), "chosen": json.dumps([ONE]), "rejected": json.dumps([TWO])}],
+        {},
+        [A_FIRST],
+    ),
+    "an object with messages": (
+        [{"prompt": json.dumps({"messages": [{"role": "user", "content": Q}]}), "chosen": ONE, "rejected": TWO}],
+        {},
+        [A_FIRST],
+    ),
     "an answer that is JSON": (
         [{"prompt": Q, "chosen": '["a", "b"]', "rejected": '{"value": 2}'}],
         {},
@@ -349,6 +416,9 @@ QUESTIONS = {
     "truth values": ([two(True)], r"True \(1\)"),
     "0 and 1 for a and b": ([two(0), two(1)], r"0 \(1\), 1 \(1\)"),
     "1 and 2 for a and b": ([two(1), two(2)], r"1 \(1\), 2 \(1\)"),
+    "a label of 0 and 1": ([two(v, ("answer_0", "answer_1"), "label") for v in (0, 1)], r"'label' holds 0 \(1\)"),
+    "1 and nothing else": ([two(1, ONE_TWO)] * 2, r"'preference' holds 1 \(2\)"),
+    "not A": ([two(v) for v in ("!A", "-A", "A != B", "A-")], r"'!A': .*'-A': .*'A != B': .*'A-': \.\.\."),
     "a half": ([two(v, ("answer_0", "answer_1")) for v in (0, 0.5, 1)], r"0.5 \(1\)"),
     "part of a scale": ([two(v, ONE_TWO) for v in (-2, -1)], r"-2 \(1\), -1 \(1\)"),
     "last word only": ([two("not sure about B")], r"'not sure about B': \.\.\."),
@@ -373,6 +443,67 @@ def test_what_is_not_certain_is_asked(name):
     rows, words = QUESTIONS[name]
     with pytest.raises(UserError, match=f"(?s){words}"):
         load_pairs(rows)
+
+
+MISUSED = {
+    "two values of one key": ({"wins": {"A": "first", "a": "second"}}, "two things of 'a'"),
+    "a rule that says two things": ({"wins": "1 first, < 3 second"}, r"wins= does not say"),
+    "wins as a list": ({"wins": ["A", "B"]}, r"wins= is \{value"),
+    "wins and scores": ({"wins": {"A": "first"}, "scores": ("s", "t")}, "wins= and scores="),
+    "one score": ({"scores": "s"}, "scores= is two columns"),
+    "a column twice": ({"columns": {"a": "response_a", "b": "response_a"}}, "'response_a' twice"),
+    "a list for an answer": ({"columns": {"chosen": ["response_a"]}}, "name of a column"),
+    "columns as a list": ({"columns": ["prompt"]}, "Its keys are ours"),
+    "first, exchanged": ({"columns": {"a": "response_b", "b": "response_a", "preference": "place"}}, "'place' holds"),
+}
+
+
+@pytest.mark.parametrize("name", MISUSED)
+def test_arguments_that_cannot_be_meant_are_refused(name):
+    arguments, words = MISUSED[name]
+    with pytest.raises(UserError, match=f"(?s){words}"):
+        load_pairs([two(1, place="first", s=1, t=2)], **arguments)
+
+
+def test_wins_without_a_preference_is_refused():
+    with pytest.raises(UserError, match="none is read"):
+        load_pairs([{"prompt": Q, "chosen": ONE, "rejected": TWO}], first_wins=1)
+
+
+LEFT_OUT = {
+    "a turn without text": (
+        {
+            "prompt": '["Q1", "Q2"]',
+            "response_a": '["a", null]',
+            "response_b": '["b", "c"]',
+            "winner_model_a": 1,
+            "winner_model_b": 0,
+            "winner_tie": 0,
+        },
+        "a turn without text",
+    ),
+    "a prompt that is not in the dialogues": (
+        {
+            "prompt": "Another question",
+            "chosen": [{"role": "user", "content": Q}, {"role": "assistant", "content": ONE}],
+            "rejected": [{"role": "user", "content": Q}, {"role": "assistant", "content": TWO}],
+        },
+        "prompt is not in the two dialogues",
+    ),
+    "videos": ({"prompt": Q, "chosen": ONE, "rejected": TWO, "videos": ["a.mp4"]}, "videos"),
+    "a score that is no number": ({**two("A"), "score_a": "7%", "score_b": "3%"}, "no score"),
+    "answers as Python writes them": (
+        {"instruction": Q, "completions": "[{'response': 'x'}]"},
+        "is a text, not a list",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_can_be_read_in_two_ways_is_left_out_by_name(name):
+    row, words = LEFT_OUT[name]
+    with pytest.raises(UserError, match=f"1 left out: .*{words}"):
+        load_pairs([row], scores=("score_a", "score_b") if "score_a" in row else None)
 
 
 @pytest.mark.parametrize(
@@ -401,6 +532,17 @@ def test_the_reading_is_printed_and_kept(capsys):
     assert capsys.readouterr().out.splitlines()[:3] == reading
     load_pairs([{"prompt": Q, "chosen": ONE, "rejected": TWO}])
     assert capsys.readouterr().out == ""
+
+
+def test_the_reading_names_what_a_format_has(capsys):
+    load_pairs(READ["Label Studio"][0])
+    assert capsys.readouterr().out.splitlines() == [
+        "list: 1 row, read as Label Studio, pairwise. prompt <- data.prompt; "
+        "chosen/rejected <- data.answer1, data.answer2 by annotations.result.value.selected",
+        "annotations.result.value.selected: majority -> data.answer2 (1)",
+    ]
+    load_pairs(READ["UltraFeedback"][0])
+    assert "completions by overall_score" in capsys.readouterr().out
 
 
 def test_ranked_answers_best_against_worst_or_all():
