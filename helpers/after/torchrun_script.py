@@ -7,6 +7,8 @@
 """
 
 if __name__ == "__main__":
+    import contextlib
+    import json
     import os
     import sys
     from pathlib import Path
@@ -17,7 +19,10 @@ if __name__ == "__main__":
 
     here = Path(__file__).resolve().parent
     settings = yaml.safe_load((here / "settings.yaml").read_text(encoding="utf-8"))
-    settings |= {name: yaml.safe_load(value) for name, _, value in (given.partition("=") for given in sys.argv[1:])}
+    for name, _, value in (given.partition("=") for given in sys.argv[1:]):
+        settings[name] = value
+        with contextlib.suppress(ValueError):  # a text
+            settings[name] = json.loads(value)
     name = settings.pop("model")  # a folder has no path here; DPO_MODEL says where it is
     model, tokenizer = load_model(None if name == Path(os.environ.get("DPO_MODEL", "")).name else name)
     rank, start = settings.pop("lora_rank"), here / "reference"

@@ -308,7 +308,8 @@ def share_steps(trainer: trl.DPOTrainer) -> None:
 
         setattr(trainer, name, changed)
 
-    change("get_train_dataloader", train_batches)
-    change("get_eval_dataloader", test_batches)
+    if args.world_size > 1:  # a launcher can start one process
+        change("get_train_dataloader", train_batches)
+        change("get_eval_dataloader", test_batches)
     change("training_step", average_gradients, without_gathering)
     change("evaluate", lambda metrics: metrics, without_gathering)
