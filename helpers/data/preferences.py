@@ -132,9 +132,9 @@ def _by_rule(rule: str) -> Callable[[Any], str | None]:
 
     def of(value: Any) -> str | None:
         number, found = number_of(value), set()
-        for sign, low, high, meaning in (term.groups() for term in terms if term and number is not None):
-            low, high = float(low), float(high or low)
-            if SIGNS[sign](number, low) if sign else min(low, high) <= number <= max(low, high):
+        for sign, one, other, meaning in (term.groups() for term in terms if term):
+            low, high = sorted((float(one), float(other or one)))
+            if number is not None and (SIGNS[sign](number, low) if sign else low <= number <= high):
                 found.add(meaning.lower())
         return UNKNOWN if len(found) != 1 else None if found == {"none"} else found.pop()
 
