@@ -5,6 +5,7 @@ two columns could hold the same thing, the reader is asked.
 """
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Iterable
@@ -58,6 +59,13 @@ class Layout:
     ranked: tuple[tuple[str, str], ...] = ()
     read: frozenset[str] = frozenset()
 
+    @functools.cached_property
+    def _key(self) -> int:
+        return hash(tuple(vars(self).values()))
+
+    def __hash__(self) -> int:  # asked for several times a row
+        return self._key
+
     def answers(self) -> tuple[str, ...]:
         """Where the answers stand."""
         return (
@@ -107,7 +115,7 @@ def _root(path: str, names: Iterable[str]) -> str:
 
 def lookup(row: dict[str, Any], path: str) -> Any:
     """What stands in `row` under a column's name, or a path as in formats.yaml; None if it is not there."""
-    if path in row or not path:
+    if path in row or not ("." in path or "|" in path):
         return row.get(path)
     for option in path.split(" | "):
         root = _root(option, row)

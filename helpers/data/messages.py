@@ -45,6 +45,7 @@ TURNS = (
     re.compile(r"(?:^|(?<=\s)|(?<=</s>))(Human|Assistant|User|USER|ASSISTANT): ?"),
     re.compile(r"(?:^|\n)<extra_id_1>(User|Assistant)\n"),  # HelpSteer2's; the first turn of a user has none
 )
+ANY_MARK = re.compile("Human|Assistant|ASSISTANT|User|USER")
 OPENING = re.compile(r"A chat between .{0,400}", re.DOTALL)
 ASSISTANT_MARK = re.compile(r"\s*(?:Assistant|ASSISTANT): ?")
 LOOKS_LIKE_MESSAGES = re.compile(r"""\s*(?:array\()?\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
@@ -129,6 +130,8 @@ def kind_of(value: Any) -> str:
 
 def dialogue_turns(text: str) -> list[dict[str, Any]] | None:
     r"""The turns of a dialogue in one text ("\n\nHuman: ... \n\nAssistant: ..." and the like); None for any other."""
+    if not ANY_MARK.search(text):
+        return None
     if "\n<extra_id_1>Assistant\n" in text and not text.startswith("<extra_id"):
         text = f"<extra_id_1>User\n{text}"
     certain = text.startswith("\n\n")  # Anthropic's marks; the others must be those of a whole dialogue
