@@ -106,7 +106,8 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
         prompt, chosen, rejected = None, _arena(lists[0], lists[1]), _arena(lists[0], lists[2])
     # "Human: ..." is markup if the prompt is written in it, or if the whole text begins with such a prompt.
     marked = isinstance(prompt, str) and dialogue_turns(prompt) is not None
-    dialogue = not layout.prompt or (marked and isinstance(chosen, str) and chosen.startswith(prompt))
+    whole = all(isinstance(side, str) and side.startswith("\n\nHuman:") for side in (chosen, rejected))
+    dialogue = not layout.prompt or whole or (marked and isinstance(chosen, str) and chosen.startswith(prompt))
     if marked and not dialogue:
         sides = [
             ASSISTANT_MARK.sub("", side, count=1) if isinstance(side, str) else side for side in (chosen, rejected)
@@ -130,6 +131,8 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
         prompt = _with_own(own, prompt, where)
     earlier = _earlier(row, layout)
     if earlier and prompt and prompt[0]["role"] == "system":
+        if any(turn["role"] == "system" and turn != prompt[0] for turn in earlier):
+            raise LeftOut(f"{layout.system} and the prompt hold two system turns that differ")
         earlier = [turn for turn in earlier if turn["role"] != "system"]
     prompt = [*earlier, *prompt]
     check_roles(prompt, chosen, rejected)

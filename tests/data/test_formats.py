@@ -371,6 +371,17 @@ READ = {
         {},
         [A_FIRST],
     ),
+    "a plain prompt beside whole dialogues": (
+        [
+            {
+                "prompt": Q,
+                "chosen": f"\n\nHuman: {Q}\n\nAssistant: {ONE}",
+                "rejected": f"\n\nHuman: {Q}\n\nAssistant: {TWO}",
+            }
+        ],
+        {},
+        [A_FIRST],
+    ),
     "the mark in the answers": (
         [{"prompt": f"\n\nHuman: {Q}", "chosen": f"\n\nAssistant: {ONE}", "rejected": f"Assistant: {TWO}"}],
         {},
@@ -614,6 +625,16 @@ def test_messages_stay_short_with_very_many_columns(capsys):
     rows = [{"prompt": Q, "chosen": ONE, "rejected": [{"role": f"r{n}", "content": "x"}]} for n in range(200)]
     load_pairs([*rows, {"prompt": Q, "chosen": ONE, "rejected": TWO}])
     assert len(capsys.readouterr().out) < 4000
+
+
+def test_two_system_turns_that_differ_are_left_out_by_name():
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": Q}]
+    rows = [
+        {"system": text, "prompt": prompt, "chosen": ONE, "rejected": TWO} for text in ("Be brief.", "Be long.", "")
+    ]
+    pairs = load_pairs(rows)
+    assert [plain(row)[0] for row in pairs] == [f"s:Be brief. / u:{Q}"] * 2
+    assert "two system turns" in next(iter(load_report(pairs).left_out))
 
 
 def test_a_row_with_images_is_left_out_by_name():
