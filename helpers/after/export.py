@@ -35,7 +35,7 @@ from helpers.model.profiles import EMBEDDED, PROFILES
 from helpers.patches.llama_cpp import converter_places
 from helpers.run.card import TEMPLATES, changed_settings, model_card
 from helpers.run.folder import POLICY_AT_START, Run, set_aside
-from helpers.train.settings import USUAL, dpo_settings
+from helpers.train.settings import RUN_SETTINGS, dpo_settings
 
 
 def export_run(
@@ -306,7 +306,7 @@ def _write_torchrun(run: Run, part: Path, train: Dataset | None, test: Dataset |
     config = run.info.config
     lora = json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
     own = {"model": EMBEDDED if run.info.model == EMBEDDED_HUB_NAME else run.info.model, "lora_rank": lora["r"]}
-    names = changed_settings(config).keys() | dpo_settings().keys() | USUAL.keys()
+    names = changed_settings(config).keys() | dpo_settings().keys() | RUN_SETTINGS.keys()
     settings = {name: config[name] for name in sorted(names - {"report_to"}) if config[name] is not None}
     text = yaml.safe_dump(own | {"folder": "run"} | settings, sort_keys=False)
     (part / "settings.yaml").write_text(text, encoding="utf-8")
