@@ -13,6 +13,8 @@ import pytest
 
 # Slow tests that begin first, if there is no time for all.
 FIRST = (
+    "tests/test_way",
+    "train/test_rows",
     "train/test_dpo",
     "after/test_export",
     "train/test_sweep",

@@ -476,6 +476,7 @@ def estimate(config, options: dict):
 
 
 def dry_run(names: list[str]) -> None:
+    import helpers  # noqa: F401 - first: Unsloth before transformers  # isort: skip
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(HERE / "qwen3_4b")

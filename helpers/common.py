@@ -40,11 +40,7 @@ def visible(text: str, limit: int = 1000) -> str:
 
     Escape codes of terminals and marks that turn the writing direction are shown (`\\x1b`, `\\u202e`), a line break
     becomes an arrow, and a word of more than 80 characters is shortened. Tags stay as they are: what shows a table
-    as HTML (pandas does) escapes them.
-
-    Args:
-        text: of a data set or a model.
-        limit: characters that are kept.
+    as HTML (pandas does) escapes them. Of `text`, `limit` characters are kept.
     """
     text = re.sub(r"\S{81,}", lambda word: f"{word[0][:60]}... ({len(word[0])} characters)", text)
     if len(text) > limit:
@@ -73,9 +69,6 @@ def cache_folder() -> Path:
 def output_folder(*parts: str) -> Path:
     """A folder below `DPO_OUTPUT_DIR` (relative to the project), which is `outputs` if it is not set.
 
-    It is named, not made: `output_folder("sweep", "a")` is `outputs/sweep/a`.
-
-    Args:
-        parts: names of folders, the outer one first.
+    It is named, not made: with the `parts` "sweep" and "a" it is `outputs/sweep/a`.
     """
     return PROJECT.joinpath(Path(setting("DPO_OUTPUT_DIR", "outputs")).expanduser(), *parts)

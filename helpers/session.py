@@ -14,8 +14,6 @@ from dotenv import find_dotenv, load_dotenv
 from helpers.patches.quiet import quiet_imports, quiet_saving
 from helpers.patches.text_progress import use_text_progress
 
-PATCHED_BY_UNSLOTH = ("trl", "transformers", "peft")
-
 
 def load_settings() -> None:
     """Read `.env` from this folder or the nearest one above it; variables that are already set win."""
@@ -26,7 +24,7 @@ def check_import_order() -> None:
     """Raise ImportError if TRL, transformers or PEFT was imported before Unsloth."""
     if "unsloth" in sys.modules:
         return
-    early = [name for name in PATCHED_BY_UNSLOTH if name in sys.modules]
+    early = [name for name in ("trl", "transformers", "peft") if name in sys.modules]
     if early:
         raise ImportError(
             f"{' and '.join(early)} was imported before helpers. Unsloth has to patch it first, or training fails "
@@ -34,33 +32,24 @@ def check_import_order() -> None:
         )
 
 
-def _quiet_loading() -> None:
-    # The bar over a model's tensors is gone in a second and stays in a saved notebook; downloads keep their own.
-    from huggingface_hub.utils import enable_progress_bars
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # takes the hub's bars along
-    enable_progress_bars()
-    # Unsloth sets this for a library that the hub no longer uses; in a process started from here it only warns.
-    os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)
-
-
-def _tokenize_in_this_process() -> None:
-    # Unsloth's trainers start up to 8 processes for each of several passes over the pairs. That takes longer than the
-    # tokenising, by Unsloth's own measurement (unsloth_zoo/dataset_num_proc.py) still with 8000 rows.
-    os.environ.setdefault("UNSLOTH_DATASET_NUM_PROC", "none")
-
-
 load_settings()
 check_import_order()
 use_text_progress()
 quiet_imports()
-_tokenize_in_this_process()
+# Unsloth's trainers start up to 8 processes for each of several passes over the pairs. That takes longer than the
+# tokenising, by Unsloth's own measurement (unsloth_zoo/dataset_num_proc.py) still with 8000 rows.
+os.environ.setdefault("UNSLOTH_DATASET_NUM_PROC", "none")
 
 import datasets  # noqa: E402
 import unsloth  # noqa: E402, F401  (after the check and the progress bars, before anything of TRL)
+from huggingface_hub.utils import enable_progress_bars  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
-_quiet_loading()
+# The bar over a model's tensors is gone in a second and stays in a saved notebook; downloads keep their own.
+disable_progress_bar()  # takes the hub's bars along
+enable_progress_bars()
+# Unsloth sets this for a library that the hub no longer uses; in a process started from here it only warns.
+os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)
 quiet_saving()
 
 

@@ -20,23 +20,21 @@ def _notebook_session(kernel_id: str) -> tuple[str, str] | None:
     except ImportError:
         return None
     for server in list_running_servers():
-        request = urllib.request.Request(
-            server["url"] + "api/sessions", headers={"Authorization": f"token {server['token']}"}
-        )
+        address, token = f"{server['url']}api/sessions", server["token"]
         try:
-            with urllib.request.urlopen(request, timeout=5) as reply:
-                sessions = json.load(reply)
+            sessions = json.loads(_ask(address, token))
         except (OSError, ValueError):  # the server has gone, or asks for a password
             continue
         for session in sessions:
             if (session.get("kernel") or {}).get("id") == kernel_id:
-                return f"{server['url']}api/sessions/{session['id']}", server["token"]
+                return f"{address}/{session['id']}", token
     return None
 
 
-def _end_session(address: str, token: str) -> None:
-    request = urllib.request.Request(address, method="DELETE", headers={"Authorization": f"token {token}"})
-    urllib.request.urlopen(request, timeout=10).close()
+def _ask(address: str, token: str, method: str = "GET") -> bytes:
+    request = urllib.request.Request(address, method=method, headers={"Authorization": f"token {token}"})
+    with urllib.request.urlopen(request, timeout=10) as reply:
+        return reply.read()
 
 
 def shut_down_kernel() -> None:
@@ -44,8 +42,7 @@ def shut_down_kernel() -> None:
 
     Models and trainers are dropped from the notebook's variables. If a Jupyter server owns this kernel, its session is
     then ended through the server, as "Shut Down Kernel" in the menu does, so that no "kernel died" dialog appears.
-    Under nbmake, nbconvert, papermill or plain Python nothing else happens: the program that started the kernel ends
-    it.
+    Under nbmake, nbconvert, papermill or plain Python nothing else happens: what started the kernel ends it.
     """
     names = getattr(get_ipython(), "user_ns", {})  # of the notebook's variables; none in plain Python
     for name in [name for name, value in names.items() if isinstance(value, torch.nn.Module | Trainer)]:
@@ -64,6 +61,6 @@ def shut_down_kernel() -> None:
         return
     print("Memory freed; this notebook's kernel shuts down now.")
     # A moment later, so that this cell's own reply reaches the browser first.
-    timer = threading.Timer(1.0, _end_session, session)
+    timer = threading.Timer(1.0, _ask, (*session, "DELETE"))
     timer.daemon = True  # the kernel must not wait for the answer of a server that waits for the kernel
     timer.start()

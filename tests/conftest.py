@@ -1,6 +1,7 @@
 """What tests share: one tokenizer, one loaded model, a clean environment."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch
 for name in ("DPO_PROFILE", "DPO_MODEL", "DPO_THINKING_MODEL", "DPO_DATA", "DPO_OUTPUT_DIR"):
     os.environ[name] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"
+# jsonschema, which nbformat imports, would parse a grammar of four seconds for a format that no notebook has.
+sys.modules["rfc3987_syntax"] = None
 
 import helpers  # noqa: E402, I001  (first: Unsloth before transformers)
 from peft.tuners.lora import LoraLayer  # noqa: E402

@@ -73,30 +73,41 @@ CELLS = [
 ]
 
 
-def written(folder: Path, *sources: str) -> Path:
+SHOWN = ["trl 1.15.0, CPU x86_64, 2 threads\nand more\nto come\n", "done\n", "a figure\n"]
+
+
+def made(*sources: str):
     metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     cells = [v4.new_markdown_cell("# 07 Small"), *map(v4.new_code_cell, sources)]
-    nbformat.write(v4.new_notebook(cells=cells, metadata=metadata), folder / "07_small.ipynb")
+    return v4.new_notebook(cells=cells, metadata=metadata)
+
+
+def written(folder: Path, *sources: str) -> Path:
+    nbformat.write(made(*sources), folder / "07_small.ipynb")
     return folder / "07_small.ipynb"
 
 
-@pytest.fixture(scope="module")
-def refreshed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("refreshed")
-    path = written(folder, *CELLS)
-    refresh(path, folder / "rejected")
-    return path
-
-
 @pytest.fixture
-def small(refreshed):
-    return nbformat.read(refreshed, as_version=nbformat.NO_CONVERT)
+def small():
+    """A notebook without a fault, as a kernel would leave it; none is started for it."""
+    notebook = made(*CELLS)
+    for number, text in enumerate(SHOWN, 1):
+        outputs = [v4.new_output("stream", name="stdout", text=text)]
+        notebook.cells[number].update(execution_count=number, outputs=outputs)
+    notebook.metadata.executed = fingerprint(notebook)
+    assert faults(notebook) == []
+    return notebook
 
 
-def test_refresh_writes_outputs_as_a_page_shows_them(small, refreshed):
+@pytest.mark.slow  # it starts a kernel, and so does the next one
+def test_refresh_writes_outputs_as_a_page_shows_them(tmp_path):
+    refreshed = written(tmp_path, *CELLS)
+    refresh(refreshed, tmp_path / "rejected")
+    small = nbformat.read(refreshed, as_version=nbformat.NO_CONVERT)
     lines, bar, figure = (cell.outputs for cell in small.cells[1:])
-    assert [output.text for output in lines] == ["trl 1.15.0, CPU x86_64, 2 threads\nand more\nto come\n"]
-    assert [(output.name, output.text) for output in bar] == [("stdout", "done\n")]
+    assert [[(output.name, output.text) for output in outputs] for outputs in (lines, bar)] == [
+        [("stdout", text)] for text in SHOWN[:2]
+    ]
     picture = Image.open(io.BytesIO(base64.b64decode(figure[0].data["image/png"])))
     assert picture.mode == "P" and picture.width > 300
     assert set(small.metadata) == {"kernelspec", "executed"}
@@ -104,6 +115,7 @@ def test_refresh_writes_outputs_as_a_page_shows_them(small, refreshed):
     assert list(refreshed.parent.iterdir()) == [refreshed]
 
 
+@pytest.mark.slow
 def test_a_notebook_that_fails_stays_as_it_was(tmp_path):
     path = written(tmp_path, "1 + 1", "1 / 0")
     before = path.read_bytes()

@@ -70,9 +70,9 @@ def top_level(tree: ast.Module) -> Iterator[str]:
 
 
 def test_no_two_objects_share_a_name():
-    # Every patch has its sentence and its self-test under the same two names.
+    # Every patch has its self-test under the same name.
     counts = Counter(name for module in MODULES for name in set(top_level(TREES[module])))  # overloads are one
-    del counts["WITHOUT"], counts["self_test"]
+    del counts["self_test"]
     assert [name for name, count in counts.items() if count > 1] == []
 
 
@@ -89,16 +89,13 @@ def functions(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.Func
                 yield from functions(node.body, f"{prefix}{node.name}.")
 
 
-def named_in(tree: ast.Module, module: str) -> set[str]:
-    """Names of `module` that the front door or another wing imports."""
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    return {alias.name for node in nodes if node.module == f"helpers.{module}" for alias in node.names}
+IMPORTS = {name: [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)] for name, tree in TREES.items()}
 
 
 def offered(module: str) -> set[str]:
-    """What of a module is for others than its own wing."""
-    others = [tree for name, tree in TREES.items() if wing(name) != wing(module)]
-    return set().union(*(named_in(tree, module) for tree in others))
+    """What of a module the front door or another wing imports."""
+    others = [node for name, nodes in IMPORTS.items() if wing(name) != wing(module) for node in nodes]
+    return {alias.name for node in others if node.module == f"helpers.{module}" for alias in node.names}
 
 
 PUBLIC = {

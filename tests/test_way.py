@@ -1,4 +1,4 @@
-"""The way of the notebooks on a model of two small layers with random weights, in seconds.
+"""The way of the notebooks on a model of two small layers with random weights.
 
 What real weights learn is tested room by room; those tests are slow.
 """
@@ -35,6 +35,7 @@ def pairs():
     return loaded.select(range(16)), loaded.select(range(16, 20))
 
 
+@pytest.mark.slow  # it trains twice
 def test_from_pairs_to_a_merged_model(pairs, tmp_path):
     train, test = pairs
     model, tokenizer = helpers.load_model()

@@ -1,11 +1,9 @@
 """Diagnosis of a training run: the symptom by name, with its numbers, its likely causes in order, and the cure.
 
 It reads what a run folder holds (history, metrics, info) and loads no model. `measure` turns that into a few numbers,
-`LIMITS` says at which value a number becomes a symptom, `RULES` puts the two together, and symptoms.yaml says what is
-behind each symptom.
+`RULES` compares them with the limits of symptoms.yaml, which also says what is behind each symptom.
 """
 
-import collections
 import html
 import math
 from collections.abc import Callable
@@ -18,46 +16,21 @@ import yaml
 from helpers.run.folder import Run, RunInfo, Status, read_info
 from helpers.run.metrics import wilson_interval
 
-# Each limit is between the runs of benchmarks/diagnosis.py that have the symptom and the healthy ones, with room on
-# both sides: tests/after/test_diagnosis.py checks that.
-LIMITS = {
-    "start_off": 1.0,  # nats; rounding in 16 bits gives tenths, a model that was trained in between gives many
-    "moved": 0.3,  # nats; a run that does not move shows rounding only
-    "loss_end": 1.5,  # nats; twice the loss of not knowing
-    "loss_half": 0.1,  # nats; half of the steps do not bring a healthy run near 0
-    "accuracy_first": 0.9,  # too good to be true after a third of a run
-    "accuracy_end": 0.6,  # low, if the interval also holds a coin's 0.5
-    "loss_rise": 0.03,  # nats; between two evaluations the held-out loss also wavers
-    "chosen_fall": 0.15,  # share of the chosen's log-prob; some fall is usual, the loss asks for a difference only
-    "cut": 0.2,  # share of the training pairs
-}
 ENOUGH_PAIRS = 30  # held out; below, the interval of an accuracy is wider than 0.34 and tells little from chance
-# The catalogue, by code: what is seen, evidence, causes with their cures, the test that decides between them.
-SYMPTOMS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("symptoms.yaml").read_text("utf-8"))
+# At which value a number becomes a symptom, and the catalogue by code: what is seen, evidence, causes with their cures,
+# the test that decides between them.
+LIMITS, SYMPTOMS = yaml.safe_load_all(Path(__file__).with_name("symptoms.yaml").read_text("utf-8"))
 
 
 @dataclass(frozen=True)
 class Symptom:
-    """One thing that is wrong with a run.
-
-    Attributes:
-        code: its name.
-        what: what is seen.
-        evidence: the numbers.
-        causes: pairs (cause, its cure), the likeliest first.
-        test: decides between the causes if the history cannot.
-    """
+    """One thing that is wrong with a run; `causes` are pairs (cause, its cure), the likeliest first."""
 
     code: str
     what: str
     evidence: str
     causes: tuple[tuple[str, str], ...]
     test: str
-
-    @property
-    def cure(self) -> str:
-        """Of the likeliest cause."""
-        return self.causes[0][1]
 
     @property
     def decides(self) -> str:
@@ -68,25 +41,17 @@ class Symptom:
 class Diagnosis:
     """The symptoms of a run. It prints as text, and as escaped HTML in a notebook.
 
-    Attributes:
-        findings: what hides others first.
-        unseen: what this run's history could not show, and what would.
+    `findings`: what hides others first, their `codes` in the same order. `unseen`: what this run's history could not
+    show, and what would.
     """
 
     def __init__(self, findings: list[Symptom], unseen: list[str]):
         self.findings, self.unseen = findings, unseen
-
-    @property
-    def codes(self) -> list[str]:
-        """Names of the symptoms, in the order of `findings`."""
-        return [finding.code for finding in self.findings]
-
-    def _summary(self) -> str:
-        count = len(self.findings)
-        return f"{count} symptom{'s' * (count > 1)} found." if count else "No symptom found."
+        self.codes, count = [finding.code for finding in findings], len(findings)
+        self._summary = f"{count} symptom{'s' * (count > 1)} found." if count else "No symptom found."
 
     def __str__(self) -> str:
-        lines = [self._summary()]
+        lines = [self._summary]
         for finding in self.findings:
             lines += ["", f"{finding.code}: {finding.what}", f"  evidence: {finding.evidence}"]
             lines += [f"  cause {place}: {why}. Cure: {cure}." for place, (why, cure) in enumerate(finding.causes, 1)]
@@ -97,7 +62,7 @@ class Diagnosis:
 
     def _repr_html_(self) -> str:
         e = html.escape
-        parts = [f"<p>{self._summary()}</p>"]
+        parts = [f"<p>{self._summary}</p>"]
         for finding in self.findings:
             causes = "".join(f"<li>{e(why)}. <b>Cure:</b> {e(cure)}.</li>" for why, cure in finding.causes)
             parts.append(
@@ -107,85 +72,70 @@ class Diagnosis:
         return "".join(parts + [f"<p>Not judged: {e(text)}</p>" for text in self.unseen])
 
 
-def _values(rows: list[dict], name: str) -> list[float]:
-    """Of the rows that have it; text such as "nan" is read as a number."""
-    return [float(row[name]) for row in rows if name in row]
+class _Numbers(dict):
+    """One that was not measured is NaN: every comparison with it is false, so it is never a sign."""
+
+    def __missing__(self, name: str) -> float:
+        return math.nan
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _mean(rows: list[dict], name: str) -> float:
+    """Text such as "nan" is read as a number."""
+    return sum(float(row[name]) for row in rows) / len(rows)
 
 
-_CURVES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
-
-
-def measure(history: list[dict], info: RunInfo) -> dict[str, float]:
-    """The numbers that a diagnosis is made from; those that the history does not give are left out.
+def measure(history: list[dict], info: RunInfo) -> dict[str, Any]:
+    """The numbers that a diagnosis is made from, of a run's `history` and `info`, with what words them.
 
     Log-ratios are means over pairs in nats: TRL's rewards divided by beta. "start" is step 1, whose loss is taken
     before its update; "end" is the last held-out evaluation, or for training a mean over the last half of its rows.
-
-    Args:
-        history, info: as in `Run`.
     """
-    beta = float(info.config["beta"])
+    config, beta, cut = info.config, float(info.config["beta"]), info.data.findings.get("over_max_length", 0)
     train, held = ([row for row in history if name in row] for name in ("loss", "eval_loss"))
-    curves = [float(row[name]) for row in train + held for name in row if name.endswith(_CURVES)]
-    cut = info.data.findings.get("over_max_length", 0)
-    found: dict[str, float] = {
+    curves = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
+    values = [float(row[name]) for row in train + held for name in row if name.endswith(curves)]
+    f = _Numbers(info.memory_gb)
+    f |= {
+        "status": info.status,
+        "ln2": config["loss_type"] in ("sigmoid", ["sigmoid"]),  # whether the loss starts there and LIMITS fit it
+        "train_pairs": info.train_pairs,
         "pairs": info.test_pairs,
+        "max_length": config["max_length"],
+        "micro_batch": config.get("per_device_train_batch_size"),
+        "checkpointing": "on" if config.get("gradient_checkpointing") else "off",
         "findings_cut": cut,
         "cut": cut / max(info.train_pairs, 1),
-        "not_numbers": sum(not math.isfinite(value) for value in curves),
+        "not_numbers": sum(not math.isfinite(value) for value in values),
+        "held_loss": "no held-out evaluation",
+        "held_accuracy": "no held-out evaluation",
     }
     if train and train[0]["step"] <= 1:
-        scores = [float(train[0][f"rewards/{side}"]) / beta for side in ("chosen", "rejected")]
-        found |= {"start_loss": float(train[0]["loss"]), "start_off": max(map(abs, scores))}
+        f["start_loss"] = float(train[0]["loss"])
+        f["start_off"] = max(abs(float(train[0][f"rewards/{side}"]) / beta) for side in ("chosen", "rejected"))
     half = math.ceil(len(train) / 2)
     if train:
-        found |= {
-            "loss_half": _mean(_values(train[:half][-2:], "loss")),
-            "loss_end": _mean(_values(train[-half:], "loss")),
-            "margin_end": _mean(_values(train[-half:], "rewards/margins")),
-            "gradient": max(_values(train, "grad_norm"), default=math.nan),
-        }
+        f["loss_half"], f["loss_end"] = _mean(train[:half][-2:], "loss"), _mean(train[-half:], "loss")
+        f["margin_end"] = _mean(train[-half:], "rewards/margins")
+        f["gradient"] = max((float(row["grad_norm"]) for row in train if "grad_norm" in row), default=math.nan)
     if train or held:
         # Rounding moves one training batch as much as a run that does not learn; the mean of many it does not.
         rows, prefix = (held[-1:], "eval_") if held else (train[-half:], "")
-        chosen, rejected = (_mean(_values(rows, f"{prefix}rewards/{side}")) / beta for side in ("chosen", "rejected"))
-        found |= {"chosen_end": chosen, "rejected_end": rejected, "moved": max(abs(chosen), abs(rejected))}
-        found["gap"] = chosen - rejected
-        found["chosen_fall"] = chosen / (_mean(_values(rows, f"{prefix}logps/chosen")) - chosen)
-    if held:
-        losses, accuracies = _values(held, "eval_loss"), _values(held, "eval_rewards/accuracies")
-        found |= {
-            "held_loss_best": min(losses),
-            "held_loss_end": losses[-1],
-            "loss_rise": losses[-1] - min(losses),
-            "accuracy_first": accuracies[0],
-            "accuracy_best": max(accuracies),
-            "accuracy_end": accuracies[-1],
-        }
-    return found
-
-
-def _facts(found: dict[str, float], info: RunInfo) -> dict[str, Any]:
-    """What `RULES` and the evidence in symptoms.yaml read: `found`, the run's settings, and phrases made of both.
-
-    A number that was not measured is NaN: every comparison with it is false, so it is never a sign.
-    """
-    f: dict[str, Any] = collections.defaultdict(lambda: math.nan, found | info.memory_gb)
-    f["status"], f["ln2"] = info.status, _starts_at_ln2(info)
-    f["train_pairs"], f["max_length"] = info.train_pairs, info.config["max_length"]
-    f["micro_batch"] = info.config.get("per_device_train_batch_size")
-    f["checkpointing"] = "on" if info.config.get("gradient_checkpointing") else "off"
+        chosen, rejected = (_mean(rows, f"{prefix}rewards/{side}") / beta for side in ("chosen", "rejected"))
+        f |= {"chosen_end": chosen, "rejected_end": rejected, "gap": chosen - rejected}
+        f["moved"] = max(abs(chosen), abs(rejected))
+        f["chosen_fall"] = chosen / (_mean(rows, f"{prefix}logps/chosen") - chosen)
     f["log_ratios"] = "log-ratios at the end {chosen_end:+.2f} (chosen) and {rejected_end:+.2f} (rejected) nats"
-    f["held_loss"] = f["accuracy"] = "no held-out evaluation"
-    if "accuracy_end" in found:
-        f["low"], f["high"] = _accuracy_interval(found)
+    if held:
+        losses, accuracies = ([float(row[f"eval_{name}"]) for row in held] for name in ("loss", "rewards/accuracies"))
+        best, f["held_loss_end"] = min(losses), losses[-1]
+        f |= {"held_loss_best": best, "loss_rise": losses[-1] - best, "accuracy_best": max(accuracies)}
+        f["accuracy_first"], f["accuracy_end"] = accuracies[0], accuracies[-1]
+        if f["pairs"] and not math.isnan(f["accuracy_end"]):
+            f["low"], f["high"] = wilson_interval(round(f["accuracy_end"] * f["pairs"]), f["pairs"])
         f["held_loss"] = "held-out loss {held_loss_best:.3f} at its best, {held_loss_end:.3f} at the end"
-        f["accuracy"] = "held-out accuracy {accuracy_end:.2f} (95% interval {low:.2f} to {high:.2f})"
-    return f | {name: f[name].format_map(f) for name in ("log_ratios", "held_loss", "accuracy")}
+        f["held_accuracy"] = "held-out accuracy {accuracy_end:.2f} (95% interval {low:.2f} to {high:.2f})"
+    f |= {name: f[name].format_map(f) for name in ("log_ratios", "held_loss", "held_accuracy")}
+    return f
 
 
 # code -> whether a run has the symptom, in the order in which symptoms are named.
@@ -210,9 +160,9 @@ RULES: dict[str, Callable[[dict[str, Any]], bool]] = {
 }
 
 
-def _named(facts: dict[str, Any]) -> list[str]:
+def _named(f: dict[str, Any]) -> list[str]:
     """Codes of the symptoms, without those that another one explains."""
-    codes = [code for code, holds in RULES.items() if holds(facts)]
+    codes = [code for code, holds in RULES.items() if holds(f)]
     if codes and codes[0] in ("out_of_memory", "nan"):  # after these no other number means anything
         return codes[:1]
     for code in SYMPTOMS:
@@ -221,17 +171,16 @@ def _named(facts: dict[str, Any]) -> list[str]:
     return codes
 
 
-def _causes(code: str, found: dict[str, float], info: RunInfo) -> tuple[tuple[str, str], ...]:
+def _causes(code: str, f: dict[str, Any], info: RunInfo) -> tuple[tuple[str, str], ...]:
     """The catalogue's causes without those that the run's own numbers rule out, the likelier first."""
     surface = any(name in info.data.findings for name in ("length_leak", "feature_leak", "length_ratio"))
-    gradient = found.get("gradient", math.nan)
     ruled_out = {
         ("nan", 1): not info.config.get("fp16"),
-        ("loss_zero", 1): found.get("accuracy_first", 1) <= LIMITS["accuracy_first"],
-        ("not_moving", 0): gradient == 0,
-        ("not_moving", 1): gradient > 0,
-        ("out_of_memory", 0): info.config.get("per_device_train_batch_size") == 1,
-        ("out_of_memory", 1): bool(info.config.get("gradient_checkpointing")),
+        ("loss_zero", 1): f["accuracy_first"] <= LIMITS["accuracy_first"],
+        ("not_moving", 0): f["gradient"] == 0,
+        ("not_moving", 1): f["gradient"] > 0,
+        ("out_of_memory", 0): f["micro_batch"] == 1,
+        ("out_of_memory", 1): f["checkpointing"] == "on",
     }
     causes = [(why, cure) for n, (why, cure) in enumerate(SYMPTOMS[code]["causes"]) if not ruled_out.get((code, n))]
     if (code == "leak" and not surface) or (code == "loss_zero" and surface):
@@ -239,31 +188,20 @@ def _causes(code: str, found: dict[str, float], info: RunInfo) -> tuple[tuple[st
     return tuple(causes)
 
 
-def _starts_at_ln2(info: RunInfo) -> bool:
-    """Whether the loss starts at ln 2 and has the scale of the limits."""
-    return info.config["loss_type"] in ("sigmoid", ["sigmoid"])
-
-
-def _accuracy_interval(found: dict[str, float]) -> tuple[float, float]:
-    if math.isnan(found["accuracy_end"]) or not found["pairs"]:
-        return math.nan, math.nan
-    return wilson_interval(round(found["accuracy_end"] * found["pairs"]), int(found["pairs"]))
-
-
-def _unseen(found: dict[str, float], info: RunInfo) -> list[str]:
+def _unseen(f: dict[str, Any]) -> list[str]:
     """What this history could not show, and what would."""
-    if info.status == Status.OUT_OF_MEMORY:
+    if f["status"] == Status.OUT_OF_MEMORY:
         return []
     unseen = []
-    if "loss_end" not in found:
+    if "loss_end" not in f:
         unseen.append("anything about training: no step was logged. Set logging_steps below the number of steps.")
-    elif "start_off" not in found:
+    elif "start_off" not in f:
         unseen.append("whether policy and reference were equal before training: pass logging_first_step=True.")
-    if "accuracy_end" not in found:
+    if "accuracy_end" not in f:
         unseen.append("overfitting, leaks and low accuracy: no held-out evaluation. Set eval_steps below the steps.")
-    elif found["pairs"] < ENOUGH_PAIRS:
-        unseen.append(f"low accuracy: {found['pairs']} held-out pairs are too few to tell it from chance.")
-    if not _starts_at_ln2(info):
+    elif f["pairs"] < ENOUGH_PAIRS:
+        unseen.append(f"low accuracy: {f['pairs']} held-out pairs are too few to tell it from chance.")
+    if not f["ln2"]:
         unseen.append("the height of the loss: its limits are for loss_type sigmoid.")
     return unseen
 
@@ -278,17 +216,12 @@ def diagnose(run: Run | str | Path) -> Diagnosis:
         UserError: no run folder, or an unfinished run.
     """
     if not isinstance(run, Run):
-        folder = Path(run)
-        info = read_info(folder)
-        if info is not None and info.status == Status.OUT_OF_MEMORY:
-            run = Run(folder, info, [], {}, None)
-        else:
-            run = Run.load(folder)
-    found = measure(run.history, run.info)
-    facts = _facts(found, run.info)
-    findings = []
-    for code in _named(facts):
-        known = SYMPTOMS[code]
-        evidence = known["evidence"].format_map(facts)
-        findings.append(Symptom(code, known["what"], evidence, _causes(code, found, run.info), known["test"]))
-    return Diagnosis(findings, _unseen(found, run.info))
+        folder, info = Path(run), read_info(Path(run))
+        out_of_memory = info is not None and info.status == Status.OUT_OF_MEMORY
+        run = Run(folder, info, [], {}, None) if out_of_memory else Run.load(folder)
+    f = measure(run.history, run.info)
+    findings = [
+        Symptom(code, known["what"], known["evidence"].format_map(f), _causes(code, f, run.info), known["test"])
+        for code, known in ((code, SYMPTOMS[code]) for code in _named(f))
+    ]
+    return Diagnosis(findings, _unseen(f))

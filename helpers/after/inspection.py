@@ -1,11 +1,12 @@
 """Inspection: what a run changed, in its replies, in the rewards of pairs, and token by token.
 
-All three functions take a run, its folder, or what `open_run` gave, which loads the model once for many calls. Text of
-data sets and models in their tables is made safe to show by `visible`.
+All three functions take a run, its folder, or what `open_run` gave, which loads the model once for many calls; they
+raise the UserError of `open_run`. Text of data sets and models in their tables is made safe to show by `visible`.
 """
 
 import contextlib
 import copy
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.common import UserError, visible
-from helpers.data.render import Renderer, tokenize_pairs
+from helpers.data.render import Prompt, Renderer, tokenize_pairs, turns_of
 from helpers.model.fingerprint import base_hash, fingerprint, hash_tensors
 from helpers.model.generate import generate_replies, repetition
 from helpers.model.load import load_model
@@ -28,57 +29,46 @@ from helpers.model.logps import pair_logps
 from helpers.run.folder import LORA_SCALE, POLICY_AT_START, Run
 from helpers.run.metrics import held_out_table
 
-
-def _messages(prompt: str | list[dict] | dict) -> list[dict]:
-    prompt = prompt["prompt"] if isinstance(prompt, dict) else prompt
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+Model = PreTrainedModel | PeftModel
 
 
-def _conversation(messages: list[dict]) -> str:
-    if len(messages) == 1:
-        return visible(messages[0]["content"])
-    return visible("\n".join(f"{message['role']}: {message['content']}" for message in messages))
+def _conversation(prompt: Prompt) -> str:
+    turns = turns_of(prompt)
+    named = [f"{turn['role']}: {turn['content']}" for turn in turns]
+    return visible(turns[0]["content"] if len(turns) == 1 else "\n".join(named))
 
 
+@dataclasses.dataclass(repr=False, eq=False)
 class OpenRun:
-    """A run with its policy in memory.
+    """A run with its policy in memory; `ref_model` is the reference if that was passed to the training."""
 
-    Attributes:
-        run: the run.
-        model: the policy.
-        tokenizer: the run's.
-        beta, max_length: as in training.
-    """
+    run: Run
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    ref_model: Model | None = None
 
-    def __init__(
-        self,
-        run: Run,
-        model: PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
-        ref_model: PreTrainedModel | PeftModel | None = None,
-    ):
-        self.run, self.model, self.tokenizer, self._ref_model = run, model, tokenizer, ref_model
-        self.beta, self.max_length = run.info.config["beta"], run.info.config["max_length"]
+    def __post_init__(self) -> None:
+        self.beta, self.max_length = self.run.info.config["beta"], self.run.info.config["max_length"]
 
     @contextlib.contextmanager
-    def reference(self) -> Iterator[PreTrainedModel | PeftModel]:
+    def reference(self) -> Iterator[Model]:
         """The reference of the training, for a `with` block in which the policy must not be used.
 
         It is the model that was passed, the adapter that the run started from, or the base model.
         """
-        if self._ref_model is not None:
-            yield self._ref_model
-        elif self.run.reference is not None:
+        if self.ref_model is not None:
+            yield self.ref_model
+        elif self.run.reference is None:
+            with self.model.disable_adapter():
+                yield self.model
+        else:
             self.model.set_adapter("reference")
             try:
                 yield self.model
             finally:
                 self.model.set_adapter("default")
-        else:
-            with self.model.disable_adapter():
-                yield self.model
 
-    def both(self, ask: Callable[[PreTrainedModel | PeftModel], Any]) -> dict[str, Any]:
+    def both(self, ask: Callable[[Model], Any]) -> dict[str, Any]:
         """What `ask` gives for the "reference" and for the "policy"."""
         with self.reference() as model:
             reference = ask(model)
@@ -108,7 +98,7 @@ def _check_adapter(folder: Path, expected: str | None, scale: dict | None) -> No
         )
 
 
-def _check_reference(run: Run, ref_model: PreTrainedModel | PeftModel | None) -> None:
+def _check_reference(run: Run, ref_model: Model | None) -> None:
     passed = run.info.reference != POLICY_AT_START
     if passed and ref_model is None:
         raise UserError(
@@ -144,7 +134,7 @@ def _load_policy(run: Run) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def open_run(run: Run | str | Path, *, ref_model: PreTrainedModel | PeftModel | None = None) -> OpenRun:
+def open_run(run: Run | str | Path, *, ref_model: Model | None = None) -> OpenRun:
     """Load a run's policy and reference, after a check that they are what the run left.
 
     On a CPU both calculate in 32 bits. In the 16 bits of training, rounding changes the log-ratio of a token by a good
@@ -155,8 +145,8 @@ def open_run(run: Run | str | Path, *, ref_model: PreTrainedModel | PeftModel | 
         ref_model: the reference, for a run whose train_dpo had a `ref_model`.
 
     Raises:
-        UserError: the folder is no finished run, was made by another version, or edited; the adapter is missing or is
-            no safetensors file; the base model is not here, is another one, or comes with code (which is never run).
+        UserError: the folder is no finished run, or was edited; the adapter is missing or no safetensors file; the
+            base model is not here, is another one, or comes with code (which is never run).
     """
     run = run if isinstance(run, Run) else Run.load(run)
     scales = run.info.lora
@@ -179,13 +169,12 @@ def _opened(run: OpenRun | Run | str | Path) -> OpenRun:
 
 
 def compare_generations(
-    run: OpenRun | Run | str | Path,
-    prompts: Sequence[str | list[dict] | dict],
-    *,
-    max_new_tokens: int = 80,
-    **options: Any,
+    run: OpenRun | Run | str | Path, prompts: Sequence[Prompt], *, max_new_tokens: int = 80, **options: Any
 ) -> pd.DataFrame:
-    """Replies of reference and policy to the same prompts, side by side.
+    """Replies of reference and policy to the same prompts, side by side: a row for each prompt.
+
+    Columns: prompt, reference and policy (texts), and for both models the tokens of the reply, whether it ended before
+    `max_new_tokens`, and the share of its 4-grams that repeat an earlier one.
 
     Args:
         run: a run, its folder, or what `open_run` gave.
@@ -193,18 +182,11 @@ def compare_generations(
             the others the chat template gets what all training prompts had in common (`run.info.template`).
         max_new_tokens: where a reply is cut.
         options: of `generate_replies`; greedy by default, temperature, top_p and seed to sample.
-
-    Returns:
-        One row a prompt: prompt, reference and policy (texts that are safe to show), and for both models the tokens of
-        the reply, whether it ended before `max_new_tokens`, and the share of its 4-grams that repeat an earlier one.
-
-    Raises:
-        UserError: the run cannot be opened (see `open_run`).
     """
     opened = _opened(run)
     options = opened.run.info.template | options | {"max_new_tokens": max_new_tokens}
     replies = opened.both(lambda model: generate_replies(model, opened.tokenizer, prompts, **options))
-    columns: dict[str, list] = {"prompt": [_conversation(_messages(prompt)) for prompt in prompts]}
+    columns: dict[str, list] = {"prompt": [_conversation(prompt) for prompt in prompts]}
     columns |= {name: [visible(reply.text) for reply in group] for name, group in replies.items()}
     for name, group in replies.items():
         columns[f"{name}_tokens"] = [len(reply.ids) for reply in group]
@@ -214,21 +196,11 @@ def compare_generations(
 
 
 def implicit_rewards(run: OpenRun | Run | str | Path, pairs: Dataset) -> pd.DataFrame:
-    """Implicit rewards of the pairs: beta times the log-ratio (Rafailov et al. 2023, section 4, after eq. 7).
+    """Implicit rewards of `pairs`: beta times the log-ratio (Rafailov et al. 2023, section 4, after eq. 7).
 
-    Completions that pass the run's `max_length` are cut as in training.
-
-    Args:
-        run: a run, its folder, or what `open_run` gave.
-        pairs: any, in the form that `load_pairs` gives.
-
-    Returns:
-        One row a pair, in their order: the columns of `Run.held_out` (log-probs in nats under reference and policy,
-        tokens, log_ratio_gap), chosen_reward, rejected_reward, margin (their difference), and prompt, chosen and
-        rejected as texts that are safe to show.
-
-    Raises:
-        UserError: the run cannot be opened (see `open_run`).
+    `run` is a run, its folder, or what `open_run` gave. Completions that pass its `max_length` are cut as in training.
+    One row a pair, in their order: the columns of `Run.held_out` (log-probs in nats under reference and policy,
+    tokens, log_ratio_gap), chosen_reward, rejected_reward, margin (their difference), and the texts.
     """
     opened = _opened(run)
     ids = tokenize_pairs(pairs, opened.tokenizer)
@@ -244,7 +216,7 @@ def implicit_rewards(run: OpenRun | Run | str | Path, pairs: Dataset) -> pd.Data
     return table
 
 
-def _token_logps(model: PreTrainedModel | PeftModel, prompt: list[int], completion: list[int]) -> torch.Tensor:
+def _token_logps(model: Model, prompt: list[int], completion: list[int]) -> torch.Tensor:
     """Log-probs of the completion's tokens in nats, shape (tokens,): the plain definition, one softmax a token."""
     if not completion:  # the prompt fills max_length
         return torch.zeros(0, dtype=torch.float64)
@@ -269,48 +241,31 @@ def _token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str
 
 def _side_rewards(opened: OpenRun, side: str, prompt: list[int], completion: list[int]) -> pd.DataFrame:
     tokenizer, ids = opened.tokenizer, completion[: max(opened.max_length - len(prompt), 0)]
-    logps = opened.both(lambda model: _token_logps(model, prompt, ids).numpy())
-    texts = _token_texts(ids, tokenizer)
-    special = [token in tokenizer.all_special_ids for token in ids]
+    texts, special = _token_texts(ids, tokenizer), [token in tokenizer.all_special_ids for token in ids]
     # A word starts at a space, and around a special token.
     starts = [i > 0 and (text[:1].isspace() or special[i] or special[i - 1]) for i, text in enumerate(texts)]
-    table = pd.DataFrame(
-        {
-            "side": side,
-            "word": pd.Series(starts, dtype=int).cumsum(),
-            "token": [visible(text) for text in texts],
-            "id": ids,
-            "eos": [token == tokenizer.eos_token_id for token in ids],
-        }
-    ).assign(**logps)
+    table = pd.DataFrame({"side": side, "word": pd.Series(starts, dtype=int).cumsum()})
+    table["token"], table["id"] = [visible(text) for text in texts], ids
+    table["eos"] = [token == tokenizer.eos_token_id for token in ids]
+    table = table.assign(**opened.both(lambda model: _token_logps(model, prompt, ids).numpy()))
     table["log_ratio"] = table.policy - table.reference
-    table["reward"] = opened.beta * table.log_ratio
-    return table
+    return table.assign(reward=opened.beta * table.log_ratio)
 
 
 def token_rewards(run: OpenRun | Run | str | Path, pair: dict) -> pd.DataFrame:
-    """How much each token adds to the implicit rewards of a pair.
+    """How much each token adds to the implicit rewards of `pair`, a row as `load_pairs` gives them.
 
-    A log-prob of a text is the sum of its tokens' log-probs, so a reward is a sum too (Rafailov et al. 2024,
-    arXiv:2404.12358). The sums equal the rewards of `implicit_rewards` up to rounding: log-ratios within 0.001 nats on
-    a CPU, within some tenths in 16 bits or 4.
-
-    Args:
-        run: a run, its folder, or what `open_run` gave.
-        pair: a row of pairs as `load_pairs` gives them.
-
-    Returns:
-        One row a token: side ("chosen", "rejected"), word (its number, from 0), token (text that is safe to show), id,
-        eos (whether it ends the turn), reference and policy (log-probs in nats), log_ratio (nats), reward.
-
-    Raises:
-        UserError: the run cannot be opened (see `open_run`), or its chat template refuses the pair.
+    `run` is a run, its folder, or what `open_run` gave. A log-prob of a text is the sum of its tokens' log-probs, so a
+    reward is a sum too (Rafailov et al. 2024, arXiv:2404.12358). The sums equal the rewards of `implicit_rewards` up to
+    rounding: log-ratios within 0.001 nats on a CPU, within some tenths in 16 bits or 4. One row a token: side
+    ("chosen", "rejected"), word (its number, from 0), token (its text), id, eos (whether it ends the turn), reference
+    and policy (log-probs in nats), log_ratio (nats), reward. Raises UserError if the chat template refuses the pair.
     """
     opened = _opened(run)
     # Not as a Dataset, which would give each tool of the row the keys of the others.
     rendered = Renderer(opened.tokenizer)({name: [value] for name, value in pair.items()})
-    if rendered.refused[0]:
+    if rendered["refused"][0]:
         raise UserError("The chat template refuses this pair. check_pairs says why such rows are errors.")
-    row = {name: column[0] for name, column in rendered.ids().items()}
+    row = {name: column[0] for name, column in rendered.items()}
     tables = [_side_rewards(opened, side, row["prompt_ids"], row[f"{side}_ids"]) for side in ("chosen", "rejected")]
     return pd.concat(tables, ignore_index=True)

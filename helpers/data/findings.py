@@ -4,7 +4,6 @@ Other wings add findings of the same type (`helpers.thinking.check`).
 """
 
 import functools
-import html
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,11 +30,8 @@ FINDINGS: dict[str, tuple[Severity, str, str]] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with some pairs.
-
-    `rows` are positions in the pairs that were checked (from 0), the worst first; `origins` names the worst of them
-    for the reader. `what` says it in a few words, `why` says why it matters, `cure` what to do.
-    """
+    """One thing that is wrong with some pairs: `rows` are their positions in what was checked, the worst first;
+    `origins` names the worst for the reader."""
 
     code: str
     severity: Severity
@@ -130,20 +126,15 @@ class Report:
         return pd.DataFrame(rows, columns=["severity", "code", "count", "what", "rows", "why", "cure"])
 
     def _summary(self) -> str:
-        errors = len(self.errors)
-        warnings = len(self.findings) - errors
-        found = f"{errors} kinds of error, {warnings} of warning" if self.findings else "nothing found"
-        return f"{self._checked} pairs checked: {found}."
+        kinds = f"{len(self.errors)} kinds of error, {len(self.findings) - len(self.errors)} of warning"
+        return f"{self._checked} pairs checked: {kinds if self.findings else 'nothing found'}."
 
     def __str__(self) -> str:
-        lines = [self._summary()]
-        for f in self.findings:
-            rows = _worst_rows(f)
-            lines.append(
-                f"{f.severity:8}{f.count:>7}  {f.code:24}{visible(f.what, SHOWN_CHARACTERS)}"
-                + (f" ({rows})" if rows else "")
-            )
-        return "\n".join(lines)
+        lines = (
+            f"{severity:8}{count:>7}  {code:24}{what}" + (f" ({rows})" if rows else "")
+            for severity, code, count, what, rows, *_ in self.to_frame().itertuples(index=False)
+        )
+        return "\n".join([self._summary(), *lines])
 
     __repr__ = __str__
 
@@ -151,7 +142,5 @@ class Report:
         frame = self.to_frame()
         if not len(frame):
             return f"<p>{self._summary()}</p>"
-        cells = [[html.escape(str(value)) for value in row] for row in frame.itertuples(index=False)]
-        head = "".join(f"<th>{name}</th>" for name in frame.columns)
-        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells)
-        return f"<p>{self._summary()}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        with pd.option_context("display.max_colwidth", None):
+            return f"<p>{self._summary()}</p>{frame.to_html(index=False, border=0)}"

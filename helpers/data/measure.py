@@ -33,11 +33,14 @@ WHAT = {
     "user_turn_in_completion": "user turns in a completion",
     "template_leftover": "chat markup in a text",
     "not_utf8": "text that is no UTF-8",
+    "white_space_only": "chosen and rejected differ in white space only",
+    "prompt_in_answers": "both answers begin with the prompt",
+    "prompt_is_answer": "an answer that is the prompt",
 }
 BIT = {code: 1 << place for place, code in enumerate(WHAT)}
 LEFTOVER = re.compile(
-    r"<\|[a-z_]{1,20}\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>"
-    r"|(?:^|\n)#{2,3} ?(?:Instruction|Response|Human|Assistant):|\n\n(?:Human|Assistant):"
+    r"<[|｜][A-Za-z_▁]{1,30}[|｜]>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>|<extra_id_\d>"
+    r"|(?:^|\n)#{2,3} ?(?:Instruction|Response|Human|Assistant):|(?:^\s*|\n)(?:Human|Assistant|USER|ASSISTANT): ?"
 )
 LATIN1_OF_UTF8 = re.compile("Ã[\u0080-\u00bf]|â€|Â[\u00a0-\u00bf]")
 THOUGHT = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
@@ -78,76 +81,76 @@ class Measure:
         marks = 0
         if any(opener in text for opener in self.openers) and self.control.search(text):
             marks |= BIT["special_token_in_text"]
-        elif ("<" in text or "[" in text or "##" in text or "\n\n" in text) and LEFTOVER.search(text):
+        elif ("<" in text or "[" in text or "##" in text or "\n" in text or ":" in text[:12]) and LEFTOVER.search(text):
             marks |= BIT["template_leftover"]
         if not text.isascii() and ("\ufffd" in text or LATIN1_OF_UTF8.search(text)):
             marks |= BIT["not_utf8"]
         return marks
 
-    def _ends_in_eos(self, ids: list[int]) -> bool:
-        for token in reversed(ids):
-            if token == self.tokenizer.eos_token_id:
-                return True
-            if token not in self._blank:
-                self._blank[token] = not self.tokenizer.decode([token], clean_up_tokenization_spaces=False).strip()
-            if not self._blank[token]:
-                return False
-        return False
+    def _is_blank(self, token: int) -> bool:
+        if token not in self._blank:
+            self._blank[token] = not self.tokenizer.decode([token], clean_up_tokenization_spaces=False).strip()
+        return self._blank[token]
 
     def _side(self, turns: list[dict], ids: list[int]) -> dict[str, int]:
         """What one completion shows, by the ending of its column's name."""
         text = "\n".join(turn["content"] for turn in turns if turn["role"] == "assistant")
-        answer = (THOUGHT.sub("", text) if "<think>" in text else text).strip()
-        marks = self._text_marks(text)
-        marks |= BIT["eos_doubled"] if ids.count(self.tokenizer.eos_token_id) > len(turns) else 0
-        marks |= 0 if self._ends_in_eos(ids) else BIT["eos_missing"]
-        marks |= 0 if text.strip() else BIT["completion_empty"]
-        marks |= BIT["user_turn_in_completion"] if len(turns) > 1 else 0
+        answer, eos = THOUGHT.sub("", text).strip(), self.tokenizer.eos_token_id
+        last = next((token for token in reversed(ids) if token == eos or not self._is_blank(token)), None)
+        faults = {
+            "eos_doubled": ids.count(eos) > len(turns),
+            "eos_missing": last != eos,
+            "completion_empty": not text.strip(),
+            "user_turn_in_completion": len(turns) > 1,
+        }
         return {
             "": len(ids),
             "_characters": len(text),
             "_text": text_hash(json.dumps(turns)),
             "_start": text_hash(first_words(answer)),
             "_features": sum(1 << place for place, test in enumerate(FEATURES.values()) if test(text, answer)),
-            "marks": marks,
+            "marks": self._text_marks(text) | sum(BIT[code] for code, there in faults.items() if there),
         }
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         """Rows of `batch`, columns of pairs, as columns of MEASURES and IDS."""
         rendered = self.renderer(batch)
-        result: dict[str, list] = {name: [] for name in MEASURES} | rendered.ids()
+        result: dict[str, list] = {name: [] for name in MEASURES} | {name: rendered[name] for name in IDS}
         bos = self.tokenizer.bos_token
+        result |= {"prompt": rendered["prompt_tokens"], "shared": [len(ids) for ids in rendered["prompt_ids"]]}
         for row, prompt in enumerate(batch["prompt"]):
-            shared = len(rendered.prompt_ids[row])
-            marks = BIT["prompt_not_prefix"] if shared < rendered.prompt_tokens[row] else 0
-            if bos and bos * 2 in rendered.chosen_text[row] + " " + rendered.rejected_text[row]:
+            marks = BIT["prompt_not_prefix"] if result["shared"][row] < result["prompt"][row] else 0
+            if bos and bos * 2 in rendered["chosen_text"][row] + " " + rendered["rejected_text"][row]:
                 marks |= BIT["bos_doubled"]
             for turn in prompt:
                 marks |= self._text_marks(turn["content"])
-            for side, ids in (("chosen", rendered.chosen_ids[row]), ("rejected", rendered.rejected_ids[row])):
-                found = self._side(batch[side][row], ids)
+            marks |= _pair_marks(prompt, batch["chosen"][row], batch["rejected"][row])
+            for side in ("chosen", "rejected"):
+                found = self._side(batch[side][row], rendered[f"{side}_ids"][row])
                 marks |= found.pop("marks")
                 for name, value in found.items():
                     result[f"{side}{name}"].append(value)
             result["prompt_text"].append(text_hash(prompt_text(prompt)))
-            result["prompt"].append(rendered.prompt_tokens[row])
-            result["shared"].append(shared)
-            result["marks"].append(BIT["template_refuses"] if rendered.refused[row] else marks)
+            result["marks"].append(BIT["template_refuses"] if rendered["refused"][row] else marks)
         return result
+
+
+def _pair_marks(prompt: list[dict], chosen: list[dict], rejected: list[dict]) -> int:
+    """What the texts of a pair show next to each other."""
+    question, answers = prompt[-1]["content"].strip(), [side[0]["content"].strip() for side in (chosen, rejected)]
+    words = [[(turn["content"].split(), turn.get("tool_calls")) for turn in side] for side in (chosen, rejected)]
+    marks = BIT["white_space_only"] if words[0] == words[1] and chosen != rejected else 0
+    if question and question in answers:
+        marks |= BIT["prompt_is_answer"]
+    elif question and not question.isalpha() and all(answer.startswith(question) for answer in answers):
+        marks |= BIT["prompt_in_answers"]  # not of one word: "Hello" is rightly answered by "Hello, how are you?"
+    return marks
 
 
 _SIDE = ("", "_characters", "_text", "_start", "_features")
 MEASURES = Features(
-    {
-        name: Value("int64" if name.endswith(("_text", "_start")) else "int32")
-        for name in (
-            "prompt",
-            "shared",
-            "prompt_text",
-            "marks",
-            *(f"{s}{m}" for s in ("chosen", "rejected") for m in _SIDE),
-        )
-    }
+    {name: Value("int32") for name in ("prompt", "shared", "marks")}
+    | {name: Value("int64") for name in ("prompt_text", *(f"{s}{m}" for s in ("chosen", "rejected") for m in _SIDE))}
 )
 
 
@@ -168,22 +171,14 @@ def _table_key(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
         return uuid.uuid4().hex
     tokenizer("")  # resets padding and truncation, which the tokenizer keeps as part of its state
     fast = getattr(tokenizer, "is_fast", False)
-    parts = (
-        of_pairs,
-        tokenizer.backend_tokenizer.to_str() if fast else sorted(tokenizer.get_vocab().items()),
-        tokenizer.chat_template,
-        sorted(tokenizer.special_tokens_map.items()),
-        version("transformers"),
-        CODE,
-    )
+    words = tokenizer.backend_tokenizer.to_str() if fast else sorted(tokenizer.get_vocab().items())
+    special = sorted(tokenizer.special_tokens_map.items())
+    parts = (of_pairs, words, tokenizer.chat_template, special, version("transformers"), CODE)
     return xxhash.xxh3_128(repr(parts).encode()).hexdigest()
 
 
 def measure_table(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The columns of MEASURES and IDS for `pairs`, row by row, under `tokenizer`.
-
-    Pairs from a file are measured once: datasets keeps the table.
-    """
+    """The columns of MEASURES and IDS for `pairs` under `tokenizer`; datasets keeps the table of pairs from a file."""
     with quiet_progress(len(pairs)):
         return pairs.map(
             Measure(tokenizer),

@@ -7,20 +7,28 @@ import json
 import re
 from typing import Any
 
-from datasets import List, Value
+from datasets import Json, List, Value
 
-from helpers.data.preferences import LeftOut
+from helpers.common import visible
+from helpers.data.layouts import opened
+from helpers.data.preferences import LeftOut, is_missing
 from helpers.data.render import template_options
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+WHOLE_MESSAGES = List(Json())  # if any message has more than a role and a text
+ROLES = dict.fromkeys(("user", "human", "prompter"), "user")
+ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "model", "chatbot", "function_call"), "assistant")
+ROLES |= dict.fromkeys(("system", "developer"), "system") | dict.fromkeys(("tool", "function", "observation"), "tool")
 # Arguments of `apply_chat_template` that are no variables of a template. A row that sets one would break rendering,
 # or bring a template of its own.
 NOT_TEMPLATE_VARIABLES = set(
     "conversation chat_template tools documents add_generation_prompt continue_final_message tokenize padding "
     "truncation max_length return_tensors return_dict tokenizer_kwargs return_assistant_tokens_mask".split()
 )
-NOT_READ_IN_MESSAGE = ("tool_calls", "tool_call_id", "reasoning_content", "thinking")
+# What a message may have besides role and content -> its name in chat templates. check_pairs asks whether the
+# tokenizer's template shows it.
+KEPT = {name: name for name in ("tool_calls", "tool_call_id", "reasoning_content")}
+KEPT |= {"reasoning": "reasoning_content", "thinking": "reasoning_content", "function_call": "tool_calls"}
 VALUE_KINDS = {
     str: "a text",
     list: "a list",
@@ -29,34 +37,89 @@ VALUE_KINDS = {
     int: "a number",
     float: "a number",
 }
-TURN = re.compile(r"(?:^|\n\n)(Human|Assistant|System): ?")
-MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']""")
+# Dialogues in one text, the most certain spelling first: Anthropic's, one with a line for each turn, one in a single
+# line with or without Vicuna's opening sentence.
+TURNS = (
+    re.compile(r"(?:^|\n\n)(Human|Assistant|System): ?"),
+    re.compile(r"(?:^|\n)(Human|Assistant|System|User|USER|ASSISTANT): ?"),
+    re.compile(r"(?:^|(?<=\s)|(?<=</s>))(Human|Assistant|User|USER|ASSISTANT): ?"),
+    re.compile(r"(?:^|\n)<extra_id_1>(User|Assistant)\n"),  # HelpSteer2's; the first turn of a user has none
+)
+OPENING = re.compile(r"A chat between .{0,400}", re.DOTALL)
+ASSISTANT_MARK = re.compile(r"\s*(?:Assistant|ASSISTANT): ?")
+LOOKS_LIKE_MESSAGES = re.compile(r"""\s*(?:array\()?\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
 
 
-def valid_text(text: str) -> str:
-    """The same text with halves of surrogate pairs, which no UTF-8 can hold, as U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+def valid_text(value: Any) -> Any:
+    """The same value with halves of surrogate pairs, which no UTF-8 can hold, as U+FFFD in all its texts."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    elif isinstance(value, dict):
+        return {valid_text(key): valid_text(item) for key, item in value.items()}
+    elif isinstance(value, list):
+        return [valid_text(item) for item in value]
+    return value
 
 
-def _to_message(message: Any, column: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise LeftOut(f"{column} holds {kind_of(message)} where a message should be")
-    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-    for key in NOT_READ_IN_MESSAGE:
-        if message.get(key):
-            raise LeftOut(f"a message in {column} has {key}; only role and content are read")
-    role = ROLES.get(role, role)
-    if role not in ("system", "user", "assistant"):
-        raise LeftOut(f"a message in {column} has no role among system, user, assistant")
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text")) for part in content)
+def _text_of(content: Any, column: str) -> str:
+    if isinstance(content, list):
+        parts = [{"text": part} if isinstance(part, str) else part for part in content]
+        other = [part for part in parts if not isinstance(part, dict) or part.get("type", "text") != "text"]
+        if other:
+            kind = other[0].get("type") if isinstance(other[0], dict) else kind_of(other[0])
+            raise LeftOut(f"a message in {column} has a part that is no text ({visible(str(kind), 40)})")
+        content = "".join(part.get("text") or "" for part in parts)
     if not isinstance(content, str):
         raise LeftOut(f"a message in {column} holds {kind_of(content)}, not text")
-    return {"role": role, "content": valid_text(content)}
+    return valid_text(content)
+
+
+def _calls(value: Any, column: str) -> list[dict[str, Any]]:
+    """Calls of tools as templates take them; `function_call` is the older spelling of one."""
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        call = opened(call)
+        if not isinstance(call, dict):
+            raise LeftOut(f"the tool_calls of a message in {column} hold {kind_of(call)}, not an object")
+        function = call.get("function", call)
+        calls.append({"type": "function", "function": {**function, "arguments": opened(function.get("arguments"))}})
+    return calls
+
+
+def _turns(message: Any) -> list[Any]:
+    if isinstance(message, dict) and "input" in message and not message.keys() & {"role", "from"}:  # XTuner, Capybara
+        names = {"system": "system", "input": "user", "output": "assistant"}
+        return [{"role": role, "content": message[name]} for name, role in names.items() if message.get(name)]
+    return [message]
+
+
+def _to_message(message: Any, column: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise LeftOut(f"{column} is a list that holds {kind_of(message)} where a message {{role, content}} should be")
+    named, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    role = ROLES.get(str(named).lower())
+    if role is None:
+        named = visible(str(named), 40)
+        raise LeftOut(f"a message in {column} has no role among system, user, assistant, tool, but {named!r}")
+    more = {ours: message[name] for name, ours in KEPT.items() if message.get(name)}
+    if str(named).lower() == "function_call":  # LLaMA-Factory: the call is the text
+        more, content = {"tool_calls": content}, None
+    if "tool_calls" in more:
+        more["tool_calls"], content = _calls(more["tool_calls"], column), content or ""
+    return {"role": role, "content": _text_of(content, column), **more}
+
+
+def has_more(value: Any) -> bool:
+    """Whether messages in a cell have more than a role and a text."""
+    if isinstance(value, str):
+        return value.lstrip()[:1] in ("{", "[") and any(f'"{name}"' in value for name in KEPT)
+    items = value if isinstance(value, list) else [value]
+    return any(
+        isinstance(item, dict) and (any(map(item.get, KEPT)) or item.get("from") == "function_call") for item in items
+    )
 
 
 def kind_of(value: Any) -> str:
@@ -64,38 +127,63 @@ def kind_of(value: Any) -> str:
     return "nothing" if value is None else VALUE_KINDS.get(type(value), f"a {type(value).__name__}")
 
 
-def dialogue_turns(text: str) -> list[dict[str, str]] | None:
-    r"""The turns of a dialogue written as "\n\nHuman: ... \n\nAssistant: ..."; None for any other text."""
-    start = TURN.match(text if text.startswith("\n\n") else text.lstrip("\n"))
-    if not start or start[1] == "Assistant":
-        return None
-    parts = TURN.split(text)[1:]
-    roles = {"Human": "user", "Assistant": "assistant", "System": "system"}
-    return [
-        {"role": roles[name], "content": valid_text(content.strip())}
-        for name, content in zip(parts[::2], parts[1::2], strict=True)
-    ]
+def dialogue_turns(text: str) -> list[dict[str, Any]] | None:
+    r"""The turns of a dialogue in one text ("\n\nHuman: ... \n\nAssistant: ..." and the like); None for any other."""
+    if "\n<extra_id_1>Assistant\n" in text and not text.startswith("<extra_id"):
+        text = f"<extra_id_1>User\n{text}"
+    certain = text.startswith("\n\n")  # Anthropic's marks; the others must be those of a whole dialogue
+    for place, pattern in enumerate(TURNS):
+        opening, *parts = pattern.split(text if certain else text.lstrip())
+        turns = [
+            {"role": ROLES[name.lower()], "content": valid_text(content.strip().removesuffix("</s>"))}
+            for name, content in zip(parts[::2], parts[1::2], strict=True)
+        ]
+        roles = [turn["role"] for turn in turns if turn["role"] != "system"]
+        alternate = len(roles) > 1 and roles == (["user", "assistant"] * len(roles))[: len(roles)]
+        if opening.strip() or not (alternate or (certain and roles[:1] == ["user"])):
+            if place == 2 and alternate and OPENING.fullmatch(opening):
+                return [{"role": "system", "content": opening.strip()}, *turns]
+            continue
+        return turns
+    return None
 
 
-def to_messages(value: Any, column: str, role: str, dialogue: bool) -> list[dict[str, str]]:
+def texts_of(value: Any) -> list[str | None] | None:
+    """A list of texts (or nulls), or its JSON, as Chatbot Arena has for the turns of one side; else None."""
+    value = opened(value)
+    return value if isinstance(value, list) and value and all(isinstance(item, str | None) for item in value) else None
+
+
+def to_messages(value: Any, column: str, role: str, dialogue: bool) -> list[dict[str, Any]]:
     """Any spelling of one or more turns as messages; a plain string becomes one turn of `role`."""
-    if isinstance(value, str) and MESSAGES_AS_TEXT.match(value):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise LeftOut(f"{column} looks like a list of messages but is no JSON") from None
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{", "a"):
+        found = opened(value)
+        if isinstance(found, dict) and found.keys() <= {"messages", "tools"}:
+            found = found.get("messages")
+        items = found if isinstance(found, list) else [found]
+        keys = [item.keys() for item in items if isinstance(item, dict)]
+        if keys and len(keys) == len(items) and all({"role", "content"} <= k or {"from", "value"} <= k for k in keys):
+            value = items
+        elif found is value and LOOKS_LIKE_MESSAGES.match(value):
+            raise LeftOut(f"{column} looks like a list of messages but is no JSON")
     if isinstance(value, str):
         turns = dialogue_turns(value) if dialogue else None
         return turns or [{"role": role, "content": valid_text(value)}]
     if isinstance(value, dict):
-        value = [value]
-    if value is None:
+        value = value["messages"] if isinstance(value.get("messages"), list) else [value]
+    if is_missing(value):
         raise LeftOut(f"{column} is missing")
     if not isinstance(value, list):
         raise LeftOut(f"{column} is {kind_of(value)}, not text")
     if not value:
         raise LeftOut(f"{column} is an empty list")
-    return [_to_message(message, column) for message in value]
+    if len(value) == 1 and isinstance(value[0], str):
+        return [{"role": role, "content": valid_text(value[0])}]
+    return [_to_message(turn, column) for message in value for turn in _turns(message)]
+
+
+# What may follow what. A call of a tool is answered by the tool, which the assistant answers.
+AFTER = {"": "user", "user": "assistant", "assistant": "user", "calls": "tool", "tool": "tool assistant"}
 
 
 def check_roles(prompt: list[dict], chosen: list[dict], rejected: list[dict]) -> None:
@@ -105,15 +193,18 @@ def check_roles(prompt: list[dict], chosen: list[dict], rejected: list[dict]) ->
             raise LeftOut(f"the last assistant turn is missing in {name}")
     if not prompt:
         raise LeftOut("the two dialogues share no beginning")
-    if prompt[-1]["role"] != "user":
-        raise LeftOut(f"the prompt ends with a turn of the {prompt[-1]['role']}, not of the user")
+    if prompt[-1]["role"] not in ("user", "tool"):
+        role = "system or developer" if prompt[-1]["role"] == "system" else prompt[-1]["role"]
+        raise LeftOut(f"the prompt ends with a turn of the {role}, not of the user")
     if not prompt[-1]["content"].strip():
         raise LeftOut("the prompt is empty")
     start = 1 if prompt[0]["role"] == "system" else 0
     for side, name in ((chosen, "chosen"), (rejected, "rejected")):
-        roles = [turn["role"] for turn in prompt[start:] + side]
-        if roles != ["user", "assistant"] * (len(roles) // 2):
-            raise LeftOut(f"unbalanced roles: user and assistant do not take turns in prompt and {name}")
+        before = ""
+        for turn in prompt[start:] + side:
+            if turn["role"] not in AFTER[before].split():
+                raise LeftOut(f"unbalanced roles: user and assistant do not take turns in prompt and {name}")
+            before = "calls" if turn.get("tool_calls") else turn["role"]
 
 
 def read_template_kwargs(value: Any) -> dict[str, Any]:

@@ -7,17 +7,12 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from helpers.data.measure import measure_table, measures_of
-from helpers.data.render import BATCH, Renderer, encode
+from helpers.data.render import Renderer, batch_options, encode
 from helpers.session import quiet_progress
 
 
 class FittedPrompts(NamedTuple):
-    """Pairs whose prompts fit.
-
-    Attributes:
-        pairs, table: what remains, and its rows of `measure_table`.
-        shortened, dropped: positions in the pairs that were given.
-    """
+    """Pairs whose prompts fit, their rows of `measure_table`, and positions in the pairs that were given."""
 
     pairs: Dataset
     table: Dataset
@@ -25,58 +20,40 @@ class FittedPrompts(NamedTuple):
     dropped: np.ndarray
 
 
-def _from_turn(prompt: list[dict[str, str]], start: int) -> list[dict[str, str]]:
-    return [turn for turn in prompt[:1] if turn["role"] == "system"] + prompt[start:]
-
-
-def _fitting_starts(pairs: Dataset, rows: np.ndarray, tokenizer: PreTrainedTokenizerBase, limit: int) -> dict[int, int]:
-    """row -> the earliest turn from which its prompt has at most `limit` tokens; rows without such a turn are not in.
-
-    A system turn stays. Turns are dropped whole, from the left.
-    """
-    renderer, starts = Renderer(tokenizer), {}
-    for begin in range(0, len(rows), BATCH):
-        part = rows[begin : begin + BATCH]
-        batch = pairs.select(part)[:]
-        tries = [
-            (int(row), start, _from_turn(prompt, start), options)
-            for row, prompt, options in zip(part, batch["prompt"], renderer.options(batch), strict=True)
-            for start in [place for place, turn in enumerate(prompt) if turn["role"] == "user"][1:]
-        ]
-        if not tries:
-            continue
-        texts = renderer.texts([one[2] for one in tries], [one[3] for one in tries], add_generation_prompt=True)
-        sizes = map(len, encode(tokenizer, [text or "" for text in texts]))
-        for (row, start, _, _), size in zip(tries, sizes, strict=True):
-            if size <= limit:
-                starts.setdefault(row, start)
-    return starts
+def _shorter(prompt: list[dict], options: dict | None, renderer: Renderer, limit: int) -> list[dict] | None:
+    """The prompt from the earliest turn of a user from which it has at most `limit` tokens; a system turn stays."""
+    system = [turn for turn in prompt[:1] if turn["role"] == "system"]
+    for start in [place for place, turn in enumerate(prompt) if turn["role"] == "user"][1:]:
+        short = system + prompt[start:]
+        (text,) = renderer.texts([short], [options], add_generation_prompt=True)
+        if len(encode(renderer.tokenizer, [text or ""])[0]) <= limit:
+            return short
+    return None
 
 
 def fit_prompts(
     pairs: Dataset, table: Dataset, tokenizer: PreTrainedTokenizerBase, long: np.ndarray, limit: int, how: str
 ) -> FittedPrompts:
-    """The pairs with their long prompts shortened, left out or kept, in the same order.
+    """The pairs with their long prompts shortened by whole turns, left out or kept, in the same order.
 
-    Args:
-        pairs, table: the pairs, and `measure_table` of them.
-        tokenizer: the model's.
-        long: positions of the pairs whose prompt has more than `limit` tokens.
-        limit: tokens of a prompt.
-        how: "shorten", "drop" or "keep", as in `check_pairs`.
+    `long` are the positions of pairs whose prompt has more than `limit` tokens, `how` is as in `check_pairs`.
     """
-    starts = _fitting_starts(pairs, long, tokenizer, limit) if how == "shorten" else {}
-    shortened = np.array(sorted(starts), dtype=int)
+    found: dict[int, list[dict]] = {}
+    if how == "shorten" and len(long):
+        renderer = Renderer(tokenizer)
+        for row, pair in zip(long.tolist(), pairs.select(long), strict=True):
+            (options,) = batch_options({name: [value] for name, value in pair.items()})
+            if short := _shorter(pair["prompt"], options, renderer, limit):
+                found[row] = short
+    shortened = np.array(list(found), dtype=int)
     dropped = np.setdiff1d(long, shortened) if how != "keep" else long[:0]
-    if not len(shortened) and not len(dropped):
-        return FittedPrompts(pairs, table, shortened, dropped)
     same = np.setdiff1d(np.arange(len(pairs)), np.concatenate([shortened, dropped]))
-    if not len(shortened):
+    if not found:
         return FittedPrompts(pairs.select(same), table.select(same), shortened, dropped)
-    cut_at = [starts[row] for row in shortened.tolist()]
-    with quiet_progress(len(shortened)):
+    prompts = list(found.values())
+    with quiet_progress(len(found)):
         short = pairs.select(shortened).map(
-            lambda row, place: {"prompt": _from_turn(row["prompt"], cut_at[place])},
+            lambda row, place: {"prompt": prompts[place]},
             with_indices=True,
             features=pairs.features,
             desc="Shortening prompts",
@@ -88,14 +65,8 @@ def fit_prompts(
 
 
 def fitted_measures(measures: dict[str, np.ndarray], fitted: FittedPrompts) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Measures by position in the pairs that were given, those of shortened prompts anew, and the positions kept.
-
-    Args:
-        measures: of the pairs that were given, as `measures_of` gives them.
-        fitted: what `fit_prompts` made of them.
-    """
-    size = len(measures["prompt"])
-    kept = np.setdiff1d(np.arange(size), fitted.dropped)
+    """Measures by position in the pairs that were given, those of shortened prompts anew, and the positions kept."""
+    kept = np.setdiff1d(np.arange(len(measures["prompt"])), fitted.dropped)
     if not len(fitted.shortened):
         return measures, kept
     renewed = {name: values.copy() for name, values in measures.items()}

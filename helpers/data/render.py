@@ -5,13 +5,15 @@ the chat template with the row's own `tools` and `chat_template_kwargs`. They ar
 make, in batches.
 """
 
+import collections
 import functools
 import hashlib
+import itertools
 import json
 import os
 import uuid
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -22,60 +24,51 @@ from helpers.common import UserError
 from helpers.patches.given_ids import ID_COLUMNS
 from helpers.session import quiet_progress
 
+Prompt = str | list[dict] | dict  # a question, a conversation, or a row of pairs
 BATCH = 500  # rows at a time: enough for the tokenizer's threads, little enough to keep memory flat
 IDS = Features({name: List(Value("int32")) for name in ID_COLUMNS})
 
 
 def template_options(row: dict[str, Any]) -> dict[str, Any]:
-    """What `row` passes to the chat template besides its messages: `tools` and its chat_template_kwargs.
+    """What a `row` of pairs passes to the chat template besides its messages: `tools` and its chat_template_kwargs.
 
-    Arrow fills the keys that other rows have with None, so None is taken as not set.
-
-    Args:
-        row: of pairs; both columns may be missing. `tools` is a list of schemas or their JSON.
-
-    Raises:
-        ValueError: `tools` is a text that is not JSON.
+    `tools` is a list of schemas or their JSON; text that is no JSON raises ValueError. Arrow fills the keys that other
+    rows have with None, so None is taken as not set.
     """
-    tools = row.get("tools")
+    tools, variables = row.get("tools"), row.get("chat_template_kwargs") or {}
     if isinstance(tools, str):
         tools = json.loads(tools) if tools.strip() else None
-    options = {"tools": tools} if tools else {}
-    return options | {
-        name: value for name, value in (row.get("chat_template_kwargs") or {}).items() if value is not None
-    }
+    return ({"tools": tools} if tools else {}) | {name: one for name, one in variables.items() if one is not None}
 
 
 def shared_options(pairs: Dataset) -> dict[str, Any]:
     """The chat_template_kwargs that all rows of `pairs` have in common, e.g. enable_thinking=False; else nothing."""
     if "chat_template_kwargs" not in pairs.column_names:
         return {}
-    kinds = {
-        json.dumps(template_options({"chat_template_kwargs": own}), sort_keys=True)
-        for own in pairs["chat_template_kwargs"]
-    }
-    return json.loads(kinds.pop()) if len(kinds) == 1 else {}
+    rows = [template_options({"chat_template_kwargs": own}) for own in pairs["chat_template_kwargs"]]
+    return rows[0] if rows and all(row == rows[0] for row in rows) else {}
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options: Any) -> str:
     """One conversation as the text that the chat template makes of it.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's. Raises UserError if it has no chat template.
         messages: of one conversation.
         options: of the chat template; `add_generation_prompt=True` for a prompt.
-
-    Raises:
-        UserError: the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
         raise UserError("This tokenizer has no chat template: take the instruct version of the model, or set one.")
     return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
-def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str | list[dict] | dict], **options: Any
-) -> list[list[int]]:
+def turns_of(prompt: Prompt) -> list[dict]:
+    """The messages of a `prompt`."""
+    turns = prompt["prompt"] if isinstance(prompt, dict) else prompt
+    return [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt], **options: Any) -> list[list[int]]:
     """Token ids of prompts up to where the reply begins.
 
     Args:
@@ -83,12 +76,8 @@ def prompt_ids(
         prompts: each a question (str), a conversation, or a row of pairs, whose tools and chat_template_kwargs count.
         options: for the chat template of all of them, e.g. enable_thinking=False; what a row brings goes before it.
     """
-    texts = []
-    for prompt in prompts:
-        own = template_options(prompt) if isinstance(prompt, dict) else {}
-        messages = prompt["prompt"] if isinstance(prompt, dict) else prompt
-        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        texts.append(render(tokenizer, messages, add_generation_prompt=True, **options | own))
+    rows = [(turns_of(one), options | (template_options(one) if isinstance(one, dict) else {})) for one in prompts]
+    texts = [render(tokenizer, turns, add_generation_prompt=True, **own) for turns, own in rows]
     return encode(tokenizer, texts) if texts else []
 
 
@@ -97,28 +86,18 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-class Rendered(NamedTuple):
-    """A batch of pairs as text and ids; each field has one entry a pair.
+def _or_none(call: Callable, *args: Any, **options: Any) -> Any:
+    try:
+        return call(*args, **options)
+    except Exception:  # a template's own: it may raise anything
+        return None
 
-    Attributes:
-        chosen_text, rejected_text: of the whole conversation.
-        prompt_tokens: of the prompt, with what opens the reply.
-        prompt_ids, chosen_ids, rejected_ids: as TRL's trainer takes them. Prompt ids that are not the first of both
-            conversations are left out, so `len(prompt_ids)` can be less than `prompt_tokens`.
-        refused: whether the chat template raised an error.
-    """
 
-    chosen_text: list[str]
-    rejected_text: list[str]
-    prompt_tokens: list[int]
-    prompt_ids: list[list[int]]
-    chosen_ids: list[list[int]]
-    rejected_ids: list[list[int]]
-    refused: list[bool]
-
-    def ids(self) -> dict[str, list[list[int]]]:
-        """The columns of `IDS`."""
-        return {name: getattr(self, name) for name in IDS}
+def batch_options(batch: dict[str, list]) -> list[dict | None]:
+    """`template_options` of each row of `batch`; None for one whose tools cannot be read."""
+    columns = [name for name in ("tools", "chat_template_kwargs") if name in batch]
+    values = zip(*(batch[name] for name in columns), strict=True) if columns else [()] * len(batch["prompt"])
+    return [_or_none(template_options, dict(zip(columns, row, strict=True))) for row in values]
 
 
 class Renderer:
@@ -130,7 +109,6 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self._ids_of: dict[str, list[int]] = {}  # of the few endings that prompts have
         opening = self.texts([[{"role": "user", "content": "x"}]], [{}], add_generation_prompt=True)[0] or ""
         added = list(getattr(tokenizer, "added_tokens_decoder", {}).values())
         fast = getattr(tokenizer, "is_fast", False) and not getattr(tokenizer, "split_special_tokens", False)
@@ -140,39 +118,18 @@ class Renderer:
 
     def texts(self, conversations: list[list[dict]], options: list[dict | None], **kwargs: Any) -> list[str | None]:
         """Each of `conversations` with its row's `options` and all `kwargs`; None if the template refuses it."""
-        apply = functools.partial(self.tokenizer.apply_chat_template, tokenize=False)
+        apply = functools.partial(_or_none, self.tokenizer.apply_chat_template, tokenize=False)
         texts: list[str | None] = [None] * len(conversations)
-        groups: dict[str, list[int]] = {}
+        groups = collections.defaultdict(list)
         for row, own in enumerate(options):
             if own is not None:
-                groups.setdefault(json.dumps(own, sort_keys=True) if own else "", []).append(row)
+                groups[json.dumps(own, sort_keys=True)].append(row)
         for rows in groups.values():
-            of_all = {**(options[rows[0]] or {}), **kwargs}
-            try:
-                rendered = apply([conversations[row] for row in rows], **of_all)
-            except Exception:  # the template's own: it may raise anything, for one row of many
-                rendered = [self._one(apply, conversations[row], of_all) for row in rows]
+            of_all, group = (options[rows[0]] or {}) | kwargs, [conversations[row] for row in rows]
+            rendered = apply(group, **of_all) or [apply(one, **of_all) for one in group]  # one of many may be refused
             for row, text in zip(rows, rendered, strict=True):
                 texts[row] = text
         return texts
-
-    @staticmethod
-    def _one(apply: functools.partial, conversation: list[dict], options: dict) -> str | None:
-        try:
-            return apply(conversation, **options)
-        except Exception:
-            return None
-
-    @staticmethod
-    def options(batch: dict[str, list]) -> list[dict | None]:
-        """`template_options` of each row of `batch`; None for one whose tools cannot be read."""
-        size, columns = len(batch["prompt"]), [name for name in ("tools", "chat_template_kwargs") if name in batch]
-        if not columns:
-            return [{}] * size
-        rows = [
-            dict(zip(columns, values, strict=True)) for values in zip(*(batch[name] for name in columns), strict=True)
-        ]
-        return [_readable_options(row) for row in rows]
 
     def _cut(self, prompt: str, *others: str) -> int:
         """Up to where all texts are the same and may be cut, so that no token changes; 0 if there is no such place."""
@@ -182,61 +139,51 @@ class Renderer:
                 return place
         return 0
 
-    def __call__(self, batch: dict[str, list]) -> Rendered:
-        """The rows of `batch`, columns of pairs as `load_pairs` gives them."""
-        options, prompts = self.options(batch), batch["prompt"]
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        """The rows of `batch`, columns of pairs as `load_pairs` gives them, as columns of text and ids.
+
+        IDS are as TRL's trainer takes them; chosen_text and rejected_text are of the whole conversation; prompt_tokens
+        counts the prompt with what opens the reply, also ids that are not the first of both conversations and so are
+        left out of prompt_ids; refused says whether the chat template raised an error.
+        """
+        options, prompts = batch_options(batch), batch["prompt"]
         whole = [[a + b for a, b in zip(prompts, batch[side], strict=True)] for side in ("chosen", "rejected")]
         rendered = [self.texts(prompts, options, add_generation_prompt=True), *(self.texts(w, options) for w in whole)]
         refused = [None in texts for texts in zip(*rendered, strict=True)]
         texts = [[text or "" for text in column] for column in rendered]
         cuts = [self._cut(*row) for row in zip(*texts, strict=True)]
-        parts, ends, sides = self._tokens(texts, cuts)
+        parts, ends, *sides = self._tokens(texts, cuts)
         if self.cuts and parts and parts[0] + sides[0][0] != encode(self.tokenizer, [texts[1][0]])[0]:
             self.cuts = []  # by the rules of `cuts_cleanly` this cannot be; one row of each batch is looked at still
             return self(batch)
-        ids: dict[str, list] = {name: [] for name in ("prompt_tokens", *IDS)}
+        result: dict[str, list] = {"chosen_text": texts[1], "rejected_text": texts[2], "refused": refused}
+        result |= {name: [] for name in ("prompt_tokens", *IDS)}
         for part, end, chosen, rejected in zip(parts, ends, *sides, strict=True):
-            shared = min(len(os.path.commonprefix([end, side])) for side in (chosen, rejected))
-            ids["prompt_tokens"].append(len(part) + len(end))
-            ids["prompt_ids"].append(part + end[:shared])
-            ids["chosen_ids"].append(chosen[shared:])
-            ids["rejected_ids"].append(rejected[shared:])
-        return Rendered(texts[1], texts[2], refused=refused, **ids)
+            shared = len(os.path.commonprefix([end, chosen, rejected]))
+            result["prompt_tokens"].append(len(part) + len(end))
+            result["prompt_ids"].append(part + end[:shared])
+            result["chosen_ids"].append(chosen[shared:])
+            result["rejected_ids"].append(rejected[shared:])
+        return result
 
-    def _tokens(self, texts: list[list[str]], cuts: list[int]) -> tuple[list, list, list[list]]:
+    def _tokens(self, texts: list[list[str]], cuts: list[int]) -> list[list[list[int]]]:
         """Ids of what the three texts of a row share, of the prompt's end after it, and of both sides after it."""
-        size = len(cuts)
-        endings = [text[cut:] for text, cut in zip(texts[0], cuts, strict=True)]
-        if len(self._ids_of) > BATCH:  # without a cut every prompt is an ending of its own
-            self._ids_of.clear()
-        new = list(dict.fromkeys(ending for ending in endings if ending not in self._ids_of))
         parts = [text[:cut] for text, cut in zip(texts[0], cuts, strict=True)]
-        for column in texts[1:]:
-            parts += [text[cut:] for text, cut in zip(column, cuts, strict=True)]
-        ids = encode(self.tokenizer, parts + new)
-        self._ids_of.update(zip(new, ids[3 * size :], strict=True))
-        ends = [self._ids_of[ending] for ending in endings]
-        return ids[:size], ends, [ids[size : 2 * size], ids[2 * size : 3 * size]]
-
-
-def _readable_options(row: dict[str, Any]) -> dict[str, Any] | None:
-    try:
-        return template_options(row)
-    except ValueError:
-        return None
+        endings, chosen, rejected = ([text[cut:] for text, cut in zip(column, cuts, strict=True)] for column in texts)
+        unique = list(dict.fromkeys(endings))  # prompts have few
+        ids = iter(encode(self.tokenizer, parts + chosen + rejected + unique))
+        parts, chosen, rejected = (list(itertools.islice(ids, len(cuts))) for _ in range(3))
+        of_ending = dict(zip(unique, ids, strict=True))
+        return [parts, [of_ending[ending] for ending in endings], chosen, rejected]
 
 
 def cuts_cleanly(token: Any, others: Iterable[str]) -> bool:
     """Whether a text may be tokenised in two parts, the second of which begins with `token`, and keeps its ids.
 
-    A fast tokenizer takes its added tokens out of the raw text first (the leftmost, longest match), then normalises,
-    splits and merges what lies between them piece by piece, so no merge crosses an added token. A cut before one
-    could still be felt if the match took in white space, depended on the neighbours or on the normaliser, or if
-    another match could begin before the cut and reach over it; these are ruled out here.
-
-    Args:
-        token: an AddedToken.
-        others: the texts of all added tokens.
+    `token` is an AddedToken, `others` the texts of all. A fast tokenizer takes its added tokens out of the raw text
+    first (the leftmost, longest match), then normalises, splits and merges what lies between them piece by piece, so no
+    merge crosses an added token. A cut before one could still be felt if the match took in white space, depended on
+    the neighbours or on the normaliser, or if another match could begin before the cut and reach over it.
     """
     text = token.content
     reaches_over = any(
@@ -264,11 +211,11 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Datase
 
     def ids(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
         rendered = renderer(batch)
-        if any(rendered.refused):
-            row = rendered.refused.index(True)
+        if any(rendered["refused"]):
+            row = rendered["refused"].index(True)
             origin = batch["origin"][row] if "origin" in batch else f"row {rows[row] + 1}"
             raise UserError(f"{origin}: the chat template refuses this row. check_pairs names all such rows.")
-        return rendered.ids()
+        return {name: rendered[name] for name in IDS}
 
     with quiet_progress(len(pairs)):
         return pairs.map(
@@ -290,17 +237,16 @@ def token_counts(ids: Dataset) -> dict[str, np.ndarray]:
 
 
 def pair_lengths(ids: Dataset) -> np.ndarray:
-    """Tokens of each pair's longer side, prompt included, shape (pairs,); `ids` as `tokenize_pairs` gives them."""
+    """Tokens of each pair's longer side, prompt included, shape (pairs,); `ids` as in `IDS`."""
     counts = token_counts(ids)
     return counts["prompt"] + np.maximum(counts["chosen"], counts["rejected"])
 
 
 def data_hash(ids: Dataset) -> str:
-    """20 hex digits of the token `ids` of pairs, as `tokenize_pairs` gives them, in their order."""
+    """20 hex digits of the token `ids` of pairs (`IDS`), in their order."""
     digest = hashlib.sha256()
     for name in IDS:
-        column = ids.select_columns([name]).with_format("arrow")
-        for start in range(0, len(ids), BATCH):
-            for row in column[start : start + BATCH][name].to_pylist():
+        for batch in ids.select_columns([name]).with_format("arrow").iter(BATCH):
+            for row in batch[name].to_pylist():
                 digest.update(str(row).encode())
     return digest.hexdigest()[:20]

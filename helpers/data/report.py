@@ -6,10 +6,14 @@ from typing import Any
 
 from datasets import Dataset
 
+from helpers.common import visible
+
+SHOWN_REASONS = 12
+
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_pairs` read: rows = pairs + the rows it left out, those by reason.
+    """What `load_pairs` read, and how: rows = rows that became pairs + the rows it left out, those by reason.
 
     `bundled` says whether they are the pairs that come with this project, so that their licence is known.
     """
@@ -18,13 +22,21 @@ class LoadReport:
     pairs: int
     left_out: dict[str, dict[str, Any]] = field(default_factory=dict)  # reason -> {"count", "origins": the first five}
     bundled: bool = False
+    reading: list[str] = field(
+        default_factory=list
+    )  # which columns were taken for what, a line each; empty for the three plain ones
 
     def __str__(self) -> str:
-        """One line, and one more for each reason."""
-        lines = [f"{self.rows} rows read, {self.pairs} kept, {self.rows - self.pairs} left out"]
-        for reason, rows in self.left_out.items():
+        """The reading, one line of counts, and one more for each reason."""
+        out = sum(rows["count"] for rows in self.left_out.values())
+        made = f" ({self.pairs} pairs)" if self.pairs != self.rows - out else ""
+        lines = [*self.reading, f"{self.rows} rows read, {self.rows - out} kept{made}, {out} left out"]
+        groups = sorted(self.left_out.items(), key=lambda item: -item[1]["count"])
+        for reason, rows in groups[:SHOWN_REASONS]:
             more = ", ..." if rows["count"] > len(rows["origins"]) else ""
-            lines.append(f"  {rows['count']} left out: {reason} ({', '.join(rows['origins'])}{more})")
+            lines.append(f"  {rows['count']} left out: {visible(reason, 300)} ({', '.join(rows['origins'])}{more})")
+        if rest := [rows["count"] for _, rows in groups[SHOWN_REASONS:]]:
+            lines.append(f"  {sum(rest)} left out for {len(rest)} other reasons (load_report(pairs).left_out)")
         return "\n".join(lines)
 
 

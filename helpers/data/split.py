@@ -1,15 +1,36 @@
-"""Pairs to train on and pairs held out, without a prompt on both sides."""
+"""Pairs to train on and pairs held out, without a question or a talk on both sides."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
+import xxhash
 from datasets import Dataset, DatasetDict
 
-from helpers.common import UserError
+from helpers.common import UserError, visible
 from helpers.data.messages import prompt_text
+from helpers.data.report import load_report
 
 # Of the bundled pairs: one topic of programming, one of science, one of the body.
 HELD_OUT_TOPICS = ["astronomy", "databases", "health"]
+
+
+def prompt_families(prompts: Iterable[list[dict[str, str]]]) -> list[str]:
+    """For each prompt, the shortest of all these prompts that it begins with, as text without system turns.
+
+    Prompts with the same text belong together: one question under several system prompts, or turns of one talk. If two
+    prompts begin a third, one of the two begins the other, so the shortest one is the same for the whole family.
+    """
+    texts, chains = {}, []
+    for prompt in prompts:
+        turns = [prompt_text([turn]) for turn in prompt if turn["role"] != "system"] or [""]
+        digest, chain = xxhash.xxh3_128(), []
+        for turn in turns:
+            digest.update(f"{turn}\n".encode())
+            chain.append(digest.digest())  # of the prompt up to this turn
+        texts[chain[-1]] = "\n".join(turns)
+        chains.append(chain)
+    return [texts[next(key for key in chain if key in texts)] for chain in chains]
 
 
 def split_pairs(
@@ -19,9 +40,11 @@ def split_pairs(
     by: str | None = None,
     held_out: list[str] | None = None,
 ) -> DatasetDict:
-    """Pairs to train on and pairs held out, as DatasetDict(train, test); no prompt is on both sides.
+    """Pairs to train on and pairs held out, as DatasetDict(train, test).
 
-    The held-out part is never larger than asked for, and smaller by less than one group if the groups allow it.
+    The same question, under whatever system prompt, and the turns of one talk (a prompt that is the beginning of
+    another) stay on one side. The held-out part is never larger than asked for, and smaller by less than one group if
+    the groups allow it.
 
     Args:
         pairs: in the form that `load_pairs` gives.
@@ -32,23 +55,23 @@ def split_pairs(
         held_out: the values of that column to hold out; test_size and seed then have no say.
 
     Raises:
-        UserError: a side would be empty, a column or a topic is not there, or (by a column) one prompt stands under two
-            topics that fall on different sides.
+        UserError: a side would be empty, a column or a topic is not there, or (by a column) one question or talk
+            stands under two topics that fall on different sides.
     """
     if by is None:
-        topics = set(pairs["topic"]) if "topic" in pairs.column_names else set()
-        bundled = held_out is None and set(HELD_OUT_TOPICS) <= topics
+        report = load_report(pairs)
+        ours = report is not None and report.bundled and "topic" in pairs.column_names  # not a reader's own topics
+        bundled = ours and held_out is None and set(HELD_OUT_TOPICS) <= set(pairs["topic"])
         by, held_out = ("topic", HELD_OUT_TOPICS) if bundled else ("prompt", held_out)
     if by not in pairs.column_names:
         raise UserError(f"There is no column {by!r} to split by. Columns: {', '.join(pairs.column_names)}.")
-    prompts = [prompt_text(prompt) for prompt in pairs["prompt"]]
+    prompts = prompt_families(pairs["prompt"][:])
     keys = prompts if by == "prompt" else [str(value) for value in pairs[by]]
     sizes = Counter(keys)
     if held_out is not None:
-        absent = [name for name in held_out if name not in sizes]
-        if absent or isinstance(held_out, str):
-            raise UserError(f"held_out is a list of values of {by!r}; it has {', '.join(sorted(sizes)[:20])}.")
-        test = set(held_out)
+        test = {str(value) for value in held_out}
+        if isinstance(held_out, str) or not test <= set(sizes):
+            raise UserError(f"held_out is a list of values of {by!r}; it has {visible(', '.join(sorted(sizes)[:20]))}.")
     else:
         if not 0 < test_size < 1:
             raise UserError(f"test_size is the share of pairs held out, between 0 and 1, not {test_size!r}.")
@@ -67,5 +90,7 @@ def split_pairs(
     both = {prompts[row] for row in np.flatnonzero(in_test)} & {prompts[row] for row in np.flatnonzero(~in_test)}
     if both:
         rows = [pairs[row]["origin"] for row, prompt in enumerate(prompts) if prompt in both][:5]
-        raise UserError(f"The same prompt stands under two values of {by!r} ({', '.join(rows)}): make them one.")
+        raise UserError(
+            f"The same question or talk stands under two values of {by!r} ({', '.join(rows)}): make them one."
+        )
     return DatasetDict(train=pairs.select(np.flatnonzero(~in_test)), test=pairs.select(np.flatnonzero(in_test)))

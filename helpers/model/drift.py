@@ -1,40 +1,26 @@
 """How far a policy moved from its reference, by replies of its own."""
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.data.render import IDS, prompt_ids
+from helpers.model import Model, Prompts, Tokenizer
 from helpers.model.generate import Reply, generate_replies
 from helpers.model.logps import pair_logps
 
 
 def sample_twice(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict] | dict],
-    *,
-    max_new_tokens: int,
-    seed: int,
+    model: Model, tokenizer: Tokenizer, prompts: Prompts, *, max_new_tokens: int, seed: int
 ) -> list[Reply]:
     """Two replies to each prompt at temperature 1: first one to each, then the second ones.
 
-    Args:
-        model, tokenizer, prompts, max_new_tokens, seed: as in `generate_replies`.
+    The model, tokenizer, prompts, max_new_tokens and seed are as in `generate_replies`.
     """
-    return generate_replies(
-        model,
-        tokenizer,
-        [*prompts, *prompts],
-        max_new_tokens=max_new_tokens,
-        temperature=1.0,
-        seed=seed,
-        batch_size=32,
-    )
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": 1.0, "seed": seed, "batch_size": 32}
+    return generate_replies(model, tokenizer, [*prompts, *prompts], **sampling)
 
 
 class SampledKL(NamedTuple):
@@ -46,24 +32,14 @@ class SampledKL(NamedTuple):
 
 
 def sampled_kl(
-    policy: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict] | dict],
-    *,
-    max_new_tokens: int,
-    seed: int = 0,
+    policy: PeftModel, tokenizer: Tokenizer, prompts: Prompts, *, max_new_tokens: int, seed: int = 0
 ) -> SampledKL:
     """How far the policy moved from the model under its adapter: KL(policy || reference) of whole replies.
 
     Two replies to each prompt are sampled from the policy (temperature 1) and scored under both models; the mean of
     log policy - log reference estimates the KL without bias (as on the x-axis of Rafailov et al. 2023, figure 2). A
-    reply that is cut at `max_new_tokens` counts up to there. The standard error is over prompts.
-
-    Args:
-        policy, tokenizer: with a LoRA adapter, and its tokenizer.
-        prompts: as in `generate_replies`.
-        max_new_tokens: where a reply is cut.
-        seed: of the sampling.
+    reply that is cut at `max_new_tokens` counts up to there. The standard error is over prompts. The arguments
+    (policy, tokenizer, prompts, seed) are as in `generate_replies`.
     """
     replies = sample_twice(policy, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed)
     first, second = replies[: len(prompts)], replies[len(prompts) :]

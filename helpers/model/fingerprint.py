@@ -6,14 +6,15 @@ import weakref
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-_SAMPLED = 64  # values of each tensor by which a base is recognised that was hashed before
+from helpers.model import Model, Tokenizer
+
 # Base model -> (its samples and changes, base_hash): it takes seconds if a model has billions of weights.
 _BASES: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[str, str]]" = weakref.WeakKeyDictionary()
 
 
-def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def base_model(model: Model) -> PreTrainedModel:
     """The model inside a PeftModel, or `model` itself if it has no adapter."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
@@ -33,25 +34,25 @@ def adapter_hash(model: PeftModel) -> str:
     return hash_tensors(get_peft_model_state_dict(model))
 
 
-def is_fresh(model: PreTrainedModel | PeftModel) -> bool:
+def is_fresh(model: Model) -> bool:
     """Whether `model` equals its base: as long as each B matrix is zero, an adapter changes nothing."""
     return not isinstance(model, PeftModel) or all(
         not tensor.any() for name, tensor in get_peft_model_state_dict(model).items() if "lora_B" in name
     )
 
 
-def base_hash(model: PreTrainedModel | PeftModel) -> str:
+def base_hash(model: Model) -> str:
     """`hash_tensors` of the weights of `model` below its adapter; the same with and without one.
 
-    It is computed once a process for each base, and again once its weights were changed. torch counts such changes;
-    those behind its back (`weight.data`) are noticed by a sample of each tensor.
+    It is computed again only if the weights were changed. torch counts such changes; those behind its back
+    (`weight.data`) are noticed by a sample of each tensor.
     """
     tensors = {
         name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor
         for name, tensor in model.state_dict().items()
         if "lora_" not in name
     }
-    sampled = {name: t.flatten()[:: max(1, t.numel() // _SAMPLED)] for name, t in tensors.items()}
+    sampled = {name: t.flatten()[:: max(1, t.numel() // 64)] for name, t in tensors.items()}
     changes = sum(tensor._version for tensor in tensors.values())  # noqa: SLF001  (named in torch's own documentation)
     sample, inner = f"{hash_tensors(sampled)} {changes}", base_model(model)
     if _BASES.get(inner, ("", ""))[0] != sample:
@@ -59,12 +60,12 @@ def base_hash(model: PreTrainedModel | PeftModel) -> str:
     return _BASES[inner][1]
 
 
-def fingerprint(model: PreTrainedModel | PeftModel) -> str:
+def fingerprint(model: Model) -> str:
     """Hashes of what decides the log-probs of `model`: its weights, and its adapter if that is not fresh."""
     return f"{base_hash(model)} {'fresh' if is_fresh(model) else adapter_hash(model)}"
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """20 hex digits of what `tokenizer` makes of a text: vocabulary, chat template, pad and EOS token."""
     parts = [tokenizer.get_vocab(), tokenizer.chat_template, tokenizer.pad_token_id, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]

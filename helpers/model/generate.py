@@ -1,17 +1,13 @@
-"""Replies of a model to prompts, in batches, and what can be counted in them.
-
-For comparing models: the same prompts, the same settings, a reply of each with its token ids.
-"""
+"""Replies of a model to prompts, in batches, and what can be counted in them."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.data.render import prompt_ids
+from helpers.model import Model, Prompts, Tokenizer
 
 
 @contextlib.contextmanager
@@ -26,12 +22,9 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 class Reply(NamedTuple):
-    """One completion.
+    """One completion: `text` has no special tokens, `ids` include the token that ends the turn.
 
-    Attributes:
-        text: without special tokens.
-        ids: its token ids, the token that ends the turn included.
-        ended: whether the model ended its turn; else it was cut at `max_new_tokens`.
+    `ended`: whether the model ended its turn; else it was cut at `max_new_tokens`.
     """
 
     text: str
@@ -40,9 +33,9 @@ class Reply(NamedTuple):
 
 
 def generate_replies(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict] | dict],
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Prompts,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -53,8 +46,7 @@ def generate_replies(
 ) -> list[Reply]:
     """One reply to each prompt, in their order.
 
-    Prompts of similar length share a batch, padded on the left, so that each reply follows its prompt directly. The
-    reference's replies come from the same call inside `with model.disable_adapter():`.
+    The reference's replies come from the same call inside `with model.disable_adapter():`.
 
     Args:
         model, tokenizer: as `load_model` gives them, with or without an adapter.
@@ -69,7 +61,8 @@ def generate_replies(
     batch_size = batch_size or (16 if model.device.type == "cpu" else 128)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     # transformers warns where greedy decoding is given settings of sampling, so they are taken away.
-    sampling = {"temperature": temperature, "top_p": top_p} if temperature else {"temperature": None, "top_p": None}
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    sampling = {name: value if temperature else None for name, value in sampling.items()}
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     replies: list = [None] * len(ids)
@@ -78,12 +71,10 @@ def generate_replies(
         for start in range(0, len(ids), batch_size):
             index = order[start : start + batch_size]
             batch = tokenizer.pad({"input_ids": [ids[i] for i in index]}, padding_side="left", return_tensors="pt")
-            batch = batch.to(model.device)
             output = model.generate(
-                **batch,
+                **batch.to(model.device),
                 max_new_tokens=max_new_tokens,
                 do_sample=temperature > 0,
-                top_k=0 if temperature else None,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=sorted(end for end in ends if end is not None),
                 **sampling,
@@ -96,10 +87,7 @@ def generate_replies(
 
 
 def repetition(ids: list[int], n: int = 4) -> float:
-    """Share of n-grams that occurred before in the same reply (seq-rep-n of Welleck et al. 2019, section 6.1).
-
-    Args:
-        ids: token ids of the reply. A reply of fewer than `n` gives 0.
+    """Share of n-grams of the `ids` that occurred before in the same reply (seq-rep-n of Welleck et al. 2019).
 
     >>> repetition([1, 2, 3, 1, 2, 3], n=3)
     0.25

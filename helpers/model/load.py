@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel
 from unsloth import FastLanguageModel
 
 from helpers.common import PROJECT, UserError, setting
+from helpers.model import Model, Tokenizer
 from helpers.model.embedded import EMBEDDED_HUB_NAME, EMBEDDED_PACKAGE, embedded_folder, embedded_model
-from helpers.model.profiles import EMBEDDED, current_profile, named_model
+from helpers.model.profiles import EMBEDDED, current_profile
 
 # The seven projections of a transformer block: attention (q, k, v, o) and the gated MLP.
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -24,17 +25,16 @@ CHATML = (
 
 def _model_name(name: str | None, thinking: bool) -> str:
     if name is None:
-        name = named_model(current_profile(), thinking)
+        profile = current_profile()
+        of_env = ("DPO_THINKING_MODEL", profile.thinking_model) if thinking else ("DPO_MODEL", profile.model)
+        name = setting(*of_env)
         if (PROJECT / name).is_dir():  # a folder, like the other paths in .env relative to the project
             name = str(PROJECT / name)
     return embedded_model() if name == EMBEDDED else str(name)
 
 
-def public_name(model: PreTrainedModel | PeftModel) -> str:
-    """The name of `model` for a run folder: its name on the hub, which for the embedded model is that of its original.
-
-    The embedded weights are those of the original after 4-bit quantisation (Q4_1) and back.
-    """
+def public_name(model: Model) -> str:
+    """The name of `model` for a run folder: that on the hub, for the embedded model that of its original."""
     name, embedded = str(model.config.name_or_path), embedded_folder()
     if embedded is not None and Path(name).name == embedded.name:  # in this cache folder, or copied from another
         return EMBEDDED_HUB_NAME
@@ -44,10 +44,8 @@ def public_name(model: PreTrainedModel | PeftModel) -> str:
 def adapter_base(name: str) -> str | None:
     """The base model of a LoRA adapter folder that holds no path: the embedded one, or the folder in DPO_MODEL.
 
-    None if `name` is no adapter, or if its base is a name on the hub, which Unsloth looks up itself.
-
-    Raises:
-        UserError: adapter_config.json is no JSON, or the base is in a folder that DPO_MODEL does not name.
+    None if `name` is no adapter, or if its base is a name on the hub, which Unsloth looks up itself. Raises UserError
+    if adapter_config.json is no JSON, or if the base is in a folder that DPO_MODEL does not name.
     """
     path = Path(name) / "adapter_config.json"
     if not path.is_file():
@@ -83,7 +81,7 @@ def not_found(name: str, error: Exception) -> UserError:
     )
 
 
-def _check_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, name: str) -> None:
+def _check_chat_template(tokenizer: Tokenizer, chat_template: str | None, name: str) -> None:
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if not tokenizer.chat_template:
@@ -94,16 +92,10 @@ def _check_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str 
         )
 
 
-def load_tokenizer(
-    name: str | None = None, *, thinking: bool = False, chat_template: str | None = None
-) -> PreTrainedTokenizerBase:
-    """The tokenizer that `load_model` returns with the same arguments, without the model.
+def load_tokenizer(name: str | None = None, *, thinking: bool = False, chat_template: str | None = None) -> Tokenizer:
+    """The tokenizer that `load_model` returns for this name, thinking and chat_template, without the model.
 
-    Args:
-        name, thinking, chat_template: as in `load_model`.
-
-    Raises:
-        UserError: the tokenizer cannot be found, or has no chat template, or neither a pad nor an EOS token.
+    Raises UserError if it cannot be found, has no chat template, or neither a pad nor an EOS token.
     """
     name = _model_name(name, thinking)
     try:
@@ -127,32 +119,17 @@ def _keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def _keep_few_kernels() -> None:
-    """Make oneDNN keep 64 compiled kernels and not 1024, some hundred megabytes once many lengths have been seen.
-
-    Each length of a batch has some twenty of its own, used in all layers; the next batch has another length anyway.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-
-
 def load_model(
-    name: str | None = None,
-    *,
-    thinking: bool = False,
-    chat_template: str | None = None,
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer with Unsloth, pad token fixed.
+    name: str | None = None, *, thinking: bool = False, chat_template: str | None = None
+) -> tuple[Model, Tokenizer]:
+    """Load a model, in 4 or 16 bits as its profile says, and its tokenizer with Unsloth, pad token fixed.
 
     Args:
-        name: a hub name, a folder (of a model or of a LoRA adapter), or "embedded". Left out, it is `DPO_MODEL`
-            (`DPO_THINKING_MODEL` if `thinking`) from `.env`, else the profile's.
+        name: a hub name, a folder (of a model, or of a LoRA adapter, which can be trained on), or "embedded". Left
+            out, it is `DPO_MODEL` (`DPO_THINKING_MODEL` if `thinking`) from `.env`, else the profile's.
         thinking: whether the model that thinks is meant, if `name` is left out; it is loaded for longer sequences, and
             `train_dpo` takes that as its `max_length`.
         chat_template: a Jinja chat template for a model that comes without one.
-
-    Returns:
-        (model, tokenizer). The model is in 4 or 16 bits as its profile says; from a LoRA adapter's folder it is the
-        base with that adapter, which can be trained on.
 
     Raises:
         UserError: the model cannot be found, is not in safetensors, or has no chat template.
@@ -160,7 +137,9 @@ def load_model(
     profile = current_profile()
     if profile.name == "cpu":
         _keep_freed_memory()
-        _keep_few_kernels()
+        # oneDNN would keep 1024 compiled kernels, some hundred megabytes once many lengths have been seen: each length
+        # of a batch has some twenty of its own.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     name = _model_name(name, thinking)
     base = adapter_base(name)
     try:
@@ -179,9 +158,10 @@ def load_model(
             **({"attn_implementation": "eager"} if profile.name == "cpu" else {}),
         )
     except (OSError, RuntimeError, ValueError) as error:
-        if any(Path(base or name).glob("pytorch_model*.bin")):
+        folder = Path(base or name)
+        if any(folder.glob("pytorch_model*.bin")):
             raise UserError(
-                f"The model in {Path(base or name).name} has its weights as pytorch_model.bin, a format that can run "
+                f"The model in {folder.name} has its weights as pytorch_model.bin, a format that can run "
                 "code when it is read. Only safetensors are loaded: where you trust it, load it with transformers and "
                 "save it again with save_pretrained."
             ) from error
@@ -197,16 +177,11 @@ def load_model(
     return model, tokenizer
 
 
-def fix_pad_token(model: PreTrainedModel | PeftModel | None, tokenizer: PreTrainedTokenizerBase) -> None:
+def fix_pad_token(model: Model | None, tokenizer: Tokenizer) -> None:
     """Make tokenizer and model agree on a pad token, in place: the tokenizer's own, or its EOS if it has none.
 
-    Batches are padded to the longest row, and a missing pad token is an error. Padding with EOS is safe in DPO:
-    TRL masks by each row's length, not by comparing ids with the pad id, so a completion's own EOS stays in the
-    loss and the model still learns to stop.
-
-    Args:
-        model: None if there is only a tokenizer.
-        tokenizer: the model's.
+    Padding with EOS is safe in DPO: TRL masks by each row's length, not by comparing ids with the pad id, so a
+    completion's own EOS stays in the loss and the model still learns to stop. `model` may be None.
 
     Raises:
         UserError: the tokenizer has neither a pad nor an EOS token.
@@ -227,12 +202,9 @@ def add_lora(model: PreTrainedModel, *, rank: int = 16, seed: int = 0) -> PeftMo
     matrices start at zero, so the policy starts equal to the base model.
 
     Args:
-        model: without an adapter, as `load_model` gives it; changed in place.
+        model: without an adapter, changed in place: `model = add_lora(model)`.
         rank: of the update of each weight matrix. Twice the rank is twice the trained parameters.
         seed: of the A matrices, which are drawn.
-
-    Returns:
-        The policy, to be trained: `model = add_lora(model)`.
     """
     return FastLanguageModel.get_peft_model(
         model,

@@ -11,12 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.common import cache_folder, write_atomic
 from helpers.data.render import IDS, data_hash, pair_lengths, tokenize_pairs
+from helpers.model import Model, Tokenizer
 from helpers.model.fingerprint import base_model, fingerprint, tokenizer_hash
 from helpers.model.generate import evaluating
 from helpers.patches import fused_lm_head
@@ -32,7 +31,11 @@ class PairLogps(NamedTuple):
     rejected_tokens: torch.Tensor
 
 
-def _sums(model: PreTrainedModel | PeftModel, batch: dict[str, torch.Tensor], fused: bool) -> torch.Tensor:
+def _ids(pairs: Dataset, tokenizer: Tokenizer) -> Dataset:
+    return pairs if set(IDS) <= set(pairs.column_names) else tokenize_pairs(pairs, tokenizer)
+
+
+def _sums(model: Model, batch: dict[str, torch.Tensor], fused: bool) -> torch.Tensor:
     """Log-probs of the completions of a collated batch in nats, shape (2 * pairs,): chosen, then rejected."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     mask = batch["completion_mask"]
@@ -44,8 +47,8 @@ def _sums(model: PreTrainedModel | PeftModel, batch: dict[str, torch.Tensor], fu
 
 
 def pair_logps(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    tokenizer: Tokenizer,
     pairs: Dataset,
     *,
     max_length: int | None = None,
@@ -54,8 +57,6 @@ def pair_logps(
 ) -> PairLogps:
     """Log-probs of chosen and rejected under `model`, as in the DPO loss (Rafailov et al. 2023, eq. 7).
 
-    Pairs of similar length share a batch, which leaves little padding; the result is in the order of `pairs`.
-
     Args:
         model, tokenizer: as `load_model` gives them, with or without an adapter.
         pairs: rows in the form that `load_pairs` gives, or already tokenised by `tokenize_pairs`.
@@ -63,8 +64,7 @@ def pair_logps(
         batch_size: pairs in a forward pass.
         share: (k, n): only the k-th of each n batches; the pairs of the others are zero.
     """
-    ids = pairs if set(IDS) <= set(pairs.column_names) else tokenize_pairs(pairs, tokenizer)
-    ids = ids.select_columns(list(IDS))
+    ids = _ids(pairs, tokenizer).select_columns(list(IDS))
     # Imported here: TRL does not document it, and all but scoring does without.
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -85,9 +85,7 @@ def pair_logps(
     return PairLogps(*result)
 
 
-def reference_file(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, data: str, max_length: int
-) -> Path:
+def reference_file(model: Model, tokenizer: Tokenizer, data: str, max_length: int) -> Path:
     """Where the cache keeps the log-probs under `model` of the ids whose `data_hash` is `data`.
 
     The weights (and the adapter's, if it is not fresh), `tokenizer`, its chat template and `max_length` decide them;
@@ -120,20 +118,13 @@ def write_logps(path: Path, logps: PairLogps) -> None:
 
 
 def reference_logps(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Dataset,
-    *,
-    max_length: int,
-    batch_size: int = 8,
+    model: Model, tokenizer: Tokenizer, pairs: Dataset, *, max_length: int, batch_size: int = 8
 ) -> PairLogps:
     """`pair_logps` of the reference, kept in the cache folder: computed once, read for every later run.
 
-    Args:
-        model: the reference.
-        tokenizer, pairs, max_length, batch_size: as in `pair_logps`.
+    The model, tokenizer, pairs, max_length and batch_size are as in `pair_logps`.
     """
-    ids = pairs if set(IDS) <= set(pairs.column_names) else tokenize_pairs(pairs, tokenizer)
+    ids = _ids(pairs, tokenizer)
     path = reference_file(model, tokenizer, data_hash(ids), max_length)
     logps = read_logps(path, len(ids))
     if logps is None:
@@ -143,12 +134,7 @@ def reference_logps(
 
 
 def with_reference(pairs: Dataset, logps: PairLogps) -> Dataset:
-    """The pairs with the two columns in which DPOTrainer looks for the reference's log-probs.
-
-    Args:
-        pairs: in the form that `load_pairs` or `tokenize_pairs` gives.
-        logps: of these pairs under the reference, as `reference_logps` gives them.
-    """
+    """The `pairs` (or their ids) with the two columns in which DPOTrainer looks for the reference's `logps`."""
     # Names of their own, since datasets would make one by pickling the whole table.
     if set(pairs.column_names) == set(IDS):
         # As a plain table: `add_column` copies a selection row by row.

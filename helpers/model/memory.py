@@ -1,14 +1,10 @@
-"""Memory: what a training run will need, what is free, and what each change would save.
-
-The estimate is arithmetic over the model's sizes, so it needs no trial run; `tests/model/test_memory.py`
-compares it with measured runs.
-"""
+"""Memory: what a training run will need, by arithmetic over the model's sizes, and what is free."""
 
 import contextlib
 import ctypes
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -40,20 +36,14 @@ def pairs_a_step(settings: dict) -> int:
 
 
 class MemoryEstimate(NamedTuple):
-    """Bytes by what they are for.
+    """Bytes by what they are for."""
 
-    Attributes:
-        weights: of the model, which are there before training starts.
-        adapter: LoRA's parameters and gradients in fp32, and the optimizer's state. (On a GPU the gradients, and a copy
-            of the parameters, are in bf16 while there are activations: just as much, if a step is one batch.)
-        activations: what the backward pass of one micro-batch needs.
-        logits: of the LM head, a piece of the batch at a time.
-    """
-
-    weights: float
+    weights: float  # of the model, which are there before training starts
+    # LoRA's parameters and gradients in fp32, and the optimizer's state. (On a GPU the gradients, and a copy of the
+    # parameters, are in bf16 while there are activations: just as much, if a step is one batch.)
     adapter: float
-    activations: float
-    logits: float
+    activations: float  # what the backward pass of one micro-batch needs
+    logits: float  # of the LM head, a piece of the batch at a time
 
     @property
     def total(self) -> float:
@@ -64,20 +54,6 @@ class MemoryEstimate(NamedTuple):
     def training(self) -> float:
         """What comes on top of the loaded model."""
         return self.total - self.weights
-
-
-def _sizes(config: PretrainedConfig) -> dict[str, int]:
-    heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return {
-        "hidden": config.hidden_size,
-        "mlp": config.intermediate_size,
-        "layers": config.num_hidden_layers,
-        "vocabulary": config.vocab_size,
-        "heads": heads,
-        "query": heads * head,
-        "key": (getattr(config, "num_key_value_heads", None) or heads) * head,
-    }
 
 
 def estimate_memory(
@@ -106,40 +82,38 @@ def estimate_memory(
         optim: the name of the optimizer as in DPOConfig; an 8-bit one keeps a quarter of the state.
         plain: the CPU profile, whose layers are transformers' own: they keep more, attention scores among it.
     """
-    s = _sizes(config)
-    projections = [(s["hidden"], s["query"]), (s["query"], s["hidden"]), *[(s["hidden"], s["key"])] * 2]
-    projections += [(s["hidden"], s["mlp"])] * 2 + [(s["mlp"], s["hidden"])]
-    in_layers = s["layers"] * sum(a * b for a, b in projections)
-    embeddings = s["vocabulary"] * s["hidden"] * (1 if config.tie_word_embeddings else 2)
+    hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    heads, vocabulary = config.num_attention_heads, config.vocab_size
+    head = getattr(config, "head_dim", None) or hidden // heads
+    query, key = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
+    projections = [(hidden, query), (query, hidden), (hidden, key), (hidden, key)]
+    projections += [(hidden, mlp), (hidden, mlp), (mlp, hidden)]
+    in_layers = layers * sum(a * b for a, b in projections)
+    embeddings = vocabulary * hidden * (1 if config.tie_word_embeddings else 2)
     # NF4: half a byte, and a scale for each 64 weights that is itself quantised (Dettmers et al. 2023, section 3).
     weights = embeddings * 2 + in_layers * ((0.5 + 0.127 / 8) if load_in_4bit else 2)
-    lora = s["layers"] * rank * sum(a + b for a, b in projections)
+    lora = layers * rank * sum(a + b for a, b in projections)
     adapter = lora * (4 + 4 + _STATE_BYTES.get(optim, 8))
     rows = pairs * (2 * tokens - (0 if plain else prompt))
     # Saved for the backward pass of a layer, in 16 bits: inputs of the norms and projections, q, k, v, the attention's
     # output, and four values of the MLP (gate, up, their activation and product).
-    layer = rows * 2 * (4 * s["hidden"] + 3 * s["query"] + 3 * s["key"] + 4 * s["mlp"])
+    layer = rows * 2 * (4 * hidden + 3 * query + 3 * key + 4 * mlp)
     if plain:
-        layer = layer * PLAIN_FACTOR + 2 * pairs * s["heads"] * tokens**2 * 6  # scores and softmax, 32 and 16 bits
+        layer = layer * PLAIN_FACTOR + 2 * pairs * heads * tokens**2 * 6  # scores and softmax, 32 and 16 bits
         recomputing = PLAIN_CHECKPOINTING_BYTES
     else:
         layer *= FUSED_FACTOR
-        recomputing = s["layers"] * rows * s["hidden"] * 2 * (checkpointing != "unsloth")  # the layers' inputs
+        recomputing = layers * rows * hidden * 2 * (checkpointing != "unsloth")  # the layers' inputs
     # With checkpointing one layer's activations at a time, with their gradients.
-    activations = 2 * layer + recomputing if checkpointing else s["layers"] * layer
-    logits = min(rows * s["vocabulary"], 16 * 2**20) * 4 * 3
+    activations = 2 * layer + recomputing if checkpointing else layers * layer
+    logits = min(rows * vocabulary, 16 * 2**20) * 4 * 3
     return MemoryEstimate(weights, adapter, activations, logits)
 
 
 class BatchPlan(NamedTuple):
-    """How an effective batch is cut for a card.
+    """How an effective batch is cut for a card: `pieces` micro-batches of `pairs` in a step.
 
-    Attributes:
-        pairs: in a micro-batch (`per_device_train_batch_size`).
-        pieces: micro-batches in a step (`gradient_accumulation_steps`).
-        checkpointing: `gradient_checkpointing`.
-        bytes: that are needed, by the estimate.
-        reason: in a sentence.
+    `bytes` are needed, by the estimate; `reason` is a sentence.
     """
 
     pairs: int
@@ -174,78 +148,64 @@ def _plan(need: Callable[[int, bool], float], free: float, batch: int) -> BatchP
 def plan_batch(config: PretrainedConfig, free: float, *, tokens: int) -> BatchPlan | None:
     """The fastest way to train 8 pairs a step in 4 bits on a GPU, with room for the estimate's error; needs no GPU.
 
-    The reference's log-probs are cached in any case: that saves a pass in each step and needs no memory.
-
-    Args:
-        config, tokens: as in `estimate_memory`; every pair is taken to be that long.
-        free: bytes, before the model is loaded.
-
-    Returns:
-        The plan, or None if not even one pair fits.
+    None if not even one pair fits. `config` and `tokens` are as in `estimate_memory`, for every pair; `free` are bytes
+    before the model is loaded. The reference's log-probs are cached in any case.
     """
+    settings: dict[str, Any] = {"tokens": tokens, "load_in_4bit": True, "optim": "adamw_8bit"}
 
     def need(pairs: int, checkpointing: bool) -> float:
-        return estimate_memory(
-            config, pairs=pairs, tokens=tokens, checkpointing=checkpointing, load_in_4bit=True, optim="adamw_8bit"
-        ).total
+        return estimate_memory(config, pairs=pairs, checkpointing=checkpointing, **settings).total
 
     return _plan(need, free, batch=8)
 
 
-def _longest(model: PeftModel, ids: Dataset) -> tuple[int, int]:
-    """(tokens of the prompt that both answers share, tokens in all) of what the estimate takes every pair to be."""
-    if model.device.type == "cpu" or not can_share(model.get_base_model()):
-        return 0, int(pair_lengths(ids).max())
-    # The pair with most tokens, its sides taken to be alike.
-    counts = token_counts(ids)
-    answers = counts["chosen"] + counts["rejected"]
-    longest = int((counts["prompt"] + answers).argmax())
-    prompt = int(counts["prompt"][longest])
-    return prompt, prompt + math.ceil(answers[longest] / 2)
+def _estimator(model: PeftModel, ids: Dataset) -> Callable[[dict], MemoryEstimate]:
+    """`estimate_for` as a function of the settings: the longest pair is looked for once, every pair is taken as it."""
+    prompt, plain = 0, model.device.type == "cpu"
+    if plain or not can_share(model.get_base_model()):
+        tokens = int(pair_lengths(ids).max())
+    else:  # the pair with most tokens, its sides taken to be alike
+        counts = token_counts(ids)
+        answers = counts["chosen"] + counts["rejected"]
+        longest = int((counts["prompt"] + answers).argmax())
+        prompt = int(counts["prompt"][longest])
+        tokens = prompt + math.ceil(answers[longest] / 2)
 
+    def estimate(settings: dict) -> MemoryEstimate:
+        return estimate_memory(
+            model.config,
+            pairs=settings["per_device_train_batch_size"],
+            tokens=min(tokens, settings["max_length"]),
+            prompt=prompt,
+            checkpointing=settings["gradient_checkpointing"],
+            load_in_4bit=bool(getattr(model, "is_loaded_in_4bit", False)),
+            rank=next(iter(model.peft_config.values())).r,
+            optim=settings["optim"],
+            plain=plain,
+        )
 
-def _estimate(model: PeftModel, longest: tuple[int, int], settings: dict) -> MemoryEstimate:
-    prompt, tokens = longest
-    return estimate_memory(
-        model.config,
-        pairs=settings["per_device_train_batch_size"],
-        tokens=min(tokens, settings["max_length"]),
-        prompt=prompt,
-        checkpointing=settings["gradient_checkpointing"],
-        load_in_4bit=bool(getattr(model, "is_loaded_in_4bit", False)),
-        rank=next(iter(model.peft_config.values())).r,
-        optim=settings["optim"],
-        plain=model.device.type == "cpu",
-    )
+    return estimate
 
 
 def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstimate:
     """`estimate_memory` for a policy that is loaded.
 
-    Args:
-        model: with its LoRA adapter.
-        ids: the training pairs, as `tokenize_pairs` gives them.
-        settings: DPOConfig settings, complete as `dpo_settings` gives them.
+    `model` has a LoRA adapter, `ids` are the training pairs' (`tokenize_pairs`), `settings` those of `dpo_settings`.
     """
-    return _estimate(model, _longest(model, ids), settings)
+    return _estimator(model, ids)(settings)
 
 
 def plan_for(model: PeftModel, ids: Dataset, settings: dict, free: float) -> BatchPlan:
     """`plan_batch` for a policy that is loaded, by its own pairs; if nothing fits, what needs least.
 
-    Args:
-        model, ids, settings: as in `estimate_for`. The step keeps the number of pairs that it has by the settings,
-            a power of two.
-        free: bytes on top of the loaded model.
-
-    Returns:
-        The plan, its `bytes` on top of the loaded model.
+    Bytes (`free`, the plan's) are on top of the loaded model. The step keeps its number of pairs, a power of two. The
+    model, ids and settings are as in `estimate_for`.
     """
-    batch, longest = pairs_a_step(settings), _longest(model, ids)
+    batch, estimate = pairs_a_step(settings), _estimator(model, ids)
 
     def need(pairs: int, checkpointing: bool) -> float:
-        changed = {"per_device_train_batch_size": pairs, "gradient_checkpointing": checkpointing}
-        return _estimate(model, longest, settings | changed).training
+        step = {"per_device_train_batch_size": pairs, "gradient_checkpointing": checkpointing}
+        return estimate(settings | step).training
 
     return _plan(need, free, batch) or BatchPlan(1, batch, True, need(1, True), "no other way needs less")
 
@@ -266,9 +226,6 @@ def free_memory(device: torch.device) -> float:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether `error` says so: CUDA's allocator has an exception of its own, all others say it in words.
-
-    Those are the CPU's allocator and, on a GPU that is full already, the driver that loads a kernel.
-    """
+    """Whether `error` says so: CUDA's allocator has an exception of its own, all others say it in words."""
     words = ("can't allocate memory", "out of memory")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error).lower() for w in words)

@@ -31,14 +31,7 @@ PROFILES = {
         thinking_max_length=1024,
     ),
     # 16-bit: 4-bit weights work on a CPU too, but are slower there.
-    "cpu": Profile(
-        name="cpu",
-        model=EMBEDDED,
-        thinking_model=EMBEDDED,
-        load_in_4bit=False,
-        max_length=512,
-        thinking_max_length=512,
-    ),
+    "cpu": Profile("cpu", EMBEDDED, EMBEDDED, load_in_4bit=False, max_length=512, thinking_max_length=512),
 }
 
 
@@ -59,10 +52,3 @@ def current_profile() -> Profile:
             "DPO_PROFILE is 'gpu', but torch finds no GPU. Check the driver (`nvidia-smi`), or use DPO_PROFILE=cpu."
         )
     return PROFILES[name]
-
-
-def named_model(profile: Profile, thinking: bool = False) -> str:
-    """What `.env` names as the model (`DPO_MODEL`; `DPO_THINKING_MODEL` if `thinking`), else the profile's."""
-    if thinking:
-        return setting("DPO_THINKING_MODEL", profile.thinking_model)
-    return setting("DPO_MODEL", profile.model)

@@ -7,7 +7,6 @@ trainer is made.
 
 import contextlib
 from types import SimpleNamespace
-from typing import Any
 from unittest.mock import MagicMock
 
 import torch
@@ -15,21 +14,7 @@ import trl
 
 from helpers.patches import expect
 
-WITHOUT = "TRL computes the reference's log-probs itself: the same losses, a later start."
-
 _COLUMNS = {"ref_chosen_logps", "ref_rejected_logps"}
-
-
-class _Reads(dict):
-    """A dictionary that keeps the names which were looked up."""
-
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self.names: set[str] = set()
-
-    def __getitem__(self, name: str) -> Any:
-        self.names.add(name)
-        return super().__getitem__(name)
 
 
 def self_test() -> None:
@@ -39,18 +24,16 @@ def self_test() -> None:
     batch = {"input_ids": ids, "attention_mask": ids > 0, "completion_mask": ids > 2}
     batch |= {name: torch.zeros(1) for name in _COLUMNS}
     for on in (True, False):
-        inputs = _Reads(batch)
+        inputs = MagicMock()  # keeps what is looked up in it
+        inputs.__getitem__.side_effect = batch.__getitem__
         trainer = MagicMock(precompute_ref_logps=on, ld_alpha=None, aux_loss_enabled=False)
         model = MagicMock(return_value=SimpleNamespace(log_probs=torch.zeros(2, 2)))
         with contextlib.suppress(Exception):  # a stub does not get to the end
             loss(trainer, model, inputs, False)
-        expect((inputs.names >= _COLUMNS) == on, f"with precompute_ref_logps={on} the loss reads {inputs.names}")
+        names = {call.args[0] for call in inputs.__getitem__.call_args_list}
+        expect((names >= _COLUMNS) == on, f"with precompute_ref_logps={on} the loss reads {names}")
 
 
 def use_cached_reference(trainer: trl.DPOTrainer) -> None:
-    """Have `trainer` read the reference's log-probs from its data. Ask `works("cached_reference")` before it is made.
-
-    Args:
-        trainer: with the columns `ref_chosen_logps` and `ref_rejected_logps` in its data.
-    """
+    """Have `trainer` read the reference's log-probs from its data. Before it is made, ask `works`."""
     trainer.precompute_ref_logps = True

@@ -13,8 +13,6 @@ import trl
 
 from helpers.patches import expect, works
 
-WITHOUT = "LoRA's weights are cast at each use: the same results, a GPU trains somewhat slower."
-
 
 def self_test() -> None:
     """A module uses what is put into `_parameters`, and the functions for many tensors do what their names say."""
@@ -50,11 +48,8 @@ def _take_gradients(weights: list[torch.Tensor], short: list[torch.nn.Parameter]
 def cast_weights_once(trainer: trl.DPOTrainer) -> None:
     """Have the adapter's weights cast to bf16 once for each batch; the results stay the same.
 
-    The optimizer, clipping and checkpoints see the 32-bit weights and their gradients, as before.
-
-    Args:
-        trainer: its `training_step` is wrapped. One that trains anything besides LoRA's two matrices, or has them in
-            16 bits already, is left as it is.
+    The optimizer, clipping and checkpoints see the 32-bit weights and their gradients, as before. A `trainer` that
+    trains anything besides LoRA's two matrices, or has them in 16 bits already, is left as it is.
     """
     model = trainer.model
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}

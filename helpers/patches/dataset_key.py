@@ -7,8 +7,6 @@ from datasets import Dataset
 
 from helpers.patches import expect, works
 
-WITHOUT = "Nothing that was computed from a dataset is read from the cache; it is computed again."
-
 
 def self_test() -> None:
     """The fingerprint is text, the same for the same contents, another one for others."""
@@ -19,11 +17,7 @@ def self_test() -> None:
 
 
 def dataset_key(dataset: Dataset) -> str | None:
-    """A name that changes with the contents of `dataset`; None if it is only in memory, or if there is no such name.
-
-    Args:
-        dataset: any.
-    """
+    """A name that changes with the contents of `dataset`; None if it is only in memory, or if there is no such name."""
     if not dataset.cache_files or not works("dataset_key"):
         return None
     return dataset._fingerprint  # noqa: SLF001  (the patch)

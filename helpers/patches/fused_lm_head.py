@@ -13,8 +13,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from helpers.patches import expect, works
 from helpers.patches.shared_prompt import share_prompts
 
-WITHOUT = "Log-probs outside training are computed from stored logits: the same values, more memory."
-
 
 def self_test() -> None:
     """The fused log-probs of a tiny model are those of its logits. GPT-2, since Unsloth leaves that as it is."""
@@ -38,11 +36,7 @@ def self_test() -> None:
 
 @contextlib.contextmanager
 def own_forward(inner: PreTrainedModel) -> Iterator[None]:
-    """What the block puts on `inner.forward` is taken off at its end, also after an exception.
-
-    Args:
-        inner: the model inside a PeftModel, or one without an adapter.
-    """
+    """What the block puts on `inner.forward` is taken off at its end; `inner` is the model inside a PeftModel."""
     before = vars(inner).get("forward")
     try:
         yield
@@ -56,11 +50,7 @@ def own_forward(inner: PreTrainedModel) -> Iterator[None]:
 def applied(inner: PreTrainedModel) -> Iterator[bool]:
     """In the block `inner(..., fused_lm_head=True)` gives log-probs, each pair's prompt computed once if possible.
 
-    Args:
-        inner: as for `own_forward`.
-
-    Yields:
-        False if the fused head can't be had. The model is then as it was, and takes no `fused_lm_head`.
+    Yields False if the fused head can't be had. The model is then as it was, and takes no `fused_lm_head`.
     """
     with own_forward(inner):
         fused = works("fused_lm_head")

@@ -13,8 +13,6 @@ from datasets import Dataset
 
 from helpers.patches import expect, works
 
-WITHOUT = "TRL tokenises the messages once more: the same ids, a later start."
-
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -40,9 +38,6 @@ def trainer_class() -> type[trl.DPOTrainer]:
     """TRL's DPOTrainer, but a dataset that has its token ids already is taken as it is.
 
     Looked up when called: on a GPU Unsloth puts a class of its own into TRL.
-
-    Returns:
-        The class; TRL's own if the patch does not work.
     """
     own = trl.DPOTrainer
     if not works("given_ids"):

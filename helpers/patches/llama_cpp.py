@@ -8,8 +8,6 @@ from pathlib import Path
 
 from helpers.patches import expect, works
 
-WITHOUT = "llama.cpp is looked for in ~/.unsloth/llama.cpp (or UNSLOTH_LLAMA_CPP_PATH), under the usual file names."
-
 
 def _places() -> tuple[Path, tuple[str, ...]]:
     from unsloth_zoo.llama_cpp import LLAMA_CPP_CONVERTER_FILENAMES, LLAMA_CPP_DEFAULT_DIR

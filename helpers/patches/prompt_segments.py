@@ -13,62 +13,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from helpers.patches import expect
 
-WITHOUT = "On a GPU each pair is computed as two rows, its prompt twice: the same losses, slower."
-
-
-def segments(ids: torch.Tensor, lengths: list[int], starts: list[int]) -> tuple:
-    """Rows [chosen; rejected] as one row of segments: each prompt but its last token, then its two completions.
-
-    The prompt's last token opens either completion, since it has to predict both first tokens; the last token of a
-    completion predicts nothing and is left out. A last segment, without completions, fills the row up to a multiple
-    of 128 tokens: for each new width matrix kernels are chosen and loaded, and the fast ones want a multiple of 8.
-
-    Args:
-        ids: of shape (2 * pairs, tokens).
-        lengths: of each row without padding.
-        starts: of each row's completion.
-
-    Returns:
-        (ids, positions, next-token labels) of shape (1, tokens), (length of the prompt, lengths of its completions) for
-        each pair, and the index of each prediction: (row, column) among the rows given, then the place in the one row.
-    """
-    pairs = len(ids) // 2
-    parts, positions, labels, specs, index = [], [], [], [], ([], [], [])
-    base = 0
-    for pair in range(pairs):
-        prompt = starts[pair] - 1
-        parts.append(ids[pair, :prompt])
-        positions.append(torch.arange(prompt))
-        labels.append(ids.new_full((prompt,), -100))
-        base += prompt
-        sizes = []
-        for row in (pair, pairs + pair):
-            size = lengths[row] - 1 - prompt
-            parts.append(ids[row, prompt : prompt + size])
-            positions.append(torch.arange(prompt, prompt + size))
-            labels.append(ids[row, prompt + 1 : prompt + 1 + size])
-            index[0].extend([row] * size)
-            index[1].extend(range(prompt, prompt + size))
-            index[2].extend(range(base, base + size))
-            sizes.append(size)
-            base += size
-        specs.append((prompt, sizes))
-    if fill := -base % 128:
-        parts.append(ids.new_zeros(fill))
-        positions.append(torch.arange(fill))
-        labels.append(ids.new_full((fill,), -100))
-        specs.append((fill, []))
-    flat = [torch.cat(x)[None] for x in (parts, positions, labels)]
-    return *flat, specs, [torch.tensor(i) for i in index]
-
 
 class Keys(NamedTuple):
     """Which keys the queries of each segment see: a completion's, those of its prompt and its own up to themselves.
 
-    Attributes:
-        index: places of the keys in the one row, segment after segment; a prompt's come once for each that sees them.
-        ends_q, ends_k: where the queries and keys of each segment end, after a 0; int32.
-        longest_q, longest_k: of a segment.
+    `index` has the places of the keys in the one row, segment after segment; a prompt's come once for each that sees
+    them. `ends_q` and `ends_k` are where the queries and keys of each segment end, after a 0; int32.
     """
 
     index: torch.Tensor
@@ -78,24 +28,19 @@ class Keys(NamedTuple):
     longest_k: int
 
 
-def segment_keys(specs: list[tuple[int, list[int]]], device: torch.device) -> Keys:
-    """The keys of each segment.
-
-    Args:
-        specs: as `segments` gives them.
-        device: where the tensors go.
-    """
+def segment_keys(sizes: list[list[int]], device: torch.device) -> Keys:
+    """The keys of each segment on `device`; `sizes` are those of a prompt and its completions, for each pair."""
     index, queries, base = [], [], 0
-    for prompt, sizes in specs:
+    for prompt, *completions in sizes:
         start = base
-        for size in (prompt, *sizes):
+        for size in (prompt, *completions):
             own = torch.arange(start, start + size)
             index.append(own if start == base else torch.cat([torch.arange(base, base + prompt), own]))
             queries.append(size)
             start += size
         base = start
     keys = [len(seen) for seen in index]
-    ends_q, ends_k = (torch.tensor([0, *sizes]).cumsum(0).int().to(device) for sizes in (queries, keys))
+    ends_q, ends_k = (torch.tensor([0, *counts]).cumsum(0).int().to(device) for counts in (queries, keys))
     return Keys(torch.cat(index).to(device), ends_q, ends_k, max(queries), max(keys))
 
 
@@ -146,7 +91,7 @@ def _compare() -> None:
 
     sizes = {"bsz": 1, "q_len": 7, "kv_seq_len": 7, "n_heads": 2, "head_dim": 16, "requires_grad": True}
     unused = {"seq_info": None, "attention_mask": None, "causal_mask": None}
-    keys = segment_keys([(3, [2, 2])], torch.device("cuda"))
+    keys = segment_keys([[3, 2, 2]], torch.device("cuda"))
     context = dispatch.AttentionContext(**sizes, **unused, prefix_seg_info=keys)
     config = dispatch.AttentionConfig(backend=dispatch.SDPA, n_kv_heads=2, n_groups=1)
     take_segments()

@@ -10,11 +10,8 @@ import sys
 
 from helpers.patches import expect
 
-WITHOUT = "A few warnings of the libraries are printed, which change nothing."
-
 _IMPORTS = {"torch.utils._pytree": "log", "bitsandbytes.backends.cpu.ops": "logger"}  # module: its logger
 _SAVING = "transformers.models.llama.modeling_llama"
-_MENDED = "Restored added_tokens_decoder"
 
 
 def self_test() -> None:
@@ -34,4 +31,4 @@ def quiet_imports() -> None:
 
 def quiet_saving() -> None:
     """Silence what Unsloth logs about each tokenizer that is saved."""
-    logging.getLogger(_SAVING).addFilter(lambda record: _MENDED not in record.getMessage())
+    logging.getLogger(_SAVING).addFilter(lambda record: "Restored added_tokens_decoder" not in record.getMessage())

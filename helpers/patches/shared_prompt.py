@@ -1,147 +1,114 @@
 """One forward over [prompt, chosen, rejected]: the same log-probs as two sequences, with the prompt computed once.
 
 DPOTrainer runs prompt + chosen and prompt + rejected as two rows. Here they are one row, with a mask that hides
-chosen from rejected and position ids that start again after the prompt. The trainer is not changed: only the
-model's forward is, and it returns what the trainer expects. That relies on models that take any mask, and on what
-TRL's fused LM head takes and returns. On a GPU the row is made by `prompt_segments`.
+chosen from rejected and position ids that start again after the prompt; on a GPU all pairs are in one row, with the
+attention of `prompt_segments`. The trainer is not changed: only the model's forward is, and it returns what the
+trainer expects. That relies on models that take any mask, and on what TRL's fused LM head takes and returns.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from helpers.patches import expect, works
-from helpers.patches.prompt_segments import segment_keys, segments, take_segments
-
-WITHOUT = "Each pair is computed as two rows, its prompt twice: the same losses, slower."
+from helpers.patches.prompt_segments import segment_keys, take_segments
 
 # Architectures whose attention takes any mask and whose positions are all in position_ids.
 _KNOWN = ("llama", "qwen2", "qwen3")
+_BATCH = ("input_ids", "attention_mask", "labels")
 # Set to False, a GPU computes each pair as two rows: for benchmarks/gpu.py and tests, which compare.
 ON_GPU = True
 
 
-class _Packed(NamedTuple):
-    """A batch with each prompt once.
+class Packed(NamedTuple):
+    """A batch with each prompt once: the model's `inputs`, and where each prediction is in them and in the rows given.
 
-    Attributes:
-        inputs: for the model: ids, positions, labels, and what its attention needs.
-        rows, columns: of each prediction among the rows that were given.
-        packed_rows, packed_columns: of each prediction among the packed rows.
+    `given` and `packed` are each (rows, columns).
     """
 
     inputs: dict[str, Any]
-    rows: torch.Tensor
-    columns: torch.Tensor
-    packed_rows: torch.Tensor
-    packed_columns: torch.Tensor
+    given: tuple[torch.Tensor, ...]
+    packed: tuple[torch.Tensor, ...]
 
 
-def _mask(segment: torch.Tensor, starts: list[int], dtype: torch.dtype) -> torch.Tensor:
-    """The additive mask (pairs, 1, packed, packed) for `segment`: 0 prompt, 1 chosen, 2 rejected, 3 padding."""
-    size = segment.shape[1]
-    causal = torch.ones(size, size, dtype=torch.bool).tril()
-    query, key = segment[:, :, None], segment[:, None, :]
-    in_prompt = key == 0
-    # To the rejected, the prompt's last token is the repeated one.
-    last_of_prompt = torch.arange(size)[None, None, :] == torch.tensor(starts)[:, None, None] - 1
-    allowed = causal & ((query == key) | (in_prompt & (query == 1)) | (in_prompt & (query == 2) & ~last_of_prompt))
-    mask = torch.zeros(len(segment), 1, size, size, dtype=dtype)
-    return mask.masked_fill_(~allowed[:, None], torch.finfo(dtype).min)
+def _mask(sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The additive mask (pairs, 1, tokens, tokens): each of the three parts sees the prompt and itself."""
+    parts = [torch.repeat_interleave(torch.arange(3), row) for row in sizes]
+    part = pad_sequence(parts, batch_first=True, padding_value=3)
+    query, key = part[:, None, :, None], part[:, None, None, :]
+    seen = ((query == key) | (key == 0)).tril()
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
-def _pack(ids: torch.Tensor, lengths: list[int], starts: list[int], dtype: torch.dtype) -> _Packed:
-    """Rows [chosen; rejected] of shape (2 * pairs, tokens) as one row for each pair.
+def pack(
+    ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype, one_row: bool
+) -> Packed | None:
+    """The batch [chosen; rejected] with each prompt once, as a row for each pair or all in `one_row`.
 
-    A packed row holds the prompt, the chosen completion, the prompt's last token once more, and the rejected
-    completion; the last token of either completion predicts nothing and is left out. The repeated token is there
-    because the prompt's end has to predict two first tokens.
+    The prompt's last token opens either completion, since it has to predict both first tokens; the last token of a
+    completion predicts nothing and is left out. One row is filled up to a multiple of 128 tokens: for each new width
+    matrix kernels are chosen and loaded, and the fast ones want a multiple of 8. None if the rows are no pairs with
+    equal prompts and something after them.
     """
-    pairs = len(ids) // 2
-    rows, positions, labels, segment = [], [], [], []
-    index = ([], [], [], [])
-    for pair in range(pairs):
-        start, end, end_rejected = starts[pair], lengths[pair], lengths[pairs + pair]
-        chosen, rejected = ids[pair, :end], ids[pairs + pair, :end_rejected]
-        rows.append(torch.cat([chosen[:-1], chosen[start - 1 : start], rejected[start:-1]]))
-        positions.append(torch.cat([torch.arange(end - 1), torch.arange(start - 1, end_rejected - 1)]))
-        ignore = ids.new_full((start - 1,), -100)
-        labels.append(torch.cat([ignore, chosen[start:], rejected[start:]]))
-        sizes = torch.tensor([start, end - 1 - start, end_rejected - start])
-        segment.append(torch.repeat_interleave(torch.arange(3), sizes))
-        for row, last, offset in ((pair, end, 0), (pairs + pair, end_rejected, end - start)):
-            columns = range(start - 1, last - 1)
-            index[0].extend([row] * len(columns))
-            index[1].extend(columns)
-            index[2].extend([pair] * len(columns))
-            index[3].extend(column + offset for column in columns)
-
-    def padded(parts: list[torch.Tensor], value: int = 0) -> torch.Tensor:
-        return pad_sequence(parts, batch_first=True, padding_value=value)
-
-    inputs = {
-        "input_ids": padded(rows),
-        "position_ids": padded(positions),
-        "shift_labels": padded(labels, -100),
-        "attention_mask": _mask(padded(segment, 3), starts[:pairs], dtype),
-    }
-    return _Packed(inputs, *(torch.tensor(i) for i in index))
-
-
-def _one_row(ids: torch.Tensor, lengths: list[int], starts: list[int], device: torch.device) -> _Packed:
-    """The same for a GPU: all pairs in one row."""
-    row_ids, positions, labels, specs, index = segments(ids, lengths, starts)
-    inputs = {"input_ids": row_ids, "position_ids": positions, "shift_labels": labels}
-    inputs = {name: values.to(device) for name, values in inputs.items()}
-    rows, columns, packed = (i.to(device) for i in index)
-    return _Packed(
-        inputs | {"prefix_seg_info": segment_keys(specs, device)}, rows, columns, torch.zeros_like(packed), packed
-    )
-
-
-def _packed(ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> _Packed | None:
-    """The batch with each prompt once; None if its rows are no pairs with equal prompts and something after them."""
     if len(ids) % 2:
         return None
-    on_cpu, pairs = ids.device.type == "cpu", len(ids) // 2
-    host_ids = ids.cpu()  # one copy; each comparison below would wait for the GPU
-    lengths = mask.sum(dim=1).tolist()
-    starts = (labels != -100).long().argmax(dim=1).tolist()
-    if starts[:pairs] != starts[pairs:] or min(starts) <= (0 if on_cpu else 1):
+    device, pairs = ids.device, len(ids) // 2
+    ids, labels, last = ids.cpu(), labels.cpu(), mask.sum(dim=1).cpu() - 1  # each comparison would wait for the GPU
+    starts = (labels != -100).long().argmax(dim=1)
+    in_prompt = torch.arange(ids.shape[1]) < starts[:pairs, None]
+    if not torch.equal(starts[:pairs], starts[pairs:]) or starts.min() <= (1 if one_row else 0):
         return None
-    if any(not torch.equal(host_ids[i, : starts[i]], host_ids[pairs + i, : starts[i]]) for i in range(pairs)):
+    if ((ids[:pairs] != ids[pairs:]) & in_prompt).any():
         return None
-    return _pack(host_ids, lengths, starts, dtype) if on_cpu else _one_row(host_ids, lengths, starts, ids.device)
+
+    def by_pair(rows: torch.Tensor) -> torch.Tensor:
+        return rows.unflatten(0, (2, -1)).transpose(0, 1)
+
+    prompt, column = starts[:pairs] - 1, torch.arange(ids.shape[1] - 1)
+    first = torch.cat([torch.zeros_like(prompt), prompt])  # rejected comes without the prompt
+    kept = by_pair((column >= first[:, None]) & (column < last[:, None]))
+    rows = {"input_ids": ids[:, :-1], "position_ids": column.expand(2 * pairs, -1), "shift_labels": labels[:, 1:]}
+    padding = {"input_ids": 0, "position_ids": 0, "shift_labels": -100}
+    flat = {name: by_pair(values)[kept] for name, values in rows.items()}
+    sizes = torch.stack([prompt, last[:pairs] - prompt, last[pairs:] - prompt], dim=1)
+    if one_row:
+        fill = -len(flat["input_ids"]) % 128
+        inputs = {name: pad(flat[name][None], (0, fill), value=value) for name, value in padding.items()}
+    else:
+        counts = sizes.sum(dim=1).tolist()
+        inputs = {name: pad_sequence(flat[name].split(counts), True, value) for name, value in padding.items()}
+    pair, side, place = by_pair(labels[:, 1:] != -100).nonzero(as_tuple=True)
+    given, packed = (side * pairs + pair, place), (inputs["shift_labels"] != -100).nonzero(as_tuple=True)
+    inputs = {name: values.to(device) for name, values in inputs.items()}
+    if one_row:
+        inputs["prefix_seg_info"] = segment_keys(sizes.tolist() + ([[fill]] if fill else []), device)
+    else:
+        inputs["attention_mask"] = _mask(sizes, dtype)
+    return Packed(inputs, *(tuple(index.to(device) for index in places) for places in (given, packed)))
 
 
 def _share(inner: PreTrainedModel) -> None:
     fused = inner.forward
 
-    def forward(
-        *args: Any,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        fused_lm_head: bool = False,
-        **kwargs: Any,
-    ) -> ModelOutput:
-        plain = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        packed = None
-        if fused_lm_head and input_ids is not None and attention_mask is not None and labels is not None:
-            packed = _packed(input_ids, attention_mask, labels, inner.dtype)
-        if input_ids is None or packed is None:
-            given = {name: value for name, value in plain.items() if value is not None}
-            return fused(*args, **given, fused_lm_head=fused_lm_head, **kwargs)
-        outputs = fused(*args, **packed.inputs, fused_lm_head=True, **kwargs)
+    @functools.wraps(fused)
+    def forward(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> ModelOutput:
+        batch: list[Any] = [kwargs.get(name) for name in _BATCH]
+        complete = fused_lm_head and all(one is not None for one in batch)
+        packed = pack(*batch, inner.dtype, one_row=inner.device.type == "cuda") if complete else None
+        if packed is None:
+            return fused(*args, fused_lm_head=fused_lm_head, **kwargs)
+        others = {name: value for name, value in kwargs.items() if name not in _BATCH}
+        outputs = fused(*args, fused_lm_head=True, **others, **packed.inputs)
         for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
             values = getattr(outputs, name)
             if values is not None:
-                spread = values.new_zeros(len(input_ids), input_ids.shape[1] - 1)
-                found = values[packed.packed_rows, packed.packed_columns]
-                setattr(outputs, name, spread.index_put((packed.rows, packed.columns), found))
+                spread = values.new_zeros(len(batch[0]), batch[0].shape[1] - 1)
+                setattr(outputs, name, spread.index_put(packed.given, values[packed.packed]))
         return outputs
 
     inner.forward = forward
@@ -190,8 +157,7 @@ def share_prompts(inner: PreTrainedModel) -> None:
     `inner` is the model inside a PeftModel, after TRL's `add_fused_lm_head`. Batches that are no pairs with equal
     prompts (a row that truncation left without completion) run as before, and so do architectures not in `_KNOWN`.
     """
-    if not can_share(inner):
-        return
-    if inner.device.type == "cuda":
-        take_segments()
-    _share(inner)
+    if can_share(inner):
+        if inner.device.type == "cuda":
+            take_segments()
+        _share(inner)

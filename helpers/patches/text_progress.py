@@ -11,25 +11,15 @@ from types import ModuleType
 
 from helpers.patches import expect, works
 
-WITHOUT = "Progress bars look as the libraries draw them."
-
-
-def _autonotebook(bar: type) -> ModuleType:
-    """What takes the place of `tqdm.autonotebook`: its two names, for the class `bar`."""
-    import tqdm.std
-
-    module = ModuleType("tqdm.autonotebook")
-    vars(module).update(tqdm=bar, trange=tqdm.std.trange)
-    return module
-
 
 def self_test() -> None:
-    """A fresh `tqdm.auto` takes its class from `tqdm.autonotebook`."""
+    """A fresh `tqdm.auto` takes its class from `tqdm.autonotebook`, and `tqdm.std` has its two names."""
     import tqdm.std
 
     marked = type("Marked", (tqdm.std.tqdm,), {})
     before = sys.modules.get("tqdm.autonotebook")
-    sys.modules["tqdm.autonotebook"] = _autonotebook(marked)
+    sys.modules["tqdm.autonotebook"] = module = ModuleType("tqdm.autonotebook")
+    vars(module).update(tqdm=marked, trange=tqdm.std.trange)
     try:
         spec = importlib.util.find_spec("tqdm.auto")
         if spec is None or spec.loader is None:
@@ -50,5 +40,5 @@ def use_text_progress() -> None:
     import tqdm.std
 
     sys.modules.pop("tqdm.auto", None)
-    sys.modules["tqdm.autonotebook"] = tqdm.autonotebook = _autonotebook(tqdm.std.tqdm)
+    sys.modules["tqdm.autonotebook"] = tqdm.autonotebook = tqdm.std
     import tqdm.auto

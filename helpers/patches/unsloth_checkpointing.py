@@ -11,8 +11,6 @@ from peft import PeftModel
 
 from helpers.patches import expect, works
 
-WITHOUT = "On a GPU gradient checkpointing stays as the adapter was made: the same losses, other speed and memory."
-
 
 def self_test() -> None:
     """Unsloth's models note the name and its trainers read it. By their source: on a CPU importing it has effects."""
@@ -22,12 +20,7 @@ def self_test() -> None:
 
 
 def set_checkpointing(model: PeftModel, on: bool) -> None:
-    """Have Unsloth's trainer checkpoint, or not. Nothing changes on a CPU, or if Unsloth made no note.
-
-    Args:
-        model: the policy. If its note says so already, the kind of checkpointing in it is kept.
-        on: as in the config.
-    """
+    """Have Unsloth's trainer checkpoint if `on`. Nothing changes on a CPU, or if the `model` has no other note."""
     made = getattr(model, "_unsloth_gradient_checkpointing", None)
     if model.device.type == "cpu" or made is None or bool(made) == on:
         return

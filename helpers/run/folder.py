@@ -43,6 +43,7 @@ class DataInfo:
     findings: dict[str, int] = dataclasses.field(default_factory=dict)  # of the training pairs, code to count
     prompts: dict[str, int] = dataclasses.field(default_factory=dict)  # over the limit: "shortened", "left_out"
     bundled: bool = False  # they came with this project, so their licence is known (`load_report`)
+    reading: list[str] = dataclasses.field(default_factory=list)  # how the training pairs were read (`load_report`)
 
 
 @dataclasses.dataclass

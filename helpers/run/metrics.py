@@ -24,15 +24,10 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 
 
 def held_out_table(test: Dataset, reference: PairLogps, policy: PairLogps) -> pd.DataFrame:
-    """One row for each held-out pair, as `Run.held_out` keeps it.
+    """One row for each pair of `test`, as `Run.held_out` keeps it, from the log-probs under `reference` and `policy`.
 
-    Args:
-        test: the pairs.
-        reference, policy: their log-probs under either model.
-
-    Returns:
-        Columns topic and flaw ("not given" if the pairs have none), origin if they have it, chosen_reference and
-        chosen_policy (log-probs in nats), chosen_tokens, the same for rejected, and log_ratio_gap in nats.
+    Columns: topic and flaw ("not given" if the pairs have none), origin if they have it, chosen_reference and
+    chosen_policy (log-probs in nats), chosen_tokens, the same for rejected, and log_ratio_gap in nats.
     """
     columns = {name: test[name] for name in ("origin", "topic", "flaw") if name in test.column_names}
     table = pd.DataFrame({"topic": "not given", "flaw": "not given"} | columns, index=range(len(test)))
@@ -40,41 +35,25 @@ def held_out_table(test: Dataset, reference: PairLogps, policy: PairLogps) -> pd
         table[f"{side}_reference"] = getattr(reference, side).numpy()
         table[f"{side}_policy"] = getattr(policy, side).numpy()
         table[f"{side}_tokens"] = getattr(policy, f"{side}_tokens").numpy().astype(int)
-    table["log_ratio_gap"] = (table.chosen_policy - table.chosen_reference) - (
-        table.rejected_policy - table.rejected_reference
-    )
-    return table
+    changes = table.chosen_policy - table.chosen_reference, table.rejected_policy - table.rejected_reference
+    return table.assign(log_ratio_gap=changes[0] - changes[1])
 
 
 def preference_metrics(table: pd.DataFrame, beta: float) -> dict[str, Any]:
-    """Held-out figures of a run.
+    """Held-out figures of a run, from its `table` (`Run.held_out`) and the `beta` of its training.
 
-    Args:
-        table: as in `Run.held_out`.
-        beta: as in training.
-
-    Returns:
-        pairs: how many.
-        reference_accuracy: share of pairs whose chosen has the higher log-prob per token under the reference, before
-            any training.
-        accuracy: share of pairs whose chosen has the higher implicit reward (log-ratio) after training.
-        reference_accuracy_interval, accuracy_interval: their 95 percent intervals (`wilson_interval`).
-        loss: the DPO loss in nats (Rafailov et al. 2023, eq. 7); ln 2 if nothing was learned.
-        margin: mean of beta * log-ratio gap (Rafailov et al. 2023, section 5.1); depends on beta.
-        log_ratio_gap: mean of margin / beta, in nats; comparable across betas.
-        chosen_change, rejected_change: mean log-ratio of either side, in nats.
+    reference_accuracy is the share of pairs whose chosen has the higher log-prob per token before training, accuracy
+    that whose chosen has the higher implicit reward (log-ratio) after it; each with its `wilson_interval`. loss is that
+    of DPO in nats (Rafailov et al. 2023, eq. 7), ln 2 if nothing was learned. margin is the mean of beta * log-ratio
+    gap (section 5.1 there), log_ratio_gap the same without beta, in nats, so that it can be compared across betas.
+    chosen_change and rejected_change are the mean log-ratios of either side in nats.
     """
-    n, gap = len(table), torch.tensor(table.log_ratio_gap.to_numpy())
-    before = int(
-        (table.chosen_reference / table.chosen_tokens > table.rejected_reference / table.rejected_tokens).sum()
-    )
-    after = int((gap > 0).sum())
-    return {
-        "pairs": n,
-        "reference_accuracy": before / n,
-        "reference_accuracy_interval": wilson_interval(before, n),
-        "accuracy": after / n,
-        "accuracy_interval": wilson_interval(after, n),
+    gap = torch.tensor(table.log_ratio_gap.to_numpy())
+    before = table.chosen_reference / table.chosen_tokens > table.rejected_reference / table.rejected_tokens
+    found: dict[str, Any] = {"pairs": len(table)}
+    for name, right in (("reference_accuracy", int(before.sum())), ("accuracy", int((gap > 0).sum()))):
+        found |= {name: right / len(table), f"{name}_interval": wilson_interval(right, len(table))}
+    return found | {
         "loss": float(-torch.nn.functional.logsigmoid(beta * gap).mean()),
         "margin": float(beta * gap.mean()),
         "log_ratio_gap": float(gap.mean()),
@@ -84,22 +63,10 @@ def preference_metrics(table: pd.DataFrame, beta: float) -> dict[str, Any]:
 
 
 def accuracy_by(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Share of pairs with a positive margin for each value of `column`, with its interval and the number of pairs.
+    """Share of pairs with a positive margin for each value of a `column` ("flaw", say) of `table` (`Run.held_out`).
 
-    Args:
-        table: as in `Run.held_out`.
-        column: "topic" or "flaw", say.
-
-    Returns:
-        One row for each value, most pairs first; columns share, low, high (Wilson, 95 percent), pairs.
+    One row for each value, most pairs first; columns share, low, high (`wilson_interval`), pairs.
     """
     groups = (table.log_ratio_gap > 0).groupby(table[column]).agg(["sum", "size"]).sort_values("size", ascending=False)
-    intervals = [wilson_interval(int(right), int(n)) for right, n in groups.itertuples(index=False)]
-    return pd.DataFrame(
-        {
-            "share": groups["sum"] / groups["size"],
-            "low": [low for low, _ in intervals],
-            "high": [high for _, high in intervals],
-            "pairs": groups["size"],
-        }
-    )
+    rows = [(right / n, *wilson_interval(right, n), n) for right, n in groups.itertuples(index=False)]
+    return pd.DataFrame(rows, groups.index, ["share", "low", "high", "pairs"])

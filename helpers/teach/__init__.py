@@ -1,5 +1,7 @@
 """What only a notebook shows: figures from plain numbers, and tables of what the benchmarks measured."""
 
+# ruff: noqa: F401  (notebooks import these names from here)
+
 from helpers.teach.lessons import advice, guide, recorded
 from helpers.teach.plots import (
     plot_changes,
@@ -17,23 +19,3 @@ from helpers.teach.plots import (
     plot_training,
     symptom_table,
 )
-
-__all__ = [
-    "advice",
-    "guide",
-    "plot_changes",
-    "plot_compared",
-    "plot_frontier",
-    "plot_gaps_and_margins",
-    "plot_lengths",
-    "plot_log_ratios",
-    "plot_margins",
-    "plot_rewards_by_length",
-    "plot_shares",
-    "plot_symptoms",
-    "plot_thought_lengths",
-    "plot_token_rewards",
-    "plot_training",
-    "recorded",
-    "symptom_table",
-]

@@ -5,41 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from helpers.after.diagnosis import SYMPTOMS, measure
 from helpers.run.folder import Run, RunInfo
 
-# What shows a symptom best: a number of `measure`, its name for a table, and the curve of the history.
-SHOWN = {
-    "out_of_memory": ("needed", "GB needed besides the model", None),
-    "nan": ("not_numbers", "values that are not finite", "loss"),
-    "wrong_reference": ("start_off", "nats between policy and reference at step 1", "loss"),
-    "diverged": ("loss_end", "training loss, last half", "loss"),
-    "leak": ("accuracy_first", "held-out accuracy, first evaluation", "eval_rewards/accuracies"),
-    "below_half": ("accuracy_end", "held-out accuracy", "eval_rewards/accuracies"),
-    "overfitting": ("loss_rise", "nats of held-out loss above its best", "eval_loss"),
-    "loss_zero": ("loss_half", "training loss half-way", "loss"),
-    "chosen_falls": ("chosen_fall", "share of its log-prob that the chosen lost", "eval_rewards/chosen"),
-    "not_moving": ("moved", "nats moved", "loss"),
-    "no_preference": ("accuracy_end", "held-out accuracy", "eval_rewards/accuracies"),
-    "never_ends": ("ended", "share of replies that end", "loss"),
-}
-# Advice of usual guides: the number of `measure` that should change, its name, and which way (1 up, -1 down).
-ADVICE = {
-    "raise beta for a stronger signal": ("gap", "log-ratio gap, nats", 1),
-    "lower beta against overfitting": ("accuracy_end", "held-out accuracy", 1),
-    "raise beta against overfitting": ("accuracy_end", "held-out accuracy", 1),
-    "a separate reference for a stronger constraint": ("moved", "nats moved", -1),
-}
+_TABLES: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+SHOWN, ADVICE = _TABLES["shown"], _TABLES["advice"]
 
 
 def recorded(part: dict, name: str) -> Run:
-    """A run that benchmarks/diagnosis.py recorded, without its folder.
-
-    Args:
-        part: what one call of the benchmark printed.
-        name: of the run, a key of `part["runs"]`.
-    """
+    """The run of this name in what one call of benchmarks/diagnosis.py printed, without its folder."""
     run = part["runs"][name]
     not_recorded = dict.fromkeys(("model", "profile", "base", "start", "end", "reference"), "")
     info = not_recorded | {"versions": part["versions"], "machine": part["machine"]} | run["info"]
@@ -48,12 +24,9 @@ def recorded(part: dict, name: str) -> Run:
 
 
 def before_and_after(results: list[dict], case: str, number: str) -> pd.DataFrame:
-    """One number in all runs of a case: a row for each seed, columns sick and cured.
+    """One number in all runs of a case (a symptom's code, or a piece of advice): columns sick and cured, a row a seed.
 
-    Args:
-        results: what calls of benchmarks/diagnosis.py printed, on one machine or on several.
-        case: a symptom's code, or a piece of advice.
-        number: of `measure`, of the metrics, or of `RunInfo.memory_gb`.
+    `number` is one of `measure`, of the metrics, or of `RunInfo.memory_gb`.
     """
     rows: dict[tuple, dict[str, float]] = collections.defaultdict(dict)
     for place, part in enumerate(results):
@@ -72,14 +45,10 @@ def _spread(values: pd.Series) -> str:
 
 
 def guide(results: list[dict]) -> list[dict[str, Any]]:
-    """The rows of `plots.symptom_table`: each symptom as benchmarks/diagnosis.py made and cured it.
+    """The rows of `symptom_table`: each symptom as benchmarks/diagnosis.py made and cured it.
 
-    Args:
-        results: what calls of it printed, on one machine or on several.
-
-    Returns:
-        Cells by the name of their column; also "curve", the name of a series or None, and "histories" of the "sick"
-        and the "cured" run, as in `Run.history`.
+    `results` are what calls of it printed, on one machine or on several. A row has cells by the name of their column;
+    also "curve", the name of a series or None, and "histories" of the "sick" and the "cured" run.
     """
     rows = []
     for code, (number, label, curve) in SHOWN.items():
@@ -105,12 +74,8 @@ def guide(results: list[dict]) -> list[dict[str, Any]]:
 def advice(results: list[dict]) -> pd.DataFrame:
     """Common advice as benchmarks/diagnosis.py tried it: does its number change in the direction that it promises?
 
-    Args:
-        results: what calls of it printed, on one machine or on several.
-
-    Returns:
-        One row for each piece of advice, with its number without and with it, and the verdict: "held", "did not hold"
-        or "differs between seeds".
+    One row for each piece of advice, with its number without and with it, and the verdict: "held", "did not hold" or
+    "differs between seeds".
     """
     rows = []
     for name, (number, label, direction) in ADVICE.items():

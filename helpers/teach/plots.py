@@ -6,7 +6,7 @@ value.
 
 import html
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -15,6 +15,7 @@ from IPython.display import HTML
 
 # The two colours differ in lightness too, so that they can be told apart in grey print and by the colour-blind.
 CHOSEN, REJECTED = "#1b6ca8", "#d9822b"
+OF_CHOSEN, OF_REJECTED = ({"color": color, "alpha": 0.6} for color in (CHOSEN, REJECTED))  # in a histogram
 DASHED = {"color": "grey", "linestyle": "--", "linewidth": 1}  # a line to compare with
 
 
@@ -38,11 +39,18 @@ def _by_beta(table: pd.DataFrame) -> Iterator[tuple[str, tuple, pd.DataFrame]]:
         yield f"{beta:g}", plt.get_cmap("viridis")(0.9 * place / max(len(groups) - 1, 1)), rows
 
 
+def _histograms(axis: plt.Axes, *parts: tuple[Sequence[float], str, dict], start: float = math.inf) -> None:
+    """Histograms of (values, label, style) over one another, with the same bins from the least value or `start`."""
+    span = min(start, *(min(values) for values, *_ in parts)), max(max(values) for values, *_ in parts)
+    for values, label, style in parts:
+        axis.hist(values, 30, range=span, label=label, **style)
+    axis.legend()
+
+
 def plot_training(history: list[dict]) -> plt.Figure:
     """Loss, margin and preference accuracy by step: is it learning, and on pairs that it has not seen?
 
-    Args:
-        history: as in `Run.history`; its evaluations, if any, are drawn as held-out points.
+    `history` is that of a Run; its evaluations, if any, are drawn as held-out points.
     """
     figure, axes = _subplots(1, 3, figsize=(12, 3.4))
     parts = (
@@ -62,36 +70,27 @@ def plot_training(history: list[dict]) -> plt.Figure:
 
 
 def plot_log_ratios(table: pd.DataFrame) -> plt.Figure:
-    """Log-ratio of chosen and rejected for each held-out pair: which side moved, and which way?
-
-    Args:
-        table: as in `Run.held_out`.
-    """
+    """Log-ratio of both sides for each pair of `Run.held_out`: which side moved, and which way?"""
     chosen = table.chosen_policy - table.chosen_reference
     rejected = table.rejected_policy - table.rejected_reference
     figure, axis = _subplots(figsize=(7, 3.4))
-    span = (min(chosen.min(), rejected.min()), max(chosen.max(), rejected.max()))
-    axis.hist(chosen, 30, range=span, color=CHOSEN, alpha=0.6, label=f"chosen, mean {chosen.mean():+.2f}")
-    axis.hist(rejected, 30, range=span, color=REJECTED, alpha=0.6, label=f"rejected, mean {rejected.mean():+.2f}")
+    _histograms(
+        axis,
+        (chosen, f"chosen, mean {chosen.mean():+.2f}", OF_CHOSEN),
+        (rejected, f"rejected, mean {rejected.mean():+.2f}", OF_REJECTED),
+    )
     axis.axvline(0, **DASHED)
     axis.set(xlabel="log policy - log reference (nats)", ylabel="held-out pairs")
-    axis.legend()
     return figure
 
 
 def plot_lengths(chosen: list[int], rejected: list[int]) -> plt.Figure:
-    """Lengths of the two sides: could length alone tell them apart?
-
-    Args:
-        chosen, rejected: tokens in each completion, shape (pairs,).
-    """
+    """Tokens in each completion of the two sides: could length alone tell them apart?"""
     figure, axes = _subplots(1, 2, figsize=(10, 3.4))
-    span = (0, max(*chosen, *rejected))
-    axes[0].hist(chosen, 30, range=span, color=CHOSEN, alpha=0.6, label="chosen")
-    axes[0].hist(rejected, 30, range=span, color=REJECTED, alpha=0.6, label="rejected")
+    _histograms(axes[0], (chosen, "chosen", OF_CHOSEN), (rejected, "rejected", OF_REJECTED), start=0)
     axes[0].set(xlabel="tokens in the completion", ylabel="pairs")
-    axes[0].legend()
     axes[1].scatter(rejected, chosen, s=8, color=CHOSEN)
+    span = (0, max(*chosen, *rejected))
     axes[1].plot(span, span, **DASHED, label="equal length")
     axes[1].set(xlabel="tokens in rejected", ylabel="tokens in chosen")
     axes[1].legend()
@@ -101,35 +100,29 @@ def plot_lengths(chosen: list[int], rejected: list[int]) -> plt.Figure:
 def plot_shares(shares: pd.DataFrame, *, label: str) -> plt.Figure:
     """A share for each row with its interval: which groups differ by more than chance?
 
-    Args:
-        shares: index of group names; columns share, low, high (0 to 1) and pairs (count).
-        label: of the x-axis: of what they are shares.
+    `shares` has group names as its index, and columns share, low, high (0 to 1) and pairs (count); `label` says of
+    what they are shares.
     """
     return plot_compared({"95% interval": shares}, label=label, baseline=0.5)
 
 
 def plot_margins(rewards: pd.DataFrame) -> plt.Figure:
-    """Margins of pairs before and after training: did all pairs move, or a few of them?
-
-    Args:
-        rewards: as from `implicit_rewards`.
-    """
+    """Margins of pairs before and after training, as from `implicit_rewards`: did all pairs move, or a few of them?"""
     before, after = (
         rewards[f"chosen_{name}"] / rewards.chosen_tokens - rewards[f"rejected_{name}"] / rewards.rejected_tokens
         for name in ("reference", "policy")
     )
     figure, axes = _subplots(1, 2, figsize=(11, 3.4), sharey=True)
-    axes[0].hist(rewards.margin, 30, color=CHOSEN, alpha=0.6, label=f"after, mean {rewards.margin.mean():+.2f}")
-    axes[0].axvline(0, color="black", linestyle="--", linewidth=1, label="before: 0 for every pair")
+    line = {"color": "black", "linestyle": "--", "linewidth": 1}
+    _histograms(axes[0], (rewards.margin, f"after, mean {rewards.margin.mean():+.2f}", OF_CHOSEN))
+    axes[0].axvline(0, **line, label="before: 0 for every pair")
     axes[0].set(xlabel="implicit reward of chosen - of rejected", ylabel="pairs", title="relative to the reference")
-    for values, name, style in (
-        (before, "before (reference)", {"color": REJECTED}),
-        (after, "after (policy)", {"color": CHOSEN, "hatch": "//"}),
-    ):
-        span = (min(before.min(), after.min()), max(before.max(), after.max()))
-        label = f"{name}, {(values > 0).mean():.0%} above 0"
-        axes[1].hist(values, 30, range=span, alpha=0.5, label=label, **style)
-    axes[1].axvline(0, color="black", linestyle="--", linewidth=1)
+    _histograms(
+        axes[1],
+        (before, f"before (reference), {(before > 0).mean():.0%} above 0", {"color": REJECTED, "alpha": 0.5}),
+        (after, f"after (policy), {(after > 0).mean():.0%} above 0", {"color": CHOSEN, "alpha": 0.5, "hatch": "//"}),
+    )
+    axes[1].axvline(0, **line)
     axes[1].set(xlabel="log-prob per token, chosen - rejected (nats)", title="each model by itself")
     for axis in axes:
         axis.legend(fontsize=8)
@@ -137,11 +130,7 @@ def plot_margins(rewards: pd.DataFrame) -> plt.Figure:
 
 
 def plot_rewards_by_length(rewards: pd.DataFrame) -> plt.Figure:
-    """Implicit reward against length: is it the length that is rewarded?
-
-    Args:
-        rewards: as from `implicit_rewards`.
-    """
+    """Implicit reward against length, as from `implicit_rewards`: is it the length that is rewarded?"""
     figure, axis = _subplots(figsize=(7, 3.6))
     for side, color, marker in (("chosen", CHOSEN, "o"), ("rejected", REJECTED, "x")):
         tokens, reward = rewards[f"{side}_tokens"], rewards[f"{side}_reward"]
@@ -157,13 +146,10 @@ _LINE, _LEAST = 88, 5
 
 
 def plot_token_rewards(tokens: pd.DataFrame) -> plt.Figure:
-    """Heat map over the words of chosen and rejected: which of them does the policy like more than its reference?
+    """Heat map over the words of `token_rewards`: which of them does the policy like more than its reference?
 
     Purple words have become likelier, orange ones less likely. The number below a word says the same, for readers who
     print in grey or cannot tell the two colours apart. Text is drawn as it is, never read as a formula.
-
-    Args:
-        tokens: as from `token_rewards`.
     """
     words = tokens.groupby(["side", "word"], sort=False).agg(text=("token", "".join), ratio=("log_ratio", "sum"))
     limit = max(words.ratio.abs().max(), 1e-9)
@@ -198,23 +184,12 @@ def plot_token_rewards(tokens: pd.DataFrame) -> plt.Figure:
 
 
 def plot_frontier(table: pd.DataFrame) -> plt.Figure:
-    """Held-out accuracy against KL: what does each nat of drift buy?
-
-    Args:
-        table: as in `Sweep.finished`: a point for each run, with its 95 percent intervals.
-    """
+    """Held-out accuracy against KL of each run in `Sweep.finished`: what does each nat of drift buy?"""
     figure, axis = _subplots(figsize=(7, 4))
     for beta, colour, rows in _by_beta(table):
-        axis.errorbar(
-            rows.kl,
-            rows.accuracy,
-            xerr=1.96 * rows.kl_error,
-            yerr=[rows.accuracy - rows.accuracy_low, rows.accuracy_high - rows.accuracy],
-            fmt="o",
-            color=colour,
-            elinewidth=0.6,
-            label=beta,
-        )
+        bars = [rows.accuracy - rows.accuracy_low, rows.accuracy_high - rows.accuracy]
+        style = {"fmt": "o", "color": colour, "elinewidth": 0.6, "label": beta}
+        axis.errorbar(rows.kl, rows.accuracy, xerr=1.96 * rows.kl_error, yerr=bars, **style)
     axis.set(xlabel="KL(policy || reference) of sampled replies (nats a reply)", ylabel="held-out preference accuracy")
     figure.legend(title="beta", fontsize=8, loc="outside right upper")
     return figure
@@ -223,9 +198,8 @@ def plot_frontier(table: pd.DataFrame) -> plt.Figure:
 def plot_gaps_and_margins(history: pd.DataFrame) -> plt.Figure:
     """Log-ratio gap and margin by step, a line for each beta: only one of the two can be compared.
 
-    Args:
-        history: as in `Sweep.history`; seeds are averaged. A point of a line is the mean over the batches since the
-            point before. Diamonds are held-out pairs, if they were scored during training.
+    `history` is that of a Sweep; seeds are averaged. A point of a line is the mean over the batches since the point
+    before. Diamonds are held-out pairs, if they were scored during training.
     """
     figure, axes = _subplots(1, 2, figsize=(11, 3.8))
     parts = (
@@ -244,11 +218,7 @@ def plot_gaps_and_margins(history: pd.DataFrame) -> plt.Figure:
 
 
 def plot_changes(table: pd.DataFrame) -> plt.Figure:
-    """Change of the chosen's and the rejected's log-prob by beta: which side makes the gap?
-
-    Args:
-        table: as in `Sweep.finished`; a point for each run.
-    """
+    """Change of the chosen's and the rejected's log-prob by beta in `Sweep.finished`: which side makes the gap?"""
     figure, axis = _subplots(figsize=(7, 3.4))
     betas = [f"{beta:g}" for beta in table.beta]  # as text, so that they are evenly spaced
     axis.plot(betas, table.chosen_change, "o", color=CHOSEN, alpha=0.8, label="chosen")
@@ -262,11 +232,8 @@ def plot_changes(table: pd.DataFrame) -> plt.Figure:
 def plot_compared(shares: dict[str, pd.DataFrame], *, label: str, baseline: float | None = None) -> plt.Figure:
     """The same shares for several models, side by side: where do they differ by more than chance?
 
-    Args:
-        shares: for each model a table as `plot_shares` takes it, with the same index. A point whose low and high are
-            missing (NaN) gets no interval.
-        label: of the x-axis: of what they are shares.
-        baseline: where a coin would be, if there is one.
+    `shares` has for each model a table as `plot_shares` takes it, with the same index. A point whose low and high are
+    missing (NaN) gets no interval. `baseline` is where a coin would be, if there is one.
     """
     rows = next(iter(shares.values()))
     figure, axis = _subplots(figsize=(8, 0.8 + 0.22 * len(rows) * max(len(shares), 2)))
@@ -287,11 +254,7 @@ def plot_compared(shares: dict[str, pd.DataFrame], *, label: str, baseline: floa
 
 
 def plot_thought_lengths(tokens: dict[str, list[int]]) -> plt.Figure:
-    """How long the thoughts of each model are: quartiles as a box, the mean as a diamond.
-
-    Args:
-        tokens: for each model the tokens of each thought, 0 for a reply without one.
-    """
+    """How many tokens the thoughts of each model have: quartiles as a box, the mean as a diamond."""
     figure, axis = _subplots(figsize=(8, 0.8 + 0.5 * len(tokens)))
     means = {"marker": "D", "markerfacecolor": CHOSEN, "markeredgecolor": CHOSEN}
     axis.boxplot(tokens.values(), orientation="horizontal", tick_labels=list(tokens), showmeans=True, meanprops=means)
@@ -301,11 +264,7 @@ def plot_thought_lengths(tokens: dict[str, list[int]]) -> plt.Figure:
 
 
 def plot_symptoms(rows: list[dict]) -> plt.Figure:
-    """How does each symptom look, next to the cured run? Symptoms that no curve shows are left out.
-
-    Args:
-        rows: as `lessons.guide` gives them.
-    """
+    """How does each symptom of `guide` look, next to the cured run? Symptoms that no curve shows are left out."""
     drawn = [row for row in rows if row["curve"]]
     height = math.ceil(len(drawn) / 3)
     figure, axes = _subplots(height, 3, figsize=(9, 1.9 * height), squeeze=False)
@@ -325,14 +284,8 @@ def plot_symptoms(rows: list[dict]) -> plt.Figure:
 
 
 def symptom_table(rows: list[dict]) -> HTML:
-    """The words and numbers of each symptom, in full width.
-
-    Args:
-        rows: as `lessons.guide` gives them.
-    """
+    """The words and numbers of each symptom of `guide`, in full width."""
     names = [name for name in rows[0] if name not in ("curve", "histories")]
     head = "".join(f'<th style="text-align:left">{html.escape(name)}</th>' for name in names)
-    lines = [
-        "".join(f'<td style="text-align:left">{html.escape(str(row[name]))}</td>' for name in names) for row in rows
-    ]
-    return HTML(f"<table><tr>{head}</tr><tr>{'</tr><tr>'.join(lines)}</tr></table>")
+    cells = [[f'<td style="text-align:left">{html.escape(str(row[name]))}</td>' for name in names] for row in rows]
+    return HTML(f"<table><tr>{head}</tr><tr>{'</tr><tr>'.join(map(''.join, cells))}</tr></table>")

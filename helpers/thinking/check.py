@@ -8,47 +8,40 @@ from typing import Any
 
 import yaml
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from helpers.common import UserError
 from helpers.data.findings import Finding
 from helpers.data.render import encode, render, template_options
-from helpers.thinking.tags import CLOSE, OPEN, OPEN_AT_END, Thinking, has_tag, split_thinking, think_boundary
+from helpers.model import Tokenizer
+from helpers.thinking.tags import CLOSE, OPEN, OPEN_AT_END, has_tag, split_thinking, think_boundary
 
-_THINKING_FINDINGS: dict[str, dict[str, Any]] = yaml.safe_load(
-    Path(__file__).with_name("findings.yaml").read_text("utf-8")
-)
-_CODES = {  # of `Thinking.problems`
-    "unclosed": "thought_unclosed",
-    "unopened": "thought_unopened",
-    "nested": "thought_nested",
-    "repeated": "thought_repeated",
-    "spelling": "think_spelling",
-    "empty": "thought_empty",
-    "text before": "thought_late",
-}
+_FOUND: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("findings.yaml").read_text("utf-8"))
+_CODES = {"spelling": "think_spelling", "text before": "thought_late"}  # of `Thinking.problems`, if not thought_...
 
 
-def _prompt_codes(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase) -> set[str]:
+def _codes(content: str, tokenizer: Tokenizer, opened: bool) -> tuple[set[str], str | None]:
+    """The codes of what is wrong with the tags of a text, and its thought."""
+    found = split_thinking(content, tokenizer, opened)
+    return {_CODES.get(problem, f"thought_{problem}") for problem in found.problems}, found.thought
+
+
+def _prompt_codes(prompt: str | list[dict], tokenizer: Tokenizer) -> set[str]:
     """What is wrong in the turns before the reply. Earlier thoughts that are whole are left to the template."""
     if isinstance(prompt, str):  # rendered already: it may end in an open thought, or in an empty one
         return {"think_in_prompt"} if has_tag(re.sub(rf"{OPEN}\s*(?:{CLOSE}\s*)?$", "", prompt)) else set()
     codes = set()
     for turn in prompt:
         if turn["role"] == "assistant":
-            codes |= {_CODES[problem] for problem in split_thinking(turn["content"], tokenizer, False).problems}
+            codes |= _codes(turn["content"], tokenizer, opened=False)[0]
         elif has_tag(turn["content"]):
             codes.add("think_in_prompt")
     return codes
 
 
-def check_thinking(
-    pairs: Iterable[dict], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
-) -> list[Finding]:
+def check_thinking(pairs: Iterable[dict], tokenizer: Tokenizer, max_length: int | None = None) -> list[Finding]:
     """What is wrong with the thoughts of these pairs, for a report of `check_pairs`: `report.add(check_thinking(...))`.
 
-    It looks at each message as it is written. If that is in order, it looks at what the chat template makes of it:
-    the tokens that the trainer will see.
+    It looks at each message as it is written, and if that is in order, at what the chat template makes of it.
 
     Args:
         pairs: rows as `render_thinking` and `load_pairs` give them; or prompt, chosen and rejected as the text that
@@ -56,50 +49,43 @@ def check_thinking(
         tokenizer: of the model that they are for.
         max_length: tokens of prompt + completion that the trainer keeps.
 
-    Returns:
-        One finding for each thing that is wrong, with the rows that show it; none if all is well.
-
     Raises:
         UserError: rows without the columns prompt, chosen and rejected.
     """
     boundary = think_boundary(tokenizer)
     tags_are_text = boundary.kind == "ordinary" and not boundary.one_token
     found: dict[str, dict[int, str]] = defaultdict(dict)  # code -> position of the row -> how to name it
-    one_sided: dict[int, str] = {}
-    count = 0
-    for position, row in enumerate(pairs):
-        count += 1
+    rows = list(pairs)
+    for position, row in enumerate(rows):
         if not {"prompt", "chosen", "rejected"} <= set(row):
             raise UserError(f"Row {position + 1} has no prompt, chosen and rejected. Call render_thinking first.")
         name = row.get("origin") or f"row {position + 1}"
         for code in _prompt_codes(row["prompt"], tokenizer):
             found[code][position] = f"{name} (prompt)"
-        thinks = []
+        thinks = set()
         for side in ("chosen", "rejected"):
             codes, side_thinks = _side_codes(row, side, tokenizer, max_length)
-            thinks.append(side_thinks)
+            thinks.add(side_thinks)
             if tags_are_text and (side_thinks or codes):
                 codes.add("tags_are_text")
             for code in codes:
                 found[code].setdefault(position, f"{name} ({side})")
-        if thinks[0] != thinks[1]:
-            one_sided[position] = name
-    if len(one_sided) > count / 2:
-        found["thought_one_sided"] = one_sided
+        if len(thinks) == 2:
+            found["thought_one_sided"][position] = name
+    if len(found["thought_one_sided"]) <= len(rows) / 2:
+        del found["thought_one_sided"]
     return [
         Finding(code, count=len(found[code]), rows=tuple(found[code]), origins=tuple(found[code].values())[:5], **one)
-        for code, one in _THINKING_FINDINGS.items()
+        for code, one in _FOUND.items()
         if code in found
     ]
 
 
-def _side_codes(
-    row: dict, side: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-) -> tuple[set[str], bool]:
+def _side_codes(row: dict, side: str, tokenizer: Tokenizer, max_length: int | None) -> tuple[set[str], bool]:
     """The codes of what is wrong with one side, and whether it thinks."""
     prompt, reply = row["prompt"], row[side]
     if isinstance(prompt, str):
-        before, full, written = prompt, prompt + reply, Thinking(None, None)
+        before, full, codes, written = prompt, prompt + reply, set(), None
     else:
         try:
             options = template_options(row)
@@ -110,19 +96,16 @@ def _side_codes(
         content = reply[-1]["content"]
         # The template of a thinking-only model also takes a message whose thought only closes.
         only_closes = CLOSE in content and OPEN not in content and OPEN_AT_END.search(before)
-        written = split_thinking(content, tokenizer, opened=bool(only_closes))
+        codes, written = _codes(content, tokenizer, opened=bool(only_closes))
     before_ids, full_ids = encode(tokenizer, [before, full])
-    completion = full[len(before) :]
-
-    codes, thought = {_CODES[problem] for problem in written.problems}, written.thought
-    if not codes and thought and thought not in full:
+    completion, thought = full[len(before) :], written
+    if not codes and written and written not in full:
         codes = {"thought_lost"}
     elif not codes and full_ids[: len(before_ids)] != before_ids:
         codes = {"thought_breaks_prompt"}
     elif not codes:
-        seen = split_thinking(completion, tokenizer, opened=bool(OPEN_AT_END.search(before)))
-        codes, thought = {_CODES[problem] for problem in seen.problems}, seen.thought
-        if not isinstance(prompt, str) and not written.thought:
+        codes, thought = _codes(completion, tokenizer, opened=bool(OPEN_AT_END.search(before)))
+        if not isinstance(prompt, str) and not written:
             codes.discard("thought_empty")  # the template's own block, around no thought
     if max_length and len(full_ids) > max_length and CLOSE in completion:
         to_close = full[: full.rfind(CLOSE) + len(CLOSE)]

@@ -9,31 +9,22 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from helpers.common import UserError
 from helpers.data.load import BUNDLED_PAIRS
 from helpers.data.sources import open_source
+from helpers.model import Tokenizer
 from helpers.thinking.tags import CLOSE, OPEN, think_boundary
 
 BUNDLED_THINKING = BUNDLED_PAIRS.with_name("thinking_pairs.jsonl")
-THINKING_FIELDS = (
-    "prompt",
-    "chosen_thought",
-    "chosen_answer",
-    "rejected_thought",
-    "rejected_answer",
-    "flaw",
-    "topic",
-    "answer",
-)
+THINKING_FIELDS = ("prompt", "chosen_thought", "chosen_answer", "rejected_thought", "rejected_answer")
+THINKING_FIELDS += ("flaw", "topic", "answer")
 
 
 def load_thinking_pairs(path: str | Path = BUNDLED_THINKING) -> list[dict]:
     """Thinking pairs from the JSONL file at `path`, by default the 72 of this project; `origin` is file and line.
 
-    A language model wrote those for this project and twice read them through critically; no person has. There are 12
-    for each of six topics, with six flaws. In 66 of them both sides think, at similar length.
+    A language model wrote those for this project and twice read them through critically; no person has.
 
     Raises:
         UserError: no such file, a line that is no JSON object, a field that is missing or no text.
@@ -54,29 +45,16 @@ def load_thinking_pairs(path: str | Path = BUNDLED_THINKING) -> list[dict]:
     return pairs
 
 
-def render_thinking(
-    pairs: Iterable[dict], tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | None = None
-) -> Dataset:
-    """Thinking pairs as conversations, in the form of `load_pairs`, for this model's chat template.
+def render_thinking(pairs: Iterable[dict], tokenizer: Tokenizer, enable_thinking: bool | None = None) -> Dataset:
+    """Thinking pairs as conversations, in the form of `load_pairs` with an `answer`, for this model's chat template.
 
-    Prompt + completion then carries exactly one `<think>...</think>`, and the prompt stays a token prefix:
-
-    - A thought goes between the tags, in the message's content. A template that has opened it in the generation
-      prompt does not write the tag twice.
-    - With `enable_thinking=False` the prompt of a hybrid model holds the (empty) thought: only the answers are left.
-    - No thought (None) means no tag in an ordinary model, and the template's own empty block in a hybrid one. A
-      thinking-only model has opened the thought already, and an empty one would change the prompt's last token (two
-      newlines are one token), so the thought is "...".
-
-    Earlier turns of a prompt are left to the template, which treats them as it does at inference.
+    Prompt + completion then carries exactly one `<think>...</think>`, and the prompt stays a token prefix. With
+    `enable_thinking=False` the prompt of a hybrid model holds the (empty) thought: only the answers are left. Earlier
+    turns of a prompt are left to the template, which treats them as it does at inference.
 
     Args:
-        pairs: as `load_thinking_pairs` gives them.
-        tokenizer: of the model that they are for.
+        pairs, tokenizer: as `load_thinking_pairs` gives them, and of the model that they are for.
         enable_thinking: only for a hybrid model; False puts an empty thought into its prompt.
-
-    Returns:
-        Pairs in the form of `load_pairs`, with the columns flaw, topic, answer and origin.
 
     Raises:
         UserError: `enable_thinking` for a model whose template has no such switch.
@@ -87,6 +65,7 @@ def render_thinking(
 
     def reply(thought: str | None, answer: str) -> list[dict]:
         if thought is None and boundary.kind == "thinking-only":
+            # It is opened already, and an empty one would change the prompt's last token (two newlines are one token).
             thought = "..."
         if thought is not None and not boundary.prompt_skips:
             answer = f"{OPEN}\n{thought.strip()}\n{CLOSE}\n\n{answer.strip()}"
@@ -96,12 +75,8 @@ def render_thinking(
     rows = []
     for number, pair in enumerate(pairs, 1):
         prompt = pair["prompt"]
-        row = {
-            "prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
-            "chosen": reply(pair["chosen_thought"], pair["chosen_answer"]),
-            "rejected": reply(pair["rejected_thought"], pair["rejected_answer"]),
-            **{name: pair[name] for name in ("flaw", "topic", "answer")},
-            "origin": pair.get("origin", f"row {number}"),
-        }
-        rows.append(row | options)
+        row = {"prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
+        row |= {side: reply(pair[f"{side}_thought"], pair[f"{side}_answer"]) for side in ("chosen", "rejected")}
+        row |= {name: pair[name] for name in ("flaw", "topic", "answer")}
+        rows.append(row | {"origin": pair.get("origin", f"row {number}")} | options)
     return Dataset.from_list(rows)

@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable, Sequence
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
+from helpers.model import Tokenizer
 from helpers.model.generate import Reply
 from helpers.run.metrics import wilson_interval
 from helpers.thinking.tags import split_thinking
@@ -36,24 +36,18 @@ def is_right(answer: str | None, expected: str) -> bool:
     return re.search(rf"(?<!\w)(?:{words})(?!\w)", answer, re.IGNORECASE) is not None
 
 
-def _is_true_calculation(x: str, sign: str, y: str, result: str) -> bool:
-    if sign == "/":
-        return int(result) * int(y) == int(x)
-    return step_result(int(x), sign, int(y)) == int(result)
-
-
 _UNIT_SIZES = {(big, small): size for size, units in UNITS.items() for big, small, _ in units}
 _STATEMENTS: tuple[tuple[str, Callable[..., bool]], ...] = (  # pattern, whether the statement found is true
-    (r"(?<![\d.])(?<![-+*/] )(\d+) ([-+*/]) (\d+) = (\d+)(?![\d.]*\d)", _is_true_calculation),
-    (r"(\d+)% of (\d+) = (\d+)", lambda percent, of, result: int(percent) * int(of) == 100 * int(result)),
-    (r"(\d+) < (\d+)", lambda x, y: int(x) < int(y)),
-    (r"(\d+) > (\d+)", lambda x, y: int(x) > int(y)),
     (
-        rf"(\d+) days after ({'|'.join(DAYS)}) comes (\w+)",
-        lambda n, day, end: step_result(int(n), "days after", day) == end,
+        r"(?<![\d.])(?<![-+*/] )(\d+) ([-+*/]) (\d+) = (\d+)(?![\d.]*\d)",
+        lambda x, sign, y, result: result * y == x if sign == "/" else step_result(x, sign, y) == result,
     ),
-    (rf"({'|'.join(MONTHS)}) has (\d+) days", lambda month, days: MONTHS[month] == int(days)),
-    (r"One (\w+) is (\d+) (\w+)", lambda big, size, small: _UNIT_SIZES.get((big, small), int(size)) == int(size)),
+    (r"(\d+)% of (\d+) = (\d+)", lambda percent, of, result: percent * of == 100 * result),
+    (r"(\d+) < (\d+)", lambda x, y: x < y),
+    (r"(\d+) > (\d+)", lambda x, y: x > y),
+    (rf"(\d+) days after ({'|'.join(DAYS)}) comes (\w+)", lambda n, day, end: step_result(n, "days after", day) == end),
+    (rf"({'|'.join(MONTHS)}) has (\d+) days", lambda month, days: MONTHS[month] == days),
+    (r"One (\w+) is (\d+) (\w+)", lambda big, size, small: _UNIT_SIZES.get((big, small), size) == size),
     (r"In a (race|game of points) the (smallest|largest) number wins", lambda a, b: (a == "race") == (b == "smallest")),
 )
 
@@ -71,49 +65,37 @@ def false_steps(thought: str) -> list[str]:
         found[0]
         for pattern, is_true in _STATEMENTS
         for found in re.finditer(pattern, thought)
-        if not is_true(*found.groups())
+        if not is_true(*(int(part) if part.isdecimal() else part for part in found.groups()))
     ]
 
 
-def thought_table(replies: Sequence[Reply], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+def thought_table(replies: Sequence[Reply], answers: Sequence[str], tokenizer: Tokenizer) -> pd.DataFrame:
     """What a program can say of the thoughts in these replies; the means of the columns describe the model.
 
-    Args:
-        replies: as `generate_replies` gives them.
-        answers: what each answer must say (the field `answer` of a pair), in the order of `replies`.
-        tokenizer: of the model that replied.
+    One row for each reply: well_formed (one whole thought, then the answer, no other tag), closed (a thought ends and
+    an answer follows, whatever else is wrong), right (see `is_right`; an answer without a thought counts too),
+    false_steps (how many), thought_tokens (0 without a thought) and cut (it reached max_new_tokens before its end).
 
-    Returns:
-        One row for each reply: well_formed (one whole thought, then the answer, no other tag), closed (a thought ends
-        and an answer follows, whatever else is wrong), right (see `is_right`; an answer without a thought counts
-        too), false_steps (how many), thought_tokens (0 without a thought) and cut (the reply reached max_new_tokens
-        before its end).
+    Args:
+        replies, tokenizer: as `generate_replies` gives them, and of the model that replied.
+        answers: what each answer must say (the field `answer` of a pair), in the order of `replies`.
     """
     rows = []
     for reply, answer in zip(replies, answers, strict=True):
         found = split_thinking(reply.ids, tokenizer)
         thought = found.thought or ""
-        rows.append(
-            {
-                "well_formed": found.well_formed,
-                "closed": found.thought is not None and found.answer is not None,
-                "right": is_right(found.answer, answer),
-                "false_steps": len(false_steps(thought)),
-                "thought_tokens": len(tokenizer.encode(thought, add_special_tokens=False)),
-                "cut": not reply.ended,
-            }
-        )
-    return pd.DataFrame(rows)
+        closed = found.thought is not None and found.answer is not None
+        tokens = len(tokenizer.encode(thought, add_special_tokens=False))
+        right, false = is_right(found.answer, answer), len(false_steps(thought))
+        rows.append((found.well_formed, closed, right, false, tokens, not reply.ended))
+    return pd.DataFrame(rows, columns=["well_formed", "closed", "right", "false_steps", "thought_tokens", "cut"])
 
 
 def thought_shares(table: pd.DataFrame) -> pd.DataFrame:
-    """Shares of well-formed, closed and right replies in a table of `thought_table`.
+    """Shares of well-formed, closed and right replies in a `table` of `thought_table`, each a row.
 
-    Returns:
-        Three rows; columns share, low, high (Wilson, 95 percent) and pairs (the count of replies).
+    Columns are share, low, high (Wilson, 95 percent) and pairs (the count of replies).
     """
-    rows = {}
-    for column in ("well_formed", "closed", "right"):
-        low, high = wilson_interval(int(table[column].sum()), len(table))
-        rows[column.replace("_", "-")] = {"share": table[column].mean(), "low": low, "high": high, "pairs": len(table)}
-    return pd.DataFrame.from_dict(rows, orient="index").astype({"pairs": int})
+    names, n = ["well_formed", "closed", "right"], len(table)
+    rows = [(table[name].mean(), *wilson_interval(int(table[name].sum()), n), n) for name in names]
+    return pd.DataFrame(rows, columns=["share", "low", "high", "pairs"], index=["well-formed", *names[1:]])

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase
-
 from helpers.data.render import render
+from helpers.model import Tokenizer
 
 OPEN, CLOSE = "<think>", "</think>"
 OPEN_AT_END = re.compile(rf"{OPEN}\s*$")
@@ -29,7 +28,7 @@ class ThinkBoundary:
 
     `kind` is "thinking-only" (the generation prompt always opens a thought), "hybrid" (`enable_thinking=False` puts
     an empty thought into the generation prompt) or "ordinary" (the template knows nothing of thoughts).
-    `open_ids` and `close_ids` are token ids: one each if the model has the tags as tokens, several if not.
+    `open_ids` and `close_ids` are one token each if the model has the tags as tokens, several if not.
     `prompt_opens`: the generation prompt ends inside a thought. `prompt_skips`: it holds an empty one, closed.
     """
 
@@ -64,36 +63,32 @@ class Thinking:
         return self.thought is not None and not self.problems
 
 
-def _generation_end(tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
-    """What the template adds to a conversation to open the model's reply."""
-    messages = [{"role": "user", "content": "Hi"}]
-    without = render(tokenizer, messages, **options)
-    return render(tokenizer, messages, add_generation_prompt=True, **options)[len(without) :]
-
-
-def think_boundary(tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | None = None) -> ThinkBoundary:
+def think_boundary(tokenizer: Tokenizer, enable_thinking: bool | None = None) -> ThinkBoundary:
     """How this model opens and closes a thought, read from its tokens and its chat template.
 
-    Args:
-        tokenizer: the model's.
-        enable_thinking: passed to the chat template unless it is None (hybrid models have this switch).
-
-    Raises:
-        UserError: the tokenizer has no chat template.
+    `enable_thinking` is passed to the chat template unless it is None (hybrid models have this switch). Raises
+    UserError if the `tokenizer` has no chat template.
     """
-    end = _generation_end(tokenizer, **({} if enable_thinking is None else {"enable_thinking": enable_thinking}))
-    opens = OPEN_AT_END.search(end) is not None
-    hybrid = CLOSE in _generation_end(tokenizer, enable_thinking=False)
+    messages = [{"role": "user", "content": "Hi"}]
+
+    def end(**options: Any) -> str:
+        """What the template adds to a conversation to open the model's reply."""
+        without = render(tokenizer, messages, **options)
+        return render(tokenizer, messages, add_generation_prompt=True, **options)[len(without) :]
+
+    prompt = end() if enable_thinking is None else end(enable_thinking=enable_thinking)
+    opens = OPEN_AT_END.search(prompt) is not None
+    hybrid = CLOSE in end(enable_thinking=False)
     return ThinkBoundary(
         kind="hybrid" if hybrid else "thinking-only" if opens else "ordinary",
         open_ids=tuple(tokenizer.encode(OPEN, add_special_tokens=False)),
         close_ids=tuple(tokenizer.encode(CLOSE, add_special_tokens=False)),
         prompt_opens=opens,
-        prompt_skips=CLOSE in end,
+        prompt_skips=CLOSE in prompt,
     )
 
 
-def _pieces(text_or_ids: str | Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _pieces(text_or_ids: str | Sequence[int], tokenizer: Tokenizer) -> list[str]:
     """Text, tag, text, tag, ..., text; up to the end of the turn."""
     if not isinstance(text_or_ids, str):
         ids = [int(i) for i in text_or_ids]
@@ -101,8 +96,7 @@ def _pieces(text_or_ids: str | Sequence[int], tokenizer: PreTrainedTokenizerBase
             ids = ids[: ids.index(tokenizer.eos_token_id)]
         boundary = think_boundary(tokenizer)
         if boundary.one_token:  # only the token is the tag; the same letters in other tokens are not
-            pieces: list[str] = []
-            start = 0
+            pieces, start = [], 0
             for i, token in enumerate(ids):
                 if token in boundary.open_ids + boundary.close_ids:
                     pieces += [tokenizer.decode(ids[start:i]), OPEN if token in boundary.open_ids else CLOSE]
@@ -114,9 +108,7 @@ def _pieces(text_or_ids: str | Sequence[int], tokenizer: PreTrainedTokenizerBase
     return re.split(f"({OPEN}|{CLOSE})", text_or_ids)
 
 
-def split_thinking(
-    text_or_ids: str | Sequence[int], tokenizer: PreTrainedTokenizerBase, opened: bool | None = None
-) -> Thinking:
+def split_thinking(text_or_ids: str | Sequence[int], tokenizer: Tokenizer, opened: bool | None = None) -> Thinking:
     """A reply's thought and answer.
 
     The last tag decides, as in chat templates: if it closes, the answer is what follows it; if it opens, the thought
@@ -125,7 +117,7 @@ def split_thinking(
     Args:
         text_or_ids: one reply, without its prompt, as text or token ids; what follows the end of the turn is left out.
         tokenizer: of the model that replied.
-        opened: whether the prompt ended inside a thought. Default: what the model's generation prompt does. Pass False
+        opened: whether the prompt ended inside a thought; by default what the model's generation prompt does, False
             for the content of a message, which carries both tags.
     """
     if opened is None:
@@ -133,26 +125,25 @@ def split_thinking(
     pieces = _pieces(text_or_ids, tokenizer)
     tags = pieces[1::2]
     problems = {"spelling"} if any(has_tag(text) for text in pieces[::2]) else set()
-    inside, blocks = opened, int(opened)
+    inside, any_block = opened, opened
     for tag in tags:
-        if tag == OPEN:
-            problems |= {"nested"} if inside else {"repeated"} if blocks else set()
-            inside, blocks = True, blocks + 1
-        else:
-            problems |= set() if inside else {"repeated"} if blocks else {"unopened"}
-            inside, blocks = False, max(blocks, 1)
-    if blocks == 0:
+        if tag == OPEN and inside:
+            problems.add("nested")
+        elif not inside and any_block:
+            problems.add("repeated")
+        elif tag == CLOSE and not inside:
+            problems.add("unopened")
+        inside, any_block = tag == OPEN, True
+    if not any_block:
         return Thinking(None, pieces[0].strip(), tuple(sorted(problems)))
 
-    start = 0
-    if not opened and tags[0] == OPEN:
-        start = 2
-        if pieces[0].strip():
-            problems.add("text before")
-    last = len(pieces) if inside else len(pieces) - 2  # the piece after the thought's last text
-    thought = "".join(pieces[start:last]).strip()
+    own_tag = not opened and tags[0] == OPEN
+    if own_tag and pieces[0].strip():
+        problems.add("text before")
     if inside:
         problems.add("unclosed")
+    # Without the answer and the tag before it.
+    thought = "".join(pieces[2 if own_tag else 0 : None if inside else -2]).strip()
     if not re.sub(f"{OPEN}|{CLOSE}", "", thought).strip():
         problems.add("empty")
     return Thinking(thought, None if inside else pieces[-1].strip(), tuple(sorted(problems)))

@@ -48,11 +48,6 @@ class CheckedPairs(NamedTuple):
     rule: dict[str, Any]
 
 
-def _is_bundled(pairs: Dataset) -> bool:
-    report = load_report(pairs)
-    return report is not None and report.bundled
-
-
 def check_both(
     train: Dataset, test: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, **rule: Any
 ) -> CheckedPairs:
@@ -88,6 +83,7 @@ class Job:
 
     def __post_init__(self) -> None:
         train, test = self.pairs.train, self.pairs.test
+        loaded = [load_report(report.pairs) for report in (train, test)]
         share_step(self.values)
         self.free = min(gather_object([free_memory(self.policy.device)]))  # of the fullest card
         self.info = RunInfo(
@@ -101,7 +97,8 @@ class Job:
                 test.hash,
                 {one.code: one.count for one in train.findings},
                 train.prompts,
-                bundled=all(_is_bundled(report.pairs) for report in (train, test)),
+                bundled=all(one is not None and one.bundled for one in loaded),
+                reading=loaded[0].reading if loaded[0] else [],
             ),
             base=self.policy.base,
             start=self.policy.adapter,

@@ -21,16 +21,14 @@ def train_sft(
 ) -> list[float]:
     """Train the model's adapter on prompt and chosen side of each pair, once through, the loss on the reply alone.
 
-    The adapter is changed in place, so a `train_dpo` after it takes the SFT model as its reference.
+    It is changed in place, so a `train_dpo` after it takes the SFT model as its reference. Returns the logged losses,
+    in nats per token.
 
     Args:
         model, tokenizer: with a LoRA adapter (`add_lora`), and its tokenizer.
         pairs: in the form that `load_pairs` gives; the rejected sides are not used.
         learning_rate: at its highest, after warm-up.
         seed: of the order of the pairs.
-
-    Returns:
-        The logged losses, in nats per token.
     """
     shared = ("lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "gradient_checkpointing", "bf16", "fp16")
     settings = {name: value for name, value in dpo_settings(model).items() if name in shared}

@@ -1,8 +1,7 @@
 """The beta sweep: one run for each beta and seed on one loaded model, measured alike, kept as it goes.
 
 Each run is a `train_dpo` run in a folder of its own, from a fresh adapter, so that it equals the same run made alone.
-What betas and seeds have in common is done once: the model is loaded, the pairs are checked, and the reference's
-log-probs are in the cache.
+What they have in common is done once: the model is loaded, the pairs are checked, the reference's log-probs are cached.
 """
 
 import dataclasses
@@ -13,7 +12,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -47,14 +46,12 @@ class Sweep:
     Attributes:
         folder: holds `sweep.json` (all of the below), `table.csv`, and a run folder for each beta and seed.
         info: model, settings, data, versions and machine, and how the reference's own replies look.
-        table: a row for each run. `status` is "finished" or says what failed. accuracy (share of held-out pairs with
-            a higher implicit reward for the chosen) with its 95 percent interval; log_ratio_gap, chosen_change and
-            rejected_change (mean log-ratios of held-out pairs, nats); margin (beta times the gap); kl and kl_error
-            (nats for a reply, see `sampled_kl`); reply_tokens, repetition, ended (means over sampled replies);
-            grad_norm and weight (mean sigmoid of -margin, by which a pair counts in the gradient: Rafailov et al.
-            2023, section 4) at the first and the last step; seconds.
-        history: a row for each logged step of each run: split ("train" or "held out"), loss, accuracy, margin,
-            log_ratio_gap (margin / beta, nats), chosen, rejected (log-ratios, nats), grad_norm.
+        table: a row for each run. `status` is "finished" or says what failed; held-out figures as in `Run.metrics`;
+            kl and kl_error (nats for a reply, see `sampled_kl`); means over sampled replies; grad_norm and weight (mean
+            sigmoid of -margin, by which a pair counts in the gradient: Rafailov et al. 2023, section 4) at the first
+            and the last step; seconds.
+        history: a row for each logged step of each run; split is "train" or "held out", log_ratio_gap, chosen and
+            rejected are in nats.
         gaps: log-ratio gap of each held-out pair; columns are (beta, seed).
     """
 
@@ -66,11 +63,7 @@ class Sweep:
 
     @classmethod
     def load(cls, path: str | Path) -> "Sweep":
-        """Read a sweep from `path`: its folder, or its `sweep.json` under another name.
-
-        Raises:
-            UserError: there is none that can be read.
-        """
+        """Read a sweep from `path`: its folder, or its `sweep.json` under another name. Raises UserError."""
         path = Path(path)
         file = path / "sweep.json" if path.is_dir() else path
         try:
@@ -90,11 +83,11 @@ class Sweep:
 
     def run(self, beta: float, seed: int = 0) -> Run:
         """The run of one beta and seed, with its adapter. Raises UserError if it is not in the sweep's folder."""
-        return Run.load(self.folder / _run_name(beta, seed))
+        return Run.load(self.run_folder(beta, seed))
 
-
-def _run_name(beta: float, seed: int) -> str:
-    return f"beta-{beta:g}-seed-{seed}"
+    def run_folder(self, beta: float, seed: int) -> Path:
+        """The folder of the run of one `beta` and `seed`."""
+        return self.folder / f"beta-{beta:g}-seed-{seed}"
 
 
 def _describe_replies(replies: list[Reply]) -> dict:
@@ -105,64 +98,33 @@ def _describe_replies(replies: list[Reply]) -> dict:
     }
 
 
-def _gaps(run: Run) -> np.ndarray:
-    """Log-ratio gap of each held-out pair in nats, shape (pairs,)."""
-    assert run.held_out is not None  # of a finished run
-    return run.held_out["log_ratio_gap"].to_numpy()
-
-
-def _figures(run: Run, beta: float) -> dict:
-    """Figures of a finished run that need no model."""
-    metrics, logged = run.metrics, [row for row in run.history if "grad_norm" in row]
-    low, high = metrics["accuracy_interval"]
+def _figures(run: Run, beta: float, gaps: np.ndarray) -> dict:
+    """Figures of a finished run that need no model; `gaps` are the log-ratio gaps of its held-out pairs."""
+    norms = [float(row["grad_norm"]) for row in run.history if "grad_norm" in row]
     names = ("log_ratio_gap", "margin", "chosen_change", "rejected_change", "train_seconds")
-    weight = torch.sigmoid(-beta * torch.from_numpy(_gaps(run))).mean()
-    return {
-        "steps": run.info.steps,
-        "accuracy": metrics["accuracy"],
-        "accuracy_low": low,
-        "accuracy_high": high,
-        **{name: metrics[name] for name in names},
-        "grad_norm_start": float(logged[0]["grad_norm"]),
-        "grad_norm_end": float(logged[-1]["grad_norm"]),
-        "weight_start": 0.5,  # every margin is 0
-        "weight_end": float(weight),
-    }
+    low, high = run.metrics["accuracy_interval"]
+    row = {"steps": run.info.steps, "accuracy": run.metrics["accuracy"], "accuracy_low": low, "accuracy_high": high}
+    row |= {name: run.metrics[name] for name in names} | {"grad_norm_start": norms[0], "grad_norm_end": norms[-1]}
+    weight = torch.sigmoid(-beta * torch.from_numpy(gaps)).mean()
+    return row | {"weight_start": 0.5, "weight_end": float(weight)}  # at the start every margin is 0
 
 
-def _curves(run: Run, beta: float, seed: int) -> list[dict]:
-    rows = []
-    for logged in run.history:
-        prefix = "eval_" if "eval_loss" in logged else ""
-        if f"{prefix}loss" not in logged:
-            continue
-        value = {name: float(logged[f"{prefix}rewards/{name}"]) for name in ("chosen", "rejected", "margins")}
-        rows.append(
-            {
-                "beta": beta,
-                "seed": seed,
-                "step": logged["step"],
-                "split": "held out" if prefix else "train",
-                "loss": float(logged[f"{prefix}loss"]),
-                "accuracy": float(logged[f"{prefix}rewards/accuracies"]),
-                "margin": value["margins"],
-                "log_ratio_gap": value["margins"] / beta,
-                "chosen": value["chosen"] / beta,
-                "rejected": value["rejected"] / beta,
-                "grad_norm": float(logged.get("grad_norm", "nan")),
-            }
-        )
-    return rows
+def _curve(logged: dict, beta: float, seed: int) -> dict:
+    """A row of `Sweep.history` from what the trainer logged at a step."""
+    prefix = "eval_" if "eval_loss" in logged else ""
+    names = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+    loss, accuracy, margin, chosen, rejected = (float(logged[prefix + name]) for name in names)
+    row = {"beta": beta, "seed": seed, "step": logged["step"], "split": "held out" if prefix else "train"}
+    row |= {"loss": loss, "accuracy": accuracy, "margin": margin}
+    row |= {"log_ratio_gap": margin / beta, "chosen": chosen / beta, "rejected": rejected / beta}
+    return row | {"grad_norm": float(logged.get("grad_norm", "nan"))}
 
 
 def _save(sweep: Sweep) -> None:
-    records = {
-        name: json.loads(getattr(sweep, name).to_json(orient="records")) for name in ("table", "history")
-    }  # by pandas, which writes NaN as null
-    gaps = [
-        {"beta": beta, "seed": seed, "gaps": sweep.gaps[beta, seed].round(4).tolist()}
-        for beta, seed in list(sweep.gaps)
-    ]
+    # By pandas, which writes NaN as null.
+    records = {name: json.loads(getattr(sweep, name).to_json(orient="records")) for name in ("table", "history")}
+    rounded = sweep.gaps.round(4)
+    gaps = [{"beta": beta, "seed": seed, "gaps": rounded[beta, seed].tolist()} for beta, seed in list(rounded)]
     write_json(sweep.folder / "sweep.json", {"info": sweep.info, **records, "gaps": gaps})
     write_atomic(sweep.folder / "table.csv", lambda path: sweep.table.to_csv(path, index=False))
 
@@ -206,18 +168,13 @@ def sweep_beta(
 
     Args:
         model: a model without adapter, as `load_model` gives it; it is the reference of every run.
-        tokenizer: the model's.
-        train, test: pairs in the form that `load_pairs` gives; no prompt may be in both.
+        tokenizer, train, test, callbacks: as in `train_dpo`.
         folder: of the sweep, e.g. `output_folder("beta_sweep")`.
         betas, seeds: to train with, each beta with each seed.
         prompts: how many held-out prompts get two sampled replies each, for the KL and the figures of replies;
             0 measures held-out pairs only.
         max_new_tokens: where a sampled reply is cut.
-        callbacks: of transformers, the same ones for each trainer.
         settings: DPOConfig settings, for all runs, that differ from `dpo_settings()`.
-
-    Returns:
-        The sweep; `sweep.table` has a row for each run, `recommend(sweep)` says which beta to take.
 
     Raises:
         UserError: a model with an adapter, no beta above 0, another sweep in the folder, and what `train_dpo` raises.
@@ -236,9 +193,9 @@ def sweep_beta(
     # Held-out prompts from all of the set, which may be sorted by topic.
     held_out = pairs.test.pairs
     every = max(1, len(held_out) // prompts) if prompts else 1
-    asked = list(held_out.select(range(0, len(held_out), every)))[:prompts]
-    sampling, callbacks = _Sampling(asked, max_new_tokens), list(callbacks)
-    folder = Path(folder)
+    sampling = {"prompts": list(held_out.select(range(0, len(held_out), every)))[:prompts]}
+    sampling["max_new_tokens"] = max_new_tokens
+    folder, callbacks = Path(folder), list(callbacks)
     folder.mkdir(parents=True, exist_ok=True)
     policy = Policy(model, tokenizer)
     config = describe_config(DPOConfig(output_dir=str(folder), **values))
@@ -246,19 +203,16 @@ def sweep_beta(
         "model": [policy.name, policy.base],
         "data": [pairs.train.hash, pairs.test.hash],
         "settings": {name: value for name, value in config.items() if name not in ("beta", "seed")},
-        "sampling": {"prompts": len(asked), "max_new_tokens": max_new_tokens},
+        "sampling": sampling | {"prompts": len(sampling["prompts"])},
     }
     sweep = _open_sweep(folder, {"identity": identity, "versions": versions(), "machine": machine()})
-    if asked and "reference" not in sweep.info:
-        replies = sample_twice(model, tokenizer, asked, max_new_tokens=max_new_tokens, seed=0)
-        sweep.info["reference"] = _describe_replies(replies)
-    done = set() if sweep.table.empty else set(sweep.finished[["beta", "seed"]].itertuples(index=False, name=None))
-    todo = [(beta, seed) for seed in seeds for beta in betas if (beta, seed) not in done]
+    if sampling["prompts"] and "reference" not in sweep.info:
+        sweep.info["reference"] = _describe_replies(sample_twice(model, tokenizer, **sampling, seed=0))
+    todo = [(beta, seed) for seed in seeds for beta in betas if (beta, seed) not in set(sweep.gaps)]  # unfinished ones
     began = time.monotonic()
     for number, (beta, seed) in enumerate(todo):
-        left = (
-            f", about {(time.monotonic() - began) / number * (len(todo) - number) / 60:.0f} min left" if number else ""
-        )
+        minutes = (time.monotonic() - began) / 60 / max(number, 1) * (len(todo) - number)
+        left = f", about {minutes:.0f} min left" if number else ""
         print(f"\nrun {number + 1} of {len(todo)}: beta {beta:g}, seed {seed}{left}", flush=True)
         # On a GPU the first run chooses by free memory how a step is made; the others make it alike.
         call = _SETTINGS | settings | sweep.info.get("step", {}) | {"beta": beta, "seed": seed}
@@ -267,46 +221,37 @@ def sweep_beta(
     return sweep
 
 
-class _Sampling(NamedTuple):
-    """Prompts (rows of pairs) that each policy is asked, and where a reply is cut."""
-
-    prompts: list[dict[str, Any]]
-    max_new_tokens: int
-
-
 def _one_run(
     sweep: Sweep,
     base: Policy,
     pairs: CheckedPairs,
     call: dict[str, Any],
-    sampling: _Sampling,
+    sampling: dict[str, Any],
     callbacks: Iterable[TrainerCallback],
 ) -> tuple[dict[str, Any], list[dict[str, Any]], np.ndarray | None]:
     """Train and measure with the settings `call`; the base is left without an adapter.
 
-    Returns:
-        (row of the table, rows of the history, gaps of the held-out pairs), the last two empty if the run failed.
-
-    Raises:
-        UserError: of a setting, memory or disk: it would stop every other run too.
+    Returns (row of the table, rows of the history, gaps of the held-out pairs or None if the run failed). Raises the
+    UserError of a setting, memory or disk: it would stop every other run too.
     """
     beta, seed = call["beta"], call["seed"]
     row, history, gaps = {"beta": beta, "seed": seed}, [], None
     model = add_lora(base.model, seed=seed)
     try:
-        run = train_checked(model, base.tokenizer, pairs, sweep.folder / _run_name(beta, seed), call, callbacks)
+        run = train_checked(model, base.tokenizer, pairs, sweep.run_folder(beta, seed), call, callbacks)
         sweep.info["step"] = {name: run.info.config[name] for name in BATCH_SETTINGS}
-        history = _curves(run, beta, seed)
+        history = [_curve(row, beta, seed) for row in run.history if {"loss", "eval_loss"} & row.keys()]
         if not math.isfinite(run.metrics["loss"]):
             raise FloatingPointError("the loss is not a number")
-        row |= _figures(run, beta)
+        of_pairs = pd.DataFrame(run.held_out)["log_ratio_gap"].to_numpy()
+        row |= _figures(run, beta, of_pairs)
         begin = time.monotonic()
-        if sampling.prompts:
-            print(f"Sampling {2 * len(sampling.prompts)} replies ...", flush=True)
-            kl = sampled_kl(model, base.tokenizer, sampling.prompts, max_new_tokens=sampling.max_new_tokens, seed=seed)
+        if sampling["prompts"]:
+            print(f"Sampling {2 * len(sampling['prompts'])} replies ...", flush=True)
+            kl = sampled_kl(model, base.tokenizer, **sampling, seed=seed)
             row |= {"kl": kl.kl, "kl_error": kl.error} | _describe_replies(kl.replies)
         row |= {"sampling_seconds": time.monotonic() - begin, "status": "finished"}
-        gaps = _gaps(run)
+        gaps = of_pairs
     except UserError:
         raise
     except Exception as error:
@@ -321,11 +266,12 @@ def _one_run(
 
 def _add(sweep: Sweep, row: dict, history: list[dict], gaps: np.ndarray | None) -> Sweep:
     """The sweep with one more run, or with its new outcome in the place of the old."""
-
-    def others(frame: pd.DataFrame) -> pd.DataFrame:
-        return frame if frame.empty else frame[(frame.beta != row["beta"]) | (frame.seed != row["seed"])]
-
-    table = pd.concat([others(sweep.table), pd.DataFrame([row])]).sort_values(["beta", "seed"], ignore_index=True)
-    steps = pd.concat([others(sweep.history), pd.DataFrame(history)], ignore_index=True)
-    columns = dict(sweep.gaps.items()) | ({} if gaps is None else {(row["beta"], row["seed"]): gaps})
-    return dataclasses.replace(sweep, table=table, history=steps, gaps=pd.DataFrame(columns))
+    beta, seed, steps = row["beta"], row["seed"], sweep.history
+    table = pd.concat([sweep.table, pd.DataFrame([row])]).drop_duplicates(["beta", "seed"], keep="last")
+    steps = steps if steps.empty else steps[(steps.beta != beta) | (steps.seed != seed)]
+    return dataclasses.replace(
+        sweep,
+        table=table.sort_values(["beta", "seed"], ignore_index=True),
+        history=pd.concat([steps, pd.DataFrame(history)], ignore_index=True),
+        gaps=pd.DataFrame(dict(sweep.gaps.items()) | ({} if gaps is None else {(beta, seed): gaps})),
+    )

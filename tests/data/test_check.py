@@ -66,7 +66,9 @@ def test_every_finding_that_a_file_can_hold_is_found_in_the_broken_file(tokenize
         "left_out": [],
     }
     codes = {finding.code for finding in report.findings}
-    assert set(FINDINGS) - codes == {"eos_missing", "template_refuses", "no_room"}  # no file makes these alone
+    of_others = {"eos_missing", "template_refuses", "no_room", "not_rendered"}  # no file makes these alone
+    of_others |= {"white_space_only", "prompt_in_answers", "prompt_is_answer", "one_prompt", "score_below"}
+    assert set(FINDINGS) - codes == of_others
     leaks = " ".join(finding.what for finding in report.findings if finding.code == "feature_leak")
     for feature in ("think block", "list", 'starts with "sure, here"'):
         assert feature in leaks
@@ -93,6 +95,123 @@ def test_bundled_pairs_are_clean_and_nothing_tells_the_sides_apart(tokenizer):
     split = split_pairs(pairs, test_size=0.2, by="topic")
     assert len(split["test"]) >= 80 and len(set(pairs["topic"])) >= 5
     assert check_pairs(split["train"], tokenizer, test=split["test"]).errors == []
+
+
+# What the texts and the other columns show
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected",
+    [
+        ("Same answer.", "Same answer. "),
+        ("Same  answer.", "Same answer."),
+        ("def f():\n    return 1", "def f():\n  return 1"),
+        ([turn("assistant", "a"), turn("user", "b"), turn("assistant", "c\n")],) * 2,
+    ],
+)
+def test_sides_that_differ_in_white_space_only(tokenizer, chosen, rejected):
+    if isinstance(chosen, list):
+        rejected = [*chosen[:2], turn("assistant", "c")]
+    rows = [pair("Question 1?", chosen, rejected), pair("Question 2?", "Yes.", "No."), pair("Question 3?", "y", "y")]
+    report = check_pairs(load_pairs(rows), tokenizer)
+    assert found(report, "white_space_only") == [0]
+    assert found(report, "same_text") == [2]
+    assert [finding.severity for finding in report.findings if finding.code == "white_space_only"] == ["warning"]
+
+
+def test_answers_that_repeat_the_prompt(tokenizer):
+    before = [turn("user", "Hello"), turn("assistant", "Hello."), turn("user", "How are you?")]
+    rows = [
+        pair("Q: 2 + 2? A:", "Q: 2 + 2? A: 4", "Q: 2 + 2? A: 5"),
+        pair(before, "How are you? Well.", " How are you? So so."),
+        pair("Is it late?\n", "Is it late? No.", "Is it late? Yes."),
+        pair("What is salt?", "What is salt? It is a crystal.", "Who knows."),  # one of them only
+        pair("Hello", "Hello, how are you?", "Hello yourself."),  # a greeting
+        pair("Say yes.", "Yes.", "Say yes."),
+    ]
+    report = check_pairs(load_pairs(rows), tokenizer)
+    assert found(report, "prompt_in_answers") == [0, 1, 2]
+    assert found(report, "prompt_is_answer") == [5]
+
+
+def test_one_prompt_in_most_rows(tokenizer):
+    rows = [pair("Translate to French. ", f"Le chat {n}.", f"Le chien {n}.") for n in range(4)]
+    rows += [pair("translate to  French.", "Oui.", "Non."), pair("Why?"), pair("How?"), pair("When?")]
+    report = check_pairs(load_pairs(rows), tokenizer)
+    assert found(report, "one_prompt") == [0, 1, 2, 3, 4]
+    assert "the same prompt in 5 of 8 pairs" in str(report)
+    assert found(check_pairs(load_pairs([*rows, pair("Where?"), pair("Who?")]), tokenizer), "one_prompt") is None
+    assert found(check_pairs(load_pairs(rows[:2]), tokenizer), "one_prompt") is None  # two answers to one question
+    assert found(check_pairs(load_pairs(rows[:1] * 9), tokenizer), "one_prompt") is None  # nine times the same pair
+
+
+@pytest.mark.parametrize(
+    "better, worse",
+    [
+        ("score_chosen", "score_rejected"),  # UltraFeedback binarized
+        ("chosen_score", "rejected_score"),
+        ("chosen-rating", "rejected-rating"),  # Argilla
+        ("chosen_avg_rating", "rejected_avg_rating"),
+        ("reward_chosen", "reward_rejected"),
+    ],
+)
+def test_scores_that_say_the_opposite(tokenizer, better, worse, tmp_path):
+    scores = [(8.5, 4.0), (6.0, 6.5), (5.0, 5.0), (2.0, 9.0), (10.0, 9.0), (None, 3.0)]
+    rows = [pair(f"Question {n}?") | {better: one, worse: other} for n, (one, other) in enumerate(scores)]
+    report = check_pairs(load_pairs(rows), tokenizer)
+    assert found(report, "score_below") == [1, 3]
+    finding = next(finding for finding in report.findings if finding.code == "score_below")
+    assert (finding.rows, finding.severity) == ((3, 1), "warning")  # the widest gap first
+    assert finding.what == f"{better} below {worse}"
+    path = tmp_path / "scores.csv"  # where every value is text
+    path.write_text(f"prompt,chosen,rejected,{better},{worse}\nq1,a,b,9,10\nq2,a,b,10,9\nq3,a,b,,9\nq4,a,b,n/a,9\n")
+    assert found(check_pairs(load_pairs(path), tokenizer), "score_below") == [0]
+
+
+def test_a_margin_below_zero_and_columns_that_are_no_scores(tokenizer):
+    rows = [pair(f"Question {n}?", margin=margin) for n, margin in enumerate([0.5, -0.25, 0, "x"])]
+    assert found(check_pairs(load_pairs(rows), tokenizer), "score_below") == [1]
+    no_scores = {"chosen_tokens": 1, "rejected_tokens": 9, "chosen_score": [1], "rejected_score": {"a": 9}}
+    no_scores |= {"score": 3, "score_ratio": -1, "rejected_rating": 7}
+    report = check_pairs(load_pairs([pair(f"Question {n}?", **no_scores) for n in range(3)]), tokenizer)
+    assert found(report, "score_below") is None
+
+
+def test_scores_are_those_of_the_rows_that_remain(tokenizer):
+    rows = [pair("word " * 300, score_chosen=1, score_rejected=2), pair("Why?", score_chosen=1, score_rejected=2)]
+    report = check_pairs(load_pairs(rows), tokenizer)
+    assert (found(report, "long_prompt"), found(report, "score_below")) == ([0], [1])
+
+
+def test_what_split_keeps_apart_the_check_counts(tokenizer):
+    def talk(*texts, system=None):
+        turns = [turn("assistant" if place % 2 else "user", text) for place, text in enumerate(texts)]
+        return [turn("system", system), *turns] if system else turns
+
+    train = [talk("Why?"), talk("Tell me.", "What?", "All."), talk("How?", system="Be brief."), talk("Where?")]
+    train += [talk("When?", "Now.", "Sure?"), talk("When?", "Never.", "Sure?")]
+    test = [
+        talk("why?", "So.", "And?", system="Be kind."),
+        talk("Tell me."),
+        talk("How?"),
+        talk("When?", "Now.", "Oh?"),
+    ]
+    made = [load_pairs([pair(prompt) for prompt in prompts]) for prompts in (train, test)]
+    report = check_pairs(made[0], tokenizer, test=made[1])
+    assert found(report, "test_overlap") == [0, 1, 2]
+    assert found(check_pairs(report.clean, tokenizer, test=made[1]), "test_overlap") is None
+    whole = load_pairs([pair(prompt) for prompt in train + test])
+    for seed in range(5):
+        parts = split_pairs(whole, test_size=0.4, seed=seed)
+        assert found(check_pairs(parts["train"], tokenizer, test=parts["test"]), "test_overlap") is None
+
+
+def test_a_long_talk_that_is_shortened_is_still_in_the_test_set(tokenizer):
+    prompt = [turn("user", "word " * 300), turn("assistant", "Yes."), turn("user", "Why?")]
+    pairs = load_pairs([pair("word " * 300), pair(prompt), pair("How?")])
+    report = check_pairs(pairs, tokenizer, test=pairs.select([1]))
+    assert "1 shortened, 1 left out" in str(report)
+    assert found(report, "test_overlap") == [1]
 
 
 # Tokens
@@ -179,7 +298,7 @@ def test_a_cut_that_does_not_hold_is_given_up(tokenizer):
 
 
 def with_template(tokenizer, template):
-    changed = copy.deepcopy(tokenizer)
+    changed = copy.copy(tokenizer)
     changed.chat_template = template
     return changed
 

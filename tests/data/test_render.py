@@ -126,8 +126,32 @@ def test_what_is_none_is_not_set():
 
 def test_tools_that_are_no_json_are_named(with_options):
     pairs = load_pairs([{**ROWS[0], "tools": "weather, please"}, ROWS[1]])
+    assert "tools" not in pairs.column_names and "source_tools" in pairs.column_names
+    pairs = load_pairs([ROWS[0], ROWS[0]]).add_column("tools", ["weather, please", None])
     report = check_pairs(pairs, with_options)
     assert [finding.code for finding in report.errors] == ["template_refuses"]
     assert report.errors[0].rows == (0,)
     with pytest.raises(UserError, match="row 1: the chat template refuses"):
         tokenize_pairs(pairs, with_options)
+
+
+def test_what_the_template_leaves_out_of_messages_is_an_error(with_options):
+    call = {"type": "function", "function": {"name": "find", "arguments": {"what": "map"}}}
+    talk = [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "none"},
+        {"role": "assistant", "content": "Nothing found."},
+    ]
+    thought = {"role": "assistant", "content": "Ten.", "reasoning_content": "10 > 2"}
+    rows = [{**ROWS[0], "chosen": talk}, {**ROWS[0], "rejected": [thought]}, ROWS[0]]
+    pairs = load_pairs(rows)
+    found = {finding.what: finding.rows for finding in check_pairs(pairs, with_options).errors}
+    assert found == {
+        "tool_calls that the chat template leaves out": (0,),
+        "reasoning_content that the chat template leaves out": (1,),
+    }
+    with_options.chat_template = with_options.chat_template.replace(
+        "message['content']",
+        "(message.tool_calls | default('') | string) + (message.reasoning_content | default('')) + message['content']",
+    )
+    assert not check_pairs(pairs, with_options).errors

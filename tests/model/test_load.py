@@ -107,7 +107,7 @@ def test_interrupted_conversion_leaves_nothing(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_convert_once_and_a_killed_one_leaves_no_model(tmp_path):
-    code = "from helpers import models; print(embedded.embedded_model())"
+    code = "from helpers.model import embedded; print(embedded.embedded_model())"
     environment = {**os.environ, "DPO_CACHE_DIR": str(tmp_path)}
 
     def start():
@@ -137,7 +137,7 @@ def test_weights_in_a_format_that_can_run_code_are_refused(tmp_path):
 
 
 def test_model_without_chat_template(tokenizer, tmp_path):
-    bare = copy.deepcopy(tokenizer)
+    bare = copy.copy(tokenizer)
     bare.chat_template = None
     bare.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no chat template.*CHATML"):

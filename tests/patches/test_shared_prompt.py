@@ -6,8 +6,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 import helpers
-from helpers.patches.prompt_segments import segment_keys, segments
-from helpers.patches.shared_prompt import share_prompts
+from helpers.patches.shared_prompt import pack, share_prompts
 
 pytestmark = pytest.mark.slow
 
@@ -89,24 +88,23 @@ def test_segments_of_one_row_give_the_same_log_probs_and_gradient(policy):
     policy, tokenizer = policy
     inputs = batch(tokenizer)
     plain, plain_gradient = scores_and_gradient(policy, inputs)
-    lengths = inputs["attention_mask"].sum(dim=1).tolist()
-    starts = (inputs["labels"] != -100).long().argmax(dim=1).tolist()
-    ids, positions, labels, specs, (row, column, place) = segments(inputs["input_ids"], lengths, starts)
-    assert sum(prompt + sum(sizes) for prompt, sizes in specs if sizes) < 0.75 * inputs["attention_mask"].sum()
+    packed = pack(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], torch.float32, one_row=True)
+    assert packed is not None
+    keys = packed.inputs.pop("prefix_seg_info")
+    ids = packed.inputs["input_ids"]
+    lengths = inputs["attention_mask"].sum(dim=1)
+    starts = (inputs["labels"] != -100).long().argmax(dim=1)
+    chosen, rejected = (lengths - starts).chunk(2)
+    sizes = torch.stack([starts[: len(chosen)] - 1, chosen, rejected], dim=1).tolist()
+    assert sum(map(sum, sizes)) < 0.75 * inputs["attention_mask"].sum()
     assert ids.numel() % 128 == 0
-    pair = torch.cat([torch.full((prompt + sum(sizes),), i) for i, (prompt, sizes) in enumerate(specs)])
-    part = torch.cat(
-        [
-            torch.repeat_interleave(torch.arange(1 + len(sizes)), torch.tensor([prompt, *sizes]))
-            for prompt, sizes in specs
-        ]
-    )
+    sizes.append([ids.numel() - sum(map(sum, sizes))])
+    pair = torch.cat([torch.full((sum(row),), i) for i, row in enumerate(sizes)])
+    part = torch.cat([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in sizes])
     same = (part[:, None] == part[None, :]) | (part == 0)[None, :]
     allowed = (pair[:, None] == pair[None, :]) & same & torch.ones(len(pair), len(pair), dtype=torch.bool).tril()
     mask = torch.zeros(1, 1, len(pair), len(pair)).masked_fill(~allowed, torch.finfo(torch.float32).min)
-    keys = segment_keys(
-        specs, torch.device("cpu")
-    )  # the same for the kernel: the last queries of a segment see all its keys
+    # The same for the kernel: the last queries of a segment see all its keys.
     seen = torch.zeros_like(allowed)
     for q, q_end, k, k_end in zip(keys.ends_q, keys.ends_q[1:], keys.ends_k, keys.ends_k[1:], strict=False):
         rows, columns = torch.arange(q, q_end), keys.index[k:k_end]
@@ -115,15 +113,9 @@ def test_segments_of_one_row_give_the_same_log_probs_and_gradient(policy):
     assert torch.equal(seen, allowed)
     assert keys.longest_q == keys.ends_q.diff().max() and keys.longest_k == keys.ends_k.diff().max()
     policy.zero_grad()
-    out = policy(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        shift_labels=labels,
-        fused_lm_head=True,
-        use_cache=False,
-    )
-    spread = out.log_probs.new_zeros(plain.log_probs.shape).index_put((row, column), out.log_probs[0, place])
+    out = policy(**packed.inputs, attention_mask=mask, fused_lm_head=True, use_cache=False)
+    found = out.log_probs[packed.packed]
+    spread = out.log_probs.new_zeros(plain.log_probs.shape).index_put(packed.given, found)
     assert torch.allclose(plain.log_probs, spread, atol=2e-4)
     chosen, rejected = spread.sum(dim=1).chunk(2)
     torch.nn.functional.softplus(rejected - chosen).mean().backward()

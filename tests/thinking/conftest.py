@@ -42,7 +42,7 @@ def qwen3(pytestconfig):
 def thinking_2507(qwen3):
     """Behaves as Qwen3-Thinking-2507: Qwen3's template, but the generation prompt always ends in `<think>` and a
     newline, and there is no switch. Made here, since the package has only the hybrid template."""
-    other = copy.deepcopy(qwen3)
+    other = copy.copy(qwen3)  # of which only the template is changed
     body, condition, _ = qwen3.chat_template.rpartition("{%- if add_generation_prompt %}")
     other.chat_template = body + condition + "{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}"
     return other

@@ -82,7 +82,7 @@ def test_plain_answer_for_a_thinking_only_model(thinking_2507, codes):
 
 def test_template_that_drops_the_thought(qwen3, codes):
     """As DeepSeek-R1's does with every assistant turn."""
-    other = copy.deepcopy(qwen3)
+    other = copy.copy(qwen3)  # of which only the template is changed
     other.chat_template = (
         "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] }}"
         "{{- '<|im_end|>\n' }}{%- endfor %}"

@@ -83,7 +83,7 @@ def test_written_pairs_pass_check_pairs(tokenizer, qwen3, thinking_2507):
         ("\n", "f.jsonl holds no pairs"),
         ('{"prompt": "a"}\n', r"f.jsonl:1: the field 'chosen_thought'"),
         ("[1]\n", "f.jsonl row 1: a line must hold one JSON object"),
-        ('{"prompt": \n', "f.jsonl, line 1, column 11: not valid JSON"),
+        ('{"prompt": \n', "f.jsonl, line 2, column 1: not valid JSON"),
     ],
 )
 def test_thinking_pairs_from_a_bad_file(tmp_path, text, message):

@@ -29,7 +29,7 @@ def test_boundary_of_each_kind_of_model(qwen3, thinking_2507, tokenizer):
 
 def test_boundary_of_a_hybrid_whose_prompt_opens_the_thought(qwen3):
     """As Qwen3.5 does: open by default, closed at once with enable_thinking=False."""
-    other = copy.deepcopy(qwen3)
+    other = copy.copy(qwen3)  # of which only the template is changed
     body, condition, end = qwen3.chat_template.rpartition("{%- if add_generation_prompt %}")
     other.chat_template = (
         body + condition + end.replace("{%- endif %}", "{%- else %}{{- '<think>\\n' }}{%- endif %}", 1)
@@ -39,7 +39,7 @@ def test_boundary_of_a_hybrid_whose_prompt_opens_the_thought(qwen3):
 
 
 def test_boundary_without_a_chat_template(tokenizer):
-    bare = copy.deepcopy(tokenizer)
+    bare = copy.copy(tokenizer)
     bare.chat_template = None
     with pytest.raises(UserError, match="chat template"):
         think_boundary(bare)

@@ -1,4 +1,7 @@
-"""Rows of every kind through `train_dpo` on a model of two small layers, in 32 bits: what was checked is trained."""
+"""Rows of every kind through `train_dpo` on a model of two small layers, in 32 bits: what was checked is trained.
+
+A test that trains is slow: a run of two steps takes seconds, most of them in making the trainer.
+"""
 
 import math
 
@@ -32,6 +35,7 @@ def policy(small, tmp_path, monkeypatch):
     return helpers.add_lora(model.float())
 
 
+@pytest.mark.slow
 def test_step_zero_is_ln_2_for_rows_of_every_kind(policy, with_options, tmp_path):  # noqa: F811  (a fixture)
     train = load_pairs(ROWS * 2)
     seen = []
@@ -49,6 +53,7 @@ def test_step_zero_is_ln_2_for_rows_of_every_kind(policy, with_options, tmp_path
     assert "weather" in trained.replace(" ", "") and "Style" in trained
 
 
+@pytest.mark.slow
 def test_prompts_that_are_too_long_are_counted_aloud(policy, tmp_path, capsys):
     tokenizer = helpers.load_tokenizer()
     long = " ".join(["word"] * 300)
@@ -69,6 +74,7 @@ def test_prompts_that_are_too_long_are_counted_aloud(policy, tmp_path, capsys):
     assert few.info.train_pairs == 2
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_forward_of_its_model_as_it_was(policy, tmp_path):
     tokenizer, inner = helpers.load_tokenizer(), policy.get_base_model()
     before = vars(inner).get("forward")
@@ -124,6 +130,7 @@ def test_a_report_of_errors_stops_the_run(policy, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_replies_are_asked_with_the_options_that_training_had(policy, with_options, tmp_path, monkeypatch):  # noqa: F811
     train = load_pairs([ROWS[2] | {"prompt": say(f"Say {word}.")} for word in ("hello", "yes", "no", "so")])
     run = train_dpo(policy, with_options, train, load_pairs(TEST), tmp_path / "run", **QUICK)
@@ -141,6 +148,7 @@ def test_replies_are_asked_with_the_options_that_training_had(policy, with_optio
     assert asked == ["short", "short", "long"] * 2  # of the reference and of the policy
 
 
+@pytest.mark.slow
 def test_token_rewards_of_a_row_with_tools_add_up_to_its_rewards(policy, with_options, tmp_path):  # noqa: F811
     """Two tools with different parameters: neither may get the keys of the other."""
     calendar = {"type": "function", "function": {"name": "calendar", "parameters": {"day": {"type": "string"}}}}

@@ -1,0 +1,627 @@
+"""Foreign formats: every label is read right, or asked about.
+
+`field/` holds small files in the shapes of public data sets and bug reports; `field/cases.json` says for each which
+calls are tried and what is right.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.common import UserError
+from helpers.data.layouts import FORMATS
+from helpers.data.load import load_pairs
+from helpers.data.report import load_report
+
+FIELD = Path(__file__).parent / "field"
+CASES = {case["name"].split()[0]: case for case in json.loads((FIELD / "cases.json").read_text(encoding="utf-8"))}
+# Calls that are asked about, with what the question has to name, and files that are refused; the others are read.
+ASKED = {
+    ("04", "default"): r"'question', 'context'.*columns=\{'prompt': \['question', 'context'\]\}",
+    ("23", "default"): r"'label'.*True \(2\), False \(1\).*wins=\{True: \.\.\., False: \.\.\.\}",
+    ("23", "first_wins='a'"): r"first_wins='a'.*wins=\{True",
+    ("24", "default"): r"'label' holds 1 \(1\), 0 \(1\)",
+    ("25", "default"): r"'preference'.*wins='1 to 3 first, 4 to 6 second'",
+    ("25", "as the error asks, first_wins=1"): r"first_wins=1 does not say.*wins=\{",
+    ("26", "default"): r"'choice' holds 1 \(2\), 2 \(1\), 3 \(1\)",
+    ("26", "as the error asks, first_wins=1"): r"first_wins=1 does not say.*3: \.\.\.",
+    ("28b", "preference = score_0"): r"'score_0' holds 1.0 \(1\), -0.5 \(1\)",
+    ("28b", "preference = score_1"): r"'score_1' holds",
+    ("31", "default"): r"'label' holds 0 \(1\), 0.5 \(1\), 1 \(2\)",
+    ("31", "first_wins=0"): r"first_wins=0 does not say.*0.5: \.\.\.",
+    ("36", "default"): r"'not a': \.\.\., 'Neither A nor B': 'tie', 'Both A and B': 'tie', 'prefer A over B': 'first'",
+    ("37", "mapped"): r"'labels' holds 1 \(1\), 0 \(1\)",
+    ("58", "default"): r"line 1",
+    ("60", "default"): "UTF-16.*UTF-8",
+    ("62c", "default"): "spreadsheet.*CSV",
+}
+# What a question is answered with gives the right pairs.
+ANSWERED = {
+    "23": {"wins": {True: "first", False: "second"}},
+    "24": {"wins": {1: "first", 0: "second"}},
+    "25": {"wins": "1 to 3 first, 4 to 6 second"},
+    "26": {"wins": {1: "first", 2: "second", 3: "tie"}},
+    "28b": {"scores": ("score_0", "score_1"), "columns": {"prompt": "prompt"}},
+    "31": {"wins": {0: "first", 0.5: "tie", 1: "second"}},
+}
+# Right results that are told in words: what is kept, and what the printed lines say.
+TOLD = {
+    "16": (["u:Name a tree.", "u:Name a bush."], r"1 left out: .*\(image\).*:3\)"),
+    "45": (["u:Name a metal."] * 3, r"system or developer"),
+    "47": (["u:Q: 2 + 2? A:", "u:Q: 3 + 3? A:"], r"^$"),  # check_pairs warns
+    "48": (["u:Is it done?"], r"not read: 'context'.*the prompt is empty"),
+    "53": (None, r"^$"),
+    "59": (["u:Question 1?"], r"^$"),
+    "68": (["u:Question 1?", "u:Question 2?", "u:Question 3?"], r"^$"),  # check_pairs has a finding
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def plain(row):
+    """The three columns of a row as texts, to compare at a glance."""
+    sides = (row["prompt"], row["chosen"], row["rejected"])
+    return [" / ".join(f"{turn['role'][0]}:{turn['content']}" for turn in side) for side in sides]
+
+
+def accounted(pairs, rows):
+    report = load_report(pairs)
+    assert report.rows == rows == len(pairs) + sum(group["count"] for group in report.left_out.values())
+
+
+@pytest.mark.parametrize("name, call", [(name, call) for name, case in CASES.items() for call in case["calls"]])
+def test_a_foreign_file_is_read_right_or_asked_about(name, call, capsys):
+    case = CASES[name]
+    path, arguments = FIELD / case["file"], case["calls"][call]
+    if (name, call) in ASKED:
+        with pytest.raises(UserError, match=f"(?s){re.escape(path.name)}.*{ASKED[name, call]}"):
+            load_pairs(path, **arguments)
+        if name not in ANSWERED:
+            return
+        arguments = ANSWERED[name]
+    pairs = load_pairs(path, **arguments)
+    printed = capsys.readouterr().out
+    if isinstance(case["right"], list) and name != "16":
+        assert [plain(row) for row in pairs] == case["right"]
+    else:
+        prompts, words = TOLD[name]
+        assert prompts is None or [plain(row)[0] for row in pairs] == prompts
+        assert re.search(f"(?s){words}", printed), printed
+    if load_report(pairs).reading:
+        assert load_report(pairs).reading[0] in printed
+
+
+Q, ONE, TWO = "Which is larger?", "Ten.", "Two."
+A_FIRST, B_FIRST = [f"u:{Q}", f"a:{ONE}", f"a:{TWO}"], [f"u:{Q}", f"a:{TWO}", f"a:{ONE}"]
+
+
+def two(value, names=("response_a", "response_b"), column="preference", **more):
+    return {"prompt": Q, names[0]: ONE, names[1]: TWO, column: value, **more}
+
+
+ONE_TWO = ("response_1", "response_2")
+READ = {
+    # verdicts in words: whole, known values only
+    "letter": ([two("A")], {}, [A_FIRST]),
+    "A > B": ([two("A > B"), two("B>>A"), two("A=B")], {}, [A_FIRST, B_FIRST]),
+    "brackets": ([two("[[A]]"), two("[[B]]")], {}, [A_FIRST, B_FIRST]),
+    "hyphens": ([two("A-is-clearly-better"), two("B-is-slightly-better"), two("Tie")], {}, [A_FIRST, B_FIRST]),
+    "sentence": ([two("Response 2 is better than Response 1", ONE_TWO)], {}, [B_FIRST]),
+    "worse": ([two("Response 1 is much worse than Response 2", ONE_TWO)], {}, [B_FIRST]),
+    "ordinals": ([two("first"), two("The second")], {}, [A_FIRST, B_FIRST]),
+    "prefer": ([two("I prefer response B over response A")], {}, [B_FIRST]),
+    "both bad": ([two("A"), two("tie (bothbad)"), two("both_bad")], {}, [A_FIRST]),
+    "column name": ([two("response_b", ("response_a", "response_b"))], {}, [B_FIRST]),
+    "index": ([two(0, ("answer_0", "answer_1")), two("1", ("answer_0", "answer_1"))], {}, [A_FIRST, B_FIRST]),
+    "AlpacaEval": ([two(1.2, ("output_1", "output_2")), two(1.5, ("output_1", "output_2"))], {}, [A_FIRST]),
+    # the winner by what it wrote, or by its name
+    "model name": (
+        [
+            two("Llama 2", column="winner", model_a="GPT 1", model_b="Llama 2"),
+            two("x", column="winner", model_a="x", model_b="y"),
+        ],
+        {},
+        [B_FIRST, A_FIRST],
+    ),
+    "text of the answer": ([two(TWO, column="choice")], {}, [B_FIRST]),
+    # numbers, once they are explained
+    "sign": (
+        [two(value, ONE_TWO) for value in (-2, 0, 3)],
+        {"wins": "< 0 first, 0 tie, > 0 second"},
+        [A_FIRST, B_FIRST],
+    ),
+    "probability": (
+        [two(0.9), two(0.1), two(0.5)],
+        {"wins": "> 0.5 first, 0.5 tie, < 0.5 second"},
+        [A_FIRST, B_FIRST],
+    ),
+    "left out": ([two("yes"), two("skip")], {"wins": {"yes": "first", "skip": None}}, [A_FIRST]),
+    "text of a number": ([two("1"), two(2.0)], {"wins": {1: "second", "2": "first"}}, [B_FIRST, A_FIRST]),
+    "scores": ([two(None, s=1, t="0.5"), two(None, s=0, t=3)], {"scores": ("s", "t")}, [A_FIRST, B_FIRST]),
+    # public formats by their columns
+    "HelpSteer3": (
+        [{"context": [{"role": "user", "content": Q}], "response1": ONE, "response2": TWO, "overall_preference": -3}],
+        {},
+        [A_FIRST],
+    ),
+    "HelpSteer2": ([two(2, ONE_TWO, "preference_strength")], {}, [B_FIRST]),
+    "PKU": (
+        [two(1, ("response_0", "response_1"), "better_response_id", safer_response_id=0, is_response_0_safe=True)],
+        {},
+        [B_FIRST],
+    ),
+    "WebGPT": (
+        [{"question": {"full_text": Q}, "answer_0": ONE, "answer_1": TWO, "score_0": -0.5, "score_1": 0.5}],
+        {},
+        [B_FIRST],
+    ),
+    "MultiPref": (
+        [
+            {
+                "text": Q,
+                "completion_a": ONE,
+                "completion_b": TWO,
+                "normal_worker_annotations": [{"overall_pref": "A-is-slightly-better"}, {"overall_pref": "Tie"}],
+                "expert_worker_annotations": [{"overall_pref": "A-is-clearly-better"}] * 2,
+            }
+        ],
+        {},
+        [A_FIRST],
+    ),
+    "OpenAI": (
+        [
+            {
+                "input": {"messages": [{"role": "user", "content": Q}], "tools": [], "parallel_tool_calls": True},
+                "preferred_output": [{"role": "assistant", "content": ONE}],
+                "non_preferred_output": [{"role": "assistant", "content": TWO}],
+            }
+        ],
+        {},
+        [A_FIRST],
+    ),
+    "ms-swift": (
+        [
+            {
+                "messages": [{"role": "user", "content": Q}, {"role": "assistant", "content": ONE}],
+                "rejected_response": TWO,
+            }
+        ],
+        {},
+        [A_FIRST],
+    ),
+    "torchtune": (
+        [
+            {
+                "chosen_conversations": [{"role": "user", "content": Q}, {"role": "assistant", "content": ONE}],
+                "rejected_conversations": [{"role": "user", "content": Q}, {"role": "assistant", "content": TWO}],
+            }
+        ],
+        {},
+        [A_FIRST],
+    ),
+    "StackExchange": ([{"question": Q, "response_j": ONE, "response_k": TWO}], {}, [A_FIRST]),
+    "arena competition": (
+        [
+            {
+                "prompt": json.dumps([Q]),
+                "response_a": json.dumps([ONE]),
+                "response_b": json.dumps([TWO]),
+                "winner_model_a": "0",
+                "winner_model_b": "1",
+                "winner_tie": "0",
+            }
+        ],
+        {},
+        [B_FIRST],
+    ),
+    "arena": (
+        [
+            {
+                "model_a": "m1",
+                "model_b": "m2",
+                "winner": "model_b",
+                "judge": "arena_user_9",
+                "conversation_a": [{"role": "user", "content": Q}, {"role": "assistant", "content": ONE}],
+                "conversation_b": [{"role": "user", "content": Q}, {"role": "assistant", "content": TWO}],
+            }
+        ],
+        {},
+        [B_FIRST],
+    ),
+    "summaries": ([{"info": {"post": Q}, "summaries": [{"text": ONE}, {"text": TWO}], "choice": 1}], {}, [B_FIRST]),
+    "Prometheus": (
+        [{"orig_instruction": Q, "orig_response_A": ONE, "orig_response_B": TWO, "orig_preference": "B"}],
+        {},
+        [B_FIRST],
+    ),
+    "UltraFeedback": (
+        [
+            {
+                "instruction": Q,
+                "completions": [
+                    {"response": "Six.", "overall_score": 5.0},
+                    {"response": TWO, "overall_score": 2.0},
+                    {"response": ONE, "overall_score": 8.5},
+                ],
+            }
+        ],
+        {},
+        [A_FIRST],
+    ),
+    "Nectar": (
+        [
+            {
+                "prompt": f"\n\nHuman: {Q}\n\nAssistant: ",
+                "answers": [{"answer": TWO, "rank": 7}, {"answer": ONE, "rank": 1}],
+            }
+        ],
+        {},
+        [A_FIRST],
+    ),
+    "distilabel": ([{"instruction": Q, "generations": [TWO, ONE], "ratings": [1, 5]}], {}, [A_FIRST]),
+    "Label Studio": (
+        [
+            {
+                "data": {"prompt": Q, "answer1": ONE, "answer2": TWO},
+                "annotations": [{"result": [{"type": "pairwise", "value": {"selected": "right"}}]}],
+            }
+        ],
+        {},
+        [B_FIRST],
+    ),
+    "Label Studio, JSON-MIN": ([two("left", ("answer1", "answer2"), "comparison")], {}, [A_FIRST]),
+    "HelpSteer2, several turns": (
+        [
+            two(1, ONE_TWO, "preference_strength")
+            | {"prompt": f"Hi\n<extra_id_1>Assistant\nYes?\n<extra_id_1>User\n{Q}"}
+        ],
+        {},
+        [[f"u:Hi / a:Yes? / u:{Q}", *B_FIRST[1:]]],
+    ),
+    "Vertex AI": ([{"input_text": Q, "candidate_0": ONE, "candidate_1": TWO, "choice": 1}], {}, [B_FIRST]),
+    "ms-swift, query": (
+        [{"query": Q, "response": ONE, "rejected_response": TWO, "history": [["Hi", "Yes?"]]}],
+        {},
+        [[f"u:Hi / a:Yes? / u:{Q}", *A_FIRST[1:]]],
+    ),
+    "MedicalGPT": (
+        [{"system": "", "history": [], "question": Q, "response_chosen": ONE, "response_rejected": TWO}],
+        {},
+        [A_FIRST],
+    ),
+    "StackExchange, scores": (
+        [{"qid": 1, "question": Q, "answers": [{"text": TWO, "pm_score": 1}, {"text": ONE, "pm_score": 4}]}],
+        {},
+        [A_FIRST],
+    ),
+    "UltraInteract": ([{"trajectory": [{"from": "user", "value": Q}], "chosen": ONE, "rejected": TWO}], {}, [A_FIRST]),
+    "SHP, other prompt": (
+        [{"history": "x", "title": Q, "human_ref_A": ONE, "human_ref_B": TWO, "labels": 1}],
+        {"columns": {"prompt": "title"}},
+        [A_FIRST],
+    ),
+    "Capybara": (
+        [
+            {
+                "conversation": [{"input": Q, "output": ONE}],
+                "chosen": [{"role": "user", "content": Q}, {"role": "assistant", "content": ONE}],
+                "rejected": [{"role": "user", "content": Q}, {"role": "assistant", "content": TWO}],
+            }
+        ],
+        {},
+        [A_FIRST],
+    ),
+    "a system turn in the prompt of whole dialogues": (
+        [
+            {
+                "prompt": [{"role": "system", "content": "Be brief."}],
+                "chosen": [{"role": "user", "content": Q}, {"role": "assistant", "content": ONE}],
+                "rejected": [{"role": "user", "content": Q}, {"role": "assistant", "content": TWO}],
+            }
+        ],
+        {},
+        [[f"s:Be brief. / u:{Q}", *A_FIRST[1:]]],
+    ),
+    "the preference named beside chosen and rejected": (
+        [two("B", chosen=ONE, rejected=TWO)],
+        {"columns": {"preference": "preference"}},
+        [B_FIRST],
+    ),
+    # the question in several columns
+    "AlpacaFarm": (
+        [{"instruction": "Which is", "input": "larger?", "output_1": ONE, "output_2": TWO, "preference": 2}],
+        {},
+        [["u:Which is\nlarger?", f"a:{TWO}", f"a:{ONE}"]],
+    ),
+    "history": (
+        [
+            {
+                "instruction": Q,
+                "input": "",
+                "history": [["Hi", "Yes?"]],
+                "system": "Be brief.",
+                "chosen": ONE,
+                "rejected": TWO,
+            }
+        ],
+        {},
+        [[f"s:Be brief. / u:Hi / a:Yes? / u:{Q}", f"a:{ONE}", f"a:{TWO}"]],
+    ),
+    "system as an object": (
+        [{"system": {"role": "system", "content": "Be brief."}, "question": Q, "chosen": ONE, "rejected": TWO}],
+        {},
+        [[f"s:Be brief. / u:{Q}", f"a:{ONE}", f"a:{TWO}"]],
+    ),
+    "joined on request": (
+        [{"question": Q, "context": "Numbers.", "chosen": ONE, "rejected": TWO}],
+        {"columns": {"prompt": ["context", "question"]}},
+        [[f"u:Numbers.\n{Q}", f"a:{ONE}", f"a:{TWO}"]],
+    ),
+    # dialogue marks and JSON in cells
+    "one newline": (
+        [{"chosen": f"Human: {Q}\nAssistant: {ONE}", "rejected": f"Human: {Q}\nAssistant: {TWO}"}],
+        {},
+        [A_FIRST],
+    ),
+    "the mark in the answers": (
+        [{"prompt": f"\n\nHuman: {Q}", "chosen": f"\n\nAssistant: {ONE}", "rejected": f"Assistant: {TWO}"}],
+        {},
+        [A_FIRST],
+    ),
+    "Vicuna": (
+        [{"prompt": f"A chat between a user and an assistant. USER: {Q} ASSISTANT:", "chosen": ONE, "rejected": TWO}],
+        {},
+        [[f"s:A chat between a user and an assistant. / u:{Q}", f"a:{ONE}", f"a:{TWO}"]],
+    ),
+    "JSON with other keys first": (
+        [{"prompt": json.dumps([{"id": 1, "role": "user", "content": Q}]), "chosen": ONE, "rejected": TWO}],
+        {},
+        [A_FIRST],
+    ),
+    "JSON lists of one turn": (
+        [{"prompt": json.dumps([Q]), "chosen": json.dumps([ONE]), "rejected": json.dumps([TWO])}],
+        {},
+        [A_FIRST],
+    ),
+    "an object with messages": (
+        [{"prompt": json.dumps({"messages": [{"role": "user", "content": Q}]}), "chosen": ONE, "rejected": TWO}],
+        {},
+        [A_FIRST],
+    ),
+    "an answer that is JSON": (
+        [{"prompt": Q, "chosen": '["a", "b"]', "rejected": '{"value": 2}'}],
+        {},
+        [[f"u:{Q}", 'a:["a", "b"]', 'a:{"value": 2}']],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_public_format_is_read(name, capsys):
+    rows, arguments, wanted = READ[name]
+    pairs = load_pairs(rows, **arguments)
+    assert [plain(row) for row in pairs] == wanted
+    accounted(pairs, len(rows))
+
+
+QUESTIONS = {
+    "truth values": ([two(True)], r"True \(1\)"),
+    "0 and 1 for a and b": ([two(0), two(1)], r"0 \(1\), 1 \(1\)"),
+    "1 and 2 for a and b": ([two(1), two(2)], r"1 \(1\), 2 \(1\)"),
+    "a label of 0 and 1": ([two(v, ("answer_0", "answer_1"), "label") for v in (0, 1)], r"'label' holds 0 \(1\)"),
+    "1 and nothing else": ([two(1, ONE_TWO)] * 2, r"'preference' holds 1 \(2\)"),
+    "not A": ([two(v) for v in ("!A", "-A", "A != B", "A-")], r"'!A': .*'-A': .*'A != B': .*'A-': \.\.\."),
+    "a half": ([two(v, ("answer_0", "answer_1")) for v in (0, 0.5, 1)], r"0.5 \(1\)"),
+    "part of a scale": ([two(v, ONE_TWO) for v in (-2, -1)], r"-2 \(1\), -1 \(1\)"),
+    "last word only": ([two("not sure about B")], r"'not sure about B': \.\.\."),
+    "a name that ends in a number": ([two("Llama 2", ONE_TWO, "winner")], r"'Llama 2'"),
+    "lists": ([two([1, 2])], r"\[1, 2\]"),
+    "two words and a name": ([two("a", model_a="x", model_b="a")], r"'a' \(1\)"),
+    "two families of answers": ([two("A") | {"answer_1": "x", "answer_2": "y"}], r"two sets of answers"),
+    "two preferences": ([two("A", winner="B")], r"'preference', 'winner'"),
+    "names in two cases": ([{"Prompt": Q, "PROMPT": Q, "chosen": ONE, "rejected": TWO}], r"'Prompt', 'PROMPT'"),
+    "question and context": ([{"query": Q, "context": "x", "chosen": ONE, "rejected": TWO}], r"'query', 'context'"),
+    "another column in another row": (
+        [{"prompt": Q, "chosen": ONE, "rejected": TWO}, {"context": Q, "chosen": ONE, "rejected": TWO}],
+        r"another column in another row",
+    ),
+    "KTO": ([{"prompt": Q, "completion": ONE, "label": True}], r"KTO"),
+    "one rated answer": ([{"prompt": Q, "response": ONE, "helpfulness": 4, "correctness": 4}], r"two answers"),
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_what_is_not_certain_is_asked(name):
+    rows, words = QUESTIONS[name]
+    with pytest.raises(UserError, match=f"(?s){words}"):
+        load_pairs(rows)
+
+
+MISUSED = {
+    "two values of one key": ({"wins": {"A": "first", "a": "second"}}, "two things of 'a'"),
+    "a rule that says two things": ({"wins": "1 first, < 3 second"}, r"wins= does not say"),
+    "wins as a list": ({"wins": ["A", "B"]}, r"wins= is \{value"),
+    "wins and scores": ({"wins": {"A": "first"}, "scores": ("s", "t")}, "wins= and scores="),
+    "one score": ({"scores": "s"}, "scores= is two columns"),
+    "a column twice": ({"columns": {"a": "response_a", "b": "response_a"}}, "'response_a' twice"),
+    "a list for an answer": ({"columns": {"chosen": ["response_a"]}}, "name of a column"),
+    "columns as a list": ({"columns": ["prompt"]}, "Its keys are ours"),
+    "first, exchanged": ({"columns": {"a": "response_b", "b": "response_a", "preference": "place"}}, "'place' holds"),
+}
+
+
+@pytest.mark.parametrize("name", MISUSED)
+def test_arguments_that_cannot_be_meant_are_refused(name):
+    arguments, words = MISUSED[name]
+    with pytest.raises(UserError, match=f"(?s){words}"):
+        load_pairs([two(1, place="first", s=1, t=2)], **arguments)
+
+
+def test_wins_without_a_preference_is_refused():
+    with pytest.raises(UserError, match="none is read"):
+        load_pairs([{"prompt": Q, "chosen": ONE, "rejected": TWO}], first_wins=1)
+
+
+LEFT_OUT = {
+    "a turn without text": (
+        {
+            "prompt": '["Q1", "Q2"]',
+            "response_a": '["a", null]',
+            "response_b": '["b", "c"]',
+            "winner_model_a": 1,
+            "winner_model_b": 0,
+            "winner_tie": 0,
+        },
+        "a turn without text",
+    ),
+    "a prompt that is not in the dialogues": (
+        {
+            "prompt": "Another question",
+            "chosen": [{"role": "user", "content": Q}, {"role": "assistant", "content": ONE}],
+            "rejected": [{"role": "user", "content": Q}, {"role": "assistant", "content": TWO}],
+        },
+        "prompt is not in the two dialogues",
+    ),
+    "videos": ({"prompt": Q, "chosen": ONE, "rejected": TWO, "videos": ["a.mp4"]}, "videos"),
+    "a score that is no number": ({**two("A"), "score_a": "7%", "score_b": "3%"}, "no score"),
+    "answers as Python writes them": (
+        {"instruction": Q, "completions": "[{'response': 'x'}]"},
+        "is a text, not a list",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_can_be_read_in_two_ways_is_left_out_by_name(name):
+    row, words = LEFT_OUT[name]
+    with pytest.raises(UserError, match=f"1 left out: .*{words}"):
+        load_pairs([row], scores=("score_a", "score_b") if "score_a" in row else None)
+
+
+@pytest.mark.parametrize(
+    "wins, words",
+    [
+        ({1: "first"}, r"wins= does not say.*2: \.\.\."),
+        ({1: "first", 2: "B"}, "'B'"),
+        ("1 is first", "no rule"),
+        ("1 first, 3 second", r"2: \.\.\."),
+    ],
+)
+def test_wins_covers_every_value_or_is_refused(wins, words):
+    with pytest.raises(UserError, match=f"(?s){words}"):
+        load_pairs([two(1), two(2)], wins=wins)
+
+
+def test_the_reading_is_printed_and_kept(capsys):
+    rows = [two(value, ("output_1", "output_2"), annotator="x", source="y") for value in (1, 1, 2, 3)]
+    pairs = load_pairs(rows, wins={1: "first", 2: "second", 3: "tie"})
+    reading = [
+        "list: 4 rows. prompt <- prompt; chosen/rejected <- output_1, output_2 by preference",
+        "preference: 1 -> output_1 (2), 2 -> output_2 (1), 3 -> tie, left out (1)",
+        "not read: 'annotator', 'source'",
+    ]
+    assert load_report(pairs).reading == reading
+    assert capsys.readouterr().out.splitlines()[:3] == reading
+    load_pairs([{"prompt": Q, "chosen": ONE, "rejected": TWO}])
+    assert capsys.readouterr().out == ""
+
+
+def test_the_reading_names_what_a_format_has(capsys):
+    load_pairs(READ["Label Studio"][0])
+    assert capsys.readouterr().out.splitlines() == [
+        "list: 1 row, read as Label Studio, pairwise. prompt <- data.prompt; "
+        "chosen/rejected <- data.answer1, data.answer2 by annotations.result.value.selected",
+        "annotations.result.value.selected: majority -> data.answer2 (1)",
+    ]
+    load_pairs(READ["UltraFeedback"][0])
+    assert "completions by overall_score" in capsys.readouterr().out
+
+
+def test_ranked_answers_best_against_worst_or_all():
+    row = {"prompt": Q, "answers": [{"answer": str(rank), "rank": rank} for rank in (3, 1, 2)]}
+    assert [plain(pair)[1:] for pair in load_pairs([row])] == [["a:1", "a:3"]]
+    every = load_pairs([row], ranked="all")
+    assert [plain(pair)[1:] for pair in every] == [["a:1", "a:2"], ["a:1", "a:3"], ["a:2", "a:3"]]
+    assert (load_report(every).rows, load_report(every).pairs, load_report(every).left_out) == (1, 3, {})
+
+
+def test_calls_of_tools_and_reasoning_are_kept_whole():
+    call = {"type": "function", "function": {"name": "find", "arguments": '{"what": "map"}'}}
+    tools = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
+    good = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "none"},
+        {"role": "assistant", "content": ONE, "reasoning": "10 > 2"},
+    ]
+    rows = [{"prompt": Q, "chosen": good, "rejected": TWO, "tools": json.dumps(tools)}]
+    pairs = load_pairs(rows)
+    asked, answer, last = pairs[0]["chosen"]
+    assert asked["tool_calls"][0]["function"] == {"name": "find", "arguments": {"what": "map"}}
+    assert (asked["content"], answer["role"], answer["tool_call_id"]) == ("", "tool", "1")
+    assert last == {"role": "assistant", "content": ONE, "reasoning_content": "10 > 2"}
+    assert pairs[0]["tools"] == tools
+    older = {"from": "function_call", "value": '{"name": "find", "arguments": {}}'}
+    rows[0]["chosen"] = [older, {"from": "observation", "value": "none"}, {"from": "gpt", "value": ONE}]
+    assert load_pairs(rows)[0]["chosen"][0]["tool_calls"][0]["function"]["name"] == "find"
+
+
+def test_messages_stay_short_with_very_many_columns(capsys):
+    wide = {f"column_{place}": "x" for place in range(3000)}
+    with pytest.raises(UserError) as caught:
+        load_pairs([wide])
+    assert len(str(caught.value)) < 1500 and "2980 more" in str(caught.value)
+    rows = [{"prompt": Q, "chosen": ONE, "rejected": [{"role": f"r{n}", "content": "x"}]} for n in range(200)]
+    load_pairs([*rows, {"prompt": Q, "chosen": ONE, "rejected": TWO}])
+    assert len(capsys.readouterr().out) < 4000
+
+
+def test_a_row_with_images_is_left_out_by_name():
+    rows = [{"prompt": "<image> What is it?", "chosen": ONE, "rejected": TWO, "images": ["a.png"]}]
+    rows.append({"prompt": Q, "chosen": ONE, "rejected": TWO})
+    assert "images" in next(iter(load_report(load_pairs(rows)).left_out))
+
+
+def test_the_help_lists_the_formats():
+    assert all(f"- {entry['name']}: {', '.join(entry['columns'])}" in load_pairs.__doc__ for entry in FORMATS)
+
+
+VALUES = st.sampled_from(["A", "B", "tie", "", None, "response_a", "model_b", "A > B", "B-is-better", "neither"])
+OTHER = {
+    "A": "B",
+    "B": "A",
+    "response_a": "response_b",
+    "model_b": "model_a",
+    "A > B": "B > A",
+    "B-is-better": "A-is-better",
+}
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=20).map("It is {}".format)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(TEXT, TEXT, TEXT, VALUES), min_size=1, max_size=6))
+def test_exchanging_the_answers_and_their_preference_changes_nothing(rows):
+    rows = [*rows, (Q, ONE, TWO, "A")]
+    straight = [{"prompt": q, "response_a": a, "response_b": b, "winner": v} for q, a, b, v in rows]
+    crossed = [{"prompt": q, "response_a": b, "response_b": a, "winner": OTHER.get(v, v)} for q, a, b, v in rows]
+    pairs = load_pairs(straight)
+    assert [plain(row) for row in pairs] == [plain(row) for row in load_pairs(crossed)]
+    accounted(pairs, len(rows))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=8))
+def test_a_rule_and_its_mirror_give_the_same_pairs(values):
+    rows = [{"prompt": f"{Q} {n}", "answer_0": ONE, "answer_1": TWO, "label": v} for n, v in enumerate([*values, 1])]
+    mirrored = [{**row, "answer_0": TWO, "answer_1": ONE, "label": -row["label"]} for row in rows]
+    rule = "< 0 first, 0 tie, > 0 second"
+    pairs = load_pairs(rows, wins=rule)
+    assert [plain(row) for row in pairs] == [plain(row) for row in load_pairs(mirrored, wins=rule)]
+    accounted(pairs, len(rows))
