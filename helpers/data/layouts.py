@@ -54,6 +54,7 @@ class Layout:
     scores: tuple[str, ...] = ()
     one_hot: tuple[str, ...] = ()
     votes: tuple[str, ...] = ()
+    status: str = ""
     ranked: tuple[tuple[str, str], ...] = ()
     read: frozenset[str] = frozenset()
 
@@ -260,6 +261,12 @@ def find_layout(names: tuple[str, ...], columns: dict[str, Any], scores: tuple[s
     if not {"a", "b", "preference"} & set(columns) and not scores:
         chosen, rejected = ours.pick("chosen", CHOSEN_NAMES), ours.pick("rejected", REJECTED_NAMES)
         if chosen and rejected:
+            if "chosen" not in columns and "rejected" not in columns and (two := list(filter(None, ours.answers()))):
+                raise UserError(
+                    f"the answers could be in {listed([chosen, rejected])} or in {listed(two)}. Pass "
+                    f"columns={{'chosen': {chosen!r}, 'rejected': {rejected!r}}} or columns={{'a': {two[0]!r}, "
+                    f"'b': {two[1]!r}, 'preference': ...}}."
+                )
             prompt = ours.prompt()
             history = "" if history in prompt else history
             return _made(names, prompt=prompt, system=system, history=history, chosen=chosen, rejected=rejected)

@@ -71,13 +71,17 @@ def _earlier(row: dict[str, Any], layout: Layout) -> list[dict[str, Any]]:
         turns = to_messages(system, layout.system, "system", False)
     elif isinstance(system, str) and system.strip():
         turns = [{"role": "system", "content": valid_text(system)}]
+    elif not isinstance(system, str) and not is_missing(system):
+        raise LeftOut(f"{layout.system} is {kind_of(system)}, not text")
     history = opened(lookup(row, layout.history))
     if isinstance(history, str) and history.strip():
         raise LeftOut(f"{layout.history} is a text, not a list of turns")
     for entry in history or []:
         if isinstance(entry, list | tuple):  # LLaMA-Factory: [question, answer]
-            sides = zip(("user", "assistant"), entry, strict=False)
-            turns += [{"role": role, "content": valid_text(str(text))} for role, text in sides]
+            if [type(text) for text in entry] != [str, str]:
+                raise LeftOut(f"an entry of {layout.history} is not a question and an answer, both texts")
+            sides = zip(("user", "assistant"), entry, strict=True)
+            turns += [{"role": role, "content": valid_text(text)} for role, text in sides]
         else:
             turns += to_messages([entry], layout.history, "user", False)
     return turns
@@ -154,10 +158,12 @@ def _ranked(row: dict[str, Any], layout: Layout, every: bool) -> list[dict[str, 
     if not isinstance(answers, list):
         raise LeftOut(f"{how['list']} is {kind_of(answers)}, not a list of answers")
     beside = opened(lookup(row, by))  # one score for each answer, in a column of their own
+    if isinstance(beside, list) and len(beside) != len(answers):
+        raise LeftOut(f"{how['list']} and {by} have different lengths")
     items = []
     for place, answer in enumerate(answers):
         item = answer if isinstance(answer, dict) else {"": answer}
-        score = number_of(beside[place] if isinstance(beside, list) and place < len(beside) else lookup(item, by))
+        score = number_of(beside[place] if isinstance(beside, list) else lookup(item, by))
         if score is not None:
             items.append((score if "score" in how else -score, lookup(item, how.get("text", ""))))
     items.sort(key=lambda item: -item[0])

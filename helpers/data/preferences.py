@@ -132,9 +132,11 @@ def _by_rule(rule: str) -> Callable[[Any], str | None]:
 
     def of(value: Any) -> str | None:
         number, found = number_of(value), set()
-        for sign, one, other, meaning in (term.groups() for term in terms if term):
-            low, high = sorted((float(one), float(other or one)))
-            if number is not None and (SIGNS[sign](number, low) if sign else low <= number <= high):
+        if number is None:
+            return UNKNOWN
+        for sign, low, high, meaning in (term.groups() for term in terms if term):
+            ends = sorted((float(low), float(high or low)))
+            if SIGNS[sign](number, ends[0]) if sign else ends[0] <= number <= ends[1]:
                 found.add(meaning.lower())
         return UNKNOWN if len(found) != 1 else None if found == {"none"} else found.pop()
 
@@ -201,6 +203,8 @@ class Judge:
             flags = [str(lookup(row, name)).strip().lower() in ("1", "1.0", "true") for name in layout.one_hot]
             set_ones = list(itertools.compress(zip(layout.one_hot, MEANINGS, strict=False), flags))
             return set_ones[0] if len(set_ones) == 1 else ("not exactly one of them", MISSING)
+        if any(state not in ("submitted", False, None) for state in lookup(row, layout.status) or ()):
+            return "a vote that is a draft, discarded or cancelled", MISSING
         votes = Counter()
         for value in itertools.chain.from_iterable(lookup(row, path) or () for path in layout.votes):
             meaning = self._of_preference(value, row)

@@ -426,6 +426,10 @@ QUESTIONS = {
     "lists": ([two([1, 2])], r"\[1, 2\]"),
     "two words and a name": ([two("a", model_a="x", model_b="a")], r"'a' \(1\)"),
     "two families of answers": ([two("A") | {"answer_1": "x", "answer_2": "y"}], r"two sets of answers"),
+    "chosen and rejected that name an answer": (
+        [two("x", ("response_0", "response_1"), "id", chosen="response_1", rejected="response_0")],
+        r"'chosen', 'rejected' or in 'response_0', 'response_1'",
+    ),
     "two preferences": ([two("A", winner="B")], r"'preference', 'winner'"),
     "names in two cases": ([{"Prompt": Q, "PROMPT": Q, "chosen": ONE, "rejected": TWO}], r"'Prompt', 'PROMPT'"),
     "question and context": ([{"query": Q, "context": "x", "chosen": ONE, "rejected": TWO}], r"'query', 'context'"),
@@ -489,6 +493,35 @@ LEFT_OUT = {
             "rejected": [{"role": "user", "content": Q}, {"role": "assistant", "content": TWO}],
         },
         "prompt is not in the two dialogues",
+    ),
+    "a history with nothing": (
+        {"question": Q, "history": [["Hi", None]], "chosen": ONE, "rejected": TWO},
+        "entry of history",
+    ),
+    "a system turn that is a number": (
+        {"system": 3, "prompt": Q, "chosen": ONE, "rejected": TWO},
+        "system is a number",
+    ),
+    "fewer ratings than answers": (
+        {"instruction": Q, "generations": [ONE, TWO, "x"], "ratings": [1, 2]},
+        "generations and ratings have different lengths",
+    ),
+    "a discarded vote": (
+        {
+            "instruction": Q,
+            "response1": ONE,
+            "response2": TWO,
+            "preference.responses": ["response2"],
+            "preference.responses.status": ["discarded"],
+        },
+        "draft, discarded or cancelled",
+    ),
+    "a cancelled vote": (
+        {
+            "data": {"prompt": Q, "answer1": ONE, "answer2": TWO},
+            "annotations": [{"was_cancelled": True, "result": [{"value": {"selected": "left"}}]}],
+        },
+        "draft, discarded or cancelled",
     ),
     "videos": ({"prompt": Q, "chosen": ONE, "rejected": TWO, "videos": ["a.mp4"]}, "videos"),
     "a score that is no number": ({**two("A"), "score_a": "7%", "score_b": "3%"}, "no score"),
