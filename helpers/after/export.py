@@ -18,12 +18,7 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from helpers.common import UserError, setting
 from helpers.data.check import check_pairs
@@ -35,7 +30,7 @@ from helpers.model.profiles import EMBEDDED, PROFILES
 from helpers.patches.llama_cpp import converter_places
 from helpers.run.card import TEMPLATES, changed_settings, model_card
 from helpers.run.folder import POLICY_AT_START, Run, set_aside
-from helpers.train.settings import USUAL, dpo_settings
+from helpers.train.settings import RUN_SETTINGS, dpo_settings
 
 
 def export_run(
@@ -130,14 +125,10 @@ def _write_adapter(run: Run, part: Path, *_: Any) -> None:
 
 
 def kept_update(model: PeftModel, dtype: torch.dtype = torch.float16) -> float:
-    """How much of an adapter's update is left when the merged weights are rounded to `dtype`.
+    """How much of an adapter's update is left when the merged weights of `model` are rounded to `dtype`.
 
     For the weights W and their updates D, the part of the rounded change that lies along D: (round(W + D) - W)·D / D·D,
     over all layers. 1 if nothing is lost, 0 if every weight rounds back to what it was.
-
-    Args:
-        model: base and adapter, not merged.
-        dtype: what the merged weights are rounded to.
     """
     # Imported here: PEFT may move them, and the other exports do without.
     from peft.tuners.lora import LoraLayer
@@ -161,9 +152,6 @@ def merged_model(run: Run) -> tuple[PreTrainedModel, float]:
     bfloat16's coarser steps (8 significant bits, not 11) would round much of it away. `kept` is the share that float16
     keeps (`kept_update`). A 4-bit base is loaded as it was trained on and de-quantised before the adapter is added:
     added to 4-bit weights, the adapter would be rounded to 4 bits too.
-
-    Raises:
-        UserError: the base model is not here, or the merged weights would not be numbers.
     """
     base = base_of(run)
     four_bit = BitsAndBytesConfig(  # as Unsloth loads it; a model that is stored in 4-bit keeps its own
@@ -306,9 +294,9 @@ def _write_torchrun(run: Run, part: Path, train: Dataset | None, test: Dataset |
     config = run.info.config
     lora = json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
     own = {"model": EMBEDDED if run.info.model == EMBEDDED_HUB_NAME else run.info.model, "lora_rank": lora["r"]}
-    names = changed_settings(config).keys() | dpo_settings().keys() | USUAL.keys()
+    names = changed_settings(config).keys() | dpo_settings().keys() | RUN_SETTINGS.keys()
     settings = {name: config[name] for name in sorted(names - {"report_to"}) if config[name] is not None}
-    text = yaml.safe_dump(own | {"folder": "run"} | settings, sort_keys=False)
+    text = yaml.safe_dump(own | {"folder": "run"} | run.info.prompts_rule | settings, sort_keys=False)
     (part / "settings.yaml").write_text(text, encoding="utf-8")
     if run.reference is not None:
         shutil.copytree(run.reference, part / "reference")

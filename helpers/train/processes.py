@@ -220,7 +220,7 @@ class _SameFigures(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs: Any
     ) -> None:
         """transformers' hook."""
-        own = [1 if "loss" in logs else self.held_out, *map(float, logs.values())]
+        own = [self.held_out if "eval_loss" in logs else 1, *map(float, logs.values())]
         every = gather(torch.tensor([own], dtype=torch.float64, device=args.device))
         total = (every[:, 1:] * every[:, :1]).sum(dim=0)
         logs |= dict(zip(logs, (total / every[:, 0].sum()).tolist(), strict=True))
@@ -237,7 +237,7 @@ def weigh_pairs(trainer: trl.DPOTrainer) -> None:
     args, compute = trainer.args, trainer.compute_loss
     number, place = args.world_size, args.process_index
     whole, rest = divmod(len(trainer.train_dataset), args.train_batch_size * args.gradient_accumulation_steps * number)
-    if not rest or args.dataloader_drop_last:
+    if not rest or (args.dataloader_drop_last and number == 1):  # several processes drop nothing
         return
     done = {"step": -1, "batches": 0}
 
@@ -272,7 +272,8 @@ def share_steps(trainer: trl.DPOTrainer) -> None:
         sampler = shard.batch_sampler.sampler
         shard.batch_sampler = _Shares(sampler, args)
         shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
-        shard.set_epoch = sampler.set_epoch  # a resumed run wraps it once more, and would not find the sampler
+        if hasattr(sampler, "set_epoch"):
+            shard.set_epoch = sampler.set_epoch  # a resumed run wraps it once more, and would not find the sampler
         return loader
 
     def test_batches(loader: Any) -> Any:

@@ -124,10 +124,7 @@ def differences(before: RunInfo, info: RunInfo) -> list[str]:
 
 
 def step_of(before: RunInfo | None, info: RunInfo) -> dict[str, Any] | None:
-    """How the run `before` makes a step, if it is the run of `info` but for that; else None.
-
-    The same pairs a step, in other pieces or with checkpointing, give the same gradient up to rounding.
-    """
+    """How the run `before` makes a step, if it is the run of `info` but for that; else None."""
     if before is None or not before.config.keys() >= set(BATCH_SETTINGS):
         return None
     step = {name: before.config[name] for name in BATCH_SETTINGS}

@@ -129,7 +129,7 @@ def _steps(pairs: int, values: dict[str, Any]) -> int:
 
 
 # How a run is watched and kept, if the caller does not say otherwise; `run_config` says how often.
-USUAL: dict[str, Any] = {
+RUN_SETTINGS: dict[str, Any] = {
     "eval_strategy": "steps",
     "eval_steps": None,
     "save_strategy": "steps",
@@ -146,7 +146,7 @@ USUAL: dict[str, Any] = {
 def run_config(folder: Path, pairs: int, values: dict[str, Any], share: dict[str, Any]) -> DPOConfig:
     """The config of a process that has its `share` (`share_step`) of the complete settings `values` of a run."""
     every = max(1, math.ceil(_steps(pairs, values) / 3))  # three evaluations, three checkpoints
-    usual = USUAL | {"eval_steps": every, "save_steps": every}
+    usual = RUN_SETTINGS | {"eval_steps": every, "save_steps": every}
     if values.get("eval_strategy", "steps") != "steps":
         del usual["eval_steps"]  # on a GPU Unsloth prints that it is ignored
     return DPOConfig(output_dir=str(folder / "checkpoints"), **usual | share)

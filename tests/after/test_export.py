@@ -29,6 +29,7 @@ from helpers.after import export, trl_script
 from helpers.common import cache_folder
 from helpers.data.render import template_options
 from helpers.model.embedded import EMBEDDED_HUB_NAME, embedded_model
+from helpers.model.load import LORA_TARGETS
 from helpers.model.logps import pair_logps
 from helpers.run.card import model_card
 from helpers.run.folder import POLICY_AT_START, DataInfo, Run, RunInfo, Status, describe_config
@@ -312,6 +313,14 @@ def test_long_prompts_are_treated_as_in_the_run(pairs, tokenizer, tmp_path):
     assert run.info.train_pairs == 15
     data = export_run(run, "trl", tmp_path / "trl", train=train, test=test) / "data"
     assert len((data / "train.jsonl").read_text().splitlines()) == 15
+    with pytest.raises(UserError, match="not made by add_lora"):  # of one projection
+        export_run(run, "torchrun", tmp_path / "torchrun", train=train, test=test)
+    lora = json.loads((run.adapter / "adapter_config.json").read_text()) | {"target_modules": LORA_TARGETS}
+    (run.adapter / "adapter_config.json").write_text(json.dumps(lora))
+    written = export_run(run, "torchrun", tmp_path / "torchrun", train=train, test=test) / "settings.yaml"
+    settings = yaml.safe_load(written.read_text())
+    assert (settings["max_prompt_length"], settings["on_long_prompt"]) == (100, "drop")
+    assert settings["eval_strategy"] == "no" and settings["model"] == "embedded"
 
 
 def test_rows_keep_what_they_pass_to_the_chat_template(pairs, tokenizer, tmp_path):
