@@ -269,11 +269,8 @@ def share_steps(trainer: trl.DPOTrainer) -> None:
 
     def train_batches(loader: Any) -> Any:
         shard = loader.batch_sampler  # of accelerate, which would repeat pairs to fill the last batches
-        sampler = shard.batch_sampler.sampler
-        shard.batch_sampler = _Shares(sampler, args)
+        shard.batch_sampler = _Shares(shard.batch_sampler.sampler, args)
         shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
-        if hasattr(sampler, "set_epoch"):
-            shard.set_epoch = sampler.set_epoch  # a resumed run wraps it once more, and would not find the sampler
         return loader
 
     def test_batches(loader: Any) -> Any:
