@@ -483,5 +483,9 @@ def load_pairs(
 
 
 load_pairs.__doc__ = (load_pairs.__doc__ or "").replace(
-    "    {formats}", "\n".join(f"       - {entry['name']}: {', '.join(entry['columns'])}" for entry in FORMATS)
+    "    {formats}",
+    "\n".join(
+        f"       - {entry['name']}: {', '.join(entry['columns'])}{' (no pairs: refused)' if 'refused' in entry else ''}"
+        for entry in FORMATS
+    ),
 )
