@@ -16,6 +16,7 @@ FIRST = (
     "tests/test_way",
     "train/test_rows",
     "train/test_dpo",
+    "train/test_processes",
     "after/test_export",
     "train/test_sweep",
     "patches/test_shared_prompt",
@@ -30,7 +31,7 @@ MINUTES = {
     "03_train": 7,
     "04_thinking_pairs": 20,
     "05_beta_sweep": 30,
-    "06_inspect": 5,
+    "06_inspect": 9,
     "test_every_symptom_is_reproduced_named_and_cured": 20,
     "test_runs_in_jupyterlab[03_train]": 4,
 }
