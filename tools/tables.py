@@ -54,9 +54,15 @@ def right_answers(name: str) -> int:
     return round(sum(seed[name]["replies"]["right"] for seed in found["seeds"]) * found["asked"])
 
 
+def with_reference(name: str) -> float:
+    """Pairs a second on the GPU where each pair is trained on once and the reference's pass is counted."""
+    side = result("gpu")["sides"][name]
+    return side.get("pairs_per_s_with_reference_once", side["pairs_per_s"])
+
+
 def summary() -> str:
-    seeds, train, thinking = map(result, ("seeds", "train", "thinking"))
-    kl, against = by_beta("kl"), result("gpu")["against_usual"]
+    seeds, train, thinking, kl = *map(result, ("seeds", "train", "thinking")), by_beta("kl")
+    once = [with_reference(name) / with_reference("usual") for name in ("ours", "kept")]
     flaws = {flaw: [seed[flaw] for seed in seeds["by_flaw"]] for flaw in seeds["by_flaw"][0]}
     best_first = sorted(flaws, key=lambda flaw: -mean(flaws[flaw]))
     by_flaw = ", ".join(f"{flaw} {span(flaws[flaw])}" for flaw in best_first)
@@ -67,22 +73,24 @@ def summary() -> str:
 | Which flaws does it learn to reject? | the same by flaw: {by_flaw} |
 | Does a higher beta enforce the preferences harder? | no: from beta {min(kl):g} to {max(kl):g} the model stays nearer to where it was (KL {kl[min(kl)]:.1f} to {kl[max(kl)]:.1f} nats a reply), with accuracy {span(by_beta("accuracy").values())} at every beta |
 | Do thinking pairs teach better thinking? | they teach to tell good thoughts from bad ones: {thinking["accuracy_mean"]:.2f} of the held-out pairs by implicit reward ({mean(thinking["naive_accuracies"]):.2f} after half as many naive pairs). But right final answers went from {right_answers("SFT")} to {right_answers("both think")} of {thinking["asked"] * len(thinking["seeds"])}, which may be chance |
-| How fast is `train_dpo`? | {train["speedup"]:.2f} times the usual notebook on two CPU cores; on one H100, with random weights in the shape of Qwen3-4B, {against["ours"]["times_usual"]:.1f} times (memory short) and {against["kept"]["times_usual"]:.1f} times (with room). Against the best that an expert would set up: not measured yet |
+| How fast is `train_dpo`? | {train["speedup"]:.2f} times the usual notebook on two CPU cores; on one H100, with random weights in the shape of Qwen3-4B, {once[0]:.1f} times (memory short) and {once[1]:.1f} times (with room), all with the time for the reference's log-probs. Against the best that an expert would set up: not measured yet |
 """
 
 
 def gpu_expert() -> str:
     """`train_dpo` against what others would run."""
-    gpu = result("gpu")
-    pairs = {"ours": "two_rows", "kept": "two_rows_kept"}
-    nearest = [gpu["sides"][name]["pairs_per_s"] / gpu["sides"][other]["pairs_per_s"] for name, other in pairs.items()]
-    usual = [gpu["against_usual"][name]["times_usual"] for name in pairs]
+    sides = result("gpu")["sides"]
+
+    def times(name: str, other: str) -> str:
+        steps = sides[name]["pairs_per_s"] / sides[other]["pairs_per_s"]
+        return f"{steps:.2f} ({with_reference(name) / with_reference(other):.2f})"
+
     return f"""
 | pairs a second of `train_dpo`, as times those of | memory short | with room |
 |---|---|---|
 | the best that an expert would set up by hand | not measured yet | not measured yet |
-| the nearest to it that was measured: `train_dpo`'s own settings, but two rows a pair | {" | ".join(f"{times:.2f}" for times in nearest)} |
-| the usual notebook | {" | ".join(f"{times:.2f}" for times in usual)} |
+| the nearest to it that was measured: `train_dpo`'s own settings, but two rows a pair | {times("ours", "two_rows")} | {times("kept", "two_rows_kept")} |
+| the usual notebook | {times("ours", "usual")} | {times("kept", "usual")} |
 """
 
 
@@ -108,9 +116,8 @@ def gpu_ways() -> str:
     others, before = gpu["same_card_other_hosts"], gpu["before_weights_were_cast_once"]
     more = before[0]["kernels_a_step"]["ours"] - ours["kernels_a_step"]
 
-    def once(side: dict) -> str:
-        value = side["pairs_per_s_with_reference_once"]
-        return f"{value:.2f} ({value / rate:.2f})"
+    def once(name: str) -> str:
+        return f"{with_reference(name):.2f} ({with_reference(name) / rate:.2f})"
 
     def never_waiting(side: dict) -> str:
         return f"{side['pairs_per_s'] / side['gpu_busy_share'] / rate:.1f}"
@@ -125,7 +132,7 @@ def gpu_ways() -> str:
 | | usual | `train_dpo`, memory short | `train_dpo`, with room |
 |---|---|---|---|
 | pairs a second | {rate:.2f} | {ours["pairs_per_s"]:.2f} | {kept["pairs_per_s"]:.2f} |
-| the same with the pass for the cached log-probs, if each pair is trained on once (times the usual) | {rate:.2f} | {once(ours)} | {once(kept)} |
+| the same with the pass for the cached log-probs, if each pair is trained on once (times the usual) | {rate:.2f} | {once("ours")} | {once("kept")} |
 | kernels a step | {usual["kernels_a_step"]:,} | {ours["kernels_a_step"]:,} | {kept["kernels_a_step"]:,} |
 | share of a step that the GPU waits for the CPU | {waits(usual)} | {waits(ours)} | {waits(kept)} |
 | times the usual's rate if the GPU never waited | | {never_waiting(ours)} | {never_waiting(kept)} |
