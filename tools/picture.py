@@ -30,7 +30,7 @@ def plot_measured(seeds: list[dict], sweep: pd.DataFrame) -> plt.Figure:
         errors = [[share - low], [high - share]]
         left.errorbar([f"seed {run['seed']}"], [share], yerr=errors, fmt="o", color=CHOSEN, capsize=4)
     left.axhline(0.5, **DASHED, label="a coin (before training, every pair is a tie)")
-    left.set(title="After training: which answer gained more?", xlabel="95% intervals")
+    left.set(title="Did the chosen gain more than the rejected?", xlabel="95% intervals")
     left.set(ylabel=f"share of {seeds[0]['pairs']} held-out pairs whose\nchosen has the higher implicit reward")
     left.set(ylim=(0.4, 1), xlim=(-0.5, len(seeds) - 0.5))
     left.legend(fontsize=8, loc="lower right")
