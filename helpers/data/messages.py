@@ -47,7 +47,7 @@ TURNS = (
 )
 ANY_MARK = re.compile("Human|Assistant|ASSISTANT|User|USER")
 OPENING = re.compile(r"A chat between .{0,400}", re.DOTALL)
-ASSISTANT_MARK = re.compile(r"\s*(?:Assistant|ASSISTANT): ?")
+ASSISTANT_MARK = re.compile(r"\A\s*(?:Assistant|ASSISTANT): ?")
 LOOKS_LIKE_MESSAGES = re.compile(r"""\s*(?:array\()?\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
 
 
