@@ -23,7 +23,7 @@ def _tables(name: str) -> list[Any]:
     return list(yaml.safe_load_all(Path(__file__).with_name(name).read_text(encoding="utf-8")))
 
 
-(NAMES, FORMATS), (QUESTIONS,) = _tables("formats.yaml"), _tables("questions.yaml")
+(NAMES, VERDICTS, FORMATS), (QUESTIONS,) = _tables("formats.yaml"), _tables("questions.yaml")
 ANSWER = re.compile(r"((?:response|answer|completion|output|reply|candidate|conversation)s?[_ -]?)(a|b|0|1|2)", re.I)
 SHOWN_NAMES = 20
 RANKED = ("score", "rank")

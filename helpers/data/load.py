@@ -15,8 +15,8 @@ from datasets import Dataset, Features, Json, Value
 from trl.data_utils import extract_prompt
 
 from helpers.common import PROJECT, UserError, setting
-from helpers.data import CODE, messages
-from helpers.data.layouts import FORMATS, RANKED, Layout, asked, check_arguments, find_layout, listed, lookup, opened
+from helpers.data import CODE, layouts, messages
+from helpers.data.layouts import RANKED, Layout, asked, listed, lookup, opened
 from helpers.data.preferences import Judge, LeftOut, is_missing, number_of
 from helpers.data.report import LoadReport, load_report
 from helpers.data.sources import LIBRARY_ERRORS, Source, open_source, printable, reason_of
@@ -76,6 +76,8 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
     """
     prompt, chosen, rejected = _prompt(row, layout), lookup(row, better), lookup(row, worse)
     where = " + ".join(layout.prompt)
+    if isinstance(chosen, str) and isinstance(rejected, str) and {chosen, rejected} <= row.keys():
+        raise LeftOut(f"{better} and {worse} hold names of columns ({chosen}, {rejected}), not answers")
     lists = [texts for texts in map(messages.texts_of, (prompt, chosen, rejected)) if texts]
     if len(lists) == 3:
         prompt, chosen, rejected = None, _arena(lists[0], lists[1]), _arena(lists[0], lists[2])
@@ -136,11 +138,11 @@ def _ranked(row: dict[str, Any], layout: Layout, every: bool) -> list[dict[str, 
     if isinstance(beside, list):  # a number for each answer, in a column of their own
         if len(beside) != len(answers):
             raise LeftOut(f"{name} and {by} have different lengths")
+        scores = list(map(number_of, beside))
     else:
-        beside = [lookup(answer, by) if isinstance(answer, dict) else None for answer in answers]
+        scores = _scores([answer if isinstance(answer, dict) else {} for answer in answers], by.split(" | "))
     sign = 1 if layout.kind == "score" else -1
     texts = [lookup(answer, layout.text) if isinstance(answer, dict) else answer for answer in answers]
-    scores = [number_of(value) for value in beside]
     items = [(sign * score, text) for score, text in zip(scores, texts, strict=True) if score is not None]
     items.sort(key=lambda item: -item[0])
     if len(items) < 2 or items[0][0] == items[-1][0]:
@@ -148,6 +150,16 @@ def _ranked(row: dict[str, Any], layout: Layout, every: bool) -> list[dict[str, 
     two = itertools.combinations(items, 2) if every else [(items[0], items[-1])]
     pairs = [{**row, "chosen": better, "rejected": worse} for (high, better), (low, worse) in two if high > low]
     return [_pair(pair, layout, "chosen", "rejected") for pair in pairs]
+
+
+def _scores(answers: list[dict[str, Any]], names: list[str]) -> list[float | None]:
+    """The numbers of the first name that all answers have; raises LeftOut if they have some of one, some of another."""
+    scores = {name: [number_of(lookup(answer, name)) for answer in answers] for name in names}
+    used = {name: numbers for name, numbers in scores.items() if any(number is not None for number in numbers)}
+    whole = [numbers for numbers in used.values() if None not in numbers]
+    if len(used) > 1 and not whole:
+        raise LeftOut(f"the answers have scores of several kinds ({', '.join(used)}), and none that all of them have")
+    return [*whole, *used.values(), [None] * len(answers)][0]
 
 
 COLUMN_KINDS = {bool: "bool", int: "int64", float: "float64", str: "string"}
@@ -165,7 +177,7 @@ class _Reader:
 
     def __init__(self, source: Source, given: dict[str, Any]):
         self.source, self.given = source, given
-        self.layout_of = functools.cache(lambda names: find_layout(names, given["columns"], given["scores"]))
+        self.layout_of = functools.cache(lambda names: layouts.find_layout(names, given["columns"], given["scores"]))
         self.empty: frozenset[str] = frozenset()
         question = self._look()
         if question and (empty := frozenset(name for name, kinds in self.kinds.items() if not kinds)):
@@ -194,12 +206,14 @@ class _Reader:
     def _look(self) -> UserError | None:
         """See every row. Returns the first question about a row's columns."""
         self.judges: dict[Layout, Judge] = {}  # in each, the rows of this layout
-        self.count, self.whole, self.tools, question = 0, False, True, None
+        self.count, self.quoted, self.whole, self.tools, question = 0, 0, False, True, None
         self.kinds: dict[str, set[type]] = defaultdict(set, {name: set() for name in self.source.features or ()})
-        for _, row in self.source.rows():
+        for origin, row in self.source.rows():
             self.count += 1
             if not isinstance(row, dict):
                 continue
+            if ".tsv" in origin:
+                self.quoted += sum(len(value) > 1 and value[0] == value[-1] == '"' for value in row.values())
             for name, value in row.items():
                 kinds = self.kinds[name]
                 if not is_missing(value):  # a whole number of more than 64 bits is an object too
@@ -259,8 +273,9 @@ class _Reader:
 
     def reading(self) -> list[str]:
         """How the columns were read, a line for each layout and each preference; nothing for the three plain ones."""
-        texts = [name for name in self.extras if name != "origin" and str in self.kinds[name]]
-        texts = [name for name in texts if name != "tools" or not self.tools]
+        told = set(layouts.NAMES["preference"])  # one beside chosen and rejected might say that they are exchanged
+        texts = [name for name in self.extras if str in self.kinds[name] or name.lower() in told]
+        texts = [name for name in texts if name != "origin" and (name != "tools" or not self.tools)]
         lines = []
         for layout, judge in self.judges.items():
             if str(layout).removeprefix("prompt <- prompt; ") == str(Layout()) and not texts:
@@ -269,6 +284,8 @@ class _Reader:
             read = [f"{layout}", *([judge.reading()] if judge.judges else [])]
             read = [self._used(line, judge.sample) for line in read] if layout.name else read
             lines += [f"{self.source.name}: {judge.count} row{'s' * (judge.count != 1)}{name}. {read[0]}", *read[1:]]
+        if self.quoted:
+            lines.append(layouts.QUESTIONS["quotes"].format(name=self.source.name, count=self.quoted))
         return [*lines, f"not read: {listed(texts)}"] if texts else lines
 
     def features(self) -> Features:
@@ -296,7 +313,7 @@ class _Reader:
             pairs = _ranked(row, layout, self.given["ranked"] == "all")
         else:
             pairs = [_pair(row, layout, *self.judges[layout].order(row))]
-        extras = {self._kept_name(name): messages.valid_text(row.get(name)) for name in self.extras}
+        extras = {self._kept_name(name): row.get(name) for name in self.extras}
         if "chat_template_kwargs" in extras:
             extras["chat_template_kwargs"] = messages.read_template_kwargs(extras["chat_template_kwargs"])
         if layout.tools or "tools" in extras:
@@ -394,7 +411,7 @@ def load_pairs(
     >>> load_pairs([{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}])[0]["prompt"]
     [{'role': 'user', 'content': '2 + 2?'}]
     """
-    roles = check_arguments({} if columns is None else columns, wins, scores, ranked, first_wins)
+    roles = layouts.check_arguments({} if columns is None else columns, wins, scores, ranked, first_wins)
     given = {"columns": roles, "wins": wins, "scores": tuple(scores or ()), "ranked": ranked, "first_wins": first_wins}
     if source is None:
         named = setting("DPO_DATA")
@@ -422,6 +439,6 @@ def load_pairs(
 
 _lines = (
     f"       - {entry['name']}: {', '.join(entry['columns'])}{' (no pairs: refused)' * ('refused' in entry)}"
-    for entry in FORMATS
+    for entry in layouts.FORMATS
 )
 load_pairs.__doc__ = (load_pairs.__doc__ or "").replace("    {formats}", "\n".join(_lines))

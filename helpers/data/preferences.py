@@ -6,11 +6,11 @@ import math
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from helpers.common import UserError, visible
-from helpers.data.layouts import NAMES, QUESTIONS, RANKED, Layout, asked, lookup, shortened
+from helpers.data.layouts import NAMES, QUESTIONS, RANKED, VERDICTS, Layout, asked, lookup, opened, shortened
 
 MEANINGS = ("first", "second", "tie", None)
 UNKNOWN = "not certain"
@@ -18,25 +18,10 @@ SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.g
 SHOWN_VALUES = 12
 MOST_VALUES = 1000  # kept apart when values are counted
 TAIL = re.compile(r"(?:.*[_ -])?(a|b|0|1|2)", re.I)
-# Whole verdicts in words, once case, marks and brackets are gone; X and Y stand for the names of the two answers.
-_HOW = r"(?: (?:much|slightly|clearly|significantly|somewhat|far|a bit|a little|a lot|strongly|marginally|way))*"
-_OVER = r"(?: (?:than|over|to) Y)?"
-X_WINS = (
-    r"X(?: wins| won)?",
-    rf"X(?: is| was)?{_HOW} (?:better|best|preferred|superior){_OVER}",
-    rf"(?:i )?(?:strongly |slightly )?prefer(?:s|red)?(?: is)? X{_OVER}",
-    r"(?:winner|better|best|choose|chosen)(?: is)? X",
-    r"X ?>+ ?Y|Y ?<+ ?X",
-    rf"Y(?: is| was)?{_HOW} worse(?: than X)?",
-)
-TIES = (
-    r"ties?(?: both ?(?:bad|good))?|draw|equal|equally (?:good|bad)|same|about (?:the same|equal)|none|no preference",
-    r"(?:both|neither)(?: (?:are )?(?:good|bad|equal))?|both(?:bad|good)|both X and Y|neither X nor Y|X ?=+ ?Y",
-)
-NOUNS = "model|response|answer|completion|output|reply|candidate|conversation|assistant|option|text|summary"
 TERM = re.compile(r"(?:(<=?|>=?) *)?(-?\d*\.?\d+)(?: *(?:to|\.\.|-) *(-?\d*\.?\d+))? +(first|second|tie|none)", re.I)
 # Columns whose numbers name an answer. Others ("label", "is_0_better") may hold 1 for yes, or a scale.
 NUMBERED = re.compile(r"preference|preferred|winner|choice|.*_(?:id|index|idx)", re.I)
+WORSE = re.compile(r"worse|worst|reject|lose|losing|disprefer", re.I)  # the column names the answer that lost
 Rule = Callable[[Any], str | None]  # value -> one of MEANINGS, or UNKNOWN
 
 
@@ -65,6 +50,17 @@ def _key(value: Any) -> str:
     return value.strip().casefold() if isinstance(value, str) else json.dumps(value, default=str).casefold()
 
 
+def _top(value: Any) -> Any:
+    """The name on top of a ranking as Argilla writes it, {"rank": [2, 1], "value": [...]} or a list; else the value."""
+    if isinstance(value, dict) and value.keys() == {"rank", "value"}:
+        value = [dict(zip(value, item, strict=True)) for item in zip(*value.values(), strict=False)]
+    if not isinstance(value, list) or not all(isinstance(item, dict) and item.get("rank") for item in value):
+        return value
+    best = min((item["rank"] for item in value), default=0)
+    top = [item.get("value") for item in value if item["rank"] == best]
+    return top[0] if len(top) == 1 else "tie"
+
+
 def _words(text: str) -> str:
     return " ".join(re.sub(r"(?<=\w)[_-](?=\w)|[()\[\]\"'.,]|!+$", " ", text.casefold().strip()).split())
 
@@ -72,16 +68,22 @@ def _words(text: str) -> str:
 def _by_words(a: str, b: str, column: str) -> Rule:
     """Reads verdicts in words, and numbers that name an answer, about two answers with these column names."""
     tails = [found[1].lower() if (found := TAIL.fullmatch(name)) else "" for name in (a, b)]
-    tails = tails if sorted(tails) in (["a", "b"], ["0", "1"], ["1", "2"]) else ["a", "b"]
-    # "The first" is not certain if the reader has response_2 as the first answer.
+    # "The first" is not certain if the reader has response_2 as the first answer, nor is "b" of response_b, response_c.
     places = ("first|1st", "second|2nd") if tails == sorted(tails) else tails
+    if sorted(tails) not in (["a", "b"], ["0", "1"], ["1", "2"]):
+        tails = ["a", "b"] if tails == ["", ""] else [re.escape(_words(name)) for name in (a, b)]
+        places = places if tails == ["a", "b"] else tails
+    nouns = VERDICTS["nouns"]
     first, second = (
-        f"(?:{re.escape(_words(name))}|(?:the )?(?:(?:{NOUNS}) ?)?(?:{tail}|{place})|(?:{place}) (?:{NOUNS}))"
+        f"(?:{re.escape(_words(name))}|(?:the )?(?:(?:{nouns}) ?)?(?:{tail}|{place})|(?:{place}) (?:{nouns}))"
         for name, tail, place in zip((a, b), tails, places, strict=True)
     )
-    kinds = (("first", X_WINS, first, second), ("second", X_WINS, second, first))
-    kinds += (("tie", TIES, first, second), ("tie", TIES[1:], second, first))
-    patterns = [(side, re.compile("|".join(forms).replace("X", x).replace("Y", y))) for side, forms, x, y in kinds]
+    kinds = (("first", "x wins", first, second), ("second", "x wins", second, first))
+    kinds += (("tie", "ties", first, second), ("tie", "ties", second, first))
+    patterns = [
+        (side, re.compile("|".join(VERDICTS[forms]).format(x=x, y=y, how=VERDICTS["how"])))
+        for side, forms, x, y in kinds
+    ]
 
     @functools.lru_cache(MOST_VALUES)
     def of_text(text: str) -> str | None:
@@ -92,7 +94,7 @@ def _by_words(a: str, b: str, column: str) -> Rule:
         number = number_of(value)
         if number is None:
             return of_text(value) if isinstance(value, str) else UNKNOWN
-        if not NUMBERED.fullmatch(column) or "a" in tails:
+        if not NUMBERED.fullmatch(column) or not tails[0].isdigit():
             return UNKNOWN
         one, two = map(float, tails)
         if number not in (one, two) and not (one + two == 3 and 1 < number < 2):  # AlpacaEval has fractions
@@ -132,7 +134,9 @@ def _by_rule(rule: str) -> Rule:
 
     def of(value: Any) -> str | None:
         number, found = number_of(value), set()
-        for sign, low, high, meaning in (term.groups() for term in terms if term and number is not None):
+        if number is None:
+            return UNKNOWN
+        for sign, low, high, meaning in (term.groups() for term in terms if term):
             ends = sorted((float(low), float(high or low)))
             if SIGNS[sign](number, ends[0]) if sign else ends[0] <= number <= ends[1]:
                 found.add(None if meaning.lower() == "none" else meaning.lower())
@@ -165,6 +169,8 @@ class Judge:
             self.rule = _by_rule(wins)
         elif wins is not None:
             self.rule = _by_table(dict(wins))
+        elif WORSE.search(layout.by[0]):
+            self.rule, self.models = lambda _: UNKNOWN, []
         else:
             self.rule = _by_words(a, b, layout.by[0])
         if first_wins is not None and layout.kind == "preference":
@@ -190,18 +196,24 @@ class Judge:
     def _verdict(self, row: dict[str, Any]) -> tuple[Any, str | None]:
         """(value as it is shown, meaning)."""
         kind, by = self.layout.kind, self.layout.by
-        if kind == "preference":
-            value = lookup(row, by[0])
-            return value, self._of_preference(value, row)
+        if kind == "votes":
+            values = [value for path in by for value in lookup(row, path) or ()]
+            return self._majority(values, lookup(row, self.layout.status) or (), row)
         if kind == "scores":
             first, second = (number_of(lookup(row, name)) for name in by)
             if first is None or second is None:
                 return "no score", None
             return ("equal", "tie") if first == second else (f"{by[first < second]} higher", MEANINGS[first < second])
-        if any(state not in ("submitted", False, None) for state in lookup(row, self.layout.status) or ()):
+        value = lookup(row, by[0])
+        votes = opened(value)
+        if isinstance(votes, list) and all(isinstance(vote, dict) and "value" in vote for vote in votes):  # Argilla 1.x
+            return self._majority([_top(vote["value"]) for vote in votes], [vote.get("status") for vote in votes], row)
+        return value, self._of_preference(value, row)
+
+    def _majority(self, values: list[Any], states: Iterable[Any], row: dict[str, Any]) -> tuple[Any, str | None]:
+        if any(state not in ("submitted", False, None) for state in states):
             return "a vote that is a draft, discarded or cancelled", None
-        values = [value for path in by for value in lookup(row, path) or ()]
-        said = [self._of_preference(value, row) for value in values]
+        said = [UNKNOWN if self.first_wins is not None else self._of_preference(value, row) for value in values]
         if UNKNOWN in said:
             return values[said.index(UNKNOWN)], UNKNOWN
         votes = Counter(filter(None, said))
@@ -221,32 +233,32 @@ class Judge:
 
     def settle(self) -> None:
         """Raise UserError, without the source's name, if a value could mean more than one thing."""
-        said = {key: [side for side in meanings if side] for key, meanings in self.found.items()}
-        kept = {key: UNKNOWN if UNKNOWN in sides else sides[0] for key, sides in said.items() if sides}
-        sides = Counter(kept.values())
-        numbers = {key: number_of(self.values[key]) for key in kept}
-        preference = self.layout.kind == "preference"
+        said = {key: set(meanings) - {None} for key, meanings in self.found.items()}
+        kept = {key: UNKNOWN if UNKNOWN in sides else sides.pop() for key, sides in said.items() if sides}
+        counts, preference = Counter(kept.values()), self.layout.kind == "preference"
         if preference and self.first_wins is not None:
-            what, sure = "first_wins", sides["first"] == 1 and sides["second"] <= 1
+            what, sure = "first_wins", counts["first"] == 1 and counts["second"] <= 1
             kept = {key: meaning if meaning == "tie" else UNKNOWN for key, meaning in kept.items()}
         elif self.given:
-            what, sure = "wins", not sides[UNKNOWN]
+            what, sure = "wins", not counts[UNKNOWN]
         else:  # 1 alone may be of 0 and 1, or of 1 and 2
-            what, sure = "preference", not sides[UNKNOWN] and not (preference and set(numbers.values()) == {1})
+            one = preference and {number_of(self.values[key]) for key in kept} == {1}
+            what, sure = "preference", not counts[UNKNOWN] and not one
         if not sure:
-            raise self._question(QUESTIONS[what].format(value=self.first_wins), kept, numbers)
+            raise self._question(QUESTIONS[what].format(value=self.first_wins), kept)
 
-    def _question(self, what: str, kept: dict[str, str | None], numbers: dict[str, float | None]) -> UserError:
+    def _question(self, what: str, kept: dict[str, str | None]) -> UserError:
         a, b = self.layout.answers
-        shown = {key: visible(repr(self.values[key]), 60) for key in kept}
+        values = {key: self.values[key] for key in kept}
+        values |= {key: json.dumps(value) for key, value in values.items() if isinstance(value, list | dict)}
+        shown = {key: visible(repr(value), 60) for key, value in values.items()}
         held = shortened([f"{text} ({self.found[key].total()})" for key, text in shown.items()], SHOWN_VALUES)
-        unsure = {key for key, meaning in kept.items() if meaning == UNKNOWN or numbers[key] is not None}
+        scale = {key for key, value in values.items() if number_of(value) is not None}
+        unsure = scale.union(key for key, meaning in kept.items() if meaning == UNKNOWN)
         keys = sorted(kept, key=lambda key: kept[key] != UNKNOWN)[:SHOWN_VALUES]
         wins = ", ".join(f"{shown[key]}: {'...' if key in unsure else repr(kept[key])}" for key in keys)
-        scale = any(number is not None for number in numbers.values())
-        more = "two values" if len(kept) == 2 else "scale" if scale else ""
-        more = QUESTIONS[more].format(*map(self.values.get, kept)) if more else ""
-        column = ", ".join(self.layout.by)
+        more = "two values" if len(kept) == 2 else "scale" if scale else "one"
+        more, column = QUESTIONS[more].format(*values.values()), ", ".join(self.layout.by)
         return asked("values", what=what, column=column, held=held, wins=wins, a=a, b=b, more=more)
 
     def order(self, row: dict[str, Any]) -> tuple[str, ...]:
