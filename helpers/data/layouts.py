@@ -23,11 +23,11 @@ def _tables(name: str) -> list[Any]:
     return list(yaml.safe_load_all(Path(__file__).with_name(name).read_text(encoding="utf-8")))
 
 
-(NAMES, VERDICTS, FORMATS), (QUESTIONS,) = _tables("formats.yaml"), _tables("questions.yaml")
+(USUAL, VERDICTS, FORMATS), (QUESTIONS,) = _tables("formats.yaml"), _tables("questions.yaml")
 ANSWER = re.compile(r"((?:response|answer|completion|output|reply|candidate|conversation)s?[_ -]?)(a|b|0|1|2)", re.I)
 SHOWN_NAMES = 20
 RANKED = ("score", "rank")
-KINDS = ("preference", "scores", "votes", *RANKED)  # of what tells the better answer
+TOLD_BY = ("preference", "scores", "one_hot", "votes", *RANKED)  # of what tells the better answer
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class Layout:
     """Where one kind of source keeps things; formats.yaml says what each field means.
 
     `prompt` has several columns if they are to be joined. `answers` are chosen and rejected, or the two to judge, or
-    the list of ranked ones. `by` is what tells the better one, of a `kind` in KINDS; "" if the first is the better.
+    the list of ranked ones. `by` is what tells the better one, of a `kind` in TOLD_BY; "" if the first is the better.
     """
 
     name: str = ""
@@ -126,7 +126,7 @@ def _made(names: tuple[str, ...], entry: dict[str, Any]) -> Layout:
         first = next(filter(None, roots.values()), None)
         return " | ".join(option for option, root in roots.items() if root == first)
 
-    kind = next((kind for kind in KINDS if kind in entry), "")
+    kind = next((kind for kind in TOLD_BY if kind in entry), "")
     wins = entry.get("wins")
     return _one_of_each(
         **{key: entry[key] for key in ("name", "tools", "text", "status") if key in entry},
@@ -141,7 +141,7 @@ def _made(names: tuple[str, ...], entry: dict[str, Any]) -> Layout:
 def _found(names: tuple[str, ...], columns: dict[str, list[str]], role: str) -> list[str]:
     """The columns for a role, those that are asked for or have usual names; capitals count if there is a choice."""
     found: list[str] = []
-    for name in columns.get(role, NAMES[role]):
+    for name in columns.get(role, USUAL[role]):
         same = [other for other in names if other == name or (role not in columns and other.lower() == name)]
         if len(same) > 1 and name not in same:
             raise asked("columns of two cases", names=listed(same))

@@ -69,6 +69,13 @@ def _arena(prompt: list[str | None], side: list[str | None]) -> list[dict[str, A
     return [{"role": role, "content": messages.valid_text(text)} for role, text in zip(roles, texts, strict=False)]
 
 
+def _elsewhere(row: dict[str, Any], names: set[str]) -> bool:
+    """Whether texts that should be answers are the names of two columns, or places in a list of answers."""
+    places = [int(name) for name in names if re.fullmatch(r"\d", name)]
+    lists = [value for value in row.values() if messages.texts_of(value)] if len(places) == 2 else []
+    return names <= row.keys() or any(len(opened(value)) > max(places) for value in lists)
+
+
 def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[str, Any]:
     """One row in the one form, without its origin; `better` and `worse` lead to its answers.
 
@@ -76,10 +83,12 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
     """
     prompt, chosen, rejected = _prompt(row, layout), lookup(row, better), lookup(row, worse)
     where = " + ".join(layout.prompt)
-    if isinstance(chosen, str) and isinstance(rejected, str) and {chosen, rejected} <= row.keys():
-        raise LeftOut(f"{better} and {worse} hold names of columns ({chosen}, {rejected}), not answers")
+    if isinstance(chosen, str) and isinstance(rejected, str) and _elsewhere(row, {chosen, rejected}):
+        raise LeftOut(f"{better} and {worse} name answers in other columns ({chosen}, {rejected})")
     lists = [texts for texts in map(messages.texts_of, (prompt, chosen, rejected)) if texts]
     if len(lists) == 3:
+        if not layout.name and max(map(len, lists)) > 1:
+            raise LeftOut(f"{where}, {better} and {worse} are lists of texts, and nothing tells whose turns these are")
         prompt, chosen, rejected = None, _arena(lists[0], lists[1]), _arena(lists[0], lists[2])
     # "Human: ..." is markup if the prompt is written in it, or if the whole text begins with such a prompt.
     marked = isinstance(prompt, str) and messages.dialogue_turns(prompt) is not None
@@ -273,7 +282,7 @@ class _Reader:
 
     def reading(self) -> list[str]:
         """How the columns were read, a line for each layout and each preference; nothing for the three plain ones."""
-        told = set(layouts.NAMES["preference"])  # one beside chosen and rejected might say that they are exchanged
+        told = set(layouts.USUAL["preference"])  # one beside chosen and rejected might say that they are exchanged
         texts = [name for name in self.extras if str in self.kinds[name] or name.lower() in told]
         texts = [name for name in texts if name != "origin" and (name != "tools" or not self.tools)]
         lines = []

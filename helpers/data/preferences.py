@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from helpers.common import UserError, visible
-from helpers.data.layouts import NAMES, QUESTIONS, RANKED, VERDICTS, Layout, asked, lookup, opened, shortened
+from helpers.data.layouts import USUAL, QUESTIONS, RANKED, VERDICTS, Layout, asked, lookup, opened, shortened
 
 MEANINGS = ("first", "second", "tie", None)
 UNKNOWN = "not certain"
@@ -163,7 +163,7 @@ class Judge:
         if not self.judges:
             return
         a, b = layout.answers
-        names = [(form.format(x), form.format(y)) for form in NAMES["models"] for x, y in ("ab", "12", (a, b))]
+        names = [(form.format(x), form.format(y)) for form in USUAL["models"] for x, y in ("ab", "12", (a, b))]
         self.models = [*(pair for pair in names if set(pair) <= set(sample)), (a, b)]
         if isinstance(wins, str):
             self.rule = _by_rule(wins)
@@ -199,6 +199,10 @@ class Judge:
         if kind == "votes":
             values = [value for path in by for value in lookup(row, path) or ()]
             return self._majority(values, lookup(row, self.layout.status) or (), row)
+        if kind == "one_hot":
+            flags = [str(lookup(row, name)).strip().lower() in ("1", "1.0", "true") for name in by]
+            place = flags.index(True) if sum(flags) == 1 else None
+            return ("not exactly one of them", None) if place is None else (by[place], MEANINGS[place])
         if kind == "scores":
             first, second = (number_of(lookup(row, name)) for name in by)
             if first is None or second is None:
@@ -238,7 +242,7 @@ class Judge:
         counts, preference = Counter(kept.values()), self.layout.kind == "preference"
         if preference and self.first_wins is not None:
             what, sure = "first_wins", counts["first"] == 1 and counts["second"] <= 1
-            kept = {key: meaning if meaning == "tie" else UNKNOWN for key, meaning in kept.items()}
+            kept |= {key: UNKNOWN for key, meaning in kept.items() if meaning != "tie"}
         elif self.given:
             what, sure = "wins", not counts[UNKNOWN]
         else:  # 1 alone may be of 0 and 1, or of 1 and 2
