@@ -83,7 +83,12 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
     """
     prompt, chosen, rejected = _prompt(row, layout), lookup(row, better), lookup(row, worse)
     where = " + ".join(layout.prompt)
-    if isinstance(chosen, str) and isinstance(rejected, str) and _elsewhere(row, {chosen, rejected}):
+    if (
+        not layout.kind
+        and isinstance(chosen, str)
+        and isinstance(rejected, str)
+        and _elsewhere(row, {chosen, rejected})
+    ):
         raise LeftOut(f"{better} and {worse} name answers in other columns ({chosen}, {rejected})")
     lists = [texts for texts in map(messages.texts_of, (prompt, chosen, rejected)) if texts]
     if len(lists) == 3:
@@ -222,7 +227,8 @@ class _Reader:
             if not isinstance(row, dict):
                 continue
             if ".tsv" in origin:
-                self.quoted += sum(len(value) > 1 and value[0] == value[-1] == '"' for value in row.values())
+                cells = [value for value in row.values() if isinstance(value, str)]
+                self.quoted += sum(cell[:1] == cell[-1:] == '"' != cell for cell in cells)
             for name, value in row.items():
                 kinds = self.kinds[name]
                 if not is_missing(value):  # a whole number of more than 64 bits is an object too

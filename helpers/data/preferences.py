@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from helpers.common import UserError, visible
-from helpers.data.layouts import USUAL, QUESTIONS, RANKED, VERDICTS, Layout, asked, lookup, opened, shortened
+from helpers.data.layouts import QUESTIONS, RANKED, USUAL, VERDICTS, Layout, asked, lookup, opened, shortened
 
 MEANINGS = ("first", "second", "tie", None)
 UNKNOWN = "not certain"

@@ -116,6 +116,7 @@ def test_a_file_as_people_publish_it_is_read_right_or_asked_about(what, tmp_path
     assert [plain(row) for row in pairs] == case["right"]
     accounted(pairs, load_report(pairs).rows)
     assert re.search(f"(?s){case.get('says', '')}", capsys.readouterr().out)
+    assert [plain(row) for row in load_pairs(pairs)] == case["right"]
 
 
 Q, ONE, TWO = "Which is larger?", "Ten.", "Two."
