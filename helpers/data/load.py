@@ -66,7 +66,9 @@ def _arena(prompt: list[str | None], side: list[str | None]) -> list[dict[str, A
         raise LeftOut("the lists of questions and answers have different lengths or a turn without text")
     texts = itertools.chain.from_iterable(zip(prompt, side, strict=True))
     roles = itertools.cycle(("user", "assistant"))
-    return [{"role": role, "content": messages.valid_text(text)} for role, text in zip(roles, texts, strict=False)]
+    return [
+        {"role": role, "content": messages.valid_text(text or "")} for role, text in zip(roles, texts, strict=False)
+    ]
 
 
 def _elsewhere(row: dict[str, Any], names: set[str]) -> bool:
