@@ -2,6 +2,6 @@
 
 from pathlib import Path
 
-# The source of this wing as it was imported: part of the key under which its results are kept on disk, so that what
-# another version has read or measured is not taken.
-CODE = "".join(path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py")))
+# The source of this wing and its tables as they were imported: part of the key under which its results are kept on
+# disk, so that what another version has read or measured is not taken.
+CODE = "".join(path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.[py]*")))

@@ -1,43 +1,22 @@
-"""Preference pairs, read from any usual file and brought to one form.
-
-The one form, which TRL's DPOTrainer takes as it is:
-
-- `prompt`: list of {role, content}; a system turn may come first, a user turn is last
-- `chosen`, `rejected`: lists of {role, content} that begin and end with an assistant turn
-- `origin`: "pairs.jsonl:12" is a line of a file, "pairs.parquet row 12" a row; both count from 1
-- the source's other columns (topic, flaw, tools, chat_template_kwargs, ...) as they were
-"""
+"""Preference pairs, read from any usual file and brought to the one form that TRL's DPOTrainer takes as it is."""
 
 import functools
 import itertools
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import xxhash
 from datasets import Dataset, Features, Json, Value
 from trl.data_utils import extract_prompt
 
 from helpers.common import PROJECT, UserError, setting
-from helpers.data import CODE
-from helpers.data.layouts import FORMATS, Layout, check_arguments, find_layout, listed, lookup, opened
-from helpers.data.messages import (
-    ASSISTANT_MARK,
-    MESSAGES,
-    WHOLE_MESSAGES,
-    check_roles,
-    dialogue_turns,
-    has_more,
-    kind_of,
-    read_template_kwargs,
-    texts_of,
-    to_messages,
-    valid_text,
-)
+from helpers.data import CODE, layouts, messages
+from helpers.data.layouts import RANKED, Layout, asked, listed, lookup, opened
 from helpers.data.preferences import Judge, LeftOut, is_missing, number_of
 from helpers.data.report import LoadReport, load_report
 from helpers.data.sources import LIBRARY_ERRORS, Source, open_source, printable, reason_of
@@ -45,6 +24,7 @@ from helpers.session import quiet_progress
 
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 BUNDLED_PAIRS = Path(__file__).parent / "bundled" / "pairs.jsonl"
+SIDES = ("prompt", "chosen", "rejected")
 # Columns that DPOTrainer reads by name. A source's own column of that name is kept as "source_...".
 RESERVED = set(
     "prompt chosen rejected origin left_out messages completion image images "
@@ -53,45 +33,49 @@ RESERVED = set(
 
 
 def _prompt(row: dict[str, Any], layout: Layout) -> Any:
-    values = [lookup(row, name) for name in layout.prompt]
+    values = {name: lookup(row, name) for name in layout.prompt}
     if len(values) < 2:
-        return values[0] if values else None
-    texts = ["" if is_missing(value) else value for value in values]
-    wrong = next((name for name, text in zip(layout.prompt, texts, strict=True) if not isinstance(text, str)), None)
-    if wrong:
-        raise LeftOut(f"{wrong} is no text, so it can't be joined with {' + '.join(layout.prompt)}")
-    return "\n".join(filter(None, texts))
+        return next(iter(values.values()), None)
+    texts = {name: "" if is_missing(value) else value for name, value in values.items()}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise LeftOut(f"{name} is no text, so it can't be joined with {' + '.join(layout.prompt)}")
+    return "\n".join(filter(None, texts.values()))
 
 
 def _earlier(row: dict[str, Any], layout: Layout) -> list[dict[str, Any]]:
     """The system turn and the earlier turns that have columns of their own."""
-    turns: list[dict[str, Any]] = []
-    system = opened(lookup(row, layout.system))
-    if isinstance(system, dict | list):
-        turns = to_messages(system, layout.system, "system", False)
-    elif isinstance(system, str) and system.strip():
-        turns = [{"role": "system", "content": valid_text(system)}]
-    elif not isinstance(system, str) and not is_missing(system):
-        raise LeftOut(f"{layout.system} is {kind_of(system)}, not text")
-    history = opened(lookup(row, layout.history))
-    if isinstance(history, str) and history.strip():
-        raise LeftOut(f"{layout.history} is a text, not a list of turns")
-    for entry in history or []:
-        if isinstance(entry, list | tuple):  # LLaMA-Factory: [question, answer]
-            if [type(text) for text in entry] != [str, str]:
-                raise LeftOut(f"an entry of {layout.history} is not a question and an answer, both texts")
-            sides = zip(("user", "assistant"), entry, strict=True)
-            turns += [{"role": role, "content": valid_text(text)} for role, text in sides]
+    system, history = lookup(row, layout.system), opened(lookup(row, layout.history))
+    nothing = is_missing(system) or (isinstance(system, str) and not system.strip())
+    turns = [] if nothing else messages.to_messages(system, layout.system, "system", False)
+    history = [] if is_missing(history) else history
+    if not isinstance(history, list):
+        raise LeftOut(f"{layout.history} is {messages.kind_of(history)}, not a list of turns")
+    for entry in history:
+        if not isinstance(entry, list):
+            turns += messages.to_messages([entry], layout.history, "user", False)
+        elif [type(text) for text in entry] == [str, str]:  # LLaMA-Factory: [question, answer]
+            turns += _arena(entry[:1], entry[1:])
         else:
-            turns += to_messages([entry], layout.history, "user", False)
+            raise LeftOut(f"an entry of {layout.history} is not a question and an answer, both texts")
     return turns
 
 
 def _arena(prompt: list[str | None], side: list[str | None]) -> list[dict[str, Any]]:
     if len(prompt) != len(side) or None in (*prompt, *side):
         raise LeftOut("the lists of questions and answers have different lengths or a turn without text")
-    pairs = zip(prompt, side, strict=True)
-    return [turn for q, a in pairs for turn in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
+    texts = itertools.chain.from_iterable(zip(prompt, side, strict=True))
+    roles = itertools.cycle(("user", "assistant"))
+    return [
+        {"role": role, "content": messages.valid_text(text or "")} for role, text in zip(roles, texts, strict=False)
+    ]
+
+
+def _elsewhere(row: dict[str, Any], names: set[str]) -> bool:
+    """Whether texts that should be answers are the names of two columns, or places in a list of answers."""
+    places = [int(name) for name in names if re.fullmatch(r"\d", name)]
+    lists = [value for value in row.values() if messages.texts_of(value)] if len(places) == 2 else []
+    return names <= row.keys() or any(len(opened(value)) > max(places) for value in lists)
 
 
 def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[str, Any]:
@@ -101,41 +85,49 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
     """
     prompt, chosen, rejected = _prompt(row, layout), lookup(row, better), lookup(row, worse)
     where = " + ".join(layout.prompt)
-    lists = [texts for texts in map(texts_of, (prompt, chosen, rejected)) if texts]
+    if (
+        not layout.kind
+        and isinstance(chosen, str)
+        and isinstance(rejected, str)
+        and _elsewhere(row, {chosen, rejected})
+    ):
+        raise LeftOut(f"{better} and {worse} name answers in other columns ({chosen}, {rejected})")
+    lists = [texts for texts in map(messages.texts_of, (prompt, chosen, rejected)) if texts]
     if len(lists) == 3:
+        if not layout.name and max(map(len, lists)) > 1:
+            raise LeftOut(f"{where}, {better} and {worse} are lists of texts, and nothing tells whose turns these are")
         prompt, chosen, rejected = None, _arena(lists[0], lists[1]), _arena(lists[0], lists[2])
     # "Human: ..." is markup if the prompt is written in it, or if the whole text begins with such a prompt.
-    marked = isinstance(prompt, str) and dialogue_turns(prompt) is not None
+    marked = isinstance(prompt, str) and messages.dialogue_turns(prompt) is not None
     whole = all(isinstance(side, str) and side.startswith("\n\nHuman:") for side in (chosen, rejected))
     dialogue = not layout.prompt or whole or (marked and isinstance(chosen, str) and chosen.startswith(prompt))
     if marked and not dialogue:
-        sides = [
-            ASSISTANT_MARK.sub("", side, count=1) if isinstance(side, str) else side for side in (chosen, rejected)
-        ]
-        chosen, rejected = sides
-    chosen = to_messages(chosen, better, "assistant", dialogue)
-    rejected = to_messages(rejected, worse, "assistant", dialogue)
-    own = [] if is_missing(prompt) and prompt != "" else to_messages(prompt, where, "user", marked)
-    if chosen[0]["role"] == "assistant" and rejected[0]["role"] == "assistant":
-        if not layout.prompt:
-            raise LeftOut(f"no prompt, and {better} and {worse} are no dialogues that share one")
-        prompt = own or to_messages(prompt, where, "user", marked)
-        if marked and prompt[-1] == {"role": "assistant", "content": ""}:
-            prompt = prompt[:-1]
-    elif rejected[0]["role"] == "assistant" and len(rejected) == 1:  # ms-swift: only the last turn differs
-        prompt, chosen = chosen[:-1], chosen[-1:]
+        texts = (
+            messages.ASSISTANT_MARK.sub("", side) if isinstance(side, str) else side for side in (chosen, rejected)
+        )
+        chosen, rejected = texts
+    chosen = messages.to_messages(chosen, better, "assistant", dialogue)
+    rejected = messages.to_messages(rejected, worse, "assistant", dialogue)
+    own = [] if is_missing(prompt) and prompt != "" else messages.to_messages(prompt, where, "user", marked)
+    if marked and own[-1] == {"role": "assistant", "content": ""}:
+        own.pop()
+    if chosen[0]["role"] == rejected[0]["role"] == "assistant":
+        if not own:
+            reason = f"no prompt, and {better} and {worse} are no dialogues that share one"
+            raise LeftOut(f"{where} is missing" if where else reason)
+        prompt = own
+    elif len(rejected) == 1:  # ms-swift: only the last turn differs
+        prompt, chosen = _with_own(own, chosen[:-1], where), chosen[-1:]
     else:
         parts = extract_prompt({"chosen": chosen, "rejected": rejected})
-        prompt, chosen, rejected = parts["prompt"], parts["chosen"], parts["rejected"]
-    if own is not prompt:
-        prompt = _with_own(own, prompt, where)
+        prompt, chosen, rejected = _with_own(own, parts["prompt"], where), parts["chosen"], parts["rejected"]
     earlier = _earlier(row, layout)
     if earlier and prompt and prompt[0]["role"] == "system":
         if any(turn["role"] == "system" and turn != prompt[0] for turn in earlier):
             raise LeftOut(f"{layout.system} and the prompt hold two system turns that differ")
         earlier = [turn for turn in earlier if turn["role"] != "system"]
     prompt = [*earlier, *prompt]
-    check_roles(prompt, chosen, rejected)
+    messages.check_roles(prompt, chosen, rejected)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
@@ -155,150 +147,133 @@ def _with_own(own: list[dict[str, Any]], shared: list[dict[str, Any]], where: st
 
 def _ranked(row: dict[str, Any], layout: Layout, every: bool) -> list[dict[str, Any]]:
     """Pairs out of a list of answers with scores or ranks: the best against the worst, or each against each."""
-    how = dict(layout.ranked)
-    by = how.get("score") or how["rank"]
-    answers = opened(lookup(row, how["list"]))
+    (name,), (by,) = layout.answers, layout.by
+    answers, beside = opened(lookup(row, name)), opened(lookup(row, by))
     if not isinstance(answers, list):
-        raise LeftOut(f"{how['list']} is {kind_of(answers)}, not a list of answers")
-    beside = opened(lookup(row, by))  # one score for each answer, in a column of their own
-    if isinstance(beside, list) and len(beside) != len(answers):
-        raise LeftOut(f"{how['list']} and {by} have different lengths")
-    items = []
-    for place, answer in enumerate(answers):
-        item = answer if isinstance(answer, dict) else {"": answer}
-        score = number_of(beside[place] if isinstance(beside, list) else lookup(item, by))
-        if score is not None:
-            items.append((score if "score" in how else -score, lookup(item, how.get("text", ""))))
+        raise LeftOut(f"{name} is {messages.kind_of(answers)}, not a list of answers")
+    if isinstance(beside, list):  # a number for each answer, in a column of their own
+        if len(beside) != len(answers):
+            raise LeftOut(f"{name} and {by} have different lengths")
+        scores = list(map(number_of, beside))
+    else:
+        scores = _scores([answer if isinstance(answer, dict) else {} for answer in answers], by.split(" | "))
+    sign = 1 if layout.kind == "score" else -1
+    texts = [lookup(answer, layout.text) if isinstance(answer, dict) else answer for answer in answers]
+    items = [(sign * score, text) for score, text in zip(scores, texts, strict=True) if score is not None]
     items.sort(key=lambda item: -item[0])
     if len(items) < 2 or items[0][0] == items[-1][0]:
         raise LeftOut("fewer than two answers with a score" if len(items) < 2 else "tie: all answers have one score")
     two = itertools.combinations(items, 2) if every else [(items[0], items[-1])]
-    whole = Layout(prompt=layout.prompt, system=layout.system)
-    pairs = [(better, worse) for (high, better), (low, worse) in two if high > low]
-    return [_pair({**row, "chosen": one, "rejected": other}, whole, "chosen", "rejected") for one, other in pairs]
+    pairs = [{**row, "chosen": better, "rejected": worse} for (high, better), (low, worse) in two if high > low]
+    return [_pair(pair, layout, "chosen", "rejected") for pair in pairs]
 
 
-def _column_feature(values: set[str]) -> Any:
-    """The type of a column that holds these kinds of values besides nothing; Json() for objects and for a mixture."""
-    values = values - {"null"}
-    if values == {"int64", "float64"}:
-        return Value("float64")
-    return Value(values.pop()) if len(values) == 1 and "json" not in values else Json() if values else Value("string")
+def _scores(answers: list[dict[str, Any]], names: list[str]) -> list[float | None]:
+    """The numbers of the first name that all answers have; raises LeftOut if they have some of one, some of another."""
+    scores = {name: [number_of(lookup(answer, name)) for answer in answers] for name in names}
+    used = {name: numbers for name, numbers in scores.items() if any(number is not None for number in numbers)}
+    whole = [numbers for numbers in used.values() if None not in numbers]
+    if len(used) > 1 and not whole:
+        raise LeftOut(f"the answers have scores of several kinds ({', '.join(used)}), and none that all of them have")
+    return [*whole, *used.values(), [None] * len(answers)][0]
 
 
-def _column_kind(value: Any) -> str:
-    if isinstance(value, int) and abs(value) >= 2**63:
-        return "json"
-    return {type(None): "null", bool: "bool", int: "int64", float: "float64", str: "string"}.get(type(value), "json")
+COLUMN_KINDS = {bool: "bool", int: "int64", float: "float64", str: "string"}
+
+
+def _column_feature(kinds: set[type]) -> Any:
+    """The type of a column that holds values of these kinds; Json() for objects and for a mixture."""
+    kind, *others = kinds - {int} if kinds == {int, float} else kinds
+    return Json() if others or kind not in COLUMN_KINDS else Value(COLUMN_KINDS[kind])
 
 
 class _Reader:
     """What one look at every row of a source tells: the layouts, the types of the other columns, what the values of a
     preference mean. `rows()` then yields every row in the one form, or with the reason why it is left out."""
 
-    def __init__(self, source: Source, asked: dict[str, Any]):
-        self.source, self.asked = source, asked
-        self.columns, self.scores = asked["columns"], tuple(asked["scores"] or ())
+    def __init__(self, source: Source, given: dict[str, Any]):
+        self.source, self.given = source, given
+        self.layout_of = functools.cache(lambda names: layouts.find_layout(names, given["columns"], given["scores"]))
         self.empty: frozenset[str] = frozenset()
+        question = self._look()
+        if question and (empty := frozenset(name for name, kinds in self.kinds.items() if not kinds)):
+            self.empty = empty
+            question = self._look()  # once more, without the columns that hold nothing
+        if not self.count:
+            raise UserError(f"{source.name} has no rows.")
         try:
-            try:
-                self._look()
-            except UserError:
-                if not self.empty:
-                    raise
-                self._look()  # once more, without the columns that hold nothing
+            if question:
+                raise question
+            self._check_columns()
             for judge in self.judges.values():
                 judge.settle()
         except UserError as error:
-            known = str(error).startswith(source.name)
-            raise error if known else UserError(f"{source.name}: {error}") from None
-        taken = frozenset().union(*(layout.read for layout in self.layouts))
+            raise UserError(f"{source.name}: {error}") from None
+        taken = frozenset({""}).union(*(layout.columns(self.kinds) for layout in self.judges))
         typed = source.features or {}
         self.extras: dict[str, Any] = {
-            name: typed.get(name) or _column_feature(self.kinds[name])
-            for name in self.names
-            if name in self.kinds and name not in taken and name
+            name: typed.get(name) or _column_feature(kinds)
+            for name, kinds in self.kinds.items()
+            if kinds and name not in taken
         }
         for name in {"tools", "chat_template_kwargs"} & self.extras.keys():
             self.extras[name] = Json()  # a struct would give every row the keys of all, as None
 
-    def _look(self) -> None:
-        self.layout_of = functools.cache(lambda names: find_layout(names, self.columns, self.scores))
-        self.layouts: dict[Layout, int] = {}
-        self.judges: dict[Layout, Judge] = {}
-        self.samples: dict[Layout, dict[str, Any]] = {}
-        self.count, self.whole, self.tools = 0, False, True
-        self.kinds: dict[str, set[str]] = {}
-        names, question = dict.fromkeys(self.source.features or ()), None
-        for _, row in self.source.rows():
+    def _look(self) -> UserError | None:
+        """See every row. Returns the first question about a row's columns."""
+        self.judges: dict[Layout, Judge] = {}  # in each, the rows of this layout
+        self.count, self.quoted, self.whole, self.tools, question = 0, 0, False, True, None
+        self.kinds: dict[str, set[type]] = defaultdict(set, {name: set() for name in self.source.features or ()})
+        for origin, row in self.source.rows():
             self.count += 1
             if not isinstance(row, dict):
                 continue
-            names.update(dict.fromkeys(row))
+            if ".tsv" in origin:
+                cells = [value for value in row.values() if isinstance(value, str)]
+                self.quoted += sum(cell[:1] == cell[-1:] == '"' != cell for cell in cells)
             for name, value in row.items():
-                if not is_missing(value):
-                    self.kinds.setdefault(name, set()).add(_column_kind(value))
+                kinds = self.kinds[name]
+                if not is_missing(value):  # a whole number of more than 64 bits is an object too
+                    kinds.add(object if isinstance(value, int) and abs(value) >= 2**63 else type(value))
             try:
-                layout = self._layout(row)
+                if layout := self._layout(row):
+                    self._see(row, layout)
             except UserError as error:
                 question = question or error
-                continue
-            if layout:
-                self.layouts[layout] = self.layouts.get(layout, 0) + 1
-                self._see(row, layout)
-        self.names: list[str] = list(names)
-        if not self.count:
-            raise UserError(f"{self.source.name} has no rows.")
-        if question:
-            self.empty = frozenset(names) - self.kinds.keys()
-            raise question
-        self._check_columns()
+        return question
 
     def _see(self, row: dict[str, Any], layout: Layout) -> None:
-        self.samples.setdefault(layout, row)
-        if layout.a:
-            if layout not in self.judges:
-                self.judges[layout] = Judge(layout, self.asked["wins"], self.asked["first_wins"])
-            self.judges[layout].see(row)
-        self.whole = self.whole or any(has_more(lookup(row, path)) for path in (*layout.prompt, *layout.answers()))
+        if layout not in self.judges:
+            self.judges[layout] = Judge(layout, row, self.given["wins"], self.given["first_wins"])
+        self.judges[layout].see(row)
+        paths = (*layout.prompt, *layout.answers)
+        self.whole = self.whole or any(messages.has_more(lookup(row, path)) for path in paths)
         tools = opened(lookup(row, layout.tools or "tools"))
-        self.tools = self.tools and (
-            is_missing(tools) or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools))
-        )
+        whole = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+        self.tools = self.tools and (is_missing(tools) or whole)
 
     def _check_columns(self) -> None:
-        given = [*self.columns.values(), *self.scores]
-        wanted = list(itertools.chain.from_iterable([one] if isinstance(one, str) else one for one in given))
-        missing = [name for name in wanted if name not in self.names]
-        if missing or not self.layouts:
-            what = "the names of the columns make no preference pair"
-            what = f"there is no column {missing[0]!r}" if missing else what if self.names else "no row is an object"
-            raise UserError(
-                f"{what}. The columns are {listed(self.names)}. Pass columns={{'prompt': ..., 'chosen': ..., "
-                "'rejected': ...} with their names, or columns={'prompt': ..., 'a': ..., 'b': ..., 'preference': ...} "
-                "for two answers and a column that says which is better."
-            )
-        if (self.asked["wins"], self.asked["first_wins"]) != (None, None) and not any(
-            layout.preference or layout.votes for layout in self.layouts
-        ):
-            read = "; ".join(map(str, self.layouts))
-            raise UserError(f"wins= and first_wins= say what a column of preferences means, but none is read ({read}).")
+        names = list(self.kinds)
+        wanted = [*itertools.chain.from_iterable(self.given["columns"].values()), *self.given["scores"]]
+        missing = [f"there is no column {name!r}" for name in wanted if name not in names]
+        if missing or not self.judges:
+            unread = "the names of the columns make no preference pair" if names else "no row is an object"
+            raise asked("no pair", what=missing[0] if missing else unread, names=listed(names))
+        for name, kinds in (("wins", {"preference", "votes"}), ("first_wins", {"preference"})):
+            if self.given[name] is not None and not kinds & {layout.kind for layout in self.judges}:
+                raise asked("nothing to judge", read="; ".join(map(str, self.judges)))
         # One place of the prompt for all rows with these answers: an empty one is never filled from another column.
-        prompts: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
-        for layout in self.layouts:
-            prompts.setdefault(layout.answers(), set()).add(layout.prompt)
+        prompts: dict[tuple[str, ...], set[str]] = {}
+        for layout in self.judges:
+            prompts.setdefault(layout.answers, set()).add(" + ".join(layout.prompt))
         for places in prompts.values():
-            if len(places - {()}) > 1:
-                names = [" + ".join(place) for place in places if place]
-                raise UserError(
-                    f"the question is in {listed(names)}, another column in another row. Pass "
-                    "columns={'prompt': ...} with one of them, and load the other rows by themselves."
-                )
+            if len(places - {""}) > 1:
+                raise asked("prompt elsewhere", names=listed(sorted(places - {""})))
 
     def _layout(self, row: dict[str, Any]) -> Layout | None:
         """By the columns of the row; if its answers are in none of these, by those that hold something."""
-        layout = self.layout_of(tuple(name for name in row if name not in self.empty) if self.empty else tuple(row))
-        if layout is None or all(lookup(row, path) is None for path in layout.answers()):
+        layout = self.layout_of(tuple(name for name in row if name not in self.empty))
+        if layout is None or all(lookup(row, path) is None for path in layout.answers):
             return self.layout_of(tuple(name for name, value in row.items() if value is not None)) or layout
         return layout
 
@@ -315,58 +290,56 @@ class _Reader:
 
     def reading(self) -> list[str]:
         """How the columns were read, a line for each layout and each preference; nothing for the three plain ones."""
-        texts = [
-            name
-            for name in self.extras
-            if name != "origin" and "string" in self.kinds[name] and not (name == "tools" and self.tools)
-        ]
-        plain = Layout(prompt=("prompt",), chosen="chosen", rejected="rejected")
+        told = set(layouts.USUAL["preference"])  # one beside chosen and rejected might say that they are exchanged
+        texts = [name for name in self.extras if str in self.kinds[name] or name.lower() in told]
+        texts = [name for name in texts if name != "origin" and (name != "tools" or not self.tools)]
         lines = []
-        for layout, count in self.layouts.items():
-            if str(layout) in (str(plain), str(Layout(chosen="chosen", rejected="rejected"))) and not texts:
+        for layout, judge in self.judges.items():
+            if str(layout).removeprefix("prompt <- prompt; ") == str(Layout()) and not texts:
                 continue
             name = f", read as {layout.name}" if layout.name else ""
-            read = [f"{layout}", *([self.judges[layout].reading()] if layout in self.judges else [])]
-            read = [self._used(line, self.samples[layout]) for line in read] if layout.name else read
-            lines += [f"{self.source.name}: {count} row{'s' * (count != 1)}{name}. {read[0]}", *read[1:]]
+            read = [f"{layout}", *([judge.reading()] if judge.judges else [])]
+            read = [self._used(line, judge.sample) for line in read] if layout.name else read
+            lines += [f"{self.source.name}: {judge.count} row{'s' * (judge.count != 1)}{name}. {read[0]}", *read[1:]]
+        if self.quoted:
+            lines.append(layouts.QUESTIONS["quotes"].format(name=self.source.name, count=self.quoted))
         return [*lines, f"not read: {listed(texts)}"] if texts else lines
 
     def features(self) -> Features:
-        messages = WHOLE_MESSAGES if self.whole else MESSAGES
-        ours = {"prompt": messages, "chosen": messages, "rejected": messages, "origin": Value("string")}
+        """The columns of `rows()`."""
+        sides = dict.fromkeys(SIDES, messages.WHOLE_MESSAGES if self.whole else messages.MESSAGES)
         extras = {self._kept_name(name): feature for name, feature in self.extras.items()}
-        tools = {"tools": Json()} if any(layout.tools for layout in self.layouts) else {}
-        return Features({**ours, **extras, **tools, "left_out": Value("string")})
+        tools = {"tools": Json()} if any(layout.tools for layout in self.judges) else {}
+        return Features({**sides, "origin": Value("string"), **extras, **tools, "left_out": Value("string")})
 
     def _kept_name(self, name: str) -> str:
         return f"source_{name}" if name in RESERVED or (name == "tools" and not self.tools) else name
 
-    def _row(self, row: Any) -> Iterator[dict[str, Any]]:
+    def _row(self, row: Any) -> list[dict[str, Any]]:
+        """The pairs of a row, without their origin. Raises LeftOut with the reason if it is none."""
         if isinstance(row, LeftOut):
             raise row
         if not isinstance(row, dict):
-            raise LeftOut(f"the row is {kind_of(row)}, not an object")
+            raise LeftOut(f"the row is {messages.kind_of(row)}, not an object")
         layout = self._layout(row)
         if layout is None:
             raise LeftOut("no chosen and rejected, nor two answers with a preference")
         if media := next((name for name in MEDIA if row.get(name)), None):
             raise LeftOut(f"the row has {media}; only text is trained here")
-        if layout.ranked:
-            pairs = _ranked(row, layout, self.asked["ranked"] == "all")
-        elif layout.a:
-            first = self.judges[layout].winner(row) == "first"
-            pairs = [_pair(row, layout, *((layout.a, layout.b) if first else (layout.b, layout.a)))]
+        if layout.kind in RANKED:
+            pairs = _ranked(row, layout, self.given["ranked"] == "all")
         else:
-            pairs = [_pair(row, layout, layout.chosen, layout.rejected)]
-        extras = {self._kept_name(name): valid_text(row.get(name)) for name in self.extras}
+            pairs = [_pair(row, layout, *self.judges[layout].order(row))]
+        extras = {self._kept_name(name): row.get(name) for name in self.extras}
         if "chat_template_kwargs" in extras:
-            extras["chat_template_kwargs"] = read_template_kwargs(extras["chat_template_kwargs"])
+            extras["chat_template_kwargs"] = messages.read_template_kwargs(extras["chat_template_kwargs"])
         if layout.tools or "tools" in extras:
             extras["tools"] = opened(lookup(row, layout.tools or "tools")) or None
-        yield from ({**extras, **pair} for pair in pairs)
+        return [{**extras, **pair} for pair in pairs]
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        nothing = dict.fromkeys(self.features()) | {"prompt": [], "chosen": [], "rejected": []}
+        """Every row of the source: its pairs, or one with the reason why it is left out."""
+        nothing = dict.fromkeys(self.features()) | dict.fromkeys(SIDES, [])
         for origin, row in self.source.rows():
             try:
                 for pair in self._row(row):
@@ -380,14 +353,13 @@ def _take_out(table: Dataset, reader: _Reader, reading: list[str], bundled: bool
 
     Raises UserError if no pair remains.
     """
-    reasons = np.array(table["left_out"][:], dtype=object)
-    left_out = {}
-    for reason in dict.fromkeys(reasons[reasons != ""]):
-        rows = np.flatnonzero(reasons == reason)
-        left_out[reason] = {"count": len(rows), "origins": [table[int(row)]["origin"] for row in rows[:5]]}
-    kept = np.flatnonzero(reasons == "")
+    kept, places = [], defaultdict(list)  # of each reason
+    for place, reason in enumerate(table["left_out"][:]):
+        (places[reason] if reason else kept).append(place)
+    first = {reason: table.select(rows[:5])["origin"][:] for reason, rows in places.items()}
+    left_out = {reason: {"count": len(rows), "origins": first[reason]} for reason, rows in places.items()}
     report = LoadReport(reader.count, len(kept), left_out, bundled, reading)
-    if not len(kept):
+    if not kept:
         raise UserError(f"{reader.source.name} holds no preference pair. {report}")
     if left_out:
         print(report if reading else f"{reader.source.name}: {report}")
@@ -445,8 +417,9 @@ def load_pairs(
         first_wins: the short form of `wins` for a column of two values: the one that means the first answer.
 
     Returns:
-        A Dataset with `prompt`, `chosen`, `rejected` (lists of {role, content}), `origin` (file and line or row,
-        from 1) and the source's other columns.
+        A Dataset with `prompt` (a list of {role, content}; a system turn may come first, a user turn is last),
+        `chosen` and `rejected` (the same; both begin and end with an assistant turn), `origin` ("pairs.jsonl:12" is a
+        line, "pairs.parquet row 12" a row, from 1) and the source's other columns as they were.
 
     Raises:
         UserError: a source that can't be read, holds no pair, or can be read in two ways; it names file, line and
@@ -455,9 +428,8 @@ def load_pairs(
     >>> load_pairs([{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}])[0]["prompt"]
     [{'role': 'user', 'content': '2 + 2?'}]
     """
-    columns = {} if columns is None else columns
-    check_arguments(columns, wins, scores, ranked, first_wins)
-    asked = {"columns": columns, "wins": wins, "scores": scores, "ranked": ranked, "first_wins": first_wins}
+    roles = layouts.check_arguments({} if columns is None else columns, wins, scores, ranked, first_wins)
+    given = {"columns": roles, "wins": wins, "scores": tuple(scores or ()), "ranked": ranked, "first_wins": first_wins}
     if source is None:
         named = setting("DPO_DATA")
         source = BUNDLED_PAIRS if named is None else PROJECT / named if (PROJECT / named).exists() else named
@@ -465,13 +437,13 @@ def load_pairs(
     try:
         found = open_source(source, split)
         name = found.name
-        reader = _Reader(found, asked)
+        reader = _Reader(found, given)
         with quiet_progress(reader.count):
             if found.key is None:
                 table = Dataset.from_list(list(reader.rows()), features=reader.features())
             else:
                 # Kept on disk by datasets under the name of the content and of all that reading depends on.
-                key = xxhash.xxh3_128(repr((found.key, name, sorted(asked.items()), CODE)).encode()).hexdigest()
+                key = xxhash.xxh3_128(repr((found.key, name, sorted(given.items()), CODE)).encode()).hexdigest()
                 table = Dataset.from_generator(reader.rows, features=reader.features(), fingerprint=key)
     except UserError:
         raise
@@ -482,10 +454,8 @@ def load_pairs(
     return _take_out(table, reader, [] if known else reader.reading(), bundled=path == BUNDLED_PAIRS)
 
 
-load_pairs.__doc__ = (load_pairs.__doc__ or "").replace(
-    "    {formats}",
-    "\n".join(
-        f"       - {entry['name']}: {', '.join(entry['columns'])}{' (no pairs: refused)' if 'refused' in entry else ''}"
-        for entry in FORMATS
-    ),
+_lines = (
+    f"       - {entry['name']}: {', '.join(entry['columns'])}{' (no pairs: refused)' * ('refused' in entry)}"
+    for entry in layouts.FORMATS
 )
+load_pairs.__doc__ = (load_pairs.__doc__ or "").replace("    {formats}", "\n".join(_lines))

@@ -47,8 +47,10 @@ TURNS = (
 )
 ANY_MARK = re.compile("Human|Assistant|ASSISTANT|User|USER")
 OPENING = re.compile(r"A chat between .{0,400}", re.DOTALL)
-ASSISTANT_MARK = re.compile(r"\s*(?:Assistant|ASSISTANT): ?")
-LOOKS_LIKE_MESSAGES = re.compile(r"""\s*(?:array\()?\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
+ASSISTANT_MARK = re.compile(r"\A\s*(?:Assistant|ASSISTANT): ?")
+LOOKS_LIKE_MESSAGES = re.compile(
+    r"""\s*(?:array\()?\[?\s*\{\s*(?:["'](?:role|content|from|value)|[^{}]*,\s*["'](?:role|from))["']\s*:"""
+)
 
 
 def valid_text(value: Any) -> Any:
@@ -165,7 +167,7 @@ def to_messages(value: Any, column: str, role: str, dialogue: bool) -> list[dict
             found = found.get("messages")
         items = found if isinstance(found, list) else [found]
         keys = [item.keys() for item in items if isinstance(item, dict)]
-        if keys and len(keys) == len(items) and all({"role", "content"} <= k or {"from", "value"} <= k for k in keys):
+        if keys and len(keys) == len(items) and all(k & {"role", "from"} and k & {"content", "value"} for k in keys):
             value = items
         elif found is value and LOOKS_LIKE_MESSAGES.match(value):
             raise LeftOut(f"{column} looks like a list of messages but is no JSON")

@@ -1,44 +1,28 @@
 """Which of two answers won. Only what is certain is read; else the reader is asked for `wins`."""
 
 import functools
-import itertools
 import json
 import math
 import operator
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from helpers.common import UserError, visible
-from helpers.data.layouts import Layout, lookup
+from helpers.data.layouts import QUESTIONS, RANKED, USUAL, VERDICTS, Layout, asked, lookup, opened, shortened
 
 MEANINGS = ("first", "second", "tie", None)
-UNKNOWN, MISSING = "not certain", "nothing said"
+UNKNOWN = "not certain"
 SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 SHOWN_VALUES = 12
 MOST_VALUES = 1000  # kept apart when values are counted
 TAIL = re.compile(r"(?:.*[_ -])?(a|b|0|1|2)", re.I)
-# Whole verdicts in words, once case, marks and brackets are gone; X and Y stand for the names of the two answers.
-_HOW = r"(?: (?:much|slightly|clearly|significantly|somewhat|far|a bit|a little|a lot|strongly|marginally|way))*"
-_OVER = r"(?: (?:than|over|to) Y)?"
-X_WINS = (
-    r"X(?: wins| won)?",
-    rf"X(?: is| was)?{_HOW} (?:better|best|preferred|superior){_OVER}",
-    rf"(?:i )?(?:strongly |slightly )?prefer(?:s|red)?(?: is)? X{_OVER}",
-    r"(?:winner|better|best|choose|chosen)(?: is)? X",
-    r"X ?>+ ?Y|Y ?<+ ?X",
-    rf"Y(?: is| was)?{_HOW} worse(?: than X)?",
-)
-TIES = (
-    r"ties?(?: both ?(?:bad|good))?|draw|equal|equally (?:good|bad)|same|about (?:the same|equal)|none|no preference",
-    r"(?:both|neither)(?: (?:are )?(?:good|bad|equal))?|both(?:bad|good)|both X and Y|neither X nor Y|X ?=+ ?Y",
-)
-NOUNS = "model|response|answer|completion|output|reply|candidate|conversation|assistant|option|text|summary"
-MODEL_COLUMNS = ("model_{}", "model{}", "generator_{}", "{}_model", "response_{}_model", "response_{}_source")
 TERM = re.compile(r"(?:(<=?|>=?) *)?(-?\d*\.?\d+)(?: *(?:to|\.\.|-) *(-?\d*\.?\d+))? +(first|second|tie|none)", re.I)
 # Columns whose numbers name an answer. Others ("label", "is_0_better") may hold 1 for yes, or a scale.
 NUMBERED = re.compile(r"preference|preferred|winner|choice|.*_(?:id|index|idx)", re.I)
+WORSE = re.compile(r"worse|worst|reject|lose|losing|disprefer", re.I)  # the column names the answer that lost
+Rule = Callable[[Any], str | None]  # value -> one of MEANINGS, or UNKNOWN
 
 
 class LeftOut(Exception):
@@ -66,69 +50,87 @@ def _key(value: Any) -> str:
     return value.strip().casefold() if isinstance(value, str) else json.dumps(value, default=str).casefold()
 
 
+def _top(value: Any) -> Any:
+    """The name on top of a ranking as Argilla writes it, {"rank": [2, 1], "value": [...]} or a list; else the value."""
+    if isinstance(value, dict) and value.keys() == {"rank", "value"}:
+        value = [dict(zip(value, item, strict=True)) for item in zip(*value.values(), strict=False)]
+    if not isinstance(value, list) or not all(isinstance(item, dict) and item.get("rank") for item in value):
+        return value
+    best = min((item["rank"] for item in value), default=0)
+    top = [item.get("value") for item in value if item["rank"] == best]
+    return top[0] if len(top) == 1 else "tie"
+
+
 def _words(text: str) -> str:
     return " ".join(re.sub(r"(?<=\w)[_-](?=\w)|[()\[\]\"'.,]|!+$", " ", text.casefold().strip()).split())
 
 
-class _Words:
+def _by_words(a: str, b: str, column: str) -> Rule:
     """Reads verdicts in words, and numbers that name an answer, about two answers with these column names."""
+    tails = [found[1].lower() if (found := TAIL.fullmatch(name)) else "" for name in (a, b)]
+    # "The first" is not certain if the reader has response_2 as the first answer, nor is "b" of response_b, response_c.
+    places = ("first|1st", "second|2nd") if tails == sorted(tails) else tails
+    if sorted(tails) not in (["a", "b"], ["0", "1"], ["1", "2"]):
+        tails = ["a", "b"] if tails == ["", ""] else [re.escape(_words(name)) for name in (a, b)]
+        places = places if tails == ["a", "b"] else tails
+    nouns = VERDICTS["nouns"]
+    first, second = (
+        f"(?:{re.escape(_words(name))}|(?:the )?(?:(?:{nouns}) ?)?(?:{tail}|{place})|(?:{place}) (?:{nouns}))"
+        for name, tail, place in zip((a, b), tails, places, strict=True)
+    )
+    kinds = (("first", "x wins", first, second), ("second", "x wins", second, first))
+    kinds += (("tie", "ties", first, second), ("tie", "ties", second, first))
+    patterns = [
+        (side, re.compile("|".join(VERDICTS[forms]).format(x=x, y=y, how=VERDICTS["how"])))
+        for side, forms, x, y in kinds
+    ]
 
-    def __init__(self, a: str, b: str, column: str):
-        self.numbered = NUMBERED.fullmatch(column)
-        tails = [found[1].lower() if (found := TAIL.fullmatch(name)) else "" for name in (a, b)]
-        self.tails = tails if sorted(tails) in (["a", "b"], ["0", "1"], ["1", "2"]) else ["a", "b"]
-        # "The first" is not certain if the reader has response_2 as the first answer.
-        places = ("first|1st", "second|2nd") if self.tails == sorted(self.tails) else self.tails
-        first, second = (
-            f"(?:{re.escape(_words(name))}|(?:the )?(?:(?:{NOUNS}) ?)?(?:{tail}|{place})|(?:{place}) (?:{NOUNS}))"
-            for name, tail, place in zip((a, b), self.tails, places, strict=True)
-        )
-        kinds = (("first", X_WINS, first, second), ("second", X_WINS, second, first))
-        kinds += (("tie", TIES, first, second), ("tie", TIES[1:], second, first))
-        self.patterns = [
-            (meaning, re.compile("|".join(patterns).replace("X", x).replace("Y", y)))
-            for meaning, patterns, x, y in kinds
-        ]
-
-    def __call__(self, value: Any) -> str | None:
-        number = number_of(value)
-        if number is not None:
-            return self._place(number)
-        return self._of_text(value) if isinstance(value, str) else UNKNOWN
-
-    @functools.lru_cache(maxsize=MOST_VALUES)  # noqa: B019 - a Judge lives as long as one call of load_pairs
-    def _of_text(self, text: str) -> str | None:
+    @functools.lru_cache(MOST_VALUES)
+    def of_text(text: str) -> str | None:
         text = _words(text)
-        return next((meaning for meaning, pattern in self.patterns if pattern.fullmatch(text)), UNKNOWN)
+        return next((side for side, pattern in patterns if pattern.fullmatch(text)), UNKNOWN)
 
-    def _place(self, number: float) -> str | None:
-        """A number counts if the names of the answers end in it; between 1 and 2 AlpacaEval has fractions."""
-        if not self.numbered or "a" in self.tails:
+    def of(value: Any) -> str | None:
+        number = number_of(value)
+        if number is None:
+            return of_text(value) if isinstance(value, str) else UNKNOWN
+        if not NUMBERED.fullmatch(column) or not tails[0].isdigit():
             return UNKNOWN
-        first, second = map(float, self.tails)
-        if number not in (first, second) and not (first + second == 3 and 1 < number < 2):
+        one, two = map(float, tails)
+        if number not in (one, two) and not (one + two == 3 and 1 < number < 2):  # AlpacaEval has fractions
             return UNKNOWN
-        toward_second = abs(number - first) - abs(number - second)
+        toward_second = abs(number - one) - abs(number - two)
         return "second" if toward_second > 0 else "first" if toward_second < 0 else "tie"
 
+    return of
 
-def _by_table(wins: dict[Any, str | None]) -> Callable[[Any], str | None]:
-    wrong = [meaning for meaning in wins.values() if meaning not in MEANINGS]
-    if wrong:
-        raise UserError(f"wins= gives {wrong[0]!r} to a value; it is 'first', 'second', 'tie' or None (left out).")
+
+def _by_first(value: Any, words: Rule) -> Rule:
+    """One value means the first answer, ties in words are ties, and all else is the second; `settle` counts them."""
+    first = _key(value)
+
+    def of(value: Any) -> str | None:
+        if isinstance(value, str) and words(value) == "tie" and number_of(value) is None:
+            return "tie"
+        return "first" if _key(value) == first else "second"
+
+    return of
+
+
+def _by_table(wins: dict[Any, str | None]) -> Rule:
     table: dict[str, str | None] = {}
     for value, meaning in wins.items():
+        if meaning not in MEANINGS:
+            raise asked("no meaning", meaning=meaning)
         if table.setdefault(_key(value), meaning) != meaning:
-            raise UserError(f"wins= says two things of {value!r}: capitals make no difference, nor do 1, 1.0 and '1'.")
+            raise asked("two meanings", value=value)
     return lambda value: table.get(_key(value), UNKNOWN)
 
 
-def _by_rule(rule: str) -> Callable[[Any], str | None]:
+def _by_rule(rule: str) -> Rule:
     terms = [TERM.fullmatch(term.strip()) for term in rule.split(",")]
     if None in terms:
-        raise UserError(
-            f"wins={rule!r} is no rule like '1 to 3 first, 4 to 6 second' or '< 0 first, 0 tie, > 0 second'."
-        )
+        raise asked("no rule", rule=rule)
 
     def of(value: Any) -> str | None:
         number, found = number_of(value), set()
@@ -137,8 +139,8 @@ def _by_rule(rule: str) -> Callable[[Any], str | None]:
         for sign, low, high, meaning in (term.groups() for term in terms if term):
             ends = sorted((float(low), float(high or low)))
             if SIGNS[sign](number, ends[0]) if sign else ends[0] <= number <= ends[1]:
-                found.add(meaning.lower())
-        return UNKNOWN if len(found) != 1 else None if found == {"none"} else found.pop()
+                found.add(None if meaning.lower() == "none" else meaning.lower())
+        return found.pop() if len(found) == 1 else UNKNOWN
 
     return of
 
@@ -147,31 +149,35 @@ class Judge:
     """Says of each row which answer won. It has to `see` all rows and to `settle` before it judges one.
 
     Args:
-        layout: of the rows.
+        layout, sample: of the rows, and one of them.
         wins, first_wins: as in `load_pairs`.
     """
 
-    def __init__(self, layout: Layout, wins: Any, first_wins: Any):
-        self.layout, self.first_wins = layout, first_wins
-        wins: Any = layout.wins if wins is None else wins
-        self.given = wins is not None
-        if self.given:
-            self.rule = _by_rule(wins) if isinstance(wins, str) else _by_table(dict(wins))
+    def __init__(self, layout: Layout, sample: dict[str, Any], wins: Any, first_wins: Any):
+        self.layout, self.sample, self.first_wins, self.count = layout, sample, first_wins, 0
+        self.judges = bool(layout.kind) and layout.kind not in RANKED
+        self.found: dict[str, Counter[str | None]] = defaultdict(Counter)  # how often a value had which meaning
+        self.values: dict[str, Any] = {}  # the same values as they are shown
+        wins = layout.wins if wins is None else wins
+        self.given = (wins, first_wins) != (None, None)
+        if not self.judges:
+            return
+        a, b = layout.answers
+        names = [(form.format(x), form.format(y)) for form in USUAL["models"] for x, y in ("ab", "12", (a, b))]
+        self.models = [*(pair for pair in names if set(pair) <= set(sample)), (a, b)]
+        if isinstance(wins, str):
+            self.rule = _by_rule(wins)
+        elif wins is not None:
+            self.rule = _by_table(dict(wins))
+        elif WORSE.search(layout.by[0]):
+            self.rule, self.models = lambda _: UNKNOWN, []
         else:
-            self.rule = _Words(layout.a, layout.b, layout.preference)
-        self.found: Counter[tuple[str, str | None]] = Counter()  # (value as it is shown, meaning)
-        self.values: dict[str, Any] = {}
-        self.models: list[tuple[str, str]] | None = None
+            self.rule = _by_words(a, b, layout.by[0])
+        if first_wins is not None and layout.kind == "preference":
+            self.rule = _by_first(first_wins, self.rule)
 
     def _named(self, value: Any, row: dict[str, Any]) -> str | None:
         """The side that a text names by its content: the model that wrote the answer, or the answer itself."""
-        if self.models is None:
-            names = [
-                (form.format(*first), form.format(*second))
-                for form in MODEL_COLUMNS
-                for first, second in ((("a",), ("b",)), (("1",), ("2",)), ((self.layout.a,), (self.layout.b,)))
-            ]
-            self.models = [pair for pair in names if set(pair) <= set(row)] + [(self.layout.a, self.layout.b)]
         for a, b in self.models:
             a, b = lookup(row, a), lookup(row, b)
             if value in (a, b) and a != b:
@@ -180,7 +186,7 @@ class Judge:
 
     def _of_preference(self, value: Any, row: dict[str, Any]) -> str | None:
         if is_missing(value):
-            return MISSING
+            return None
         meaning = self.rule(value)
         named = None if self.given or not isinstance(value, str) else self._named(value, row)
         if named is None or named == meaning:
@@ -189,110 +195,94 @@ class Judge:
 
     def _verdict(self, row: dict[str, Any]) -> tuple[Any, str | None]:
         """(value as it is shown, meaning)."""
-        layout = self.layout
-        if layout.preference:
-            value = lookup(row, layout.preference)
-            return value, self._of_preference(value, row)
-        if layout.scores:
-            first, second = (number_of(lookup(row, name)) for name in layout.scores)
+        kind, by = self.layout.kind, self.layout.by
+        if kind == "votes":
+            values = [value for path in by for value in lookup(row, path) or ()]
+            return self._majority(values, lookup(row, self.layout.status) or (), row)
+        if kind == "one_hot":
+            flags = [str(lookup(row, name)).strip().lower() in ("1", "1.0", "true") for name in by]
+            place = flags.index(True) if sum(flags) == 1 else None
+            return ("not exactly one of them", None) if place is None else (by[place], MEANINGS[place])
+        if kind == "scores":
+            first, second = (number_of(lookup(row, name)) for name in by)
             if first is None or second is None:
-                return "no score", MISSING
-            names = [f"{name} higher" for name in layout.scores]
-            return ("equal", "tie") if first == second else (names[first < second], MEANINGS[first < second])
-        if layout.one_hot:
-            flags = [str(lookup(row, name)).strip().lower() in ("1", "1.0", "true") for name in layout.one_hot]
-            set_ones = list(itertools.compress(zip(layout.one_hot, MEANINGS, strict=False), flags))
-            return set_ones[0] if len(set_ones) == 1 else ("not exactly one of them", MISSING)
-        if any(state not in ("submitted", False, None) for state in lookup(row, layout.status) or ()):
-            return "a vote that is a draft, discarded or cancelled", MISSING
-        votes = Counter()
-        for value in itertools.chain.from_iterable(lookup(row, path) or () for path in layout.votes):
-            meaning = self._of_preference(value, row)
-            if meaning == UNKNOWN:
-                return value, UNKNOWN
-            votes[meaning] += meaning != MISSING
-        if not +votes:
-            return "no vote", MISSING
-        (most, count), *_ = votes.most_common()
+                return "no score", None
+            return ("equal", "tie") if first == second else (f"{by[first < second]} higher", MEANINGS[first < second])
+        value = lookup(row, by[0])
+        votes = opened(value)
+        if isinstance(votes, list) and all(isinstance(vote, dict) and "value" in vote for vote in votes):  # Argilla 1.x
+            return self._majority([_top(vote["value"]) for vote in votes], [vote.get("status") for vote in votes], row)
+        return value, self._of_preference(value, row)
+
+    def _majority(self, values: list[Any], states: Iterable[Any], row: dict[str, Any]) -> tuple[Any, str | None]:
+        if any(state not in ("submitted", False, None) for state in states):
+            return "a vote that is a draft, discarded or cancelled", None
+        said = [UNKNOWN if self.first_wins is not None else self._of_preference(value, row) for value in values]
+        if UNKNOWN in said:
+            return values[said.index(UNKNOWN)], UNKNOWN
+        votes = Counter(filter(None, said))
+        if not votes:
+            return "no vote", None
+        ((most, count),) = votes.most_common(1)
         return ("majority", most) if 2 * count > votes.total() else ("no majority", "tie")
 
     def see(self, row: dict[str, Any]) -> None:
         """Take in one row, before any is judged."""
-        value, meaning = self._verdict(row)
-        key = _key(value) if len(self.values) < MOST_VALUES else "..."
-        self.values.setdefault(key, value)
-        self.found[key, meaning] += 1
-
-    def _shown(self, keys: Iterable[str]) -> str:
-        keys = list(keys)
-        counts = {key: sum(count for (other, _), count in self.found.items() if other == key) for key in keys}
-        more = f" and {len(keys) - SHOWN_VALUES} more" if len(keys) > SHOWN_VALUES else ""
-        return ", ".join(f"{visible(repr(self.values[key]), 60)} ({counts[key]})" for key in keys[:SHOWN_VALUES]) + more
+        self.count += 1
+        if self.judges:
+            value, meaning = self._verdict(row)
+            key = _key(value) if len(self.values) < MOST_VALUES else "..."
+            self.values.setdefault(key, value)
+            self.found[key][meaning] += 1
 
     def settle(self) -> None:
         """Raise UserError, without the source's name, if a value could mean more than one thing."""
-        kept = {key: meaning for key, meaning in self.found if meaning != MISSING}
-        if self.first_wins is not None and self.layout.preference:
-            ties = {key for key, meaning in kept.items() if meaning == "tie" and number_of(self.values[key]) is None}
-            first, sides = _key(self.first_wins), set(kept) - ties
-            if first not in sides or len(sides) > 2:
-                what = f"first_wins={self.first_wins!r} does not say what each value means"
-                raise UserError(self._question(what, kept))
-            meanings = {key: "tie" if key in ties else "first" if key == first else "second" for key in kept}
-            found, self.found = self.found, Counter()
-            for (key, meaning), count in found.items():
-                self.found[key, meaning if meaning == MISSING else meanings[key]] += count
-            self.given, self.rule = True, _by_table({self.values[key]: meaning for key, meaning in meanings.items()})
-        elif UNKNOWN in kept.values() or (  # 1 alone may be of 0 and 1, or of 1 and 2
-            self.layout.preference and not self.given and {number_of(self.values[key]) for key in kept} == {1}
-        ):
-            what = (
-                "wins= does not say what each value means" if self.given else "it is not certain which answer is better"
-            )
-            raise UserError(self._question(what, kept))
+        said = {key: set(meanings) - {None} for key, meanings in self.found.items()}
+        kept = {key: UNKNOWN if UNKNOWN in sides else sides.pop() for key, sides in said.items() if sides}
+        counts, preference = Counter(kept.values()), self.layout.kind == "preference"
+        if preference and self.first_wins is not None:
+            what, sure = "first_wins", counts["first"] == 1 and counts["second"] <= 1
+            kept |= {key: UNKNOWN for key, meaning in kept.items() if meaning != "tie"}
+        elif self.given:
+            what, sure = "wins", not counts[UNKNOWN]
+        else:  # 1 alone may be of 0 and 1, or of 1 and 2
+            one = preference and {number_of(self.values[key]) for key in kept} == {1}
+            what, sure = "preference", not counts[UNKNOWN] and not one
+        if not sure:
+            raise self._question(QUESTIONS[what].format(value=self.first_wins), kept)
 
-    def _question(self, what: str, kept: dict[str, str | None]) -> str:
-        layout = self.layout
-        column = layout.preference or ", ".join(layout.votes)
+    def _question(self, what: str, kept: dict[str, str | None]) -> UserError:
+        a, b = self.layout.answers
+        values = {key: self.values[key] for key in kept}
+        values |= {key: json.dumps(value) for key, value in values.items() if isinstance(value, list | dict)}
+        shown = {key: visible(repr(value), 60) for key, value in values.items()}
+        held = shortened([f"{text} ({self.found[key].total()})" for key, text in shown.items()], SHOWN_VALUES)
+        scale = {key for key, value in values.items() if number_of(value) is not None}
+        unsure = scale.union(key for key, meaning in kept.items() if meaning == UNKNOWN)
         keys = sorted(kept, key=lambda key: kept[key] != UNKNOWN)[:SHOWN_VALUES]
-        numeric = {key for key in kept if number_of(self.values[key]) is not None}
-        wins = ", ".join(
-            f"{visible(repr(self.values[key]), 60)}: "
-            + ("..." if kept[key] == UNKNOWN or key in numeric else repr(kept[key]))
-            for key in keys
-        )
-        rule = ""
-        if len(kept) == 2:
-            rule = f" Of two values, first_wins={self.values[keys[0]]!r} or ={self.values[keys[1]]!r} will do."
-        elif numeric:
-            rule = " For a scale of numbers, give a rule: wins='1 to 3 first, 4 to 6 second' or the like."
-        return (
-            f"{what}. Column {column!r} holds {self._shown(kept)}. Pass wins={{{wins}}} and say of each value: 'first' "
-            f"({layout.a!r} is better), 'second' ({layout.b!r} is better), 'tie', or None to leave its rows out.{rule}"
-        )
+        wins = ", ".join(f"{shown[key]}: {'...' if key in unsure else repr(kept[key])}" for key in keys)
+        more = "two values" if len(kept) == 2 else "scale" if scale else "one"
+        more, column = QUESTIONS[more].format(*values.values()), ", ".join(self.layout.by)
+        return asked("values", what=what, column=column, held=held, wins=wins, a=a, b=b, more=more)
 
-    def winner(self, row: dict[str, Any]) -> str:
-        """first or second. Raises LeftOut for a tie, or if nothing is said."""
-        value, meaning = self._verdict(row)
+    def order(self, row: dict[str, Any]) -> tuple[str, ...]:
+        """Where the better answer stands, and the other. Raises LeftOut for a tie, or if nothing is said."""
+        value, meaning = self._verdict(row) if self.judges else (None, "first")
         if meaning in ("first", "second"):
-            return meaning
-        said = "" if is_missing(value) else f": {value}"
-        raise LeftOut(
-            "tie" if meaning == "tie" else f"no preference{said}" if meaning == MISSING else f"{value!r} is left out"
-        )
+            return self.layout.answers[:: 1 if meaning == "first" else -1]
+        said = "no preference" if is_missing(value) else f"no preference: {visible(str(value), 60)}"
+        raise LeftOut("tie" if meaning == "tie" else said)
 
     def reading(self) -> str:
         """What the values were taken for, in one line."""
-        names = {"first": self.layout.a, "second": self.layout.b, "tie": "tie, left out", None: "left out"}
+        names = dict(zip(MEANINGS, (*self.layout.answers, "tie, left out", "left out"), strict=True))
         groups = []
-        for meaning in (*MEANINGS, MISSING):
-            counts = {key: n for (key, other), n in self.found.items() if other == meaning}
-            values = ["nothing" if is_missing(self.values[key]) else str(self.values[key]) for key in counts]
-            if values:
-                shown = ", ".join(visible(value, 60) for value in dict.fromkeys(values[:6])) + ", ..." * (
-                    len(values) > 6
-                )
-                groups.append(f"{shown} -> {names.get(meaning, 'left out')} ({sum(counts.values())})")
-        layout = self.layout
-        column = layout.preference or ", ".join(layout.scores or layout.one_hot or layout.votes)
-        return f"{column}: {(', ' if len(self.found) == len(groups) else '; ').join(groups)}"
+        for meaning in MEANINGS:
+            keys = [key for key, meanings in self.found.items() if meaning in meanings]
+            values = ["nothing" if is_missing(self.values[key]) else visible(str(self.values[key]), 60) for key in keys]
+            if keys:
+                shown = ", ".join(dict.fromkeys(values[:6])) + ", ..." * (len(values) > 6)
+                count = sum(self.found[key][meaning] for key in keys)
+                groups.append(f"{shown} -> {names[meaning]} ({count})")
+        single = sum(map(len, self.found.values())) == len(groups)
+        return f"{', '.join(self.layout.by)}: {(', ' if single else '; ').join(groups)}"

@@ -22,9 +22,8 @@ class LoadReport:
     pairs: int
     left_out: dict[str, dict[str, Any]] = field(default_factory=dict)  # reason -> {"count", "origins": the first five}
     bundled: bool = False
-    reading: list[str] = field(
-        default_factory=list
-    )  # which columns were taken for what, a line each; empty for the three plain ones
+    # Which columns were taken for what, a line each; empty for the three plain ones.
+    reading: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         """The reading, one line of counts, and one more for each reason."""

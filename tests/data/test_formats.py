@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,6 +98,25 @@ def test_a_foreign_file_is_read_right_or_asked_about(name, call, capsys):
         assert re.search(f"(?s){words}", printed), printed
     if load_report(pairs).reading:
         assert load_report(pairs).reading[0] in printed
+
+
+FOREIGN = {case["what"]: case for case in yaml.safe_load((FIELD / "foreign.yaml").read_text(encoding="utf-8"))}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_file_as_people_publish_it_is_read_right_or_asked_about(what, tmp_path, capsys):
+    case = FOREIGN[what]
+    path = tmp_path / case["file"]
+    path.write_text(case["text"], encoding="utf-8", newline="")
+    if "asked" in case:
+        with pytest.raises(UserError, match=f"(?s)^{re.escape(path.name)}.*{case['asked']}"):
+            load_pairs(path, **case.get("with", {}))
+        return
+    pairs = load_pairs(path, **case.get("with", {}))
+    assert [plain(row) for row in pairs] == case["right"]
+    accounted(pairs, load_report(pairs).rows)
+    assert re.search(f"(?s){case.get('says', '')}", capsys.readouterr().out)
+    assert [plain(row) for row in load_pairs(pairs)] == case["right"]
 
 
 Q, ONE, TWO = "Which is larger?", "Ten.", "Two."
