@@ -104,7 +104,7 @@ def _share(inner: PreTrainedModel) -> None:
             return fused(*args, fused_lm_head=fused_lm_head, **kwargs)
         others = {name: value for name, value in kwargs.items() if name not in _BATCH}
         outputs = fused(*args, fused_lm_head=True, **others, **packed.inputs)
-        for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
+        for name in ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"):
             values = getattr(outputs, name)
             if values is not None:
                 spread = values.new_zeros(len(batch[0]), batch[0].shape[1] - 1)

@@ -17,27 +17,11 @@ from helpers.model.memory import BATCH_SETTINGS, pairs_a_step
 from helpers.run.card import changed_settings
 from helpers.run.folder import RunInfo
 from helpers.train.processes import processes
+from helpers.train.settings import TABLE
 
 # The settings that change what a run ends with. All others (logging, saving, workers, reports, and what the next
 # version of a library adds) may differ between two calls of the same run.
-RESULT_SETTINGS = frozenset(
-    # the loss and its pairs
-    "beta loss_type loss_weights label_smoothing ld_alpha use_weighting f_divergence_type f_alpha_divergence_coef "
-    "discopop_tau disable_dropout max_length truncation_mode pad_to_multiple_of sync_ref_model ref_model_mixup_alpha "
-    "ref_model_sync_steps router_aux_loss_coef "
-    # the optimizer and its schedule
-    "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay optim optim_args "
-    "optim_target_modules adam_beta1 adam_beta2 adam_epsilon max_grad_norm num_train_epochs max_steps "
-    "neftune_noise_alpha "
-    # a step: its pairs, their order, its rounding
-    "per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing dataloader_drop_last "
-    "train_sampling_strategy length_column_name seed data_seed bf16 fp16 tf32 torch_compile full_determinism "
-    "auto_find_batch_size accelerator_config average_tokens_across_devices padding_free use_liger_kernel "
-    "liger_kernel_config "
-    # which checkpoint is kept
-    "eval_strategy eval_steps eval_delay eval_on_start bf16_full_eval fp16_full_eval save_strategy save_steps "
-    "save_only_model ignore_data_skip load_best_model_at_end metric_for_best_model greater_is_better".split()
-)
+RESULT_SETTINGS = frozenset(f"{TABLE['heeded']} {TABLE['result']}".split())
 
 
 class Checkpoints(TrainerCallback):
