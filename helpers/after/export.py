@@ -45,7 +45,7 @@ def export_run(
 ) -> Path:
     """Write what a finished run hands over into `folder`, with a model card; returns `folder`.
 
-    The folder appears whole or not at all. It holds no path of this machine and no token.
+    It appears whole or not at all, and holds no path of this machine and no token.
 
     Args:
         run: a finished run, as `train_dpo` or `Run.load` gives it.
@@ -65,13 +65,13 @@ def export_run(
         UserError: another `to`, a folder that exists, a base model that is not here, no converter, other pairs than
             the run's, a run that a script can't repeat, no token or a refusal by the hub, no room on the disk.
     """
-    folder = Path(folder)
+    folder, scripts = Path(folder), to in ("torchrun", "trl")
     if to not in _WRITERS:
         raise UserError(f"export_run knows no form {to!r}. Take one of {', '.join(map(repr, _WRITERS))}.")
     if folder.exists() and not replace:
         raise UserError(f"{folder.name} exists already. Take another folder, or pass replace=True.")
     if hub is not None:
-        if to in ("torchrun", "trl"):
+        if scripts:
             raise UserError(f'hub= uploads models; the form "{to}" holds your pairs. Copy its folder by other means.')
         if setting("HF_TOKEN") is None:
             raise UserError(f"Uploading to {hub} needs HF_TOKEN in .env: a token that may write, from the hub's pages.")
@@ -79,9 +79,11 @@ def export_run(
     shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
     try:
         part.mkdir(parents=True)
-        _WRITERS[to](run, part)
-        if to in ("torchrun", "trl"):
+        kept = _WRITERS[to](run, part)
+        if scripts:
             _write_pairs(run, part, train, test)
+        else:
+            (part / "README.md").write_text(model_card(run, to, kept), encoding="utf-8")
         if folder.exists():
             old, new = ({path.relative_to(root) for path in root.rglob("*")} for root in (folder, part))
             if old <= new:
@@ -120,7 +122,6 @@ def base_of(run: Run) -> str:
 
 def _write_adapter(run: Run, part: Path) -> None:
     shutil.copytree(run.adapter, part, dirs_exist_ok=True)
-    (part / "README.md").write_text(model_card(run, "adapter"), encoding="utf-8")
 
 
 def kept_update(model: PeftModel, dtype: torch.dtype = torch.float16) -> float:
@@ -152,14 +153,14 @@ def merged_model(run: Run) -> tuple[PreTrainedModel, float]:
     keeps (`kept_update`). A 4-bit base is loaded as it was trained on and de-quantised before the adapter is added:
     added to 4-bit weights, the adapter would be rounded to 4 bits too.
     """
-    base = base_of(run)
-    four_bit = BitsAndBytesConfig(  # as Unsloth loads it; a model that is stored in 4-bit keeps its own
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float16,
-    )
-    quantised = PROFILES[run.info.profile].load_in_4bit
+    base, four_bit = base_of(run), None
+    if PROFILES[run.info.profile].load_in_4bit:  # as Unsloth loads it; a model that is stored in 4-bit keeps its own
+        four_bit = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float16,
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base,
@@ -167,13 +168,13 @@ def merged_model(run: Run) -> tuple[PreTrainedModel, float]:
             token=setting("HF_TOKEN"),
             use_safetensors=True,  # as load_model does
             trust_remote_code=False,
-            quantization_config=four_bit if quantised else None,
+            quantization_config=four_bit,
         )
     except (OSError, ValueError) as error:
         if Path(base).exists():
             raise
         raise not_found(base, error) from error
-    if quantised:
+    if four_bit is not None:
         model = model.dequantize(torch.float16)
     model = PeftModel.from_pretrained(model, run.adapter)
     kept = kept_update(model)
@@ -190,7 +191,6 @@ def _write_merged(run: Run, part: Path) -> float:
     model, kept = merged_model(run)
     model.save_pretrained(part)
     AutoTokenizer.from_pretrained(run.adapter, trust_remote_code=False).save_pretrained(part)
-    (part / "README.md").write_text(model_card(run, "merged", kept), encoding="utf-8")
     if kept < 0.9:
         print(
             f"Rounded to float16, the weights keep {kept:.0%} of the adapter's update: after few steps or with a small "
@@ -199,7 +199,7 @@ def _write_merged(run: Run, part: Path) -> float:
     return kept
 
 
-def _write_gguf(run: Run, part: Path) -> None:
+def _write_gguf(run: Run, part: Path) -> float:
     folder, names = converter_places()
     converter = next((folder / name for name in names if (folder / name).is_file()), None)
     if converter is None:
@@ -211,13 +211,13 @@ def _write_gguf(run: Run, part: Path) -> None:
         )
     merged = part / "merged"
     kept = _write_merged(run, merged)
-    command = [sys.executable, str(converter), str(merged), "--outfile", str(part / "model-q8_0.gguf")]
-    done = subprocess.run([*command, "--outtype", "q8_0"], capture_output=True, text=True)
+    command = [sys.executable, converter, merged, "--outfile", part / "model-q8_0.gguf", "--outtype", "q8_0"]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
         raise UserError(f"llama.cpp's converter failed ({' '.join(last)}). A newer copy of it may know this model.")
     shutil.rmtree(merged)
-    (part / "README.md").write_text(model_card(run, "gguf", kept), encoding="utf-8")
+    return kept
 
 
 def _write_pairs(run: Run, part: Path, train: Dataset | None, test: Dataset | None) -> None:
