@@ -45,6 +45,7 @@ class DataInfo:
     prompts: dict[str, int] = dataclasses.field(default_factory=dict)  # over the limit: "shortened", "left_out"
     bundled: bool = False  # they came with this project, so their licence is known (`load_report`)
     reading: list[str] = dataclasses.field(default_factory=list)  # how the training pairs were read (`load_report`)
+    given: str = ""  # if the chat template writes the date: hash of pairs and template, in place of their tokens
 
 
 @dataclasses.dataclass

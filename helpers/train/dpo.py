@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from helpers.common import UserError
 from helpers.data.check import MAX_PROMPT_LENGTH
@@ -33,7 +33,7 @@ from helpers.run.folder import Run, Status, save_adapter, save_run
 from helpers.run.metrics import held_out_table, preference_metrics
 from helpers.train.job import CheckedPairs, Job, check_both
 from helpers.train.processes import alone_in, once, one_voice, processes
-from helpers.train.resume import Checkpoints, StopAtStep, last_complete
+from helpers.train.resume import ENDED, Checkpoints, StopAtStep, last_complete
 from helpers.train.settings import complete_settings
 from helpers.train.trainer import check_start, make_trainer
 
@@ -125,22 +125,25 @@ def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback
             return once(lambda: Run.load(job.folder))
         once(job.begin)
         inner = (job.reference or job.policy).inner
-        with _undone(job), own_forward(inner), own_forward(job.policy.inner):
+        with _undone(job) as initial, own_forward(inner), own_forward(job.policy.inner):
             began = time.monotonic()
             reference = _reference(job)
             seconds = {"reference_seconds": time.monotonic() - began}
             trainer, seconds["train_seconds"] = _train(job, reference, callbacks, begun=before is not None)
             test = job.pairs.test
             table = held_out_table(test.pairs, reference["test"], _score(job, job.policy, test.ids))
-            return once(lambda: _finish(job, trainer, table, seconds))
+            return once(lambda: _finish(job, trainer, table, seconds, initial))
 
 
 @contextlib.contextmanager
-def _undone(job: Job) -> Iterator[None]:
-    """If the block ends in an error, the adapter is as it was; too little memory and a full disk are told in words."""
+def _undone(job: Job) -> Iterator[dict[str, torch.Tensor]]:
+    """If the block ends in an error, the adapter is as it was; too little memory and a full disk are told in words.
+
+    The block gets the adapter's weights.
+    """
     initial = job.policy.weights()
     try:
-        yield
+        yield initial
     except BaseException as error:
         job.policy.put_back(initial)
         if isinstance(error, OSError):
@@ -183,8 +186,6 @@ def _reference(job: Job) -> dict[str, PairLogps]:
             logps = _score(job, reference, report.ids)
             once(lambda path=path, logps=logps: write_logps(path, logps))
         found[name] = logps
-    if job.reference is None and not job.policy.is_fresh and processes().is_main_process:
-        save_adapter(job.folder / "reference", job.policy.model, job.info)
     return found
 
 
@@ -215,16 +216,25 @@ def _train(
     """Train from the last whole checkpoint, or from the start; returns the trainer and the seconds of its steps."""
     device, stop = job.policy.device, StopAtStep()
     loaded = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    trainer = _trainer(job, reference, [stop, Checkpoints(), *callbacks])
+    trainer = _trainer(job, reference, [*callbacks, Checkpoints(job.info), stop])
+    trainer.args.restore_callback_states_from_checkpoint = True  # how long early stopping has waited
     checkpoint = once(lambda: last_complete(job.folder / "checkpoints")) if begun else None
     if checkpoint is not None:
+        trainer.args.eval_on_start = False  # that was done
         print(f"Resuming from step {checkpoint.name.rpartition('-')[2]}.")
     return_freed_memory()  # what scoring freed rarely fits the batches of training
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     began = time.monotonic()
-    with stop.listening():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint is not None and (checkpoint / ENDED).exists():  # interrupted after its last step
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        job.policy.put_back(
+            load_file(checkpoint.with_name(Path(best or checkpoint).name) / "adapter_model.safetensors")
+        )
+    else:
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - began
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
@@ -242,8 +252,20 @@ def _train(
     return trainer, seconds
 
 
-def _finish(job: Job, trainer: trl.DPOTrainer, held_out: pd.DataFrame, seconds: dict[str, float]) -> Run:
-    """Write what the run leaves."""
+def _finish(
+    job: Job,
+    trainer: trl.DPOTrainer,
+    held_out: pd.DataFrame,
+    seconds: dict[str, float],
+    initial: dict[str, torch.Tensor],
+) -> Run:
+    """Write what the run leaves; `initial` are the adapter's weights at its start."""
+    job.folder.mkdir(parents=True, exist_ok=True)  # it may have been removed while training
+    trained = job.policy.weights()
+    job.policy.put_back(initial)
+    if job.reference is None and not job.policy.is_fresh:
+        save_adapter(job.folder / "reference", job.policy.model, job.info)
+    job.policy.put_back(trained)
     steps, end = trainer.state.global_step, job.policy.adapter
     info = dataclasses.replace(job.info, status=Status.FINISHED, steps=steps, end=end)
     metrics = preference_metrics(held_out, job.config.beta) | seconds

@@ -1,6 +1,8 @@
 """What one call of `train_dpo` has to do, before it does it: its pairs, its settings, and what is in its folder."""
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +30,7 @@ from helpers.run.folder import (
     versions,
     write_info,
 )
+from helpers.session import quiet_progress
 from helpers.train.processes import check_alike, once, processes, share_step
 from helpers.train.resume import differences, step_of
 from helpers.train.settings import DPOConfig, run_config
@@ -66,6 +69,14 @@ def check_both(
     return CheckedPairs(*sides, rule)
 
 
+def _hash_without_date(pairs: CheckedPairs, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of rows and template, if this writes today's date, so that the tokens are others tomorrow; else nothing."""
+    if "strftime_now" not in str(tokenizer.chat_template):
+        return ""
+    rows = [tokenizer.chat_template, *pairs.train.pairs, *pairs.test.pairs]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:20]
+
+
 @dataclasses.dataclass
 class Job:
     """One call of `train_dpo`."""
@@ -97,6 +108,7 @@ class Job:
                 train.prompts,
                 bundled=all(one is not None and one.bundled for one in loaded),
                 reading=loaded[0].reading if loaded[0] else [],
+                given=_hash_without_date(self.pairs, self.policy.tokenizer),
             ),
             base=self.policy.base,
             start=self.policy.adapter,
@@ -125,6 +137,9 @@ class Job:
         before, self.values, self.info, self.plan = once(
             lambda: (self._earlier(replace), self.values, self.info, self.plan)
         )
+        if before is not None and (self.folder / "tokens").is_dir():  # those that it began with
+            for name, report in self.pairs.sets.items():
+                report.take(Dataset.load_from_disk(str(self.folder / "tokens" / name)))
         return before
 
     def _earlier(self, replace: bool) -> RunInfo | None:
@@ -138,6 +153,8 @@ class Job:
         worth = before is not None and (
             before.status == Status.FINISHED or any(self.folder.glob("checkpoints/checkpoint-*"))
         )
+        if before is not None and (self.folder / "tokens").is_dir() and before.data.given == self.info.data.given:
+            self.info.data = before.data
         self._choose_step(before if worth else None)
         changed = [] if before is None else differences(before, self.info)
         if not changed:
@@ -167,6 +184,10 @@ class Job:
     def begin(self) -> None:
         """Say how a step is made, write run.json; UserError if training needs far more memory than is free."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.info.data.given and not (self.folder / "run.json").exists():
+            for name, report in self.pairs.sets.items():
+                with quiet_progress(len(report.ids)):
+                    report.ids.save_to_disk(self.folder / "tokens" / name)
         need, free = self.info.memory_gb["needed"], self.info.memory_gb["free"]
         if self.plan is not None:
             at_once = f"{self.plan.pairs} pair{'s' * (self.plan.pairs > 1)} at once"

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from helpers.common import write_json
 from helpers.model.memory import BATCH_SETTINGS, pairs_a_step
 from helpers.run.card import changed_settings
-from helpers.run.folder import RunInfo
+from helpers.run.folder import RunInfo, write_info
 from helpers.train.processes import processes
 from helpers.train.settings import TABLE
 
@@ -24,15 +24,28 @@ from helpers.train.settings import TABLE
 RESULT_SETTINGS = frozenset(f"{TABLE['heeded']} {TABLE['result']}".split())
 
 
+ENDED = "ended"  # a file in the last checkpoint: nothing is trained after it
+
+
 class Checkpoints(TrainerCallback):
-    """Marks each checkpoint as complete, with its files' sizes; one without such a mark was cut short."""
+    """Marks each checkpoint as complete, with its files' sizes; one without such a mark was cut short.
+
+    The checkpoint that ends the training has a file ENDED. If the run's folder was removed, its run.json is made again.
+    """
+
+    def __init__(self, info: RunInfo):
+        self.info = info
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """transformers' hook."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         processes().wait_for_everyone()  # each writes a file of its own
         if state.is_world_process_zero:
+            if control.should_training_stop:
+                (folder / ENDED).touch()
             write_json(folder / "complete.json", {f.name: f.stat().st_size for f in folder.iterdir() if f.is_file()})
+            if not (folder.parents[1] / "run.json").exists():
+                write_info(folder.parents[1], self.info)
 
 
 def last_complete(checkpoints: Path) -> Path | None:
@@ -56,8 +69,18 @@ class StopAtStep(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """transformers' hook."""
         if self.asked:
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """transformers' hook; a checkpoint that was saved for this reason does not say that the training ended."""
+        control.should_training_stop |= self.asked
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """transformers' hook, also called where an epoch is left; what is due at its end is then not yet due."""
+        if self.asked and state.epoch % 1 and state.global_step < state.max_steps:
+            control.should_log = control.should_evaluate = control.should_save = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
