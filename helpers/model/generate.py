@@ -22,14 +22,11 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 class Reply(NamedTuple):
-    """One completion: `text` has no special tokens, `ids` include the token that ends the turn.
+    """One completion."""
 
-    `ended`: whether the model ended its turn; else it was cut at `max_new_tokens`.
-    """
-
-    text: str
-    ids: list[int]
-    ended: bool
+    text: str  # without special tokens
+    ids: list[int]  # with the token that ends the turn
+    ended: bool  # by the model; else it was cut at `max_new_tokens`
 
 
 def generate_replies(
@@ -44,9 +41,7 @@ def generate_replies(
     batch_size: int | None = None,
     **template_options: Any,
 ) -> list[Reply]:
-    """One reply to each prompt, in their order.
-
-    The reference's replies come from the same call inside `with model.disable_adapter():`.
+    """One reply to each prompt, in their order; the reference's inside `with model.disable_adapter():`.
 
     Args:
         model, tokenizer: as `load_model` gives them, with or without an adapter.
@@ -65,7 +60,7 @@ def generate_replies(
     sampling = {name: value if temperature else None for name, value in sampling.items()}
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    replies: list = [None] * len(ids)
+    replies = {}
     with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         for start in range(0, len(ids), batch_size):
@@ -83,7 +78,7 @@ def generate_replies(
                 end = next((place for place, token in enumerate(row) if token in ends), None)
                 row = row if end is None else row[: end + 1]
                 replies[i] = Reply(tokenizer.decode(row, skip_special_tokens=True), row, end is not None)
-    return replies
+    return [replies[i] for i in range(len(ids))]
 
 
 def repetition(ids: list[int], n: int = 4) -> float:

@@ -93,10 +93,7 @@ def _check_chat_template(tokenizer: Tokenizer, chat_template: str | None, name: 
 
 
 def load_tokenizer(name: str | None = None, *, thinking: bool = False, chat_template: str | None = None) -> Tokenizer:
-    """The tokenizer that `load_model` returns for this name, thinking and chat_template, without the model.
-
-    Raises UserError if it cannot be found, has no chat template, or neither a pad nor an EOS token.
-    """
+    """The tokenizer that `load_model` returns for this name, thinking and chat_template; raises UserError like it."""
     name = _model_name(name, thinking)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -108,10 +105,7 @@ def load_tokenizer(name: str | None = None, *, thinking: bool = False, chat_temp
 
 
 def _keep_freed_memory() -> None:
-    """On Linux, make glibc reuse a step's freed tensors instead of returning them to the kernel page by page.
-
-    Each step allocates and frees some gigabytes; fetched anew, their page faults are a tenth of a step's time.
-    """
+    """On Linux, make glibc reuse a step's freed tensors: fetched anew, page by page, they are a tenth of its time."""
     m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
     with contextlib.suppress(OSError, AttributeError):  # no glibc: Windows, macOS, musl
         libc = ctypes.CDLL("libc.so.6")
@@ -127,18 +121,16 @@ def load_model(
     Args:
         name: a hub name, a folder (of a model, or of a LoRA adapter, which can be trained on), or "embedded". Left
             out, it is `DPO_MODEL` (`DPO_THINKING_MODEL` if `thinking`) from `.env`, else the profile's.
-        thinking: whether the model that thinks is meant, if `name` is left out; it is loaded for longer sequences, and
-            `train_dpo` takes that as its `max_length`.
+        thinking: load for longer sequences, which `train_dpo` takes as its `max_length`.
         chat_template: a Jinja chat template for a model that comes without one.
 
     Raises:
-        UserError: the model cannot be found, is not in safetensors, or has no chat template.
+        UserError: the model cannot be found, is not in safetensors, has no chat template, or no EOS token.
     """
     profile = current_profile()
     if profile.name == "cpu":
         _keep_freed_memory()
-        # oneDNN would keep 1024 compiled kernels, some hundred megabytes once many lengths have been seen: each length
-        # of a batch has some twenty of its own.
+        # oneDNN would keep 1024 compiled kernels, some hundred megabytes: each length of a batch has some twenty.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     name = _model_name(name, thinking)
     base = adapter_base(name)
@@ -148,7 +140,6 @@ def load_model(
             max_seq_length=profile.thinking_max_length if thinking else profile.max_length,
             dtype=None,  # bf16 if the hardware has it, else fp16 on a GPU and fp32 on a CPU
             load_in_4bit=profile.load_in_4bit,
-            # Recomputing activations saves memory and costs time; on a CPU with a small model memory is no concern.
             # "unsloth" would also move layer inputs to the machine's memory: less than a gigabyte, and slower.
             use_gradient_checkpointing=profile.name == "gpu",
             token=setting("HF_TOKEN"),
@@ -180,11 +171,8 @@ def load_model(
 def fix_pad_token(model: Model | None, tokenizer: Tokenizer) -> None:
     """Make tokenizer and model agree on a pad token, in place: the tokenizer's own, or its EOS if it has none.
 
-    Padding with EOS is safe in DPO: TRL masks by each row's length, not by comparing ids with the pad id, so a
-    completion's own EOS stays in the loss and the model still learns to stop. `model` may be None.
-
-    Raises:
-        UserError: the tokenizer has neither a pad nor an EOS token.
+    Padding with EOS is safe in DPO: TRL masks by each row's length, not by the pad id, so a completion's own EOS stays
+    in the loss. `model` may be None. Raises UserError if the tokenizer has neither token.
     """
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -198,13 +186,9 @@ def fix_pad_token(model: Model | None, tokenizer: Tokenizer) -> None:
 def add_lora(model: PreTrainedModel, *, rank: int = 16, seed: int = 0) -> PeftModel:
     """Add a fresh LoRA adapter on the seven projections (Hu et al. 2021, arXiv:2106.09685); only it is trained.
 
-    alpha = rank, so the adapter's update is scaled by 1; dropout 0, which Unsloth's fast path asks for. The B
-    matrices start at zero, so the policy starts equal to the base model.
-
-    Args:
-        model: without an adapter, changed in place: `model = add_lora(model)`.
-        rank: of the update of each weight matrix. Twice the rank is twice the trained parameters.
-        seed: of the A matrices, which are drawn.
+    alpha = rank, so the adapter's update is scaled by 1; dropout 0, which Unsloth's fast path asks for. The A matrices
+    are drawn with `seed`, the B matrices start at zero, so the policy starts equal to the base `model`, which is
+    changed in place: `model = add_lora(model)`. Twice the `rank` is twice the trained parameters.
     """
     return FastLanguageModel.get_peft_model(
         model,
