@@ -181,7 +181,24 @@ The table is of {found["machine"]}: `{found["command"]}`, the model of random we
 """
 
 
+def learning_rate() -> str:
+    """One row for each rate: gap, KL and accuracy after each number of steps."""
+    table = {(row["rate"], row["steps"]): row for row in result("learning_rate")["table"]}
+    rates, steps = (sorted(values) for values in map(set, zip(*table, strict=True)))
+
+    def cell(row: dict) -> str:
+        (gap, half), (kl, _), (accuracy, _) = row["gap"], row["kl"], row["accuracy"]
+        return f"{gap:.2f} ± {half:.2f}; {round(kl, 1) + 0:.1f}; {accuracy:.2f}"
+
+    rows = [" | ".join([f"| {rate:.0e}", *(cell(table[rate, step]) for step in steps)]) + " |\n" for rate in rates]
+    return f"""
+| learning rate | {" | ".join(f"{step} steps" for step in steps)} |
+|---|{"---|" * len(steps)}
+{"".join(rows)}"""
+
+
 TABLES = {
+    "learning-rate": learning_rate,
     "summary": summary,
     "gpu-sides": gpu_sides,
     "gpu-ways": gpu_ways,
