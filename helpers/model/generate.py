@@ -1,6 +1,7 @@
 """Replies of a model to prompts, in batches, and what can be counted in them."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 
 from helpers.data.render import prompt_ids
 from helpers.model import Model, Prompts, Tokenizer
+from helpers.model.load import check_token
 
 
 @contextlib.contextmanager
@@ -53,11 +55,13 @@ def generate_replies(
         template_options: for the chat template of all prompts, e.g. enable_thinking=False.
     """
     ids = prompt_ids(tokenizer, prompts, **template_options)
+    check_token(model, tokenizer, max(itertools.chain(*ids), default=0))
     batch_size = batch_size or (16 if model.device.type == "cpu" else 128)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    # transformers warns where greedy decoding is given settings of sampling, so they are taken away.
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    sampling = {name: value if temperature else None for name, value in sampling.items()}
+    # Some models' own settings penalise repetition: their log-probs don't know of it. transformers warns where greedy
+    # decoding is given settings of sampling, so they are taken away.
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0, "repetition_penalty": 1.0}
+    sampling = sampling if temperature else dict.fromkeys(("temperature", "top_p", "top_k"))
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     replies = {}

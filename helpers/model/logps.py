@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from helpers.common import cache_folder, write_atomic
 from helpers.data.render import IDS, data_hash, pair_lengths, tokenize_pairs
 from helpers.model import Model, Tokenizer
-from helpers.model.fingerprint import base_model, fingerprint, tokenizer_hash
+from helpers.model.fingerprint import base_model, config_hash, fingerprint, tokenizer_hash
 from helpers.model.generate import evaluating
+from helpers.model.load import check_token
 from helpers.patches import fused_lm_head
 
 
@@ -78,6 +79,7 @@ def pair_logps(
         for start in list(reversed(range(0, len(ids), batch_size)))[share[0] :: share[1]]:
             index = order[start : start + batch_size]
             batch = collate(ids.select(index).to_list())
+            check_token(model, tokenizer, int(batch["input_ids"].max()))
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             result[:2, index] = torch.stack(_sums(model, batch, fused).double().cpu().chunk(2))
             result[2:, index] = torch.stack(batch["completion_mask"].sum(dim=1).double().cpu().chunk(2))
@@ -87,10 +89,10 @@ def pair_logps(
 def reference_file(model: Model, tokenizer: Tokenizer, data: str, max_length: int) -> Path:
     """Where the cache keeps the log-probs under `model` of the ids whose `data_hash` is `data`.
 
-    `fingerprint`, `tokenizer` and `max_length` decide them; beta, seed, learning rate and loss do not, with which TRL's
+    `model`, `tokenizer` and `max_length` decide them; beta, seed, learning rate and loss do not, with which TRL's
     own cache (`precompute_ref_log_probs`) changes.
     """
-    parts = [fingerprint(model), tokenizer_hash(tokenizer), data, str(max_length), str(model.dtype)]
+    parts = [fingerprint(model), config_hash(model), tokenizer_hash(tokenizer), data, str(max_length), str(model.dtype)]
     key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
     return cache_folder() / "reference" / f"{key}.safetensors"
 

@@ -71,7 +71,9 @@ def estimate_memory(
         optim: as in DPOConfig; an 8-bit optimizer keeps a quarter of the state.
         plain: the CPU profile, whose layers are transformers' own and keep more, attention scores among it.
     """
-    hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    config = config.get_text_config()
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    mlp = getattr(config, "intermediate_size", None) or 4 * hidden
     heads, vocabulary = config.num_attention_heads, config.vocab_size
     head = getattr(config, "head_dim", None) or hidden // heads
     query, key = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
@@ -138,8 +140,9 @@ def plan_batch(config: PretrainedConfig, free: float, *, tokens: int) -> BatchPl
     """
 
     def need(pairs: int, checkpointing: bool) -> float:
-        of_step = {"pairs": pairs, "tokens": tokens, "checkpointing": checkpointing}
-        return estimate_memory(config, **of_step, load_in_4bit=True, optim="adamw_8bit").total
+        return estimate_memory(
+            config, pairs=pairs, tokens=tokens, checkpointing=checkpointing, load_in_4bit=True, optim="adamw_8bit"
+        ).total
 
     return _plan(need, free, batch=8)
 

@@ -19,7 +19,7 @@ PATCHES = {
     "given_ids": "TRL tokenises the messages once more: the same ids, a later start.",
     "cached_reference": "TRL computes the reference's log-probs itself: the same losses, a later start.",
     "unsloth_checkpointing": "On a GPU gradient checkpointing stays as the adapter was made: other speed and memory.",
-    "llama_cpp": "llama.cpp is looked for in ~/.unsloth/llama.cpp (or UNSLOTH_LLAMA_CPP_PATH), by its usual file names.",
+    "llama_cpp": "llama.cpp is looked for in ~/.unsloth/llama.cpp (or UNSLOTH_LLAMA_CPP_PATH), by its usual names.",
     "dataset_key": "Nothing that was computed from a dataset is read from the cache; it is computed again.",
 }
 

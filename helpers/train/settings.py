@@ -18,6 +18,7 @@ from helpers.data.check import MAX_PROMPT_LENGTH
 from helpers.model.embedded import EMBEDDED_HUB_NAME
 from helpers.model.load import public_name
 from helpers.model.memory import pairs_a_step
+from helpers.model.policy import check_adapter
 from helpers.model.profiles import current_profile
 
 # Arguments of older TRL versions that much teaching material still passes, and what to do instead.
@@ -115,7 +116,9 @@ def dpo_settings(model: PreTrainedModel | PeftModel | None = None) -> dict[str, 
 
 
 def complete_settings(model: PeftModel, settings: dict[str, Any]) -> dict[str, Any]:
-    """`dpo_settings(model)` with the caller's `settings` in their place, if all of them can be had."""
+    """`dpo_settings(model)` with the caller's `settings` in their place, if all of them and the adapter can be had."""
+    if isinstance(model, PeftModel):  # of a sweep it is the base
+        check_adapter(model)
     values = dpo_settings(model) | settings
     check_settings(values)
     _check_report_to(values["report_to"])
