@@ -204,10 +204,11 @@ def share_steps(trainer: trl.DPOTrainer) -> None:
     processes a dozen times a step. To be called after `cast_weights_once`, whose gradients these are.
     """
     args, accelerator, number = trainer.args, trainer.accelerator, trainer.args.world_size
-    step, batches = trainer.training_step, trainer.get_train_dataloader
+    step, batches, predict = trainer.training_step, trainer.get_train_dataloader, trainer.prediction_step
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-    held_out = range(math.ceil(len(trainer.eval_dataset or ()) / args.eval_batch_size))
-    trainer.callback_handler.callbacks.insert(0, _SameFigures(len(held_out[args.process_index :: number])))
+    pairs = len(trainer.eval_dataset or ())
+    scored = math.ceil(pairs / args.eval_batch_size)  # batches, shared by accelerate
+    trainer.callback_handler.callbacks.insert(0, _SameFigures(len(range(args.process_index, scored, number))))
     trainer.gather_function = accelerator.gather = accelerator.gather_for_metrics = lambda own: own
     accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)  # without DDP
     accelerator.even_batches = False  # or pairs would be scored twice to fill the last batches
@@ -220,6 +221,10 @@ def share_steps(trainer: trl.DPOTrainer) -> None:
             shard.num_processes, shard.process_index = 1, 0
         return loader
 
+    def prediction_step(model: Any, inputs: dict[str, Any], *more: Any, **options: Any) -> tuple:
+        loss, *others = predict(model, inputs, *more, **options)
+        return loss * (len(inputs["input_ids"]) // 2 * scored / pairs), *others  # each pair counts the same
+
     @functools.wraps(step)
     def training_step(*given: Any, **options: Any) -> torch.Tensor:
         loss = step(*given, **options)
@@ -229,3 +234,4 @@ def share_steps(trainer: trl.DPOTrainer) -> None:
         return loss
 
     trainer.get_train_dataloader, trainer.training_step = get_train_dataloader, training_step
+    trainer.prediction_step = prediction_step

@@ -25,13 +25,31 @@ ROOT = Path(__file__).parent.parent.parent
 
 import helpers  # noqa: E402, I001  (first: Unsloth before transformers)
 import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
 from peft import get_peft_model_state_dict, set_peft_model_state_dict  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 from helpers import UserError  # noqa: E402
 from helpers.run.folder import Run  # noqa: E402
+from helpers.train.processes import alone_in  # noqa: E402
 
+WORDS = """apple river stone window garden pencil bridge candle forest ladder mirror needle orange pepper rabbit saddle
+ticket velvet walnut yellow anchor basket carpet desert engine feather guitar hammer""".split()
+# Short, so that a step takes a moment.
+PAIRS = [
+    Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": f"What is a {word}?"}],
+                "chosen": [{"role": "assistant", "content": f"A {word} is a thing."}],
+                "rejected": [{"role": "assistant", "content": f"No idea, {place}."}],
+            }
+            for place, word in enumerate(words)
+        ]
+    )
+    for words in (WORDS[:21], WORDS[21:])
+]
 # By a function on the way there: where a forward, or the change of a file, belongs.
 PLACES = {"pair_logps": "scoring", "training_step": "step", "evaluation_loop": "evaluation"}
 FILES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
@@ -47,19 +65,19 @@ SETTINGS = {
 RUNS = {
     "epochs": {"num_train_epochs": 3},
     "steps": {"max_steps": 7, "eval_on_start": True},  # in the middle of an epoch
-    "early": {"num_train_epochs": 5, "early_stopping": 2},
+    "early": {"num_train_epochs": 5, "early_stopping": 2, "learning_rate": 0.5, "lr_scheduler_type": "constant"},
     "by epoch": {"num_train_epochs": 3, "eval_strategy": "epoch", "save_strategy": "epoch"},
 }
 
 
 def place() -> str:
-    """Where the program is."""
+    """Where the program is: "start" if it looks whether the policy is its reference."""
     frame = sys._getframe()  # noqa: SLF001  (the way to here)
     while frame is not None:
         if frame.f_code.co_name in PLACES:
             return PLACES[frame.f_code.co_name]
         frame = frame.f_back
-    return ""
+    return "start"
 
 
 class Interrupter:
@@ -82,7 +100,7 @@ class Interrupter:
             os.kill(os.getpid(), self.kind)
 
 
-def train_in_a_child(model, tokenizer, pairs, folder: Path, settings: dict, interrupter: Interrupter) -> int:
+def train_in_a_child(model, tokenizer, folder: Path, settings: dict, interrupter: Interrupter) -> int:
     """The exit code of `train_dpo` in a fork of this process; it writes down what it counted."""
     child = os.fork()
     if child:
@@ -94,7 +112,7 @@ def train_in_a_child(model, tokenizer, pairs, folder: Path, settings: dict, inte
             model.get_input_embeddings().register_forward_pre_hook(interrupter.forward)
             sys.addaudithook(lambda event, arguments: interrupter.file(event, arguments, str(folder / "run")))
             try:
-                helpers.train_dpo(model, tokenizer, *pairs, folder / "run", **SETTINGS, **settings)
+                helpers.train_dpo(model, tokenizer, *PAIRS, folder / "run", **SETTINGS | settings)
                 code = 0
             except KeyboardInterrupt:
                 code = 130
@@ -122,12 +140,10 @@ def main(model_folder: str, folder: Path, until: float, seeds: list[int]) -> Non
     """Print one JSON object a seed: what was drawn, how the processes ended, what differs from the whole run."""
     model, tokenizer = helpers.load_model(model_folder)
     model = helpers.add_lora(model.float())
-    loaded = helpers.load_pairs()
-    start = model, tokenizer, (loaded.select(range(21)), loaded.select(range(50, 57)))
     whole, seen = {}, {}
     for name, settings in RUNS.items():
         (folder / name).mkdir(parents=True)
-        assert train_in_a_child(*start, folder / name, settings, Interrupter()) == 0, name
+        assert train_in_a_child(model, tokenizer, folder / name, settings, Interrupter()) == 0, name
         whole[name] = outcome(folder / name)
         seen[name] = json.loads((folder / name / "seen.json").read_text())
     for seed in seeds:
@@ -140,9 +156,9 @@ def main(model_folder: str, folder: Path, until: float, seeds: list[int]) -> Non
         hits, codes = [], []
         for _ in range(draw.choice((1, 1, 2, 3))):
             hits.append((where, draw.randint(1, seen[name][where]), kind))
-            codes.append(train_in_a_child(*start, own, RUNS[name], Interrupter(*hits[-1])))
+            codes.append(train_in_a_child(model, tokenizer, own, RUNS[name], Interrupter(*hits[-1])))
             where, kind = draw.choice(list(seen[name])), draw.choice((signal.SIGKILL, signal.SIGINT))
-        codes.append(train_in_a_child(*start, own, RUNS[name], Interrupter()))
+        codes.append(train_in_a_child(model, tokenizer, own, RUNS[name], Interrupter()))
         ends = outcome(own) if codes[-1] == 0 else {}
         differs = [one for one, value in whole[name].items() if ends.get(one) != value]
         drawn = [f"{where} {number} {signal.Signals(kind).name}" for where, number, kind in hits]
@@ -177,9 +193,8 @@ def test_interrupted_runs_end_as_the_whole_one(small, tmp_path):
         ends += [json.loads(line) for line in out.splitlines() if line.startswith('{"seed"')]
     print(*ends, sep="\n")
     assert [end for end in ends if end["differs"]] == []
-    assert len(ends) >= 8, "too few for each place to be killed and stopped once"
-    first = [(end["codes"][0], end["drawn"][0]) for end in ends]
-    assert all(code in (-9, 130) for code, _ in first), first
+    assert len(ends) >= 4, "too few for each place to be drawn once"
+    assert {end["codes"][0] for end in ends} <= {-9, 130}  # each was interrupted
 
 
 # ------------------------------------------------------------------------------------------------ one at a time
@@ -197,8 +212,12 @@ class At(TrainerCallback):
         setattr(self, hook, act)
 
 
+class Crash(Exception):
+    """As if the process had been killed."""
+
+
 def crash() -> None:
-    raise ConnectionError("as if killed")
+    raise Crash
 
 
 @pytest.fixture
@@ -208,13 +227,11 @@ def call(small, tmp_path, monkeypatch):
     model, tokenizer = helpers.load_model(str(small))
     policy = helpers.add_lora(model.float())
     fresh = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(policy).items()}
-    loaded = helpers.load_pairs()
-    pairs = loaded.select(range(21)), loaded.select(range(50, 57))
 
     def train(name: str, *callbacks: TrainerCallback, **settings):
         set_peft_model_state_dict(policy, fresh)
         own = SETTINGS | (settings or RUNS["steps"])
-        return helpers.train_dpo(policy, tokenizer, *pairs, tmp_path / name, callbacks=callbacks, **own)
+        return helpers.train_dpo(policy, tokenizer, *PAIRS, tmp_path / name, callbacks=callbacks, **own)
 
     train.policy, train.tokenizer, train.fresh = policy, tokenizer, fresh
     return train
@@ -230,7 +247,7 @@ def test_patience_of_early_stopping_outlives_a_kill(call):
     whole = call("whole", **RUNS["early"])
     last = whole.info.steps
     assert 4 < last < 15, "it has to be early stopping that ends it"
-    with pytest.raises(ConnectionError):
+    with pytest.raises(Crash):
         call("run", At("on_step_begin", last - 1, crash), **RUNS["early"])
     same(call("run", **RUNS["early"]), whole)
 
@@ -238,7 +255,7 @@ def test_patience_of_early_stopping_outlives_a_kill(call):
 @pytest.mark.parametrize("name", ["steps", "early", "epochs"])
 def test_nothing_is_trained_after_the_last_step(call, name):
     whole = call("whole", **RUNS[name])
-    with pytest.raises(ConnectionError):
+    with pytest.raises(Crash):
         call("run", At("on_train_end", whole.info.steps, crash), **RUNS[name])
     same(call("run", **RUNS[name]), whole)
 
@@ -251,15 +268,23 @@ def test_ctrl_c_in_a_step_that_is_due_for_evaluation_loses_none(call):
 
 
 def test_second_run_in_a_folder_is_refused_and_the_first_one_is_not_disturbed(call, tmp_path):
-    refused = []
+    codes = []
 
     def second() -> None:
-        with pytest.raises(UserError, match="Another run is training") as error:
-            call("run")
-        refused.append(error)
+        child, code = os.fork(), 1
+        if child:
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            return
+        try:
+            with alone_in(tmp_path / "run"):
+                pass
+        except UserError as error:
+            code = 7 if "Another run is training" in str(error) else 1
+        finally:
+            os._exit(code)
 
-    same(call("run", At("on_train_begin", 0, second)), call("whole"))
-    assert len(refused) == 1
+    same(call("run", At("on_step_begin", 3, second)), call("whole"))
+    assert codes == [7]
 
 
 def test_folder_that_vanishes_is_made_again_with_the_adapter_that_it_began_with(call, tmp_path):
@@ -268,7 +293,7 @@ def test_folder_that_vanishes_is_made_again_with_the_adapter_that_it_began_with(
             tensor += 0.01 * ("lora_B" in name)  # trained before, so the run's folder keeps it
     vanish = At("on_step_begin", 3, lambda: shutil.rmtree(tmp_path / "run"))
     crashes = At("on_step_begin", 5, crash)
-    with pytest.raises(ConnectionError):
+    with pytest.raises(Crash):
         call("run", vanish, crashes)
     assert not (tmp_path / "run" / "reference").exists()
     same(call("run", At("on_step_begin", 6, lambda: shutil.rmtree(tmp_path / "run"))), call("whole"))
@@ -280,14 +305,14 @@ def test_template_that_writes_the_date_makes_no_other_run_tomorrow(call, tmp_pat
     call.tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + call.tokenizer.chat_template
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Day(1))
     whole = call("whole")
-    with pytest.raises(ConnectionError):
+    with pytest.raises(Crash):
         call("run", At("on_step_begin", 3, crash))
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Day(2))
     same(call("run"), whole)
     assert "Resuming from step 2" in capsys.readouterr().out
     same(call("run"), whole)
     assert "finished already" in capsys.readouterr().out
-    call.tokenizer.chat_template += "."
+    call.tokenizer.chat_template = call.tokenizer.chat_template.replace("%d", "day %d")
     with pytest.raises(UserError, match="other data"):
         call("run")
 
