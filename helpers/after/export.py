@@ -139,7 +139,8 @@ def kept_update(model: PeftModel, dtype: torch.dtype = torch.float16) -> float:
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
-                weight = dequantize_module_weight(layer.base_layer).float()  # unchanged if it is not in 4-bit
+                fused = hasattr(layer, "get_param")  # experts in one tensor; the others: unchanged if not in 4-bit
+                weight = (layer.get_param() if fused else dequantize_module_weight(layer.base_layer)).float()
                 update = layer.get_delta_weight("default").float()
                 kept += ((weight + update).to(dtype).float() - weight).mul(update).sum().item()
                 whole += update.square().sum().item()

@@ -21,6 +21,7 @@ from transformers import (
 
 import helpers
 from helpers import UserError, export_run, open_run, session, train_dpo
+from helpers.after.export import kept_update
 from helpers.common import setting
 from helpers.data.load import load_pairs
 from helpers.model import load
@@ -257,6 +258,20 @@ def test_lora_on_other_architectures(kind, capsys):
         names = {"q_proj", "k_proj", "v_proj", "o_proj", "experts", "base_layer"}
     adapted = [name.split(".lora_A")[0] for name, _ in model.named_modules() if "lora_A" in name]
     assert {name.rpartition(".")[2] for name in adapted} == names
+
+
+def test_fused_experts_are_part_of_the_merged_model():
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "head_dim": 8}
+    kind = {"kind": Qwen3MoeForCausalLM, "config": Qwen3MoeConfig}
+    model, ids = helpers.add_lora(tiny(**kind, **experts)).eval(), torch.arange(3, 20)[None]
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight += 0.05
+        policy, reference = model(ids).logits, tiny(**kind, **experts).eval()(ids).logits
+        assert 0.99 < kept_update(model, torch.float32) < 1.01 and kept_update(model, torch.float16) < 1.01
+        merged = model.merge_and_unload(safe_merge=True)(ids).logits
+    assert torch.allclose(merged, policy, atol=1e-4) and not torch.allclose(policy, reference, atol=1e-2)
 
 
 # ------------------------------------------------------------------------------------------------ what is computed
