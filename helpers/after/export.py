@@ -18,8 +18,9 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
+from helpers.after.inspection import load_policy
 from helpers.common import UserError, setting
 from helpers.data.check import check_pairs
 from helpers.data.render import template_options
@@ -45,7 +46,7 @@ def export_run(
 ) -> Path:
     """Write what a finished run hands over into `folder`, with a model card; returns `folder`.
 
-    The folder appears whole or not at all. It holds no path of this machine and no token.
+    It appears whole or not at all, and holds no path of this machine and no token.
 
     Args:
         run: a finished run, as `train_dpo` or `Run.load` gives it.
@@ -65,13 +66,13 @@ def export_run(
         UserError: another `to`, a folder that exists, a base model that is not here, no converter, other pairs than
             the run's, a run that a script can't repeat, no token or a refusal by the hub, no room on the disk.
     """
-    folder = Path(folder)
+    folder, scripts = Path(folder), to in ("torchrun", "trl")
     if to not in _WRITERS:
         raise UserError(f"export_run knows no form {to!r}. Take one of {', '.join(map(repr, _WRITERS))}.")
     if folder.exists() and not replace:
         raise UserError(f"{folder.name} exists already. Take another folder, or pass replace=True.")
     if hub is not None:
-        if to in ("torchrun", "trl"):
+        if scripts:
             raise UserError(f'hub= uploads models; the form "{to}" holds your pairs. Copy its folder by other means.')
         if setting("HF_TOKEN") is None:
             raise UserError(f"Uploading to {hub} needs HF_TOKEN in .env: a token that may write, from the hub's pages.")
@@ -79,9 +80,14 @@ def export_run(
     shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
     try:
         part.mkdir(parents=True)
-        _WRITERS[to](run, part, train, test)
+        kept = _WRITERS[to](run, part)
+        if scripts:
+            _write_pairs(run, part, train, test)
+        else:
+            (part / "README.md").write_text(model_card(run, to, kept), encoding="utf-8")
         if folder.exists():
-            if _files_in(folder) <= _files_in(part):
+            old, new = ({path.relative_to(root) for path in root.rglob("*")} for root in (folder, part))
+            if old <= new:
                 shutil.rmtree(folder)
             else:
                 set_aside(folder)
@@ -95,10 +101,6 @@ def export_run(
     if hub is not None:
         _upload(folder, hub)
     return folder
-
-
-def _files_in(folder: Path) -> set[Path]:
-    return {path.relative_to(folder) for path in folder.rglob("*")}
 
 
 def _upload(folder: Path, name: str) -> None:
@@ -119,9 +121,8 @@ def base_of(run: Run) -> str:
     return adapter_base(str(run.adapter)) or run.info.model
 
 
-def _write_adapter(run: Run, part: Path, *_: Any) -> None:
+def _write_adapter(run: Run, part: Path) -> None:
     shutil.copytree(run.adapter, part, dirs_exist_ok=True)
-    (part / "README.md").write_text(model_card(run, "adapter"), encoding="utf-8")
 
 
 def kept_update(model: PeftModel, dtype: torch.dtype = torch.float16) -> float:
@@ -138,7 +139,8 @@ def kept_update(model: PeftModel, dtype: torch.dtype = torch.float16) -> float:
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
-                weight = dequantize_module_weight(layer.base_layer).float()  # unchanged if it is not in 4-bit
+                fused = hasattr(layer, "get_param")  # experts in one tensor; the others: unchanged if not in 4-bit
+                weight = (layer.get_param() if fused else dequantize_module_weight(layer.base_layer)).float()
                 update = layer.get_delta_weight("default").float()
                 kept += ((weight + update).to(dtype).float() - weight).mul(update).sum().item()
                 whole += update.square().sum().item()
@@ -153,14 +155,14 @@ def merged_model(run: Run) -> tuple[PreTrainedModel, float]:
     keeps (`kept_update`). A 4-bit base is loaded as it was trained on and de-quantised before the adapter is added:
     added to 4-bit weights, the adapter would be rounded to 4 bits too.
     """
-    base = base_of(run)
-    four_bit = BitsAndBytesConfig(  # as Unsloth loads it; a model that is stored in 4-bit keeps its own
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float16,
-    )
-    quantised = PROFILES[run.info.profile].load_in_4bit
+    base, four_bit = base_of(run), None
+    if PROFILES[run.info.profile].load_in_4bit:  # as Unsloth loads it; a model that is stored in 4-bit keeps its own
+        four_bit = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float16,
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base,
@@ -168,13 +170,13 @@ def merged_model(run: Run) -> tuple[PreTrainedModel, float]:
             token=setting("HF_TOKEN"),
             use_safetensors=True,  # as load_model does
             trust_remote_code=False,
-            **({"quantization_config": four_bit} if quantised else {}),
+            quantization_config=four_bit,
         )
     except (OSError, ValueError) as error:
         if Path(base).exists():
             raise
         raise not_found(base, error) from error
-    if quantised:
+    if four_bit is not None:
         model = model.dequantize(torch.float16)
     model = PeftModel.from_pretrained(model, run.adapter)
     kept = kept_update(model)
@@ -187,11 +189,17 @@ def merged_model(run: Run) -> tuple[PreTrainedModel, float]:
         ) from error
 
 
-def _write_merged(run: Run, part: Path, *_: Any) -> float:
+def _write_merged(run: Run, part: Path) -> float:
+    load_policy(run)  # raises UserError unless the base is the one that was trained on
     model, kept = merged_model(run)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # transformers would not save it; the form "adapter" leaves it to the base
+        own = model.generation_config
+        model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+        print("The base model's generation_config.json has settings that contradict each other; they are left out.")
     model.save_pretrained(part)
     AutoTokenizer.from_pretrained(run.adapter, trust_remote_code=False).save_pretrained(part)
-    (part / "README.md").write_text(model_card(run, "merged", kept), encoding="utf-8")
     if kept < 0.9:
         print(
             f"Rounded to float16, the weights keep {kept:.0%} of the adapter's update: after few steps or with a small "
@@ -200,55 +208,42 @@ def _write_merged(run: Run, part: Path, *_: Any) -> float:
     return kept
 
 
-def _converter() -> Path:
-    """llama.cpp's converter in the folder where Unsloth keeps it. Raises UserError if there is none."""
+def _write_gguf(run: Run, part: Path) -> float:
     folder, names = converter_places()
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(
-        "A GGUF file is made by llama.cpp's converter, which is not here, and nothing is downloaded unasked. Get it "
-        "yourself: `git clone https://github.com/ggml-org/llama.cpp ~/.unsloth/llama.cpp` (or set "
-        'UNSLOTH_LLAMA_CPP_PATH to a copy that you have), then call export_run(..., "gguf", ...) again. By hand: '
-        '`python convert_hf_to_gguf.py MERGED --outtype q8_0`, where MERGED is what the form "merged" wrote.'
-    )
-
-
-def _write_gguf(run: Run, part: Path, *_: Any) -> None:
-    converter, merged = _converter(), part / "merged"
+    converter = next((folder / name for name in names if (folder / name).is_file()), None)
+    if converter is None:
+        raise UserError(
+            "A GGUF file is made by llama.cpp's converter, which is not here, and nothing is downloaded unasked. Get "
+            "it yourself: `git clone https://github.com/ggml-org/llama.cpp ~/.unsloth/llama.cpp` (or set "
+            'UNSLOTH_LLAMA_CPP_PATH to a copy that you have), then call export_run(..., "gguf", ...) again. By hand: '
+            '`python convert_hf_to_gguf.py MERGED --outtype q8_0`, where MERGED is what the form "merged" wrote.'
+        )
+    merged = part / "merged"
     kept = _write_merged(run, merged)
-    command = [sys.executable, str(converter), str(merged), "--outfile", str(part / "model-q8_0.gguf")]
-    done = subprocess.run([*command, "--outtype", "q8_0"], capture_output=True, text=True)
+    command = [sys.executable, converter, merged, "--outfile", part / "model-q8_0.gguf", "--outtype", "q8_0"]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
         raise UserError(f"llama.cpp's converter failed ({' '.join(last)}). A newer copy of it may know this model.")
     shutil.rmtree(merged)
-    (part / "README.md").write_text(model_card(run, "gguf", kept), encoding="utf-8")
-
-
-def _same_pairs(run: Run, train: Dataset | None, test: Dataset | None) -> dict[str, Dataset]:
-    """The pairs as the run trained on them. Raises UserError if they are others."""
-    if train is None or test is None:
-        raise UserError("This form needs train= and test=, the pairs that train_dpo was given.")
-    tokenizer, longest = load_tokenizer(base_of(run)), run.info.config["max_length"]
-    reports = {
-        "train": check_pairs(train, tokenizer, longest, test=test, **run.info.prompts_rule),
-        "test": check_pairs(test, tokenizer, longest, **run.info.prompts_rule),
-    }
-    for name, report in reports.items():
-        if report.hash != getattr(run.info.data, name):
-            raise UserError(
-                f"{name}= is not what the run {run.folder.name} was given: {len(report.pairs)} pairs here, "
-                f"{getattr(run.info, f'{name}_pairs')} there, and other tokens. Pass the same pairs in the same order; "
-                "if they are, then the run used another chat template than its base model has, which no script would."
-            )
-    return {name: report.pairs for name, report in reports.items()}
+    return kept
 
 
 def _write_pairs(run: Run, part: Path, train: Dataset | None, test: Dataset | None) -> None:
+    """Write the pairs as the run trained on them. Raises UserError if they are others."""
+    if train is None or test is None:
+        raise UserError("This form needs train= and test=, the pairs that train_dpo was given.")
+    tokenizer, longest = load_tokenizer(base_of(run)), run.info.config["max_length"]
     (part / "data").mkdir()
-    for name, pairs in _same_pairs(run, train, test).items():
-        (part / "data" / f"{name}.jsonl").write_text(_json_lines(pairs), encoding="utf-8")
+    for name, given, other in (("train", train, test), ("test", test, None)):
+        report = check_pairs(given, tokenizer, longest, test=other, **run.info.prompts_rule)
+        if report.hash != getattr(run.info.data, name):
+            raise UserError(
+                f"{name}= is not what the run {run.folder.name} was given: {len(report.pairs)} pairs here, "
+                f"{run.info[f'{name}_pairs']} there, and other tokens. Pass the same pairs in the same order; "
+                "if they are, then the run used another chat template than its base model has, which no script would."
+            )
+        (part / "data" / f"{name}.jsonl").write_text(_json_lines(report.pairs), encoding="utf-8")
 
 
 def _json_lines(pairs: Dataset) -> str:
@@ -266,69 +261,63 @@ def _json_lines(pairs: Dataset) -> str:
     return "".join(json.dumps({name: row[name] for name in used}, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _trl_settings(run: Run) -> dict[str, Any]:
-    """The arguments of TRL's script that repeat the run."""
-    config, adapter = run.info.config, json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    settings = changed_settings(config) | {
-        "model_name_or_path": run.info.model,
-        "dtype": "bfloat16" if config["bf16"] else "float16" if config["fp16"] else "float32",
-        "use_peft": True,
-        "lora_r": adapter["r"],
-        "lora_alpha": adapter["lora_alpha"],
-        "lora_dropout": adapter["lora_dropout"],
-        "lora_target_modules": sorted(adapter["target_modules"]),
-        "precompute_ref_log_probs": True,  # the reference's forward once, as in the run, and not in each step
-    }
-    if PROFILES[run.info.profile].load_in_4bit:
-        # On a large card the run may have needed no checkpointing; TRL alone needs more memory than Unsloth.
-        settings |= {"load_in_4bit": True, "use_bnb_nested_quant": True, "gradient_checkpointing": True}
-    return settings
+def _lora(run: Run) -> dict[str, Any]:
+    return json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
 
 
-def _write_torchrun(run: Run, part: Path, train: Dataset | None, test: Dataset | None) -> None:
+def _write_torchrun(run: Run, part: Path) -> None:
     if run.info.reference != POLICY_AT_START:
         raise UserError(
             "This run was given a reference model, which its folder does not hold: a script can't repeat it."
         )
-    _write_pairs(run, part, train, test)
-    config = run.info.config
-    lora = json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config, lora = run.info.config, _lora(run)
+    if run.reference is not None:
+        shutil.copytree(run.reference, part / "reference")
+    elif lora["lora_alpha"] != lora["r"] or set(lora["target_modules"]) != set(LORA_TARGETS):
+        raise UserError("This run's adapter was not made by add_lora, which is what the script would call.")
     own = {"model": EMBEDDED if run.info.model == EMBEDDED_HUB_NAME else run.info.model, "lora_rank": lora["r"]}
     names = changed_settings(config).keys() | dpo_settings().keys() | RUN_SETTINGS.keys()
     settings = {name: config[name] for name in sorted(names - {"report_to"}) if config[name] is not None}
     text = yaml.safe_dump(own | {"folder": "run"} | run.info.prompts_rule | settings, sort_keys=False)
     (part / "settings.yaml").write_text(text, encoding="utf-8")
-    if run.reference is not None:
-        shutil.copytree(run.reference, part / "reference")
-    elif lora["lora_alpha"] != lora["r"] or set(lora["target_modules"]) != set(LORA_TARGETS):
-        raise UserError("This run's adapter was not made by add_lora, which is what the script would call.")
-    shutil.copy(Path(__file__).with_name("torchrun_script.py"), part / "train.py")
-    readme = (TEMPLATES / "torchrun_export.md").read_text(encoding="utf-8")
-    (part / "README.md").write_text(readme.format(run=run, batch=pairs_a_step(config)), encoding="utf-8")
+    _write_script(part, "torchrun", run=run, batch=pairs_a_step(config))
 
 
-def _write_trl(run: Run, part: Path, train: Dataset | None, test: Dataset | None) -> None:
+def _write_trl(run: Run, part: Path) -> None:
     if run.reference is not None or run.info.reference != POLICY_AT_START:
         raise UserError(
             "This run's reference is not its base model (it started from a trained adapter, or was given a reference "
             "model). TRL's script starts every adapter afresh on a base, so it can't repeat the run. Merge the "
             "trained adapter into its base first, train from the merged model, and export that run."
         )
-    _write_pairs(run, part, train, test)
-    settings = _trl_settings(run)
+    config, lora = run.info.config, _lora(run)
+    settings = changed_settings(config) | {
+        "model_name_or_path": run.info.model,
+        "dtype": "bfloat16" if config["bf16"] else "float16" if config["fp16"] else "float32",
+        "use_peft": True,
+        "lora_r": lora["r"],
+        "lora_alpha": lora["lora_alpha"],
+        "lora_dropout": lora["lora_dropout"],
+        "lora_target_modules": sorted(lora["target_modules"]),
+        "precompute_ref_log_probs": True,  # the reference's forward once, as in the run, and not in each step
+    }
+    more = f", on a CPU also unsloth=={run.info.versions['unsloth']}"
+    if PROFILES[run.info.profile].load_in_4bit:
+        # On a large card the run may have needed no checkpointing; TRL alone needs more memory than Unsloth.
+        settings |= {"load_in_4bit": True, "use_bnb_nested_quant": True, "gradient_checkpointing": True}
+        more = " and bitsandbytes"
     (part / "dpo.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     shutil.copy(TEMPLATES / "fsdp.yaml", part)
-    shutil.copy(Path(__file__).with_name("trl_script.py"), part / "train.py")
-    on_cpu = f", on a CPU also unsloth=={run.info.versions['unsloth']}"
-    embedded = " from the hub, whose weights were never rounded to 4 bits and\n  differ a little from the run's"
-    readme = (TEMPLATES / "trl_export.md").read_text(encoding="utf-8")
-    readme = readme.format(
-        run=run,
-        more=" and bitsandbytes" if "load_in_4bit" in settings else on_cpu,
-        batch=pairs_a_step(run.info.config),
-        model_note=embedded if run.info.model == EMBEDDED_HUB_NAME else "",
-    )
-    (part / "README.md").write_text(readme, encoding="utf-8")
+    rounded = " from the hub, whose weights were never rounded to 4 bits and\n  differ a little from the run's"
+    note = rounded if run.info.model == EMBEDDED_HUB_NAME else ""
+    _write_script(part, "trl", run=run, batch=pairs_a_step(config), more=more, model_note=note)
+
+
+def _write_script(part: Path, form: str, **values: Any) -> None:
+    """Put the script of this `form` into the folder, and a README with these `values`."""
+    shutil.copy(Path(__file__).with_name(f"{form}_script.py"), part / "train.py")
+    readme = (TEMPLATES / f"{form}_export.md").read_text(encoding="utf-8")
+    (part / "README.md").write_text(readme.format(**values), encoding="utf-8")
 
 
 _WRITERS: dict[str, Callable] = {

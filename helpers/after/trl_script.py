@@ -9,6 +9,7 @@ It trains nothing itself. It imports in an order that works, divides the global 
 processes, and goes on from the last whole checkpoint if there is one.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -34,13 +35,11 @@ def share(batch: int, largest: int, processes: int) -> tuple[int, int]:
 
 def last_checkpoint(output: Path) -> str | None:
     """The newest checkpoint in `output` whose last file is whole; one that was cut short is skipped."""
-    found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for folder in reversed(found):
-        try:
+    found = {int(path.name.rpartition("-")[2]): path for path in output.glob("checkpoint-*")}
+    for _, folder in sorted(found.items(), reverse=True):
+        with contextlib.suppress(OSError, ValueError):
             json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
             return str(folder)
-        except (OSError, ValueError):
-            continue
     return None
 
 
@@ -57,27 +56,19 @@ def main() -> None:
     arguments = ["--config", f"{FOLDER}/dpo.yaml", "--dataset_name", f"{FOLDER}/data"]
     arguments += ["--output_dir", f"{FOLDER}/output"]
     script, training, model, data = dpo.make_parser().parse_args_and_config([*arguments, *sys.argv[1:]])
-    processes = training.world_size
-    asked = int(os.environ.get("WORLD_SIZE", 1))
-    if processes != asked:
-        raise SystemExit(f"{asked} processes were asked for, and this one knows of {processes}.")
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    processes, batch = training.world_size, training.per_device_train_batch_size * training.gradient_accumulation_steps
     size, pieces = share(batch, training.per_device_train_batch_size, processes)
     training.per_device_train_batch_size, training.gradient_accumulation_steps = size, pieces
-    training.resume_from_checkpoint = last_checkpoint(Path(training.output_dir))
+    start = training.resume_from_checkpoint = last_checkpoint(Path(training.output_dir))
     if "/" not in model.model_name_or_path and not Path(model.model_name_or_path).is_dir():
         raise SystemExit(f"The run was on {model.model_name_or_path}: add --model_name_or_path FOLDER.")
     if training.process_index == 0:
-        start = training.resume_from_checkpoint
         print(
             f"{processes} process{'es' if processes > 1 else ''}, {batch} pairs a step: {size} in a forward, "
             f"{pieces} forwards each; " + (f"resuming from {Path(start).name}" if start else "from the start"),
             flush=True,
         )
     dpo.main(script, training, model, data)
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 1e9
-        print(f"GPU {training.local_process_index}: peak memory {peak:.2f} GB", flush=True)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,11 @@ class Report:
         """`data_hash` of `ids`: the fingerprint of what is trained."""
         return data_hash(self.ids)
 
+    def take(self, ids: Dataset) -> None:
+        """Put other token `ids` in the place of those that were checked."""
+        self.ids = ids
+        self.__dict__.pop("hash", None)
+
     def add(self, findings: "Finding | Iterable[Finding]") -> "Report":
         """Take in further findings about the same pairs; returns the report."""
         self.findings += [findings] if isinstance(findings, Finding) else list(findings)

@@ -104,7 +104,7 @@ def _share(inner: PreTrainedModel) -> None:
             return fused(*args, fused_lm_head=fused_lm_head, **kwargs)
         others = {name: value for name, value in kwargs.items() if name not in _BATCH}
         outputs = fused(*args, fused_lm_head=True, **others, **packed.inputs)
-        for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
+        for name in ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"):
             values = getattr(outputs, name)
             if values is not None:
                 spread = values.new_zeros(len(batch[0]), batch[0].shape[1] - 1)
@@ -143,7 +143,8 @@ def self_test() -> None:
 
 def can_share(inner: PreTrainedModel) -> bool:
     """Whether `share_prompts` changes anything about `inner`, the model inside a PeftModel."""
-    if inner.config.model_type not in _KNOWN:
+    kinds = getattr(inner.config, "layer_types", None) or []
+    if inner.config.model_type not in _KNOWN or "sliding_attention" in kinds:  # a window is in no mask of ours
         return False
     if inner.device.type == "cuda":  # the kernel takes 16 bits, on Ampere and later
         able = torch.cuda.get_device_capability(inner.device)[0] >= 8 and inner.dtype != torch.float32

@@ -40,33 +40,28 @@ def model_card(run: Run, form: str, kept: float | None = None) -> str:
         kept: the share of the adapter's update that merged weights keep.
     """
     info, base, counts = run.info, run.info.model, {"shortened": 0, "left_out": 0} | run.info.data.prompts
-    licence = BASE_LICENCES.get(base)
+    bundled, licence = info.data.bundled, BASE_LICENCES.get(base)
     front = {
         "base_model": base,
         "library_name": "peft" if form in ("run", "adapter") else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["dpo", "trl", "unsloth", "lora"],
-    }
-    if licence and info.data.bundled:
-        front["license"] = licence
+    } | ({"license": licence} if licence and bundled else {})
     card, texts = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("card.md", "forms.yaml"))
 
-    def say(*names: str | None) -> str:
-        known = yaml.safe_load(texts)
-        return " ".join(known[name].format(info=info, kept=kept, counts=counts) for name in names if name)
+    def say(**applies: Any) -> str:
+        known = {name: text for name, text in yaml.safe_load(texts).items() if applies.get(name)}
+        return " ".join(text.format(info=info, kept=kept, counts=counts) for text in known.values())
 
     return card.format(
         info=info,
         front=yaml.safe_dump(front, sort_keys=False),
         title=f"{base.rpartition('/')[2]}, DPO ({form})",
         what=say(
-            form,
-            None if kept is None else "kept",
-            "adapter_before" if run.reference else None,
-            "embedded" if base == EMBEDDED_HUB_NAME else None,
+            **{form: True}, kept=kept is not None, adapter_before=run.reference, embedded=base == EMBEDDED_HUB_NAME
         ),
         source=_sources(run),
-        data=say("long_prompts" if any(counts.values()) else None, "bundled" if info.data.bundled else "own_data"),
+        data=say(long_prompts=any(counts.values()), bundled=bundled, own_data=not bundled),
         reading="\n\n    " + "\n    ".join(info.data.reading) if info.data.reading else "",
         settings=yaml.safe_dump(changed_settings(info.config)),
         versions=", ".join(f"{name} {value}" for name, value in info.versions.items()),

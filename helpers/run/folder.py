@@ -6,6 +6,7 @@ machine.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import platform
 import shutil
@@ -44,6 +45,7 @@ class DataInfo:
     prompts: dict[str, int] = dataclasses.field(default_factory=dict)  # over the limit: "shortened", "left_out"
     bundled: bool = False  # they came with this project, so their licence is known (`load_report`)
     reading: list[str] = dataclasses.field(default_factory=list)  # how the training pairs were read (`load_report`)
+    given: str = ""  # if the chat template writes the date: hash of pairs and template, in place of their tokens
 
 
 @dataclasses.dataclass
@@ -77,14 +79,9 @@ class RunInfo:
 
     @classmethod
     def from_json(cls, values: dict[str, Any], source: str = "run.json") -> "RunInfo":
-        """Read what `to_json` gave, in this version or an earlier one. Names that it does not know are ignored.
+        """Read what `to_json` gave (`values`), in this version or an earlier one; names that are not known are ignored.
 
-        Args:
-            values: what run.json holds.
-            source: what an error calls it.
-
-        Raises:
-            UserError: something needed is missing, or of another type.
+        Raises UserError if something needed is missing or of another type; `source` is what it calls the file.
         """
         wrong = []
         try:
@@ -93,9 +90,8 @@ class RunInfo:
             wrong = [".".join(map(str, one["loc"])) for one in error.errors()]
         if values.get("status") == Status.FINISHED and not isinstance(values.get("end"), str):
             wrong.append("end")
-        if "config" not in wrong:
+        if isinstance(config := values.get("config"), dict):
             kinds = {"beta": (int, float), "max_length": int}
-            config = values.get("config", {})
             wrong += [f"config.{name}" for name, kind in kinds.items() if not isinstance(config.get(name), kind)]
         if wrong:
             raise UserError(
@@ -155,28 +151,20 @@ class Run:
             raise UserError(f"The run in {folder.name} is {info.status}. {cure} train_dpo again to finish it.")
         table = folder / "held_out.jsonl"
         try:
-            history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
-            metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            texts = [(folder / name).read_text(encoding="utf-8") for name in ("history.json", "metrics.json")]
             held_out = pd.read_json(table, lines=True) if table.is_file() else None
+            return cls(folder, info, *map(json.loads, texts), held_out)
         except (OSError, ValueError) as error:
             raise UserError(f"The run in {folder.name} cannot be read ({error}). Train it again.") from error
-        return cls(folder, info, history, metrics, held_out)
 
 
 def read_info(folder: Path) -> RunInfo | None:
-    """`Run.info` of the run in `folder`, finished or not; None if there is no run.json.
-
-    Raises:
-        UserError: run.json is not valid JSON, or lacks something.
-    """
-    path = folder / "run.json"
-    if not path.is_file():
-        return None
+    """`Run.info` of the run in `folder`, or None; UserError if run.json is no JSON or lacks something."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("no object")
-    except ValueError as error:
+        values = {} | json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (TypeError, ValueError) as error:  # the first if it is a list, say
         raise UserError(
             f"{folder.name}/run.json is not valid JSON ({error}). Restore it, or use a new folder."
         ) from error
@@ -202,35 +190,28 @@ def machine() -> str:
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
-# Paths, tokens, and what Unsloth sets on a GPU: workers by its cores and free memory, and reentrant checkpointing,
-# which its kernels need and processes that share a step (DDP) can't take.
-_PRIVATE_SETTINGS = ("output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id", "push_to_hub_token")
-_PRIVATE_SETTINGS += ("dataset_num_proc", "gradient_checkpointing_kwargs")
-
-
 def describe_config(config: TrainingArguments) -> dict:
     """The settings of a config (a DPOConfig, say) without paths, tokens and what differs by machine, as plain JSON."""
-    values = {name: value for name, value in config.to_dict().items() if name not in _PRIVATE_SETTINGS}
+    private = ["output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id", "push_to_hub_token"]
+    # Unsloth sets on a GPU: workers by its cores and free memory, and reentrant checkpointing, which its kernels need
+    # and processes that share a step (DDP) can't take.
+    private += ["dataset_num_proc", "gradient_checkpointing_kwargs"]
+    values = {name: value for name, value in config.to_dict().items() if name not in private}
     return json.loads(json.dumps(values, default=str))
+
+
+def set_aside(folder: Path) -> None:
+    """Rename `folder` to NAME.old-1, or the next number that is free."""
+    names = (folder.with_name(f"{folder.name}.old-{number}") for number in itertools.count(1))
+    folder.rename(next(name for name in names if not name.exists()))
 
 
 # What scales an adapter; its weights do not tell.
 LORA_SCALE = ("r", "lora_alpha", "use_rslora")
 
 
-def set_aside(folder: Path) -> None:
-    """Rename `folder` to NAME.old-1, or the next number that is free."""
-    number = 1
-    while folder.with_name(f"{folder.name}.old-{number}").exists():
-        number += 1
-    folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
-
-
 def save_adapter(folder: Path, model: PeftModel, info: RunInfo) -> None:
-    """Write the model's adapter as a folder that appears whole, and names its base as other machines know it.
-
-    What scales the adapter goes into `info.lora`.
-    """
+    """Write the `model`'s adapter as a `folder` that appears whole; `info` names its base, and gets what scales it."""
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     model.save_pretrained(part)
     config = json.loads((part / "adapter_config.json").read_text(encoding="utf-8"))
@@ -243,12 +224,9 @@ def save_adapter(folder: Path, model: PeftModel, info: RunInfo) -> None:
 
 
 def save_run(run: Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
-    """Write what a finished run leaves; `run.json` comes last, so that "finished" is true when it is read.
+    """Write a finished `run`: `model` and `tokenizer` into `adapter/`, `card` as README.md, run.json last.
 
-    Args:
-        run: with its folder, and `info.status` set to FINISHED.
-        model, tokenizer: go into `adapter/`.
-        card: text of the folder's README.md.
+    It says "finished", which is then true whenever it is read.
     """
     folder = run.folder
     save_adapter(run.adapter, model, run.info)

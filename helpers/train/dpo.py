@@ -6,6 +6,7 @@ It is what `03_train` shows step by step. Called again after an interruption it 
 import contextlib
 import dataclasses
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from helpers.common import UserError
 from helpers.data.check import MAX_PROMPT_LENGTH
@@ -32,9 +33,9 @@ from helpers.run.folder import Run, Status, save_adapter, save_run
 from helpers.run.metrics import held_out_table, preference_metrics
 from helpers.train.job import CheckedPairs, Job, check_both
 from helpers.train.processes import alone_in, once, one_voice, processes
-from helpers.train.resume import Checkpoints, StopAtStep, last_complete
+from helpers.train.resume import ENDED, Checkpoints, StopAtStep, last_complete
 from helpers.train.settings import complete_settings
-from helpers.train.trainer import make_trainer
+from helpers.train.trainer import check_start, make_trainer
 
 
 def train_dpo(
@@ -55,13 +56,11 @@ def train_dpo(
     """Train the model's LoRA adapter with DPO and leave a run folder.
 
     The reference is `ref_model` if one is given, else the policy as it is now: the base model for a fresh adapter, the
-    SFT model for an adapter that was trained before. Its log-probs are computed once and cached.
+    SFT model for an adapter that was trained before. Its log-probs are computed once and cached. Before the first step
+    they have to equal the policy's, or nothing is trained.
 
     An interrupted run (Ctrl-C, the stop button, a killed process) is resumed by the same call from its last complete
     checkpoint, with the result that it would have had. A finished one is loaded, adapter and all.
-
-    On a GPU the step's pairs are cut into micro-batches, with or without gradient checkpointing, as free memory
-    allows (`plan_for`); it says which and why. A run that goes on keeps what it began with.
 
     Args:
         model: a model with a LoRA adapter (`add_lora`); trained in place. It is as it was if the run does not finish.
@@ -76,24 +75,26 @@ def train_dpo(
             model card say how many were shortened or left out.
         callbacks: of transformers, for the trainer.
         settings: DPOConfig settings that differ from `dpo_settings(model)`: beta, learning_rate, num_train_epochs ...
-            If per_device_train_batch_size, gradient_accumulation_steps or gradient_checkpointing is among them, a
-            GPU's free memory decides nothing.
+            On a GPU free memory decides how the pairs of a step are cut, and whether gradients are checkpointed, as
+            long as none of the three settings for it is among them (`plan_for`); a run that goes on keeps its way.
 
     Returns:
         The run: `run.metrics` has the held-out figures, `run.history` the logged steps, `run.adapter` the folder of the
         trained adapter. The README.md in its folder is a model card.
 
     Raises:
-        UserError: no adapter, a setting that TRL does not know, errors in the pairs, another run in the folder, too
-            little memory (before training by an estimate, or when it ran out).
+        UserError: no adapter, a setting that can't be had, errors in the pairs, another run in the folder, too little
+            memory (before training by an estimate, or when it ran out), a policy that does not start as its reference.
         KeyboardInterrupt: after an interruption, once everything is saved.
     """
     if not isinstance(model, PeftModel):
         raise UserError("The model has no LoRA adapter to train. Call `model = add_lora(model)` first.")
-    values = complete_settings(model, settings)
     rule = {"max_prompt_length": max_prompt_length, "on_long_prompt": on_long_prompt}
     early = [] if early_stopping is None else [EarlyStoppingCallback(early_stopping)]
     with one_voice(Path(folder)):
+        values = complete_settings(model, settings)
+        if early and values.get("eval_strategy") == "no":
+            raise UserError('early_stopping counts evaluations, and eval_strategy="no" makes none. Leave one out.')
         pairs = check_both(train, test, tokenizer, values["max_length"], **rule)
         policy = Policy(model, tokenizer, shared_options(pairs.train.pairs))
         reference = None if ref_model is None else Policy(ref_model, tokenizer)
@@ -110,9 +111,8 @@ def train_checked(
     callbacks: Iterable[TrainerCallback] = (),
 ) -> Run:
     """`train_dpo` on pairs that `check_both` checked with this tokenizer and max_length, for runs that share them."""
-    values = complete_settings(model, settings)
     policy = Policy(model, tokenizer, shared_options(pairs.train.pairs))
-    return run_job(Job(policy, None, pairs, folder, values, settings), callbacks=callbacks)
+    return run_job(Job(policy, None, pairs, folder, complete_settings(model, settings), settings), callbacks=callbacks)
 
 
 def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback] = ()) -> Run:
@@ -125,46 +125,40 @@ def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback
             return once(lambda: Run.load(job.folder))
         once(job.begin)
         inner = (job.reference or job.policy).inner
-        with _errors_answered(job), _policy_kept(job.policy), own_forward(inner), own_forward(job.policy.inner):
+        with _undone(job) as initial, own_forward(inner), own_forward(job.policy.inner):
             began = time.monotonic()
             reference = _reference(job)
             seconds = {"reference_seconds": time.monotonic() - began}
             trainer, seconds["train_seconds"] = _train(job, reference, callbacks, begun=before is not None)
             test = job.pairs.test
             table = held_out_table(test.pairs, reference["test"], _score(job, job.policy, test.ids))
-            return once(lambda: _finish(job, trainer, table, seconds))
+            return once(lambda: _finish(job, trainer, table, seconds, initial))
 
 
 @contextlib.contextmanager
-def _policy_kept(policy: Policy) -> Iterator[None]:
-    """If the block ends in an error, the adapter is put back as it was."""
-    initial = policy.weights()
+def _undone(job: Job) -> Iterator[dict[str, torch.Tensor]]:
+    """If the block ends in an error, the adapter is as it was; too little memory and a full disk are told in words.
+
+    The block gets the adapter's weights.
+    """
+    initial = job.policy.weights()
     try:
-        yield
-    except BaseException:
-        policy.put_back(initial)
+        yield initial
+    except BaseException as error:
+        job.policy.put_back(initial)
+        if isinstance(error, OSError):
+            raise UserError(
+                f"The run could not be written to {job.folder} ({error.strerror or error}). The last complete "
+                "checkpoint is kept; make room and call train_dpo again."
+            ) from error
+        if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
+            job.write(Status.OUT_OF_MEMORY)
+            raise UserError(
+                f"Out of memory. By the estimate, training needs {job.info.memory_gb['needed']:.1f} GB beside the "
+                f"loaded model. The last checkpoint is kept.\n{job.savings()}\n"
+                "A changed setting makes another run: if this one has a checkpoint, pass replace=True with it."
+            ) from error
         raise
-
-
-@contextlib.contextmanager
-def _errors_answered(job: Job) -> Iterator[None]:
-    """Too little memory and a full disk are answered in words."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        job.write(Status.OUT_OF_MEMORY)
-        raise UserError(
-            f"Out of memory. By the estimate, training needs {job.info.memory_gb['needed']:.1f} GB beside the loaded "
-            f"model. The last checkpoint is kept.\n{job.savings()}\n"
-            "A changed setting makes another run: if this one has a checkpoint, pass replace=True with it."
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"The run could not be written to {job.folder} ({error.strerror or error}). The last complete checkpoint "
-            "is kept; make room and call train_dpo again."
-        ) from error
 
 
 def _score(job: Job, policy: Policy, ids: Dataset) -> PairLogps:
@@ -183,34 +177,37 @@ def _score(job: Job, policy: Policy, ids: Dataset) -> PairLogps:
 
 def _reference(job: Job) -> dict[str, PairLogps]:
     """Log-probs of "train" and "test" under the reference, from the cache if they are there."""
-    sets = {"train": job.pairs.train, "test": job.pairs.test}
-    print(f"Reference log-probs of {sum(len(report.ids) for report in sets.values())} pairs ...", flush=True)
-    reference = job.reference or job.policy
-    found = {}
-    for name, report in sets.items():
+    print(f"Reference log-probs of {sum(len(report.ids) for report in job.pairs.sets.values())} pairs ...", flush=True)
+    reference, found = job.reference or job.policy, {}
+    for name, report in job.pairs.sets.items():
         path = reference_file(reference.model, reference.tokenizer, report.hash, job.values["max_length"])
         logps = once(lambda path=path, report=report: read_logps(path, len(report.ids)))
         if logps is None:
             logps = _score(job, reference, report.ids)
             once(lambda path=path, logps=logps: write_logps(path, logps))
         found[name] = logps
-    if job.reference is None and not job.policy.is_fresh and processes().is_main_process:
-        save_adapter(job.folder / "reference", job.policy.model, job.info)
     return found
 
 
 def _trainer(job: Job, reference: dict[str, PairLogps], callbacks: Iterable[TrainerCallback]) -> trl.DPOTrainer:
-    """The trainer, on the ids that were checked and the reference's log-probs."""
-    sets = {"train": job.pairs.train, "test": job.pairs.test}
-    data = {name: report.ids if works("given_ids") else report.pairs for name, report in sets.items()}
+    """The trainer, on the ids that were checked and the reference's log-probs; those with `ld_alpha` are TRL's."""
+    data = {name: report.ids if works("given_ids") else report.pairs for name, report in job.pairs.sets.items()}
     config, ref_model = job.config, None
-    if works("cached_reference"):
+    if config.ld_alpha is None and works("cached_reference"):
         data = {name: with_reference(data[name], reference[name]) for name in data}
     else:
+        # Under new names: the one in TRL's cache of reference log-probs knows no settings.
+        data = {name: Dataset(one.with_format("arrow")[:], fingerprint=uuid.uuid4().hex) for name, one in data.items()}
         config.precompute_ref_log_probs = True
         ref_model = job.reference.model if job.reference else None
     model, tokenizer = job.policy.model, job.policy.tokenizer
-    return make_trainer(model, tokenizer, data["train"], data["test"], config, callbacks, ref_model)
+    try:
+        trainer = make_trainer(model, tokenizer, *data.values(), config, callbacks, ref_model)
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(f"TRL does not take this model with these settings: {error}") from error
+    if job.reference is None:
+        check_start(trainer, job.settings)
+    return trainer
 
 
 def _train(
@@ -219,16 +216,25 @@ def _train(
     """Train from the last whole checkpoint, or from the start; returns the trainer and the seconds of its steps."""
     device, stop = job.policy.device, StopAtStep()
     loaded = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    trainer = _trainer(job, reference, [stop, Checkpoints(), *callbacks])
+    trainer = _trainer(job, reference, [*callbacks, Checkpoints(job.info), stop])
+    trainer.args.restore_callback_states_from_checkpoint = True  # how long early stopping has waited
     checkpoint = once(lambda: last_complete(job.folder / "checkpoints")) if begun else None
     if checkpoint is not None:
+        trainer.args.eval_on_start = False  # that was done
         print(f"Resuming from step {checkpoint.name.rpartition('-')[2]}.")
     return_freed_memory()  # what scoring freed rarely fits the batches of training
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     began = time.monotonic()
-    with stop.listening():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint is not None and (checkpoint / ENDED).exists():  # interrupted after its last step
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        job.policy.put_back(
+            load_file(checkpoint.with_name(Path(best or checkpoint).name) / "adapter_model.safetensors")
+        )
+    else:
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - began
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
@@ -246,11 +252,22 @@ def _train(
     return trainer, seconds
 
 
-def _finish(job: Job, trainer: trl.DPOTrainer, held_out: pd.DataFrame, seconds: dict[str, float]) -> Run:
-    """Write what the run leaves."""
-    info = dataclasses.replace(
-        job.info, status=Status.FINISHED, steps=trainer.state.global_step, end=job.policy.adapter
-    )
+def _finish(
+    job: Job,
+    trainer: trl.DPOTrainer,
+    held_out: pd.DataFrame,
+    seconds: dict[str, float],
+    initial: dict[str, torch.Tensor],
+) -> Run:
+    """Write what the run leaves; `initial` are the adapter's weights at its start."""
+    job.folder.mkdir(parents=True, exist_ok=True)  # it may have been removed while training
+    trained = job.policy.weights()
+    job.policy.put_back(initial)
+    if job.reference is None and not job.policy.is_fresh:
+        save_adapter(job.folder / "reference", job.policy.model, job.info)
+    job.policy.put_back(trained)
+    steps, end = trainer.state.global_step, job.policy.adapter
+    info = dataclasses.replace(job.info, status=Status.FINISHED, steps=steps, end=end)
     metrics = preference_metrics(held_out, job.config.beta) | seconds
     run = Run(job.folder, info, trainer.state.log_history, metrics, held_out)
     save_run(run, job.policy.model, job.policy.tokenizer, model_card(run, "run"))

@@ -1,6 +1,8 @@
 """What one call of `train_dpo` has to do, before it does it: its pairs, its settings, and what is in its folder."""
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +15,7 @@ from helpers.data.check import check_pairs
 from helpers.data.findings import Report
 from helpers.data.render import pair_lengths
 from helpers.data.report import load_report
-from helpers.model.memory import (
-    BATCH_SETTINGS,
-    ESTIMATE_MARGIN,
-    BatchPlan,
-    estimate_for,
-    free_memory,
-    plan_for,
-)
+from helpers.model.memory import BATCH_SETTINGS, ESTIMATE_MARGIN, BatchPlan, estimate_for, free_memory, plan_for
 from helpers.model.policy import Policy
 from helpers.model.profiles import current_profile
 from helpers.run.folder import (
@@ -35,6 +30,7 @@ from helpers.run.folder import (
     versions,
     write_info,
 )
+from helpers.session import quiet_progress
 from helpers.train.processes import check_alike, once, processes, share_step
 from helpers.train.resume import differences, step_of
 from helpers.train.settings import DPOConfig, run_config
@@ -47,17 +43,22 @@ class CheckedPairs(NamedTuple):
     test: Report
     rule: dict[str, Any]
 
+    sets = property(lambda self: {"train": self.train, "test": self.test})
+
 
 def check_both(
     train: Dataset, test: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, **rule: Any
 ) -> CheckedPairs:
     """Check both sets by `check_pairs` with its `rule`; UserError for errors, a line for long prompts."""
-    checked = CheckedPairs(
-        check_pairs(train, tokenizer, max_length, test=test, **rule),
-        check_pairs(test, tokenizer, max_length, **rule),
-        rule,
-    )
-    for name, given, report in (("training", train, checked.train), ("held-out", test, checked.test)):
+    for name, given in (("train", train), ("test", test)):
+        if not isinstance(given, Dataset):
+            raise UserError(
+                f"{name} has to be pairs, as load_pairs and split_pairs give them, and is of type "
+                f"{type(given).__name__}. A run needs pairs to train on and others to measure on."
+            )
+    sides = [check_pairs(train, tokenizer, max_length, test=test, **rule)]
+    sides += [check_pairs(test, tokenizer, max_length, **rule)]
+    for name, given, report in zip(("training", "held-out"), (train, test), sides, strict=True):
         report.raise_for_errors()
         shortened, left_out = report.prompts["shortened"], report.prompts["left_out"]
         if shortened or left_out:
@@ -65,7 +66,15 @@ def check_both(
                 f"Prompts over {rule['max_prompt_length']} tokens among {len(given)} {name} pairs: {shortened} "
                 f"shortened, {left_out} pairs left out (max_prompt_length, on_long_prompt)."
             )
-    return checked
+    return CheckedPairs(*sides, rule)
+
+
+def _hash_without_date(pairs: CheckedPairs, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of rows and template, if this writes today's date, so that the tokens are others tomorrow; else nothing."""
+    if "strftime_now" not in str(tokenizer.chat_template):
+        return ""
+    rows = [tokenizer.chat_template, *pairs.train.pairs, *pairs.test.pairs]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:20]
 
 
 @dataclasses.dataclass
@@ -99,6 +108,7 @@ class Job:
                 train.prompts,
                 bundled=all(one is not None and one.bundled for one in loaded),
                 reading=loaded[0].reading if loaded[0] else [],
+                given=_hash_without_date(self.pairs, self.policy.tokenizer),
             ),
             base=self.policy.base,
             start=self.policy.adapter,
@@ -112,23 +122,24 @@ class Job:
         facts = {"model": self.info.base, "adapter": self.info.start, "settings": self.info.config}
         check_alike(**facts, pairs=(train.hash, test.hash))
 
-    @property
-    def config(self) -> DPOConfig:
-        """Of this process's trainer, by `values` as they are now."""
-        return run_config(self.folder, len(self.pairs.train.pairs), self.values, share_step(self.values))
+    def _config(self, share: dict[str, Any]) -> DPOConfig:
+        return run_config(self.folder, len(self.pairs.train.pairs), self.values, share)
 
-    @property
-    def described(self) -> dict[str, Any]:
-        """The config as it would be in one process, so that any number of them can go on with the run."""
-        return describe_config(run_config(self.folder, len(self.pairs.train.pairs), self.values, self.values))
+    # By `values` as they are now: of this process's trainer; as in one process, so that any number can go on.
+    config = property(lambda self: self._config(share_step(self.values)))
+    described = property(lambda self: describe_config(self._config(self.values)))
 
     def earlier(self, replace: bool) -> RunInfo | None:
         """The same run as it was left in the folder, if it is there; decides how a step is made.
 
         Another run is put aside if `replace`, else UserError is raised.
         """
-        found = once(lambda: (self._earlier(replace), self.values, self.info, self.plan))
-        before, self.values, self.info, self.plan = found
+        before, self.values, self.info, self.plan = once(
+            lambda: (self._earlier(replace), self.values, self.info, self.plan)
+        )
+        if before is not None and (self.folder / "tokens").is_dir():  # those that it began with
+            for name, report in self.pairs.sets.items():
+                report.take(Dataset.load_from_disk(str(self.folder / "tokens" / name)))
         return before
 
     def _earlier(self, replace: bool) -> RunInfo | None:
@@ -139,18 +150,16 @@ class Job:
                 raise
             set_aside(self.folder)
             before = None
-        kept_nothing = (
-            before is not None
-            and before.status != Status.FINISHED
-            and not any(self.folder.glob("checkpoints/checkpoint-*"))
+        worth = before is not None and (
+            before.status == Status.FINISHED or any(self.folder.glob("checkpoints/checkpoint-*"))
         )
-        self._choose_step(None if kept_nothing else before)
-        if before is None:
-            return None
-        changed = differences(before, self.info)
+        if before is not None and (self.folder / "tokens").is_dir() and before.data.given == self.info.data.given:
+            self.info.data = before.data
+        self._choose_step(before if worth else None)
+        changed = [] if before is None else differences(before, self.info)
         if not changed:
             return before
-        if not replace and not kept_nothing:
+        if worth and not replace:
             raise UserError(
                 f"{self.folder} holds another run ({'; '.join(changed[:3])}). Give this one a folder of its own, "
                 "or pass replace=True: the old run is then kept next to it."
@@ -175,6 +184,10 @@ class Job:
     def begin(self) -> None:
         """Say how a step is made, write run.json; UserError if training needs far more memory than is free."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.info.data.given and not (self.folder / "run.json").exists():
+            for name, report in self.pairs.sets.items():
+                with quiet_progress(len(report.ids)):
+                    report.ids.save_to_disk(self.folder / "tokens" / name)
         need, free = self.info.memory_gb["needed"], self.info.memory_gb["free"]
         if self.plan is not None:
             at_once = f"{self.plan.pairs} pair{'s' * (self.plan.pairs > 1)} at once"

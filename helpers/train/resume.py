@@ -15,40 +15,37 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from helpers.common import write_json
 from helpers.model.memory import BATCH_SETTINGS, pairs_a_step
 from helpers.run.card import changed_settings
-from helpers.run.folder import RunInfo
+from helpers.run.folder import RunInfo, write_info
 from helpers.train.processes import processes
+from helpers.train.settings import TABLE
 
 # The settings that change what a run ends with. All others (logging, saving, workers, reports, and what the next
 # version of a library adds) may differ between two calls of the same run.
-RESULT_SETTINGS = frozenset(
-    # the loss and its pairs
-    "beta loss_type loss_weights label_smoothing ld_alpha use_weighting f_divergence_type f_alpha_divergence_coef "
-    "discopop_tau disable_dropout max_length truncation_mode pad_to_multiple_of sync_ref_model ref_model_mixup_alpha "
-    "ref_model_sync_steps router_aux_loss_coef "
-    # the optimizer and its schedule
-    "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay optim optim_args "
-    "optim_target_modules adam_beta1 adam_beta2 adam_epsilon max_grad_norm num_train_epochs max_steps "
-    "neftune_noise_alpha "
-    # a step: its pairs, their order, its rounding
-    "per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing dataloader_drop_last "
-    "train_sampling_strategy length_column_name seed data_seed bf16 fp16 tf32 torch_compile full_determinism "
-    "auto_find_batch_size accelerator_config average_tokens_across_devices padding_free use_liger_kernel "
-    "liger_kernel_config "
-    # which checkpoint is kept
-    "eval_strategy eval_steps eval_delay eval_on_start bf16_full_eval fp16_full_eval save_strategy save_steps "
-    "save_only_model ignore_data_skip load_best_model_at_end metric_for_best_model greater_is_better".split()
-)
+RESULT_SETTINGS = frozenset(f"{TABLE['heeded']} {TABLE['result']}".split())
+
+
+ENDED = "ended"  # a file in the last checkpoint: nothing is trained after it
 
 
 class Checkpoints(TrainerCallback):
-    """Marks each checkpoint as complete, with its files' sizes; one without such a mark was cut short."""
+    """Marks each checkpoint as complete, with its files' sizes; one without such a mark was cut short.
+
+    The checkpoint that ends the training has a file ENDED. If the run's folder was removed, its run.json is made again.
+    """
+
+    def __init__(self, info: RunInfo):
+        self.info = info
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """transformers' hook."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         processes().wait_for_everyone()  # each writes a file of its own
         if state.is_world_process_zero:
+            if control.should_training_stop:
+                (folder / ENDED).touch()
             write_json(folder / "complete.json", {f.name: f.stat().st_size for f in folder.iterdir() if f.is_file()})
+            if not (folder.parents[1] / "run.json").exists():
+                write_info(folder.parents[1], self.info)
 
 
 def last_complete(checkpoints: Path) -> Path | None:
@@ -72,8 +69,18 @@ class StopAtStep(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """transformers' hook."""
         if self.asked:
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """transformers' hook; a checkpoint that was saved for this reason does not say that the training ended."""
+        control.should_training_stop |= self.asked
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """transformers' hook, also called where an epoch is left; what is due at its end is then not yet due."""
+        if self.asked and state.epoch % 1 and state.global_step < state.max_steps:
+            control.should_log = control.should_evaluate = control.should_save = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

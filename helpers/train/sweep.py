@@ -101,11 +101,11 @@ def _describe_replies(replies: list[Reply]) -> dict:
 def _figures(run: Run, beta: float, gaps: np.ndarray) -> dict:
     """Figures of a finished run that need no model; `gaps` are the log-ratio gaps of its held-out pairs."""
     norms = [float(row["grad_norm"]) for row in run.history if "grad_norm" in row]
-    names = ("log_ratio_gap", "margin", "chosen_change", "rejected_change", "train_seconds")
     low, high = run.metrics["accuracy_interval"]
     row = {"steps": run.info.steps, "accuracy": run.metrics["accuracy"], "accuracy_low": low, "accuracy_high": high}
+    names = ("log_ratio_gap", "margin", "chosen_change", "rejected_change", "train_seconds")
     row |= {name: run.metrics[name] for name in names} | {"grad_norm_start": norms[0], "grad_norm_end": norms[-1]}
-    weight = torch.sigmoid(-beta * torch.from_numpy(gaps)).mean()
+    weight = torch.sigmoid(torch.from_numpy(-beta * gaps)).mean()
     return row | {"weight_start": 0.5, "weight_end": float(weight)}  # at the start every margin is 0
 
 
@@ -115,9 +115,8 @@ def _curve(logged: dict, beta: float, seed: int) -> dict:
     names = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
     loss, accuracy, margin, chosen, rejected = (float(logged[prefix + name]) for name in names)
     row = {"beta": beta, "seed": seed, "step": logged["step"], "split": "held out" if prefix else "train"}
-    row |= {"loss": loss, "accuracy": accuracy, "margin": margin}
-    row |= {"log_ratio_gap": margin / beta, "chosen": chosen / beta, "rejected": rejected / beta}
-    return row | {"grad_norm": float(logged.get("grad_norm", "nan"))}
+    row |= {"loss": loss, "accuracy": accuracy, "margin": margin, "log_ratio_gap": margin / beta}
+    return row | {"chosen": chosen / beta, "rejected": rejected / beta, "grad_norm": logged.get("grad_norm", math.nan)}
 
 
 def _save(sweep: Sweep) -> None:
@@ -134,10 +133,8 @@ def _open_sweep(folder: Path, info: dict[str, Any]) -> Sweep:
     if not (folder / "sweep.json").is_file():
         return Sweep(folder, info, pd.DataFrame(), pd.DataFrame(), pd.DataFrame())
     sweep = Sweep.load(folder)
-    before, now = (
-        {**one, "settings": result_settings(one["settings"])} for one in (sweep.info["identity"], info["identity"])
-    )
-    changed = [name for name in now if before.get(name) != now[name]]
+    both = [one["identity"] | {"settings": result_settings(one["identity"]["settings"])} for one in (sweep.info, info)]
+    changed = [name for name, now in both[1].items() if both[0].get(name) != now]
     if changed:
         raise UserError(
             f"{folder} holds a sweep with other {' and '.join(changed)}, which cannot be compared with this one. "
@@ -190,11 +187,10 @@ def sweep_beta(
     values = complete_settings(model, _SETTINGS | settings)
     rule = {"max_prompt_length": MAX_PROMPT_LENGTH, "on_long_prompt": "shorten"}
     pairs = check_both(train, test, tokenizer, values["max_length"], **rule)
-    # Held-out prompts from all of the set, which may be sorted by topic.
     held_out = pairs.test.pairs
-    every = max(1, len(held_out) // prompts) if prompts else 1
-    sampling = {"prompts": list(held_out.select(range(0, len(held_out), every)))[:prompts]}
-    sampling["max_new_tokens"] = max_new_tokens
+    every = max(1, len(held_out) // max(1, prompts))  # from all of the set, which may be sorted by topic
+    rows = list(held_out.select(range(0, len(held_out), every)))[:prompts]
+    sampling = {"prompts": rows, "max_new_tokens": max_new_tokens}
     folder, callbacks = Path(folder), list(callbacks)
     folder.mkdir(parents=True, exist_ok=True)
     policy = Policy(model, tokenizer)
@@ -222,20 +218,15 @@ def sweep_beta(
 
 
 def _one_run(
-    sweep: Sweep,
-    base: Policy,
-    pairs: CheckedPairs,
-    call: dict[str, Any],
-    sampling: dict[str, Any],
-    callbacks: Iterable[TrainerCallback],
-) -> tuple[dict[str, Any], list[dict[str, Any]], np.ndarray | None]:
+    sweep: Sweep, base: Policy, pairs: CheckedPairs, call: dict, sampling: dict, callbacks: Iterable[TrainerCallback]
+) -> tuple[dict, list[dict], np.ndarray | None]:
     """Train and measure with the settings `call`; the base is left without an adapter.
 
     Returns (row of the table, rows of the history, gaps of the held-out pairs or None if the run failed). Raises the
     UserError of a setting, memory or disk: it would stop every other run too.
     """
     beta, seed = call["beta"], call["seed"]
-    row, history, gaps = {"beta": beta, "seed": seed}, [], None
+    row, history = {"beta": beta, "seed": seed}, []
     model = add_lora(base.model, seed=seed)
     try:
         run = train_checked(model, base.tokenizer, pairs, sweep.run_folder(beta, seed), call, callbacks)
@@ -243,25 +234,24 @@ def _one_run(
         history = [_curve(row, beta, seed) for row in run.history if {"loss", "eval_loss"} & row.keys()]
         if not math.isfinite(run.metrics["loss"]):
             raise FloatingPointError("the loss is not a number")
-        of_pairs = pd.DataFrame(run.held_out)["log_ratio_gap"].to_numpy()
-        row |= _figures(run, beta, of_pairs)
+        gaps = pd.DataFrame(run.held_out)["log_ratio_gap"].to_numpy()
+        row |= _figures(run, beta, gaps)
         begin = time.monotonic()
         if sampling["prompts"]:
             print(f"Sampling {2 * len(sampling['prompts'])} replies ...", flush=True)
             kl = sampled_kl(model, base.tokenizer, **sampling, seed=seed)
             row |= {"kl": kl.kl, "kl_error": kl.error} | _describe_replies(kl.replies)
-        row |= {"sampling_seconds": time.monotonic() - begin, "status": "finished"}
-        gaps = of_pairs
+        return row | {"sampling_seconds": time.monotonic() - begin, "status": "finished"}, history, gaps
     except UserError:
         raise
     except Exception as error:
         row["status"] = f"failed: {error or type(error).__name__}"
         print(f"beta {beta:g}, seed {seed} {row['status']}")
+        return row, history, None
     finally:
         model.unload()
         del model
         gc.collect()
-    return row, history, gaps
 
 
 def _add(sweep: Sweep, row: dict, history: list[dict], gaps: np.ndarray | None) -> Sweep:
@@ -273,5 +263,5 @@ def _add(sweep: Sweep, row: dict, history: list[dict], gaps: np.ndarray | None) 
         sweep,
         table=table.sort_values(["beta", "seed"], ignore_index=True),
         history=pd.concat([steps, pd.DataFrame(history)], ignore_index=True),
-        gaps=pd.DataFrame(dict(sweep.gaps.items()) | ({} if gaps is None else {(beta, seed): gaps})),
+        gaps=sweep.gaps if gaps is None else pd.DataFrame(dict(sweep.gaps.items()) | {(beta, seed): gaps}),
     )

@@ -4,22 +4,17 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import trl
 from accelerate import DistributedType
 from datasets import Dataset
 from peft import PeftModel
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from helpers.common import UserError, cache_folder
+from helpers.data.render import pair_lengths
+from helpers.model.generate import evaluating
 from helpers.patches.cached_reference import use_cached_reference
 from helpers.patches.cast_once import cast_weights_once
 from helpers.patches.given_ids import trainer_class
@@ -27,43 +22,38 @@ from helpers.patches.shared_prompt import share_prompts
 from helpers.patches.unsloth_checkpointing import set_checkpointing
 from helpers.session import quiet_progress
 from helpers.train.processes import share_steps, weigh_pairs
+from helpers.train.settings import TABLE
+
+# By so many times the precision's epsilon and the square root of its tokens may a log-prob be off. In bf16 that is 2.5
+# nats at 100 tokens, where some tenths were seen: batches that are padded otherwise are rounded otherwise.
+ROUNDING = 32
 
 
 class _TextProgress(TrainerCallback):
     """One line of text for each logging step: no bar, no widget, readable in a saved notebook."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.begin, self.first = time.monotonic(), state.global_step
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict, **kwargs: Any) -> None:
         if not state.is_world_process_zero or "loss" not in logs:
             return
         seconds = time.monotonic() - self.begin
         left = seconds / max(state.global_step - self.first, 1) * (state.max_steps - state.global_step)
-        scores = ""
-        if "rewards/margins" in logs:  # not in SFT
-            scores = (
-                f"margin {float(logs['rewards/margins']):+.3f}   accuracy {float(logs['rewards/accuracies']):.2f}   "
-            )
-        print(
-            f"step {state.global_step:4d} of {state.max_steps}   loss {float(logs['loss']):.3f}   {scores}"
-            f"{left / 60:.1f} min left",
-            flush=True,
-        )
+        step = f"step {state.global_step:4d} of {state.max_steps}"
+        print(f"{step}   {_figures_of(logs)}   {left / 60:.1f} min left", flush=True)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: dict, **kwargs: Any) -> None:
         if state.is_world_process_zero and "eval_rewards/accuracies" in metrics:
-            print(
-                f"held out at step {state.global_step}:   loss {metrics['eval_loss']:.3f}   "
-                f"margin {metrics['eval_rewards/margins']:+.3f}   accuracy {metrics['eval_rewards/accuracies']:.2f}",
-                flush=True,
-            )
+            print(f"held out at step {state.global_step}:   {_figures_of(metrics, 'eval_')}", flush=True)
+
+
+def _figures_of(logs: dict[str, Any], part: str = "") -> str:
+    text = f"loss {float(logs[f'{part}loss']):.3f}"
+    if f"{part}rewards/margins" in logs:  # not in SFT
+        margin, accuracy = (float(logs[f"{part}rewards/{name}"]) for name in ("margins", "accuracies"))
+        text += f"   margin {margin:+.3f}   accuracy {accuracy:.2f}"
+    return text
 
 
 def text_progress(trainer: Trainer) -> None:
@@ -119,3 +109,50 @@ def make_trainer(
         share_steps(trainer)
     text_progress(trainer)
     return trainer
+
+
+def _evaluated(trainer: trl.DPOTrainer, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    """What `trainer` would log of a `batch` of held-out pairs; no callback is told, and nothing is kept."""
+    callbacks, history, logs = trainer.callback_handler.callbacks, list(trainer.state.log_history), {}
+    trainer.callback_handler.callbacks = []
+    trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
+    trainer.log(logs)
+    trainer.callback_handler.callbacks, trainer.state.log_history = callbacks, history
+    return logs
+
+
+def check_start(trainer: trl.DPOTrainer, settings: dict[str, Any]) -> None:
+    """Raise UserError unless the policy is its reference, as it has to be before the first step.
+
+    For the longest and the shortest pair, the `trainer`'s own loss has to find rewards of 0, and each of the four rows
+    by itself, without padding and with no prompt shared, the log-probs of the reference. `settings` are the caller's.
+    """
+    model, args, order = trainer.model, trainer.args, pair_lengths(trainer.train_dataset).argsort()
+    batch = trainer.data_collator(trainer.train_dataset.select([order[-1], order[0]]).to_list())
+    reference = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
+    labels, alone = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100), []
+    with evaluating(model), torch.no_grad(), trainer.accelerator.autocast():
+        logs = _evaluated(trainer, batch)
+        for row, size in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
+            inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+            inputs = {name: values[row : row + 1, :size].to(model.device) for name, values in inputs.items()}
+            alone.append(model(**inputs, use_cache=False, fused_lm_head=True).log_probs.sum().cpu())
+    precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
+    eps = max(torch.finfo(dtype).eps for dtype in (precision, model.dtype))
+    allowed = 1e-2 + ROUNDING * eps * batch["completion_mask"].sum(dim=1).sqrt()
+    by_loss = max(abs(logs[f"eval_rewards/{side}"]) for side in ("chosen", "rejected")) / trainer.beta
+    by_row = (torch.stack(alone) - reference).abs() * (trainer.ld_alpha is None)  # which weighs a row by its partner
+    loss_right, rows_right = by_loss <= allowed.max(), bool((by_row <= allowed).all())
+    if loss_right and rows_right:
+        return
+    cause = f"a {model.config.model_type} model gives a row other log-probs if more rows are computed with it"
+    if not loss_right:
+        known = f"{TABLE['result']} {TABLE['harmless']}".split()
+        cause = " or ".join(name for name in settings if name not in known) or "TRL's loss"
+        if not rows_right:
+            cause = f"log-probs that were cached for another model (delete {cache_folder() / 'reference'})"
+    raise UserError(
+        "Before its first step the policy is its own reference, but their log-probs differ by "
+        f"{max(by_loss, by_row.max()):.2f} nats (rounding explains {allowed.max():.2g}), so nothing was trained. "
+        f"Likely cause: {cause}."
+    )

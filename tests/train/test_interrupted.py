@@ -1,0 +1,331 @@
+"""Runs that are interrupted at random and called again end as if nothing had happened.
+
+Each interruption is a real SIGKILL or SIGINT (Ctrl-C) in a forked process, at a place that a seed draws: in a step, an
+evaluation, the writing of a file, or the scoring before and after. By hand, with as many seeds as one likes:
+python tests/train/test_interrupted.py FOLDER_OF_A_MODEL EMPTY_FOLDER SECONDS SEED SEED ...
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+import helpers  # noqa: E402, I001  (first: Unsloth before transformers)
+import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from peft import get_peft_model_state_dict, set_peft_model_state_dict  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+
+from helpers import UserError  # noqa: E402
+from helpers.run.folder import Run  # noqa: E402
+from helpers.train.processes import alone_in  # noqa: E402
+
+WORDS = """apple river stone window garden pencil bridge candle forest ladder mirror needle orange pepper rabbit saddle
+ticket velvet walnut yellow anchor basket carpet desert engine feather guitar hammer""".split()
+# Short, so that a step takes a moment.
+PAIRS = [
+    Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": f"What is a {word}?"}],
+                "chosen": [{"role": "assistant", "content": f"A {word} is a thing."}],
+                "rejected": [{"role": "assistant", "content": f"No idea, {place}."}],
+            }
+            for place, word in enumerate(words)
+        ]
+    )
+    for words in (WORDS[:21], WORDS[21:])
+]
+# By a function on the way there: where a forward, or the change of a file, belongs.
+PLACES = {"pair_logps": "scoring", "training_step": "step", "evaluation_loop": "evaluation"}
+FILES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+# Three steps an epoch, the last of them of five pairs; the best checkpoint is not the last one.
+SETTINGS = {
+    "learning_rate": 0.2,
+    "warmup_steps": 0,
+    "bf16": False,
+    "logging_steps": 1,
+    "eval_steps": 2,
+    "save_steps": 2,
+}
+RUNS = {
+    "epochs": {"num_train_epochs": 3},
+    "steps": {"max_steps": 7, "eval_on_start": True},  # in the middle of an epoch
+    "early": {"num_train_epochs": 5, "early_stopping": 2, "learning_rate": 0.5, "lr_scheduler_type": "constant"},
+    "by epoch": {"num_train_epochs": 3, "eval_strategy": "epoch", "save_strategy": "epoch"},
+}
+
+
+def place() -> str:
+    """Where the program is: "start" if it looks whether the policy is its reference."""
+    frame = sys._getframe()  # noqa: SLF001  (the way to here)
+    while frame is not None:
+        if frame.f_code.co_name in PLACES:
+            return PLACES[frame.f_code.co_name]
+        frame = frame.f_back
+    return "start"
+
+
+class Interrupter:
+    """Counts the events of each place, and at the one that was drawn sends the signal to its own process."""
+
+    def __init__(self, where: str = "", number: int = 0, kind: int = 0):
+        self.seen, self.drawn, self.kind = Counter(), (where, number), kind
+
+    def forward(self, *_) -> None:
+        self.count(place())
+
+    def file(self, event: str, arguments: tuple, folder: str) -> None:
+        changes = event in FILES or (event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+        if changes and str(arguments[0]).startswith(folder):
+            self.count("saving")
+
+    def count(self, where: str) -> None:
+        self.seen[where] += 1
+        if (where, self.seen[where]) == self.drawn:
+            os.kill(os.getpid(), self.kind)
+
+
+def train_in_a_child(model, tokenizer, folder: Path, settings: dict, interrupter: Interrupter) -> int:
+    """The exit code of `train_dpo` in a fork of this process; it writes down what it counted."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 1
+    try:
+        os.environ["DPO_CACHE_DIR"] = str(folder / "cache")
+        with (folder.parent / f"{folder.name}.log").open("a", buffering=1) as log, contextlib.redirect_stdout(log):
+            model.get_input_embeddings().register_forward_pre_hook(interrupter.forward)
+            sys.addaudithook(lambda event, arguments: interrupter.file(event, arguments, str(folder / "run")))
+            try:
+                helpers.train_dpo(model, tokenizer, *PAIRS, folder / "run", **SETTINGS | settings)
+                code = 0
+            except KeyboardInterrupt:
+                code = 130
+            except BaseException:
+                traceback.print_exc(file=log)
+        (folder / "seen.json").write_text(json.dumps(interrupter.seen))
+    finally:
+        os._exit(code)
+
+
+def outcome(folder: Path, name: str = "run") -> dict:
+    """What a finished run is compared by."""
+    run = Run.load(folder / name)
+    names = ("loss", "eval_loss", "grad_norm", "rewards/margins", "eval_rewards/margins")
+    return {
+        "history": [[row["step"], name, row[name]] for row in run.history for name in names if name in row],
+        "steps": run.info.steps,
+        "held out": run.held_out.chosen_policy.tolist(),
+        "weights": {k: v.tolist() for k, v in load_file(run.adapter / "adapter_model.safetensors").items()},
+        "files": sorted(path.name for path in run.folder.iterdir()),
+    }
+
+
+def main(model_folder: str, folder: Path, until: float, seeds: list[int]) -> None:
+    """Print one JSON object a seed: what was drawn, how the processes ended, what differs from the whole run."""
+    model, tokenizer = helpers.load_model(model_folder)
+    model = helpers.add_lora(model.float())
+    whole, seen = {}, {}
+    for name, settings in RUNS.items():
+        (folder / name).mkdir(parents=True)
+        assert train_in_a_child(model, tokenizer, folder / name, settings, Interrupter()) == 0, name
+        whole[name] = outcome(folder / name)
+        seen[name] = json.loads((folder / name / "seen.json").read_text())
+    for seed in seeds:
+        if time.time() > until:
+            break
+        draw, own = random.Random(seed), folder / f"seed-{seed}"
+        own.mkdir()
+        name, kind = draw.choice(list(RUNS)), (signal.SIGKILL, signal.SIGINT)[seed // 4 % 2]
+        where = ["step", "evaluation", "saving", "scoring"][seed % 4]
+        hits, codes = [], []
+        for _ in range(draw.choice((1, 1, 2, 3))):
+            hits.append((where, draw.randint(1, seen[name][where]), kind))
+            codes.append(train_in_a_child(model, tokenizer, own, RUNS[name], Interrupter(*hits[-1])))
+            where, kind = draw.choice(list(seen[name])), draw.choice((signal.SIGKILL, signal.SIGINT))
+        codes.append(train_in_a_child(model, tokenizer, own, RUNS[name], Interrupter()))
+        ends = outcome(own) if codes[-1] == 0 else {}
+        differs = [one for one, value in whole[name].items() if ends.get(one) != value]
+        drawn = [f"{where} {number} {signal.Signals(kind).name}" for where, number, kind in hits]
+        print(json.dumps({"seed": seed, "run": name, "drawn": drawn, "codes": codes, "differs": differs}), flush=True)
+
+
+@pytest.mark.slow
+def test_interrupted_runs_end_as_the_whole_one(small, tmp_path):
+    """Two processes of one core each, for a minute and a half."""
+    own = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                __file__,
+                small,
+                tmp_path / str(half),
+                str(time.time() + 75),
+                *map(str, range(half, 99, 2)),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | own,
+        )
+        for half in range(2)
+    ]
+    ends = []
+    for process in processes:
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err[-3000:]
+        ends += [json.loads(line) for line in out.splitlines() if line.startswith('{"seed"')]
+    print(*ends, sep="\n")
+    assert [end for end in ends if end["differs"]] == []
+    assert len(ends) >= 4, "too few for each place to be drawn once"
+    assert {end["codes"][0] for end in ends} <= {-9, 130}  # each was interrupted
+
+
+# ------------------------------------------------------------------------------------------------ one at a time
+
+
+class At(TrainerCallback):
+    """Calls `action` once: when `hook` is called at `step`."""
+
+    def __init__(self, hook: str, step: int, action):
+        def act(args, state, control, **kwargs):
+            if state.global_step == step:
+                setattr(self, hook, lambda *args, **kwargs: None)
+                action()
+
+        setattr(self, hook, act)
+
+
+class Crash(Exception):
+    """As if the process had been killed."""
+
+
+def crash() -> None:
+    raise Crash
+
+
+@pytest.fixture
+def call(small, tmp_path, monkeypatch):
+    """`train_dpo` in fp32 on the small model, each time from the same start; without `settings` as `RUNS["steps"]`."""
+    monkeypatch.setattr("helpers.model.logps.cache_folder", lambda: tmp_path / "cache")
+    model, tokenizer = helpers.load_model(str(small))
+    policy = helpers.add_lora(model.float())
+    fresh = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(policy).items()}
+
+    def train(name: str, *callbacks: TrainerCallback, **settings):
+        set_peft_model_state_dict(policy, fresh)
+        own = SETTINGS | (settings or RUNS["steps"])
+        return helpers.train_dpo(policy, tokenizer, *PAIRS, tmp_path / name, callbacks=callbacks, **own)
+
+    train.policy, train.tokenizer, train.fresh = policy, tokenizer, fresh
+    return train
+
+
+def same(one: Run, other: Run) -> None:
+    """Compare two runs."""
+    one, other = outcome(one.folder.parent, one.folder.name), outcome(other.folder.parent, other.folder.name)
+    assert [name for name in one if one[name] != other[name]] == []
+
+
+def test_patience_of_early_stopping_outlives_a_kill(call):
+    whole = call("whole", **RUNS["early"])
+    last = whole.info.steps
+    assert 4 < last < 15, "it has to be early stopping that ends it"
+    with pytest.raises(Crash):
+        call("run", At("on_step_begin", last - 1, crash), **RUNS["early"])
+    same(call("run", **RUNS["early"]), whole)
+
+
+@pytest.mark.parametrize("name", ["steps", "early", "epochs"])
+def test_nothing_is_trained_after_the_last_step(call, name):
+    whole = call("whole", **RUNS[name])
+    with pytest.raises(Crash):
+        call("run", At("on_train_end", whole.info.steps, crash), **RUNS[name])
+    same(call("run", **RUNS[name]), whole)
+
+
+def test_ctrl_c_in_a_step_that_is_due_for_evaluation_loses_none(call):
+    whole = call("whole")
+    with pytest.raises(KeyboardInterrupt):
+        call("run", At("on_step_begin", 1, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    same(call("run"), whole)
+
+
+def test_second_run_in_a_folder_is_refused_and_the_first_one_is_not_disturbed(call, tmp_path):
+    codes = []
+
+    def second() -> None:
+        child, code = os.fork(), 1
+        if child:
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            return
+        try:
+            with alone_in(tmp_path / "run"):
+                pass
+        except UserError as error:
+            code = 7 if "Another run is training" in str(error) else 1
+        finally:
+            os._exit(code)
+
+    same(call("run", At("on_step_begin", 3, second)), call("whole"))
+    assert codes == [7]
+
+
+def test_folder_that_vanishes_is_made_again_with_the_adapter_that_it_began_with(call, tmp_path):
+    with torch.no_grad():
+        for name, tensor in call.fresh.items():
+            tensor += 0.01 * ("lora_B" in name)  # trained before, so the run's folder keeps it
+    vanish = At("on_step_begin", 3, lambda: shutil.rmtree(tmp_path / "run"))
+    crashes = At("on_step_begin", 5, crash)
+    with pytest.raises(Crash):
+        call("run", vanish, crashes)
+    assert not (tmp_path / "run" / "reference").exists()
+    same(call("run", At("on_step_begin", 6, lambda: shutil.rmtree(tmp_path / "run"))), call("whole"))
+    kept = load_file(tmp_path / "run" / "reference" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in call.fresh.items())
+
+
+def test_template_that_writes_the_date_makes_no_other_run_tomorrow(call, tmp_path, monkeypatch, capsys):
+    call.tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + call.tokenizer.chat_template
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Day(1))
+    whole = call("whole")
+    with pytest.raises(Crash):
+        call("run", At("on_step_begin", 3, crash))
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Day(2))
+    same(call("run"), whole)
+    assert "Resuming from step 2" in capsys.readouterr().out
+    same(call("run"), whole)
+    assert "finished already" in capsys.readouterr().out
+    call.tokenizer.chat_template = call.tokenizer.chat_template.replace("%d", "day %d")
+    with pytest.raises(UserError, match="other data"):
+        call("run")
+
+
+class Day:
+    """A `datetime` at a day of January 2026."""
+
+    def __init__(self, day: int):
+        self.day = day
+
+    def now(self) -> datetime.datetime:
+        return datetime.datetime(2026, 1, self.day)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), list(map(int, sys.argv[4:])))

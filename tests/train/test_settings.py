@@ -1,0 +1,369 @@
+"""What becomes of each setting: a table of all of them, one sentence for each that cannot be had, TRL's own losses.
+
+The runs are of a model of two small layers, in 32 bits.
+"""
+
+import copy
+import dataclasses
+import inspect
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import trl
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainerCallback,
+)
+
+import helpers
+from helpers import UserError, train_dpo
+from helpers.data.load import load_pairs
+from helpers.model.fingerprint import adapter_hash
+from helpers.patches import shared_prompt
+from helpers.train.settings import TABLE, complete_settings, dpo_settings, run_config
+from tests.conftest import strip
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setattr("helpers.model.logps.cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache" / "reference"
+
+
+@pytest.fixture(scope="module")
+def loaded(small):
+    """(model, tokenizer), in 32 bits."""
+    model, tokenizer = helpers.load_model(str(small))
+    return model.float(), tokenizer
+
+
+@pytest.fixture
+def policy(loaded):
+    yield helpers.add_lora(loaded[0], seed=0)
+    strip(loaded[0])
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def names_of(kind: str) -> list[str]:
+    table = TABLE[kind]
+    return table.split() if isinstance(table, str) else [name for name in table if "=" not in name]
+
+
+def test_every_setting_of_trl_is_in_one_list():
+    """A setting that a new version of TRL brings fails here: decide what it does to a log-prob, then list it."""
+    listed = [name for kind in ("heeded", "result", "harmless", "refused") for name in names_of(kind)]
+    own = [one for one in trl.DPOConfig.__mro__ if one.__name__ == "DPOConfig"][-1]  # Unsloth puts its own in front
+    known = {field.name for field in dataclasses.fields(own)}
+    assert sorted(known - set(listed)) == []
+    assert sorted(set(listed) - known) == []
+    assert len(listed) == len(set(listed))
+
+
+def test_losses_and_divergences_are_those_that_trl_has():
+    source = inspect.getsource(inspect.getmodule(trl.trainer.dpo_trainer.DPOTrainer))
+    assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(TABLE["choices"]["loss_type"].split())
+    divergences = re.findall(r'f_divergence_type == "(\w+)"', source)
+    assert set(divergences) == set(TABLE["choices"]["f_divergence_type"].split())
+    logged = set(re.findall(r'_metrics\[mode\]\["([\w/]+)"\]', source)) | {"loss"}
+    assert set(TABLE["choices"]["metric_for_best_model"].split()) <= logged
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ({"beta": 0}, r"beta=0: it has to be a number above 0; left out, it is 0\.1"),
+        ({"beta": -0.1}, "beta=-0.1: it has to be a number above 0"),
+        ({"beta": math.nan}, "beta=nan: it has to be a number above 0"),
+        ({"beta": None}, "beta=None: it has to be a number above 0"),
+        ({"beta": "high"}, "beta='high': it has to be a number"),
+        ({"max_length": None}, r"max_length=None: it has to be a whole number above 0; left out, it is \d+\."),
+        ({"max_length": 64.5}, "max_length=64.5: it has to be a whole number"),
+        ({"num_train_epochs": 0}, "num_train_epochs=0: it has to be a number above 0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0: it has to be a whole number above 0"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size=0: it has to be a whole number above 0"),
+        ({"gradient_accumulation_steps": "two"}, "gradient_accumulation_steps='two': it has to be a number"),
+        ({"batch_size": 0}, "no setting 'batch_size'.*gradient_accumulation_steps are the pairs of a step"),
+        ({"loss_type": "dpo"}, "loss_type='dpo': TRL .* has sigmoid, hinge, ipo"),
+        ({"loss_type": ["sigmoid", "kto"]}, "loss_type='kto': TRL"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights.*same length"),
+        ({"f_divergence_type": "kl"}, "f_divergence_type='kl': TRL .* has reverse_kl"),
+        ({"loss_type": "exo_pair"}, "label_smoothing=0: the loss exo_pair takes it from 1e-06 to below 1"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, "the loss robust takes it from 0 to below 0.5"),
+        ({"ld_alpha": 1.5}, "ld_alpha=1.5: it is a weight from 0 to 1"),
+        ({"metric_for_best_model": "accuracy"}, "metric_for_best_model='accuracy': TRL .* has loss, rewards/acc"),
+        ({"output_dir": "here"}, "output_dir='here': a run's folder is the fifth argument"),
+        ({"report_to": "tensorbord"}, "report_to='tensorbord': transformers knows .*tensorboard"),
+        ({"truncation_mode": "keep_end"}, "truncation_mode='keep_end': .*max_prompt_length"),
+        ({"sync_ref_model": True}, "sync_ref_model=True: .*cannot follow the policy"),
+        ({"use_liger_kernel": True}, "use_liger_kernel=True: .*after its reference was scored"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_length': "),
+        ({"eval_strategy": "sometimes"}, "DPOConfig does not take these settings: .*sometimes"),
+        ({"eval_steps": 10, "save_steps": 15}, "multiple"),
+        ({"eval_strategy": "epoch", "save_steps": 5}, "save and eval strategy to match"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+    ],
+)
+def test_a_value_that_cannot_be_had_is_one_sentence(policy, settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        run_config(Path("run"), 64, complete_settings(policy, settings), complete_settings(policy, settings))
+
+
+def test_every_refused_setting_is_refused_and_at_its_default_is_not(policy):
+    defaults = {field.name: field.default for field in dataclasses.fields(trl.DPOConfig)}
+    for name in TABLE["refused"]:
+        name, _, value = name.partition("=")
+        with pytest.raises(UserError, match=f"^{name}="):
+            complete_settings(policy, {name: value or "another"})
+        complete_settings(policy, {name: defaults[name]})
+
+
+def test_values_with_one_obvious_meaning_have_it(policy):
+    given = {"beta": "0.2", "learning_rate": "5e-6", "max_steps": "4", "eval_steps": "2", "report_to": None}
+    values = complete_settings(policy, given | {"precompute_ref_log_probs": True, "sync_ref_model": False})
+    expected = {"beta": 0.2, "learning_rate": 5e-6, "max_steps": 4, "eval_steps": 2, "report_to": "none"}
+    assert expected.items() <= values.items() and isinstance(values["max_steps"], int)
+    config = run_config(Path("run"), 64, values, values)
+    assert config.report_to == [] and not config.precompute_ref_log_probs
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({}, ("steps", 8, "steps", 8, True)),  # 24 steps
+        ({"eval_steps": 10}, ("steps", 10, "steps", 10, True)),
+        ({"save_steps": 10}, ("steps", 10, "steps", 10, True)),
+        ({"eval_steps": 0.25}, ("steps", 0.25, "steps", 0.25, True)),
+        ({"eval_steps": 5, "save_steps": 10}, ("steps", 5, "steps", 10, True)),
+        ({"eval_strategy": "no"}, ("no", None, "steps", 8, False)),
+        ({"eval_strategy": "no", "save_steps": 10}, ("no", None, "steps", 10, False)),
+        ({"save_strategy": "no"}, ("steps", 8, "no", None, False)),
+        ({"save_strategy": "no", "eval_steps": 5}, ("steps", 5, "no", None, False)),
+        ({"eval_strategy": "epoch"}, ("epoch", None, "epoch", None, True)),
+        ({"save_strategy": "epoch"}, ("epoch", None, "epoch", None, True)),
+        ({"save_strategy": "epoch", "load_best_model_at_end": False}, ("epoch", None, "epoch", None, False)),
+        ({"load_best_model_at_end": False, "eval_steps": 5, "save_steps": 7}, ("steps", 5, "steps", 7, False)),
+    ],
+)
+def test_evaluating_and_saving_follow_each_other(policy, settings, expected):
+    values = complete_settings(policy, settings | {"num_train_epochs": 3})
+    config = run_config(Path("run"), 64, values, values)
+    steps = {part: getattr(config, f"{part}_steps") for part in ("eval", "save")}
+    strategies = {part: getattr(config, f"{part}_strategy").value for part in ("eval", "save")}
+    shown = {part: steps[part] if strategies[part] == "steps" else None for part in steps}
+    found = (strategies["eval"], shown["eval"], strategies["save"], shown["save"], config.load_best_model_at_end)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "metric, better", [("eval_loss", False), ("eval_rewards/accuracies", True), ("rewards/margins", True)]
+)
+def test_the_best_checkpoint_by_another_metric_is_not_its_worst(policy, metric, better):
+    values = complete_settings(policy, {"metric_for_best_model": metric})
+    assert run_config(Path("run"), 64, values, values).greater_is_better is better
+    values["greater_is_better"] = not better  # who says so gets it
+    assert run_config(Path("run"), 64, values, values).greater_is_better is not better
+
+
+def test_label_smoothing_that_the_loss_does_not_read_is_said(policy, capsys):
+    complete_settings(policy, {"label_smoothing": 0.1, "loss_type": "robust"})
+    complete_settings(policy, {"label_smoothing": 0.1, "loss_type": ["sigmoid", "aot"]})
+    assert capsys.readouterr().out == ""
+    complete_settings(policy, {"label_smoothing": 0.1})
+    assert "label_smoothing=0.1 changes nothing: the loss sigmoid does not read it" in capsys.readouterr().out
+
+
+def test_early_stopping_without_evaluations_and_sets_that_are_none(policy, loaded, pairs, tmp_path):
+    with pytest.raises(UserError, match='early_stopping.*eval_strategy="no"'):
+        train_dpo(policy, loaded[1], *pairs, tmp_path / "run", early_stopping=1, eval_strategy="no")
+    with pytest.raises(UserError, match="test has to be pairs.*NoneType.*others to measure on"):
+        train_dpo(policy, loaded[1], pairs[0], None, tmp_path / "run")
+    with pytest.raises(UserError, match="train has to be pairs.*list"):
+        train_dpo(policy, loaded[1], [{"prompt": "a"}], pairs[1], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------ the losses of TRL
+
+QUICK = {
+    "max_steps": 2,
+    "warmup_steps": 0,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "report_to": "none",
+    "seed": 3,
+}
+WORDS = "green blue paint is why grass sky chlorophyll the of a light seven nine answer then".split()
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """8 pairs and 3, whose sides differ in length by up to 30 words."""
+    draw = torch.Generator().manual_seed(0)
+
+    def text(words: int) -> str:
+        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (words,), generator=draw))
+
+    def rows(first: int, last: int):
+        return load_pairs(
+            [
+                {"prompt": f"{text(5)} {n}?", "chosen": text(4 + 3 * (n % 7)), "rejected": text(25 - 3 * (n % 8))}
+                for n in range(first, last)
+            ]
+        )
+
+    return rows(0, 8), rows(8, 11)
+
+
+@pytest.fixture(scope="module")
+def alike(loaded, small):
+    """(policy for `train_dpo`, policy for TRL alone) with the same weights; the second is transformers and PEFT."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from peft import get_peft_model_state_dict as weights_of
+
+    ours = helpers.add_lora(copy.deepcopy(loaded[0]), seed=0)
+    lora = LoraConfig(r=16, lora_alpha=16, target_modules=list(ours.peft_config["default"].target_modules))
+    plain = get_peft_model(AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32), lora)
+    fresh = {name: value.clone() for name, value in weights_of(ours).items()}
+
+    def start(trained_before: bool):
+        draw = torch.Generator().manual_seed(1)
+        weights = {
+            name: torch.randn(value.shape, generator=draw) * 0.05 if trained_before and "lora_B" in name else value
+            for name, value in fresh.items()
+        }
+        for model in (ours, plain):
+            set_peft_model_state_dict(model, weights)
+        return ours, plain
+
+    return start
+
+
+def logged(history: list[dict]) -> list[list[float]]:
+    names = ("loss", "rewards/margins", "rewards/chosen", "rewards/accuracies", "grad_norm")
+    return [[float(row[name]) for name in names] for row in history if "loss" in row]
+
+
+SMOOTHED = {"robust": 0.1, "exo_pair": 1e-3, "aot": 0.1, "aot_unpaired": 0.1}
+SAME = {
+    loss: {"loss_type": loss} | ({"label_smoothing": SMOOTHED[loss]} if loss in SMOOTHED else {})
+    for loss in TABLE["choices"]["loss_type"].split()
+} | {
+    "sigmoid and sft": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]},
+    "ld_alpha": {"ld_alpha": 0.5},
+    "use_weighting": {"use_weighting": True},
+    "max_length": {"max_length": 40},
+    "precompute_ref_log_probs": {"precompute_ref_log_probs": True},
+    "pad_to_multiple_of": {"pad_to_multiple_of": 16},
+    "forward_kl": {"f_divergence_type": "forward_kl"},
+    "beta": {"beta": 0.7},
+    "sequential": {"train_sampling_strategy": "sequential"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained_before", [False, True], ids=["fresh", "trained before"])
+@pytest.mark.parametrize("name", SAME)
+def test_losses_are_those_of_trl_alone(name, trained_before, alike, loaded, pairs, tmp_path):
+    if trained_before and name not in ("sigmoid", "ld_alpha", "use_weighting", "max_length"):
+        pytest.skip("the reference is no other one than in `sigmoid`")
+    ours, plain = alike(trained_before)
+    settings = QUICK | SAME[name]
+    found = train_dpo(ours, loaded[1], *pairs, tmp_path / "run", **settings).history
+    config = trl.DPOConfig(output_dir=str(tmp_path / "trl"), **dpo_settings() | {"max_length": 512} | settings)
+    trainer = trl.DPOTrainer(plain, args=config, train_dataset=pairs[0], processing_class=loaded[1])
+    trainer.train()
+    if "ref" in plain.peft_config:
+        plain.delete_adapter("ref")
+    expected = logged(trainer.state.log_history)
+    assert len(expected) == 2 and expected[0] != expected[1]
+    torch.testing.assert_close(torch.tensor(logged(found)), torch.tensor(expected), atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ the first step
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def policy_of(kind, config, tokenizer, **more):
+    torch.manual_seed(0)
+    values = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "initializer_range": 0.3}
+    return helpers.add_lora(kind(config(**SIZES | values | more)))
+
+
+class Steps(TrainerCallback):
+    def __init__(self):
+        self.done = 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.done += 1
+
+
+@pytest.mark.slow
+def test_a_cache_that_is_not_of_this_model_stops_the_run(policy, loaded, pairs, cache, tmp_path):
+    train_dpo(policy, loaded[1], *pairs, tmp_path / "first", **QUICK | {"max_steps": 1})
+    from safetensors.torch import load_file, save_file
+
+    strip(loaded[0])
+    model, steps = helpers.add_lora(loaded[0], seed=0), Steps()
+    for path in cache.iterdir():
+        save_file({name: values + 1.5 * (name == "chosen") for name, values in load_file(path).items()}, path)
+    before = adapter_hash(model)
+    with pytest.raises(
+        UserError, match=r"differ by 1\.50 nats \(rounding .*cached for another model \(delete .*reference"
+    ):
+        train_dpo(model, loaded[1], *pairs, tmp_path / "second", callbacks=[steps], **QUICK)
+    assert steps.done == 0 and adapter_hash(model) == before
+
+
+@pytest.mark.slow
+def test_a_model_whose_rows_depend_on_each_other_stops_the_run(loaded, pairs, tmp_path, monkeypatch):
+    """A window that a packed row does not have, and a rotary frequency that follows the longest row."""
+    monkeypatch.setattr(shared_prompt, "_KNOWN", (*shared_prompt._KNOWN, "mistral"))  # noqa: SLF001  (as it would be, wrongly)
+    window = policy_of(MistralForCausalLM, MistralConfig, loaded[1], sliding_window=8, num_key_value_heads=2)
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    dynamic = policy_of(LlamaForCausalLM, LlamaConfig, loaded[1], rope_parameters=rope, max_position_embeddings=24)
+    for model in (window, dynamic):
+        kind = model.config.model_type
+        with pytest.raises(UserError, match=f"nats .*a {kind} model gives a row other log-probs if more rows"):
+            train_dpo(model, loaded[1], *pairs, tmp_path / kind, **QUICK)
+
+
+@pytest.mark.slow
+def test_a_window_and_changed_rotary_parameters_are_heeded(loaded, pairs, tmp_path):
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0, "num_key_value_heads": 2}
+    model = policy_of(Qwen2ForCausalLM, Qwen2Config, loaded[1], **window)
+    run = train_dpo(model, loaded[1], *pairs, tmp_path / "window", **QUICK)
+    trainer = trl.DPOTrainer(
+        model,
+        args=trl.DPOConfig(output_dir=str(tmp_path / "trl"), **dpo_settings() | QUICK | {"max_length": 512}),
+        train_dataset=pairs[1],
+        processing_class=loaded[1],
+    )
+    with torch.no_grad(), model.disable_adapter():
+        rows = trainer.data_collator(trainer.train_dataset.to_list())
+        chosen, rejected = trainer.compute_ref_log_probs(model, rows)
+    assert run.held_out.chosen_reference.tolist() == pytest.approx(chosen.tolist(), abs=1e-3)
+    assert run.held_out.rejected_reference.tolist() == pytest.approx(rejected.tolist(), abs=1e-3)
+
+    for number, theta in enumerate((10000.0, 100.0)):
+        rope = {"rope_type": "default", "rope_theta": theta}
+        changed = policy_of(LlamaForCausalLM, LlamaConfig, loaded[1], rope_parameters=rope)
+        train_dpo(changed, loaded[1], *pairs, tmp_path / f"rope-{number}", **QUICK)
