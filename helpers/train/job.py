@@ -33,7 +33,7 @@ from helpers.run.folder import (
 from helpers.session import quiet_progress
 from helpers.train.processes import check_alike, once, processes, share_step
 from helpers.train.resume import differences, step_of
-from helpers.train.settings import DPOConfig, run_config
+from helpers.train.settings import DPOConfig, hardly_moves, run_config
 
 
 class CheckedPairs(NamedTuple):
@@ -195,6 +195,9 @@ class Job:
                 f"{at_once}, checkpointing {'on' if self.plan.checkpointing else 'off'}: needs about "
                 f"{self.plan.bytes / 1e9:.1f} of {free:.1f} GB free; {self.plan.reason}."
             )
+        alpha = self.policy.model.active_peft_config.lora_alpha
+        if slow := hardly_moves(self.values, len(self.pairs.train.pairs), alpha):
+            print(slow)
         if need >= free:
             text = f"Training needs about {need:.1f} GB beside the loaded model, and {free:.1f} GB are free."
             if need > ESTIMATE_MARGIN * free:

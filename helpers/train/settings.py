@@ -72,7 +72,8 @@ def dpo_settings(model: PreTrainedModel | PeftModel | None = None) -> dict[str, 
     gpu = profile.name == "gpu"
     small = not gpu or (model is not None and public_name(model) == EMBEDDED_HUB_NAME)
     settings = {
-        # Ten times below SFT: a larger one drives both log-probs down. A small model and few steps need more.
+        # 5e-6 is what recipes publish. At this rank and alpha it needs a thousand steps (docs/results.md), which
+        # train_dpo says before a shorter run (`hardly_moves`). The small model's runs have a few dozen.
         "learning_rate": 2e-4 if small else 5e-6,
         "beta": 0.1,  # the paper's value for dialogue (section 6) and TRL's default
         "max_length": getattr(model, "max_seq_length", profile.max_length),  # Unsloth notes it on the model
@@ -162,6 +163,28 @@ def _check_loss(values: dict[str, Any]) -> None:
         raise UserError("ld_alpha needs a run in one process: TRL scores the reference for it, and shares no cache.")
 
 
+def _steps(pairs: int, values: dict[str, Any]) -> int:
+    total = values.get("max_steps") or -1
+    return total if total > 0 else math.ceil(math.ceil(pairs / pairs_a_step(values)) * values["num_train_epochs"])
+
+
+def hardly_moves(values: dict[str, Any], pairs: int, alpha: float) -> str:
+    """What to say of a run on so many `pairs` that will end where it began; "" if it will move.
+
+    By benchmarks/results/learning_rate.json: while the log-ratio gap is below some 1.5 nats, it is 450 times learning
+    rate times steps at a LoRA `alpha` of 16, within a quarter. A larger alpha is taken to move it in proportion.
+    `values` are the settings of the run, complete.
+    """
+    steps, rate = _steps(pairs, values), values["learning_rate"]
+    nats = 450 * steps * alpha / 16  # for a rate of 1
+    if nats * rate >= 0.3:  # as `diagnose` judges afterwards
+        return ""
+    return (
+        f"{steps} steps at a learning rate of {rate:g} will hardly move the policy: the log-ratio gap ends near "
+        f"{nats * rate:.2f} nats (docs/results.md). learning_rate={3 / nats:.0e} would bring it to some 3 nats."
+    )
+
+
 # How a run is watched and kept, if the caller does not say otherwise; `run_config` says how often.
 RUN_SETTINGS: dict[str, Any] = {
     "eval_strategy": "steps",
@@ -182,10 +205,7 @@ def run_config(folder: Path, pairs: int, values: dict[str, Any], share: dict[str
     Of evaluating and saving, the one of which the caller says nothing follows the other one.
     """
     given = {name: value for name, value in share.items() if value is not None}
-    total = given.get("max_steps", -1)
-    if total <= 0:
-        total = math.ceil(math.ceil(pairs / pairs_a_step(values)) * given["num_train_epochs"])
-    every = math.ceil(total / 3)  # three evaluations, three checkpoints
+    every = math.ceil(_steps(pairs, values) / 3)  # three evaluations, three checkpoints
     steps = given.get("eval_steps") or given.get("save_steps") or every
     usual = RUN_SETTINGS | {"eval_steps": steps, "save_steps": steps}
     for part, other in (("eval", "save"), ("save", "eval")):

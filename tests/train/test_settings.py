@@ -29,8 +29,9 @@ from helpers import UserError, train_dpo
 from helpers.data.load import load_pairs
 from helpers.model.fingerprint import adapter_hash
 from helpers.patches import shared_prompt
-from helpers.train.settings import TABLE, complete_settings, dpo_settings, run_config
+from helpers.train.settings import TABLE, complete_settings, dpo_settings, hardly_moves, run_config
 from tests.conftest import strip
+from tools.tables import result
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +136,25 @@ def test_values_with_one_obvious_meaning_have_it(policy):
     assert expected.items() <= values.items() and isinstance(values["max_steps"], int)
     config = run_config(Path("run"), 64, values, values)
     assert config.report_to == [] and not config.precompute_ref_log_probs
+
+
+def test_a_run_is_told_to_move_hardly_where_the_measured_ones_did():
+    told = 0
+    for row in result("learning_rate")["table"]:
+        gap, words = row["gap"][0], hardly_moves({"learning_rate": row["rate"], "max_steps": row["steps"]}, 360, 16)
+        assert bool(words) == (gap < 0.3)
+        if words:
+            assert float(re.search(r"near (\d\.\d+) nats", words)[1]) == pytest.approx(gap, rel=0.25)
+            assert hardly_moves({"learning_rate": float(re.search("=([^ ]+)", words)[1]), "max_steps": 90}, 0, 16) == ""
+            told += 1
+    assert told == 3
+    assert "90 steps" in hardly_moves(
+        {"learning_rate": 5e-6, "num_train_epochs": 2}
+        | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+        360,
+        16,
+    )
+    assert hardly_moves({"learning_rate": 5e-6, "max_steps": 90}, 360, 64) == ""  # four times the alpha
 
 
 @pytest.mark.parametrize(
