@@ -358,7 +358,7 @@ class _Reader:
             pairs = [_pair(row, layout, *((layout.a, layout.b) if first else (layout.b, layout.a)))]
         else:
             pairs = [_pair(row, layout, layout.chosen, layout.rejected)]
-        extras = {self._kept_name(name): valid_text(row.get(name)) for name in self.extras}
+        extras = {self._kept_name(name): row.get(name) for name in self.extras}
         if "chat_template_kwargs" in extras:
             extras["chat_template_kwargs"] = read_template_kwargs(extras["chat_template_kwargs"])
         if layout.tools or "tools" in extras:

@@ -29,14 +29,9 @@ NOT_TEMPLATE_VARIABLES = set(
 # tokenizer's template shows it.
 KEPT = {name: name for name in ("tool_calls", "tool_call_id", "reasoning_content")}
 KEPT |= {"reasoning": "reasoning_content", "thinking": "reasoning_content", "function_call": "tool_calls"}
-VALUE_KINDS = {
-    str: "a text",
-    list: "a list",
-    dict: "an object",
-    bool: "a truth value",
-    int: "a number",
-    float: "a number",
-}
+VALUE_KINDS = {str: "a text", list: "a list", dict: "an object", bool: "a truth value"} | dict.fromkeys(
+    (int, float), "a number"
+)
 # Dialogues in one text, the most certain spelling first: Anthropic's, one with a line for each turn, one in a single
 # line with or without Vicuna's opening sentence.
 TURNS = (
@@ -51,18 +46,9 @@ ASSISTANT_MARK = re.compile(r"\s*(?:Assistant|ASSISTANT): ?")
 LOOKS_LIKE_MESSAGES = re.compile(r"""\s*(?:array\()?\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
 
 
-def valid_text(value: Any) -> Any:
-    """The same value with halves of surrogate pairs, which no UTF-8 can hold, as U+FFFD in all its texts."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    elif isinstance(value, dict):
-        return {valid_text(key): valid_text(item) for key, item in value.items()}
-    elif isinstance(value, list):
-        return [valid_text(item) for item in value]
-    return value
+def valid_text(text: str) -> str:
+    """The same text with halves of surrogate pairs, which no UTF-8 can hold, as U+FFFD."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _text_of(content: Any, column: str) -> str:
@@ -92,8 +78,8 @@ def _calls(value: Any, column: str) -> list[dict[str, Any]]:
 
 def _turns(message: Any) -> list[Any]:
     if isinstance(message, dict) and "input" in message and not message.keys() & {"role", "from"}:  # XTuner, Capybara
-        names = {"system": "system", "input": "user", "output": "assistant"}
-        return [{"role": role, "content": message[name]} for name, role in names.items() if message.get(name)]
+        roles = {"system": "system", "user": "input", "assistant": "output"}
+        return [{"role": role, "content": message[name]} for role, name in roles.items() if message.get(name)]
     return [message]
 
 
