@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset
+from datasets import Dataset, Features, Json
 from transformers import PreTrainedTokenizerBase
 
 from helpers.common import UserError
 from helpers.data.findings import FINDINGS, WHAT, WORST, Finding, Report
 from helpers.data.measure import BIT, FEATURES, HIDDEN, MEASURES, from_turn, measure_table
-from helpers.data.render import IDS, SIDES, mapped
+from helpers.data.render import BOTH, IDS, is_hybrid, mapped, rows_of, template_options, thinking_off
 from helpers.data.report import load_report
 from helpers.data.split import prompt_families
 
@@ -47,10 +47,10 @@ class _Judge:
 
     def __init__(self, given: Dataset, pairs: Dataset, kept: np.ndarray, measures: dict[str, np.ndarray]):
         self.given, self.pairs, self.kept, self.measures = given, pairs, kept, measures
-        self.sides = np.stack([measures[side] for side in SIDES])  # tokens, shape (2, pairs)
+        self.sides = np.stack([measures[side] for side in BOTH])  # tokens, shape (2, pairs)
         self.findings: list[Finding] = []
 
-    def find(self, code: str, where: np.ndarray, what: str, worst: np.ndarray | None = None) -> None:
+    def find(self, code: str, where: np.ndarray | pd.Series, what: str, worst: np.ndarray | None = None) -> None:
         """Add a finding about these rows, if there are any; the highest of `worst` comes first."""
         rows = np.arange(len(self.kept))[where]
         if worst is not None:
@@ -73,7 +73,7 @@ class _Judge:
             self.find(code, self.measures["marks"] & BIT[mark] > 0, what)
 
     def repeats(self, test: Dataset | None) -> None:
-        texts = pd.DataFrame({name: self.measures[f"{name}_text"] for name in ("prompt", *SIDES)})
+        texts = pd.DataFrame({name: self.measures[f"{name}_text"] for name in ("prompt", *BOTH)})
         same, again = texts.chosen == texts.rejected, texts.duplicated()
         exchanged = pd.MultiIndex.from_frame(texts[["prompt", "rejected", "chosen"]])
         swapped = exchanged.isin(pd.MultiIndex.from_frame(texts)) & ~same
@@ -124,17 +124,17 @@ class _Judge:
             what = f"the longer side is chosen in {longer:.0%}"
             self.find("length_leak", chosen > rejected if longer > 0.5 else chosen < rejected, what, far)
 
-        bits, starts = ([self.measures[f"{side}_{name}"] for side in SIDES] for name in ("features", "start"))
+        bits, starts = ([self.measures[f"{side}_{name}"] for side in BOTH] for name in ("features", "start"))
         features = {name: self._feature(name, *(side >> n & 1 for side in bits)) for n, name in enumerate(FEATURES)}
         counts = [pd.Series(side).value_counts() for side in starts]
         words = counts[0].sub(counts[1], fill_value=0).abs().sort_index().idxmax()
         features["starts alike"] = self._feature(f'starts with "{words}"', *(side == words for side in starts))
         return {
             "pairs": len(self.kept),
-            **{f"{name}_tokens": float(np.median(self.measures[name])) for name in ("prompt", *SIDES)},
+            **{f"{name}_tokens": float(np.median(self.measures[name])) for name in ("prompt", *BOTH)},
             "length_ratio": ratio,
             "longer_is_chosen": longer,
-            "longer_is_chosen_characters": _accuracy(*(self.measures[f"{side}_characters"] for side in SIDES))[0],
+            "longer_is_chosen_characters": _accuracy(*(self.measures[f"{side}_characters"] for side in BOTH))[0],
             "features": features,
         }
 
@@ -180,9 +180,6 @@ def check_pairs(
             keeps the system turn (what can't be shortened is left out), "drop" leaves the rows out, "keep" leaves them
             as they are.
 
-    Returns:
-        A Report, which prints as a short table.
-
     Raises:
         UserError: pairs in another form, a tokenizer without chat template or EOS, or no pair remains.
     """
@@ -200,7 +197,7 @@ def check_pairs(
     table = table.select(kept)
     columns = table.select_columns(list(MEASURES)).with_format("arrow")[:]
     measures = {name: columns[name].to_numpy() for name in MEASURES}
-    judge = _Judge(pairs, _with_prompts(pairs, begins).select(kept), kept, measures)
+    judge = _Judge(pairs, _as_trained(pairs, begins, is_hybrid(tokenizer)).select(kept), kept, measures)
     judge.marks()
     judge.repeats(test)
     judge.scores()
@@ -214,29 +211,34 @@ def check_pairs(
     judge.lengths(max_length)
     figures = judge.leaks()
     judge.left_out()
-    ids, lengths = table.select_columns(list(IDS)), {name: measures[name] for name in ("prompt", *SIDES)}
+    ids, lengths = table.select_columns(list(IDS)), {name: measures[name] for name in ("prompt", *BOTH)}
     return Report(len(pairs), kept, judge.pairs, ids, lengths, counts, figures).add(judge.findings)
 
 
-def _with_prompts(pairs: Dataset, begins: np.ndarray) -> Dataset:
-    """The pairs with each prompt from its turn in `begins` on."""
-    if not begins.any():
+def _as_trained(pairs: Dataset, begins: np.ndarray, hybrid: bool) -> Dataset:
+    """The pairs with each prompt from its turn in `begins` on, and what the renderer adds to their options."""
+    if not (hybrid or begins.any()):
         return pairs
 
-    def prompts(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
-        return {**batch, "prompt": [from_turn(*row) for row in zip(batch["prompt"], begins[rows], strict=True)]}
+    def changed(batch: dict[str, list], places: list[int]) -> dict[str, list]:
+        rows = rows_of(batch)
+        result = {**batch, "prompt": [from_turn(row["prompt"], begins[n]) for row, n in zip(rows, places, strict=True)]}
+        if hybrid:
+            options = [thinking_off(row, hybrid) | template_options(row) for row in rows]
+            result["chat_template_kwargs"] = [{k: v for k, v in own.items() if k != "tools"} for own in options]
+        return result
 
-    return mapped(pairs, prompts, pairs.features, with_indices=True, desc="Shortening prompts")
+    features = pairs.features | ({"chat_template_kwargs": Json()} if hybrid else {})
+    return mapped(pairs, changed, Features(features), with_indices=True, desc="Writing pairs")
 
 
 def _check_arguments(
     pairs: Dataset, test: Dataset | None, tokenizer: PreTrainedTokenizerBase, on_long_prompt: str
 ) -> None:
-    for data, name in ((pairs, "pairs"), (test if test is not None else pairs, "test")):
-        if not (isinstance(data, Dataset) and {"prompt", "chosen", "rejected"} <= set(data.features)):
-            raise UserError(f"{name} is not in the form that load_pairs gives: pass load_pairs(...).")
-        if not (len(data) and isinstance(data[0]["prompt"], list)):
-            raise UserError(f"{name} is empty, or its prompts are no lists of messages: pass load_pairs(...).")
+    for name, data in {"pairs": pairs, "test": pairs if test is None else test}.items():
+        table = isinstance(data, Dataset) and {"prompt", *BOTH} <= set(data.features) and len(data)
+        if not (table and isinstance(data[0]["prompt"], list)):
+            raise UserError(f"{name} is empty, or not in the form that load_pairs gives: pass load_pairs(...).")
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("The tokenizer has no chat template; set tokenizer.chat_template first.")
     if tokenizer.eos_token_id is None:

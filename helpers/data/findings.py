@@ -16,7 +16,7 @@ import yaml
 from datasets import Dataset
 
 from helpers.common import UserError, visible
-from helpers.data.render import data_hash
+from helpers.data.render import data_hash, shared_options
 
 Severity = Literal["error", "warning"]
 WORST = 5  # rows that a finding names
@@ -72,6 +72,11 @@ class Report:
         """`data_hash` of `ids`: the fingerprint of what is trained."""
         return data_hash(self.ids)
 
+    @functools.cached_property
+    def template(self) -> dict[str, Any]:
+        """What the chat template gets for each of `pairs` besides its messages, if it is the same for all."""
+        return shared_options(self.pairs)
+
     def add(self, findings: Iterable[Finding]) -> "Report":
         """Take in further `findings` about the same pairs; returns the report."""
         self.findings = sorted([*self.findings, *findings], key=lambda finding: finding.severity)  # "error" comes first
@@ -111,7 +116,9 @@ class Report:
 
     def _summary(self) -> str:
         kinds = f"{len(self.errors)} kinds of error, {len(self.findings) - len(self.errors)} of warning"
-        return f"{self.checked} pairs checked: {kinds if self.findings else 'nothing found'}."
+        given = ", ".join(f"{name}={value!r}" for name, value in self.template.items())
+        given = f" The chat template gets {given}." if given else ""
+        return f"{self.checked} pairs checked: {kinds if self.findings else 'nothing found'}.{visible(given)}"
 
     def __str__(self) -> str:
         lines = (

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from helpers.data import CODE
 from helpers.data.findings import WHAT
 from helpers.data.messages import prompt_text
-from helpers.data.render import IDS, SIDES, Renderer, encode, mapped, rows_of
+from helpers.data.render import BOTH, IDS, Renderer, encode, has_thought, mapped, rows_of
 from helpers.patches.dataset_key import dataset_key
 
 HIDDEN = ("tool_calls", "reasoning_content")  # what a chat template may leave out of a message
@@ -56,7 +56,7 @@ class Measure:
             lambda token: not tokenizer.decode([token], clean_up_tokenization_spaces=False).strip()
         )
         probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-        whole = self.renderer.texts([probe], [{}])[0] or ""
+        whole = self.renderer.text(probe, {}) or ""
         special = [token for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
         # Control tokens: those of the chat. Others, as SmolLM2's <filename>, are in honest texts too.
         control = {token.content for token in special if token.content in whole or "|" in token.content}
@@ -80,8 +80,8 @@ class Measure:
         """A row with its MEASURES."""
         measures = row | {"prompt": row["prompt_tokens"], "shared": len(row["prompt_ids"])}
         measures["prompt_text"] = text_hash(prompt_text(row["prompt"]))
-        answers = ["\n".join(turn["content"] for turn in row[side] if turn["role"] == "assistant") for side in SIDES]
-        for side, text in zip(SIDES, answers, strict=True):
+        answers = ["\n".join(turn["content"] for turn in row[side] if turn["role"] == "assistant") for side in BOTH]
+        for side, text in zip(BOTH, answers, strict=True):
             answer = THOUGHT.sub("", text).strip()
             measures |= {
                 side: len(row[f"{side}_ids"]),
@@ -98,17 +98,24 @@ class Measure:
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token_id
         texts = [turn["content"] for turn in row["prompt"]] + answers
         control = [any(one in text for one in self.openers) and bool(self.control.search(text)) for text in texts]
-        question, firsts = row["prompt"][-1]["content"].strip(), [row[side][0]["content"].strip() for side in SIDES]
-        words = [[(turn["content"].split(), turn.get("tool_calls")) for turn in row[side]] for side in SIDES]
+        question, firsts = row["prompt"][-1]["content"].strip(), [row[side][0]["content"].strip() for side in BOTH]
+        words = [[(turn["content"].split(), turn.get("tool_calls")) for turn in row[side]] for side in BOTH]
+        plain, cut_off = not has_thought(row), len(row["prompt_ids"]) < row["prompt_tokens"]
+        no_thought = plain and row["asked"].rstrip().endswith("<think>")
+        begins = [row[f"{side}_text"].removeprefix(row["asked"]).lstrip() for side in BOTH]
         return {
-            "prompt_not_prefix": len(row["prompt_ids"]) < row["prompt_tokens"],
+            "thought_missing": no_thought,
+            "prompt_not_prefix": cut_off and not no_thought,
+            "prompt_differs": plain
+            and not cut_off
+            and not all(text.startswith(answer) for text, answer in zip(begins, firsts, strict=True)),
             "completion_empty": not all(text.strip() for text in answers),
-            "eos_missing": any(self._last(row[f"{side}_ids"]) != eos for side in SIDES),
-            "eos_doubled": any(row[f"{side}_ids"].count(eos) > len(row[side]) for side in SIDES),
-            "bos_doubled": bool(bos) and any(bos * 2 in row[f"{side}_text"] for side in SIDES),
+            "eos_missing": any(self._last(row[f"{side}_ids"]) != eos for side in BOTH),
+            "eos_doubled": any(row[f"{side}_ids"].count(eos) > len(row[side]) for side in BOTH),
+            "bos_doubled": bool(bos) and any(bos * 2 in row[f"{side}_text"] for side in BOTH),
             "special_token_in_text": any(control),
             "template_leftover": any(_has_leftover(text) for text, own in zip(texts, control, strict=True) if not own),
-            "user_turn_in_completion": any(len(row[side]) > 1 for side in SIDES),
+            "user_turn_in_completion": any(len(row[side]) > 1 for side in BOTH),
             "not_utf8": any(not t.isascii() and ("\ufffd" in t or LATIN1_OF_UTF8.search(t)) for t in texts),
             "white_space_only": words[0] == words[1] and row["chosen"] != row["rejected"],
             "prompt_is_answer": bool(question) and question in firsts,
@@ -129,18 +136,17 @@ class Measure:
         """The first later turn of a user from which a long prompt fits; 0 if it stays as it is."""
         if self.limit is not None and rendered["prompt_tokens"] > self.limit:
             for begin in [place for place, turn in enumerate(prompt) if turn["role"] == "user"][1:]:
-                short = [from_turn(prompt, begin)]
-                (text,) = self.renderer.texts(short, [rendered["options"]], add_generation_prompt=True)
+                text = self.renderer.text(from_turn(prompt, begin), rendered["options"], add_generation_prompt=True)
                 if len(encode(self.tokenizer, [text or ""])[0]) <= self.limit:
                     return begin
         return 0
 
     def _hides(self, row: dict[str, Any], key: str) -> bool:
         """Whether a side's text is the same without this part of its messages."""
-        for side in SIDES:
+        for side in BOTH:
             talk = row["prompt"] + row[side]
             bare = [{name: value for name, value in turn.items() if name != key} for turn in talk]
-            if talk != bare and self.renderer.texts([bare], [row["options"]])[0] == row[f"{side}_text"]:
+            if talk != bare and self.renderer.text(bare, row["options"]) == row[f"{side}_text"]:
                 return True
         return False
 
@@ -159,8 +165,8 @@ def _has_leftover(text: str) -> bool:
 _SIDE = ("", "_characters", "_text", "_features")
 MEASURES = Features(
     {name: Value("int32") for name in ("prompt", "prompt_given", "prompt_begin", "shared", "marks")}
-    | {name: Value("int64") for name in ("prompt_text", *(side + one for side in SIDES for one in _SIDE))}
-    | {f"{side}_start": Value("string") for side in SIDES}
+    | {name: Value("int64") for name in ("prompt_text", *(side + one for side in BOTH for one in _SIDE))}
+    | {f"{side}_start": Value("string") for side in BOTH}
 )
 
 

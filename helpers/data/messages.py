@@ -3,7 +3,6 @@
 A row that is no pair raises LeftOut with its reason.
 """
 
-import json
 import re
 from typing import Any
 
@@ -199,12 +198,10 @@ def check_roles(prompt: list[dict], chosen: list[dict], rejected: list[dict]) ->
 def read_template_kwargs(value: Any) -> dict[str, Any]:
     """A row's template variables, from JSON or an object. Raises LeftOut if it sets what it may not."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else {}
-        except ValueError:
-            raise LeftOut("chat_template_kwargs is no JSON") from None
+        value = opened(value.strip() or "{}")
     if not isinstance(value or {}, dict):
-        raise LeftOut(f"chat_template_kwargs is {kind_of(value)}, not an object")
+        what = "no JSON" if isinstance(value, str) else f"{kind_of(value)}, not an object"
+        raise LeftOut(f"chat_template_kwargs is {what}")
     wrong = NOT_TEMPLATE_VARIABLES & set(value or {})
     if wrong:
         raise LeftOut(f"chat_template_kwargs sets {', '.join(sorted(wrong))}, which a row may not")

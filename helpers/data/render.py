@@ -24,7 +24,8 @@ from helpers.patches.given_ids import ID_COLUMNS
 from helpers.session import quiet_progress
 
 Prompt = str | list[dict] | dict  # a question, a conversation, or a row of pairs
-SIDES = ("chosen", "rejected")
+BOTH = ("chosen", "rejected")
+TEXTS = ("asked", "chosen_text", "rejected_text")
 BATCH = 500  # rows at a time: enough for the tokenizer's threads, little enough to keep memory flat
 IDS = Features({name: List(Value("int32")) for name in ID_COLUMNS})
 
@@ -58,6 +59,32 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options: 
     return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
+def reply_opening(tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+    """What the `tokenizer`'s chat template, which gets the `options`, writes where a reply begins."""
+    asked = [{"role": "user", "content": "Hi"}]
+    return render(tokenizer, asked, add_generation_prompt=True, **options)[len(render(tokenizer, asked, **options)) :]
+
+
+def is_hybrid(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the `tokenizer`'s chat template puts an empty thought before a reply if it gets enable_thinking=False."""
+    return "</think>" in (_or_none(reply_opening, tokenizer, enable_thinking=False) or "")
+
+
+def has_thought(row: dict[str, Any]) -> bool:
+    """Whether an answer of this row of pairs has a thought."""
+    turns = [turn for side in BOTH for turn in row[side]]
+    return any("<think>" in turn["content"] or turn.get("reasoning_content") for turn in turns)
+
+
+def thinking_off(row: dict[str, Any], hybrid: bool) -> dict[str, Any]:
+    """What a `hybrid` thinker's chat template gets for a `row` of pairs whose answers are one turn without a thought.
+
+    It writes an empty thought before such an answer, but before a reply it does so only if thinking is off.
+    """
+    ordinary = all(len(row.get(side, ())) == 1 for side in BOTH) and not has_thought(row)
+    return {"enable_thinking": False} if hybrid and ordinary else {}
+
+
 def turns_of(prompt: Prompt) -> list[dict]:
     """The messages of a `prompt`."""
     turns = prompt["prompt"] if isinstance(prompt, dict) else prompt
@@ -72,8 +99,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt], **
     """
     texts = []
     for one in prompts:
-        own = template_options(one) if isinstance(one, dict) else {}
-        texts.append(render(tokenizer, turns_of(one), add_generation_prompt=True, **options | own))
+        own, off = (template_options(one), thinking_off(one, True)) if isinstance(one, dict) else ({}, {})
+        off = off if off and is_hybrid(tokenizer) else {}
+        texts.append(render(tokenizer, turns_of(one), add_generation_prompt=True, **off | options | own))
     return encode(tokenizer, texts)
 
 
@@ -84,8 +112,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
 
 
 def rows_of(batch: dict[str, list]) -> list[dict[str, Any]]:
-    """The rows of a batch of columns."""
-    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    """The rows of a `batch` of columns, without those that nothing is rendered from."""
+    names = [name for name in ("prompt", *BOTH, "tools", "chat_template_kwargs", "origin") if name in batch]
+    return [dict(zip(names, values, strict=True)) for values in zip(*(batch[name] for name in names), strict=True)]
 
 
 def _or_none(call: Callable, *args: Any, **options: Any) -> Any:
@@ -103,25 +132,17 @@ class Renderer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
-        opening = self.texts([[{"role": "user", "content": "x"}]], [{}], add_generation_prompt=True)[0] or ""
+        self.tokenizer, self.hybrid = tokenizer, is_hybrid(tokenizer)
+        opening = self.text([{"role": "user", "content": "x"}], {}, add_generation_prompt=True) or ""
         added = list(getattr(tokenizer, "added_tokens_decoder", {}).values())
         fast = getattr(tokenizer, "is_fast", False) and not getattr(tokenizer, "split_special_tokens", False)
         contents = [token.content for token in added]
         self.cuts = [token.content for token in added if token.special and fast and cuts_cleanly(token, contents)]
         self.cuts.sort(key=opening.rfind, reverse=True)  # the token that opens the answer is nearly always the one
 
-    def texts(self, conversations: list[list[dict]], options: list[dict | None], **kwargs: Any) -> list[str | None]:
-        """Each of `conversations` with its row's `options` and all `kwargs`; None if the template refuses it."""
-        apply, texts = functools.partial(_or_none, self.tokenizer.apply_chat_template, tokenize=False), []
-        rows = zip(conversations, options, strict=True)
-        for own, alike in itertools.groupby(rows, key=lambda row: row[1]):
-            group = [talk for talk, _ in alike]
-            if own is None:
-                texts += [None] * len(group)
-            else:  # if one of many is refused, each by itself
-                texts += apply(group, **own | kwargs) or [apply(one, **own | kwargs) for one in group]
-        return texts
+    def text(self, messages: list[dict], options: dict | None, **more: Any) -> str | None:
+        """`messages` by the chat template, which gets their row's `options` and `more`; None if it refuses them."""
+        return None if options is None else _or_none(render, self.tokenizer, messages, **options | more)
 
     def _cut(self, prompt: str, *others: str) -> int:
         """Up to where all texts are the same and may be cut, so that no token changes; 0 if there is no such place."""
@@ -134,30 +155,32 @@ class Renderer:
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """For each of `rows`, pairs as `load_pairs` gives them, its texts and ids.
 
-        IDS are as TRL's trainer takes them; chosen_text and rejected_text are of the whole conversation; prompt_tokens
-        counts the prompt with what opens the reply, also ids that are not the first of both conversations and so are
-        left out of prompt_ids; refused says whether the chat template raised an error, options what it was given.
+        asked is the text of the prompt with what opens the reply, and prompt_tokens counts its tokens; chosen_text and
+        rejected_text are of the whole conversation. IDS are as TRL's trainer takes them: prompt_ids are those of asked
+        that both conversations begin with. options is what the chat template got, refused whether it raised an error.
         """
-        options = [_or_none(template_options, row) for row in rows]
-        columns = [self.texts([row["prompt"] for row in rows], options, add_generation_prompt=True)]
-        columns += [self.texts([row["prompt"] + row[side] for row in rows], options) for side in SIDES]
-        texts = [[text or "" for text in row] for row in zip(*columns, strict=True)]
-        pieces = []  # what the three texts of a row share, and what follows in each of them
-        for row in texts:
-            cut = self._cut(*row)
-            pieces += [row[0][:cut], *(text[cut:] for text in row)]
+        result, pieces = [self._texts(row) for row in rows], []
+        for one in result:
+            asked, *whole = (one[name] for name in TEXTS)
+            cut = self._cut(asked, *whole)
+            pieces += [asked[:cut], *(text[cut:] for text in (asked, *whole))]
         ids = iter(encode(self.tokenizer, pieces))
-        result = []
-        for row, own, *given in zip(texts, options, *columns, strict=True):
+        for one in result:
             part, end, chosen, rejected = itertools.islice(ids, 4)
-            if self.cuts and not result and part + chosen != encode(self.tokenizer, [row[1]])[0]:
+            if self.cuts and one is result[0] and part + chosen != encode(self.tokenizer, [one["chosen_text"]])[0]:
                 self.cuts = []  # by the rules of `cuts_cleanly` this cannot be; one row of each batch is still compared
                 return self(rows)
             shared = len(os.path.commonprefix([end, chosen, rejected]))
-            texts_and_ids = (row[1], row[2], part + end[:shared], chosen[shared:], rejected[shared:])
-            named = dict(zip(("chosen_text", "rejected_text", *IDS), texts_and_ids, strict=True))
-            result.append(named | {"options": own, "refused": None in given, "prompt_tokens": len(part) + len(end)})
+            one["prompt_tokens"] = len(part) + len(end)
+            one |= zip(IDS, (part + end[:shared], chosen[shared:], rejected[shared:]), strict=True)
         return result
+
+    def _texts(self, row: dict[str, Any]) -> dict[str, Any]:
+        options = _or_none(lambda: thinking_off(row, self.hybrid) | template_options(row))
+        texts = [self.text(row["prompt"], options, add_generation_prompt=True)]
+        texts += [self.text(row["prompt"] + row[side], options) for side in BOTH]
+        named = zip(TEXTS, (text or "" for text in texts), strict=True)
+        return {"options": options, "refused": None in texts, **dict(named)}
 
 
 def cuts_cleanly(token: Any, others: Iterable[str]) -> bool:

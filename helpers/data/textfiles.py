@@ -19,6 +19,7 @@ from helpers.common import UserError
 from helpers.data.messages import valid_text
 from helpers.data.preferences import LeftOut
 
+UNEVEN = "more or fewer fields than the first line has"
 NO_SPACE = re.compile(r"[^ \t\r\n\ufeff]")
 DOUBLED = re.compile(r'(?:^|\t)"[^\t]*""[^\t]*"(?:\t|[\r\n]*$)')  # a mark between tabs that is doubled in its field
 HALF_EMOJI = re.compile(r"\\u[dD][89a-fA-F]")  # or a whole one
@@ -135,9 +136,9 @@ def rows_in(whole: Any, name: str) -> list | None:
         if len(set(map(len, lists.values()))) > 1:
             raise UserError(f"{name}: the columns are of unequal length: {sizes}.")
         return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
-    keys = {tuple(value) if isinstance(value, dict) else None for value in values}
-    if None in keys:
+    if not all(isinstance(value, dict) for value in values):
         return None
+    keys = {tuple(value) for value in values}
     if len(keys) == 1 and all(str(key).isdigit() for key in keys.pop()):  # by pandas: column -> row number -> value
         return rows_in({key: list(value.values()) for key, value in whole.items()}, name)
     return values
@@ -148,19 +149,25 @@ def _open_text(path: Path, skip: int) -> Iterator[str]:
         yield from itertools.islice(lines, skip, None)
 
 
-def _count(path: Path, name: str, skip: int, form: dict[str, Any]) -> tuple[int, int, list[str]]:
-    """How many rows are as long as the names, how many are not, and the names. Raises UserError for wrong quotes."""
-    reader = csv.reader(_open_text(path, skip), **form)
+def _fields(path: Path, name: str, skip: int, form: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """The fields of each row, the names among them, with the line that it starts on."""
+    reader, start = csv.reader(_open_text(path, skip), **form), skip + 1
     try:
-        names = next(reader, [])
-        lengths = Counter(map(len, reader))
+        for fields in reader:
+            if fields:
+                yield f"{name}:{start}", fields
+            start = skip + reader.line_num + 1
     except csv.Error as error:
         raise UserError(
             f"{name}, line {skip + reader.line_num}: not valid CSV ({error}). A field that holds a quote, a line break "
             f"or {form['delimiter']!r} must stand in double quotes, and a quote in it must be doubled."
         ) from None
-    whole = lengths.pop(len(names), 0)
-    return whole, lengths.total() - lengths[0], names
+
+
+def _count(rows: Iterator[tuple[str, list[str]]]) -> tuple[int, int]:
+    """How many rows are as long as the first, and how many are not."""
+    first, *others = [len(fields) for _, fields in rows] or [0]
+    return others.count(first), len(others) - others.count(first)
 
 
 def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
@@ -178,45 +185,40 @@ def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
     split = {mark: next(csv.reader([head], delimiter=mark), []) for mark in ",;\t|"}
     mark = named[1] if named else "\t" if tsv and "\t" in head else max(split, key=lambda mark: len(split[mark]))
     spaced = mark == "," and len(split[mark]) > 1 and all(name.startswith(" ") for name in split[mark][1:])
-    quotes = {"delimiter": mark, "strict": True, "skipinitialspace": spaced}
-    text = {"delimiter": mark, "quoting": csv.QUOTE_NONE}
+    quotes: dict[str, Any] = {"delimiter": mark, "strict": True, "skipinitialspace": spaced}
+    text: dict[str, Any] = {"delimiter": mark, "quoting": csv.QUOTE_NONE}
     usual = mark != "\t" or head.startswith('"')
-    as_text = _count(path, name, skip, text)
+    whole, other = _count(_fields(path, name, skip, text))
     try:
-        as_quotes = _count(path, name, skip, quotes)
+        quoted, quoted_other = _count(_fields(path, name, skip, quotes))
     except UserError:
         if usual:
             raise
-        as_quotes = -1, 0, []
-    more, other, quoted = as_text[0] - as_quotes[0], as_text[1], as_quotes[0]
-    if more > 0 and quoted >= 0 and (not other if usual else other and not as_quotes[1]):
+        quoted, quoted_other = -1, 0
+    if whole > quoted >= 0 and (not other if usual else other and not quoted_other):
         raise UserError(
-            f"{name} can be read in two ways: as {quoted} rows with quotes around fields, or as {as_text[0]} rows, one "
-            "a line, with quotes as text. Save it as JSONL, which has only one reading."
+            f"{name} can be read in two ways: as {quoted} rows with quotes around fields, or as {whole} rows, one a "
+            "line, with quotes as text. Save it as JSONL, which has only one reading."
         )
-    as_names = usual or more < 0 or (more == 0 and (not tsv or any(map(DOUBLED.search, _open_text(path, skip)))))
-    whole, other, names = as_quotes if as_names else as_text
+    doubled = quoted == whole and (not tsv or any(map(DOUBLED.search, _open_text(path, skip))))
+    form, whole, other = (quotes, quoted, quoted_other) if usual or quoted > whole or doubled else (text, whole, other)
     if other and not whole:
         raise UserError(
             f"{name}: no row has as many fields as line {skip + 1}, which should hold the names of the columns and "
-            f"holds {', '.join(map(repr, names)):.200}."
+            f"holds {', '.join(map(repr, next(csv.reader([head], **form)))):.200}."
         )
-    return skip, quotes if as_names else text
+    return skip, form
 
 
 def csv_rows(path: Path, name: str, skip: int, form: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Rows of a CSV file, all as text. Not by `load_dataset`: its reader makes nothing of the answers "NA" and "None",
     and the number 1.5 of "1.50"."""
-    reader = csv.reader(_open_text(path, skip), **form)
+    rows = _fields(path, name, skip, form)
     # A column without a name, like pandas' row numbers, is called by its place: it can be kept, but not read.
-    names = [name.strip() or f"column {place}" for place, name in enumerate(next(reader, []), 1)]
+    names = [name.strip() or f"column {place}" for place, name in enumerate(next(rows, ("", []))[1], 1)]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UserError(f"{name}: two columns of the first line have the same name, {twice[0]!r}. Rename one.")
-    start = skip + reader.line_num + 1
-    for fields in reader:
-        if fields:
-            row = dict(zip(names, fields, strict=False))
-            uneven = len(fields) != len(names)
-            yield f"{name}:{start}", LeftOut("more or fewer fields than the first line has") if uneven else row
-        start = skip + reader.line_num + 1
+    for origin, fields in rows:
+        even = len(fields) == len(names)
+        yield origin, dict(zip(names, fields, strict=True)) if even else LeftOut(UNEVEN)
