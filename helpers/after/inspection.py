@@ -255,9 +255,8 @@ def token_rewards(run: OpenRun | Run | str | Path, pair: dict) -> pd.DataFrame:
     """
     opened = _opened(run)
     # Not as a Dataset, which would give each tool of the row the keys of the others.
-    rendered = Renderer(opened.tokenizer)({name: [value] for name, value in pair.items()})
-    if rendered["refused"][0]:
+    (row,) = Renderer(opened.tokenizer)([pair])
+    if row["refused"]:
         raise UserError("The chat template refuses this pair. check_pairs says why such rows are errors.")
-    row = {name: column[0] for name, column in rendered.items()}
     tables = [_side_rewards(opened, side, row["prompt_ids"], row[f"{side}_ids"]) for side in ("chosen", "rejected")]
     return pd.concat(tables, ignore_index=True)

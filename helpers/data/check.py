@@ -3,22 +3,18 @@
 `check_pairs` measures every pair once (`helpers.data.measure`) and judges the whole table afterwards.
 """
 
-import itertools
 import re
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset
+from datasets import Dataset, Features, Json
 from transformers import PreTrainedTokenizerBase
 
 from helpers.common import UserError
-from helpers.data.findings import FINDINGS, WORST, Finding, Report
-from helpers.data.measure import BIT, FEATURES, THOUGHT, WHAT, first_words, measure_table, measures_of
-from helpers.data.messages import MESSAGES
-from helpers.data.prompts import fit_prompts, fitted_measures
-from helpers.data.render import BATCH, IDS, Renderer, batch_options
+from helpers.data.findings import FINDINGS, WHAT, WORST, Finding, Report
+from helpers.data.measure import BIT, FEATURES, HIDDEN, MEASURES, from_turn, measure_table
+from helpers.data.render import BOTH, IDS, is_hybrid, mapped, rows_of, template_options, thinking_off
 from helpers.data.report import load_report
 from helpers.data.split import prompt_families
 
@@ -44,69 +40,54 @@ def _accuracy(chosen: np.ndarray, rejected: np.ndarray) -> tuple[float, bool]:
 
 
 class _Judge:
-    """Turns measures into findings; `rows` in its methods are positions in the checked pairs."""
+    """Turns measures into findings.
 
-    def __init__(self, pairs: Dataset, measures: dict[str, np.ndarray], live: np.ndarray):
-        self.pairs, self.measures, self.live = pairs, measures, live
+    The measures, `where` (a mask or positions) and `worst` are of the `pairs` that remain, at `kept` of those `given`.
+    """
+
+    def __init__(self, given: Dataset, pairs: Dataset, kept: np.ndarray, measures: dict[str, np.ndarray]):
+        self.given, self.pairs, self.kept, self.measures = given, pairs, kept, measures
+        self.sides = np.stack([measures[side] for side in BOTH])  # tokens, shape (2, pairs)
         self.findings: list[Finding] = []
 
-    def column(self, name: str) -> np.ndarray:
-        return self.measures[name][self.live]
-
-    def find(self, code: str, rows: np.ndarray, what: str, worst: np.ndarray | None = None) -> None:
-        """Add a finding about these rows, if there are any; `worst` (one number a checked pair) sorts them."""
-        if not len(rows):
-            return
+    def find(self, code: str, where: np.ndarray | pd.Series, what: str, worst: np.ndarray | None = None) -> None:
+        """Add a finding about these rows, if there are any; the highest of `worst` comes first."""
+        rows = np.arange(len(self.kept))[where]
         if worst is not None:
             rows = rows[np.argsort(-worst[rows], kind="stable")]
-        named = [f"row {row + 1}" for row in rows[:WORST]]
-        if "origin" in self.pairs.column_names:
-            named = self.pairs.select(rows[:WORST])["origin"][:]
-        self._add(code, len(rows), what, named, rows.tolist())
+        self.add(code, what, self.kept[rows])
 
-    def _add(self, code: str, count: int, what: str, named: list[str], rows: Sequence[int] = ()) -> None:
-        severity, why, cure = FINDINGS[code]
-        self.findings.append(Finding(code, severity, count, what, why, cure, tuple(rows), tuple(named)))
+    def add(self, code: str, what: str, rows: np.ndarray) -> None:
+        """Add a finding about these rows of the given pairs, the worst first, if there are any."""
+        if len(rows):
+            named = [f"row {row + 1}" for row in rows[:WORST]]
+            if "origin" in self.given.column_names:
+                named = self.given.select(rows[:WORST])["origin"][:]
+            severity, why, cure = FINDINGS[code]
+            finding = Finding(code, severity, len(rows), what, why, cure, tuple(rows.tolist()), tuple(named))
+            self.findings.append(finding)
 
     def marks(self) -> None:
-        marks = self.column("marks")
-        for code, what in WHAT.items():
-            self.find(code, self.live[marks & BIT[code] > 0], what)
+        hidden = {key: ("not_rendered", f"{key} that the chat template leaves out") for key in HIDDEN}
+        for mark, (code, what) in ({code: (code, what) for code, what in WHAT.items()} | hidden).items():
+            self.find(code, self.measures["marks"] & BIT[mark] > 0, what)
 
     def repeats(self, test: Dataset | None) -> None:
-        texts = pd.DataFrame({name: self.column(f"{name}_text") for name in ("prompt", "chosen", "rejected")})
+        texts = pd.DataFrame({name: self.measures[f"{name}_text"] for name in ("prompt", *BOTH)})
         same, again = texts.chosen == texts.rejected, texts.duplicated()
         exchanged = pd.MultiIndex.from_frame(texts[["prompt", "rejected", "chosen"]])
         swapped = exchanged.isin(pd.MultiIndex.from_frame(texts)) & ~same
-        self.find("same_text", self.live[same], "chosen and rejected are the same")
-        self.find("swapped_labels", self.live[swapped], "the same pair with chosen and rejected swapped")
-        self.find("duplicate_pair", self.live[again], "a pair that was there before")
-        if test is not None:  # by the rule of split_pairs
-            families = pd.Series(prompt_families([*self.pairs["prompt"][:], *test["prompt"][:]]))
-            overlap = families.isin(families[len(self.pairs) :]).to_numpy()
-            self.find("test_overlap", self.live[overlap[self.live]], "a question or talk that is in the test set")
+        self.find("same_text", same, "chosen and rejected are the same")
+        self.find("swapped_labels", swapped, "the same pair with chosen and rejected swapped")
+        self.find("duplicate_pair", again, "a pair that was there before")
+        if test is not None:  # by the rule of split_pairs, also for what was shortened
+            families = pd.Series(prompt_families([*self.given["prompt"][:], *test["prompt"][:]]))
+            overlap = families.isin(families[len(self.given) :]).to_numpy()[self.kept]
+            self.find("test_overlap", overlap, "a question or talk that is in the test set")
         counts = texts.prompt[~again].value_counts()
         if counts.iloc[0] > max(counts.sum() / 2, 2):
-            rows = self.live[texts.prompt == counts.index[0]]
-            self.find("one_prompt", rows, f"the same prompt in {len(rows)} of {len(self.live)} pairs")
-
-    def not_rendered(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Calls of tools and reasoning in messages that the chat template leaves out."""
-        if self.pairs.features["chosen"] == MESSAGES:  # roles and texts only
-            return
-        renderer, rows = Renderer(tokenizer), {"tool_calls": set(), "reasoning_content": set()}
-        for begin in range(0, len(self.live), BATCH):
-            part = self.live[begin : begin + BATCH]
-            batch = self.pairs.select(part)[:]
-            options = batch_options(batch)
-            for side, key in itertools.product(("chosen", "rejected"), rows):
-                talks = [prompt + answer for prompt, answer in zip(batch["prompt"], batch[side], strict=True)]
-                bare = [[{k: v for k, v in turn.items() if k != key} for turn in talk] for talk in talks]
-                shown, hidden = (renderer.texts(some, options) for some in (talks, bare))
-                same = zip(part.tolist(), talks, bare, shown, hidden, strict=True)
-                rows[key] |= {row for row, talk, less, text, other in same if talk != less and text == other}
-        for key, found in rows.items():
-            self.find("not_rendered", np.array(sorted(found), dtype=int), f"{key} that the chat template leaves out")
+            one = texts.prompt == counts.index[0]
+            self.find("one_prompt", one, f"the same prompt in {one.sum()} of {len(texts)} pairs")
 
     def scores(self) -> None:
         """Columns such as score_chosen and score_rejected, or margin, that say the opposite of the labels."""
@@ -115,73 +96,64 @@ class _Judge:
         gaps = {f"{a} below {b}": self._numbers(a) - self._numbers(b) for a, b in twins if a != b and b in names}
         gaps |= {"margin below zero": self._numbers("margin")} if "margin" in names else {}
         for what, gap in gaps.items():
-            self.find("score_below", self.live[gap[self.live] < 0], what, -gap)
+            self.find("score_below", gap < 0, what, -gap)
 
     def _numbers(self, column: str) -> np.ndarray:
         """What is no number, as NaN."""
         return pd.to_numeric(pd.Series(self.pairs[column][:], dtype=object), errors="coerce").to_numpy(float)
 
     def lengths(self, max_length: int) -> None:
-        shared, longest = self.measures["shared"], np.maximum(self.measures["chosen"], self.measures["rejected"])
-        prompt_fills = self.column("shared") >= max_length
-        self.find("no_room", self.live[prompt_fills], f"a prompt that fills all {max_length} tokens", shared)
-        over = self.live[~prompt_fills & (self.column("shared") + longest[self.live] > max_length)]
-        lost = {name: np.maximum(shared + self.measures[name] - max_length, 0) for name in ("chosen", "rejected")}
-        cut = int(sum(tokens[over].sum() for tokens in lost.values()))
-        total = int(self.column("chosen").sum() + self.column("rejected").sum())
-        what = f"pairs over {max_length} tokens; {cut} of {total} completion tokens would be cut"
-        self.find("over_max_length", over, what, lost["chosen"] + lost["rejected"])
+        shared = self.measures["shared"]
+        full = shared >= max_length
+        self.find("no_room", full, f"a prompt that fills all {max_length} tokens", shared)
+        lost = np.maximum(shared + self.sides - max_length, 0).sum(axis=0)
+        over = ~full & (lost > 0)
+        cut = f"{lost[over].sum()} of {self.sides.sum()} completion tokens would be cut"
+        self.find("over_max_length", over, f"pairs over {max_length} tokens; {cut}", lost)
 
     def leaks(self) -> dict[str, Any]:
         """Findings of what tells the sides apart; returns the figures."""
-        chosen, rejected = self.column("chosen"), self.column("rejected")
+        chosen, rejected = self.sides
+        far = np.abs(np.log(np.maximum(chosen, 1) / np.maximum(rejected, 1)))
         ratio = float(np.median(chosen / np.maximum(rejected, 1)))
-        sides, far = (self.live[chosen < rejected], self.live[chosen > rejected]), np.zeros(len(self.pairs))
-        far[self.live] = np.abs(np.log(np.maximum(chosen, 1) / np.maximum(rejected, 1)))
         if not LENGTH_RATIOS[0] <= ratio <= LENGTH_RATIOS[1]:
-            self.find("length_ratio", sides[ratio > 1], f"median length of chosen / rejected is {ratio:.2f}", far)
+            what = f"median length of chosen / rejected is {ratio:.2f}"
+            self.find("length_ratio", chosen > rejected if ratio > 1 else chosen < rejected, what, far)
         longer, leak = _accuracy(chosen, rejected)
         if leak:
-            self.find("length_leak", sides[longer > 0.5], f"the longer side is chosen in {longer:.0%}", far)
+            what = f"the longer side is chosen in {longer:.0%}"
+            self.find("length_leak", chosen > rejected if longer > 0.5 else chosen < rejected, what, far)
 
-        features: dict[str, float] = {}
-        bits = self.column("chosen_features"), self.column("rejected_features")
-        for place, name in enumerate(FEATURES):
-            features[name] = self._feature(name, *(side >> place & 1 for side in bits))
-        starts = self.column("chosen_start"), self.column("rejected_start")
+        bits, starts = ([self.measures[f"{side}_{name}"] for side in BOTH] for name in ("features", "start"))
+        features = {name: self._feature(name, *(side >> n & 1 for side in bits)) for n, name in enumerate(FEATURES)}
         counts = [pd.Series(side).value_counts() for side in starts]
-        words = counts[0].sub(counts[1], fill_value=0).abs().sort_index().idxmax()  # a hash
-        where = np.flatnonzero((starts[0] == words) | (starts[1] == words))[0]
-        side = "chosen" if starts[0][where] == words else "rejected"
-        turns = self.pairs[int(self.live[where])][side]
-        text = "\n".join(turn["content"] for turn in turns if turn["role"] == "assistant")
-        phrase = first_words(THOUGHT.sub("", text).strip())
-        features["starts alike"] = self._feature(f'starts with "{phrase}"', *(side == words for side in starts))
-        characters = self.column("chosen_characters"), self.column("rejected_characters")
+        words = counts[0].sub(counts[1], fill_value=0).abs().sort_index().idxmax()
+        features["starts alike"] = self._feature(f'starts with "{words}"', *(side == words for side in starts))
         return {
-            "pairs": len(self.live),
-            **{f"{name}_tokens": float(np.median(self.column(name))) for name in ("prompt", "chosen", "rejected")},
+            "pairs": len(self.kept),
+            **{f"{name}_tokens": float(np.median(self.measures[name])) for name in ("prompt", *BOTH)},
             "length_ratio": ratio,
             "longer_is_chosen": longer,
-            "longer_is_chosen_characters": _accuracy(*characters)[0],
+            "longer_is_chosen_characters": _accuracy(*(self.measures[f"{side}_characters"] for side in BOTH))[0],
             "features": features,
         }
 
     def _feature(self, name: str, chosen: np.ndarray, rejected: np.ndarray) -> float:
         accuracy, leak = _accuracy(chosen, rejected)
         if leak:
-            rows = self.live[(chosen > rejected) if accuracy > 0.5 else (chosen < rejected)]
             shares = f"in {chosen.mean():.0%} of chosen, {rejected.mean():.0%} of rejected"
-            right = max(accuracy, 1 - accuracy)
-            self.find("feature_leak", rows, f"{name}: {shares}; guessing by it is right in {right:.0%}")
+            what = f"{name}: {shares}; guessing by it is right in {max(accuracy, 1 - accuracy):.0%}"
+            self.find("feature_leak", chosen > rejected if accuracy > 0.5 else chosen < rejected, what)
         return accuracy
 
     def left_out(self) -> None:
-        loaded = load_report(self.pairs)
+        loaded = load_report(self.given)
         if loaded and loaded.left_out:
             reasons = "; ".join(f"{rows['count']} {reason}" for reason, rows in loaded.left_out.items())
             named = [origin for rows in loaded.left_out.values() for origin in rows["origins"]][:WORST]
-            self._add("left_out", loaded.rows - loaded.pairs, f"left out when read: {reasons}", named)
+            severity, why, cure = FINDINGS["left_out"]
+            what, count = f"left out when read: {reasons}", loaded.rows - loaded.pairs
+            self.findings.append(Finding("left_out", severity, count, what, why, cure, origins=tuple(named)))
 
 
 def check_pairs(
@@ -208,59 +180,65 @@ def check_pairs(
             keeps the system turn (what can't be shortened is left out), "drop" leaves the rows out, "keep" leaves them
             as they are.
 
-    Returns:
-        A Report, which prints as a short table.
-
     Raises:
         UserError: pairs in another form, a tokenizer without chat template or EOS, or no pair remains.
     """
     _check_arguments(pairs, test, tokenizer, on_long_prompt)
-    table = measure_table(pairs, tokenizer)
-    measures = measures_of(table)
-    tokens = measures["prompt"]
-    long = np.flatnonzero(tokens > max_prompt_length)
-    fitted = fit_prompts(pairs, table, tokenizer, long, max_prompt_length, on_long_prompt)
-    shortened, left_out = len(fitted.shortened), len(fitted.dropped)
-    if left_out == len(pairs):
+    table = measure_table(pairs, tokenizer, max_prompt_length if on_long_prompt == "shorten" else None)
+    tokens, begins = (table.with_format("numpy")[name][:] for name in ("prompt_given", "prompt_begin"))
+    long = tokens > max_prompt_length
+    dropped = long & (begins == 0) & (on_long_prompt != "keep")
+    if dropped.all():
         raise UserError(
             f"Every prompt has more than {max_prompt_length} tokens and none can be shortened by whole turns: raise "
             'max_prompt_length, or pass on_long_prompt="keep".'
         )
-    measures, kept = fitted_measures(measures, fitted)
-    judge = _Judge(pairs, measures, kept)
+    kept, counts = np.flatnonzero(~dropped), {"shortened": int((begins > 0).sum()), "left_out": int(dropped.sum())}
+    table = table.select(kept)
+    columns = table.select_columns(list(MEASURES)).with_format("arrow")[:]
+    measures = {name: columns[name].to_numpy() for name in MEASURES}
+    judge = _Judge(pairs, _as_trained(pairs, begins, is_hybrid(tokenizer)).select(kept), kept, measures)
     judge.marks()
     judge.repeats(test)
-    judge.not_rendered(tokenizer)
     judge.scores()
-    judge.find(
+    places = np.flatnonzero(long)
+    judge.add(
         "long_prompt",
-        long,
-        f"prompts over {max_prompt_length} tokens: {shortened} shortened, {left_out} left out, "
-        f"{len(long) - shortened - left_out} kept",
-        tokens,
+        f"prompts over {max_prompt_length} tokens: {counts['shortened']} shortened, {counts['left_out']} left out, "
+        f"{len(places) - sum(counts.values())} kept",
+        places[np.argsort(-tokens[places], kind="stable")],
     )
     judge.lengths(max_length)
     figures = judge.leaks()
     judge.left_out()
-    return Report(
-        checked=len(pairs),
-        pairs=fitted.pairs,
-        ids=fitted.table.select_columns(list(IDS)),
-        kept=kept,
-        figures=figures,
-        prompts={"shortened": shortened, "left_out": left_out},
-        lengths={name: measures[name][kept] for name in ("prompt", "chosen", "rejected")},
-    ).add(judge.findings)
+    ids, lengths = table.select_columns(list(IDS)), {name: measures[name] for name in ("prompt", *BOTH)}
+    return Report(len(pairs), kept, judge.pairs, ids, lengths, counts, figures).add(judge.findings)
+
+
+def _as_trained(pairs: Dataset, begins: np.ndarray, hybrid: bool) -> Dataset:
+    """The pairs with each prompt from its turn in `begins` on, and what the renderer adds to their options."""
+    if not (hybrid or begins.any()):
+        return pairs
+
+    def changed(batch: dict[str, list], places: list[int]) -> dict[str, list]:
+        rows = rows_of(batch)
+        result = {**batch, "prompt": [from_turn(row["prompt"], begins[n]) for row, n in zip(rows, places, strict=True)]}
+        if hybrid:
+            options = [thinking_off(row, hybrid) | template_options(row) for row in rows]
+            result["chat_template_kwargs"] = [{k: v for k, v in own.items() if k != "tools"} for own in options]
+        return result
+
+    features = pairs.features | ({"chat_template_kwargs": Json()} if hybrid else {})
+    return mapped(pairs, changed, Features(features), with_indices=True, desc="Writing pairs")
 
 
 def _check_arguments(
     pairs: Dataset, test: Dataset | None, tokenizer: PreTrainedTokenizerBase, on_long_prompt: str
 ) -> None:
-    for data, name in ((pairs, "pairs"), (test if test is not None else pairs, "test")):
-        if not (isinstance(data, Dataset) and {"prompt", "chosen", "rejected"} <= set(data.features)):
-            raise UserError(f"{name} is not in the form that load_pairs gives: pass load_pairs(...).")
-        if not (len(data) and isinstance(data[0]["prompt"], list)):
-            raise UserError(f"{name} is empty, or its prompts are no lists of messages: pass load_pairs(...).")
+    for name, data in {"pairs": pairs, "test": pairs if test is None else test}.items():
+        table = isinstance(data, Dataset) and {"prompt", *BOTH} <= set(data.features) and len(data)
+        if not (table and isinstance(data[0]["prompt"], list)):
+            raise UserError(f"{name} is empty, or not in the form that load_pairs gives: pass load_pairs(...).")
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("The tokenizer has no chat template; set tokenizer.chat_template first.")
     if tokenizer.eos_token_id is None:

@@ -6,7 +6,7 @@ Other wings add findings of the same type (`helpers.thinking.check`).
 import functools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,16 +16,17 @@ import yaml
 from datasets import Dataset
 
 from helpers.common import UserError, visible
-from helpers.data.render import data_hash
+from helpers.data.render import data_hash, shared_options
 
 Severity = Literal["error", "warning"]
 WORST = 5  # rows that a finding names
 SHOWN_CHARACTERS = 200  # characters of a text that a report shows
+_CATALOGUE: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("findings.yaml").read_text("utf-8"))
 # code: (severity, why it matters, what to do)
 FINDINGS: dict[str, tuple[Severity, str, str]] = {
-    code: (one["severity"], one["why"], one["cure"])
-    for code, one in yaml.safe_load(Path(__file__).with_name("findings.yaml").read_text("utf-8")).items()
+    code: (one["severity"], one["why"], one["cure"]) for code, one in _CATALOGUE.items()
 }
+WHAT: dict[str, str] = {code: one["what"] for code, one in _CATALOGUE.items() if "what" in one}
 
 
 @dataclass(frozen=True)
@@ -45,39 +46,26 @@ class Finding:
 
 def _worst_rows(finding: Finding) -> str:
     """The worst rows in short: "pairs.jsonl:3, 7, 9, ..."."""
-    names: list[str] = []
-    before = None
+    names, before = [], None
     for origin in finding.origins:
-        place = re.fullmatch(r"(.*[: ])(\d+)", origin)
-        same = place is not None and place[1] == before
-        names.append(place[2] if same else origin)
-        before = place[1] if place else None
+        head, place = re.findall(r"^(.*[: ](?=\d+$))?(.*)$", origin, re.DOTALL)[0]
+        names.append(place if head and head == before else origin)
+        before = head
     return visible(", ".join(names), SHOWN_CHARACTERS) + (", ..." if finding.count > len(names) > 0 else "")
 
 
+@dataclass(repr=False, eq=False)
 class Report:
-    """The findings of a check. It prints as a short table; `to_frame()` has the reasons and the cures as well.
+    """What a check found. It prints as a short table; `to_frame()` has the reasons and the cures as well."""
 
-    `findings`: list of Finding, errors first. `figures`: numbers of the whole set (pairs, median lengths in tokens,
-    length ratio, how often the longer side is chosen, accuracy of each feature alone). `lengths`: tokens of each pair
-    that remains, as arrays "prompt", "chosen", "rejected". `pairs`: the pairs to train on: long prompts shortened or
-    left out as asked. `prompts`: how many those are, {"shortened": ..., "left_out": ...}. `ids`: token ids of `pairs`,
-    as `tokenize_pairs` gives them. `clean`: `pairs` without the rows of any error.
-    """
-
-    def __init__(
-        self,
-        checked: int,
-        pairs: Dataset,
-        ids: Dataset,
-        kept: np.ndarray,
-        figures: dict[str, Any],
-        prompts: dict[str, int],
-        lengths: dict[str, np.ndarray],
-    ):
-        self.findings: list[Finding] = []
-        self.pairs, self.ids, self.figures, self.prompts, self.lengths = pairs, ids, figures, prompts, lengths
-        self._checked, self._kept = checked, kept  # kept: positions in what was checked, shape (len(pairs),)
+    checked: int  # pairs that were looked at
+    kept: np.ndarray  # positions of `pairs` among them
+    pairs: Dataset  # to train on: long prompts shortened or left out as asked
+    ids: Dataset  # of `pairs`, as `tokenize_pairs` gives them
+    lengths: dict[str, np.ndarray]  # tokens of each of `pairs`: "prompt", "chosen", "rejected"
+    prompts: dict[str, int]  # long ones that were "shortened" and "left_out"
+    figures: dict[str, Any]  # median tokens, length ratio, how often the longer side or a feature alone is chosen
+    findings: list[Finding] = field(default_factory=list)  # errors first
 
     @functools.cached_property
     def hash(self) -> str:
@@ -89,10 +77,14 @@ class Report:
         self.ids = ids
         self.__dict__.pop("hash", None)
 
-    def add(self, findings: "Finding | Iterable[Finding]") -> "Report":
-        """Take in further findings about the same pairs; returns the report."""
-        self.findings += [findings] if isinstance(findings, Finding) else list(findings)
-        self.findings.sort(key=lambda finding: finding.severity)  # stable; "error" comes before "warning"
+    @functools.cached_property
+    def template(self) -> dict[str, Any]:
+        """What the chat template gets for each of `pairs` besides its messages, if it is the same for all."""
+        return shared_options(self.pairs)
+
+    def add(self, findings: Iterable[Finding]) -> "Report":
+        """Take in further `findings` about the same pairs; returns the report."""
+        self.findings = sorted([*self.findings, *findings], key=lambda finding: finding.severity)  # "error" comes first
         return self
 
     @property
@@ -104,23 +96,20 @@ class Report:
     def clean(self) -> Dataset:
         """`pairs` without the rows of any error."""
         bad = {row for finding in self.errors for row in finding.rows}
-        return self.pairs.select([place for place, row in enumerate(self._kept) if int(row) not in bad])
+        return self.pairs.select([place for place, row in enumerate(self.kept) if int(row) not in bad])
 
     def raise_for_errors(self) -> None:
         """Raise UserError if the report holds an error; it names the rows, the cures and how to go on anyway."""
-        if not self.errors:
-            return
-        lines = [
-            f"- {visible(error.what, SHOWN_CHARACTERS)}: {error.count} ({_worst_rows(error)}). {error.cure}"
-            for error in self.errors
-        ]
-        raise UserError(
-            "These pairs have errors that would spoil training:\n"
-            + "\n".join(lines)
-            + "\nMend the data, or go on with "
-            "check_pairs(...).clean in its place, which leaves the rows with errors out "
-            f"({len(self.clean)} of {self._checked} pairs remain)."
-        )
+        if self.errors:
+            lines = [
+                f"- {visible(error.what, SHOWN_CHARACTERS)}: {error.count} ({_worst_rows(error)}). {error.cure}"
+                for error in self.errors
+            ]
+            raise UserError(
+                "These pairs have errors that would spoil training:\n" + "\n".join(lines) + "\nMend the data, or go on "
+                "with check_pairs(...).clean in its place, which leaves the rows with errors out "
+                f"({len(self.clean)} of {self.checked} pairs remain)."
+            )
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each finding: severity, code, count, what, rows (the worst), why, cure."""
@@ -132,7 +121,9 @@ class Report:
 
     def _summary(self) -> str:
         kinds = f"{len(self.errors)} kinds of error, {len(self.findings) - len(self.errors)} of warning"
-        return f"{self._checked} pairs checked: {kinds if self.findings else 'nothing found'}."
+        given = ", ".join(f"{name}={value!r}" for name, value in self.template.items())
+        given = f" The chat template gets {given}." if given else ""
+        return f"{self.checked} pairs checked: {kinds if self.findings else 'nothing found'}.{visible(given)}"
 
     def __str__(self) -> str:
         lines = (
@@ -144,8 +135,6 @@ class Report:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        frame = self.to_frame()
-        if not len(frame):
-            return f"<p>{self._summary()}</p>"
         with pd.option_context("display.max_colwidth", None):
-            return f"<p>{self._summary()}</p>{frame.to_html(index=False, border=0)}"
+            table = self.to_frame().to_html(index=False, border=0) if self.findings else ""
+        return f"<p>{self._summary()}</p>{table}"

@@ -4,40 +4,26 @@ The table of measures has the ids too, so that what is checked here is what is t
 pairs that come from a file.
 """
 
+import functools
 import json
 import re
 import uuid
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import Any
 
-import numpy as np
 import xxhash
 from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
 from helpers.data import CODE
+from helpers.data.findings import WHAT
 from helpers.data.messages import prompt_text
-from helpers.data.render import BATCH, IDS, Renderer
+from helpers.data.render import BOTH, IDS, Renderer, encode, has_thought, mapped, rows_of
 from helpers.patches.dataset_key import dataset_key
-from helpers.session import quiet_progress
 
-# What a single row can show, each as one bit of its marks.
-WHAT = {
-    "template_refuses": "the chat template refuses the row",
-    "prompt_not_prefix": "prompt is no token prefix",
-    "completion_empty": "an empty completion",
-    "eos_missing": "a completion does not end in EOS",
-    "eos_doubled": "more than one EOS in a completion",
-    "bos_doubled": "two BOS in a row",
-    "special_token_in_text": "a control token in a text",
-    "user_turn_in_completion": "user turns in a completion",
-    "template_leftover": "chat markup in a text",
-    "not_utf8": "text that is no UTF-8",
-    "white_space_only": "chosen and rejected differ in white space only",
-    "prompt_in_answers": "both answers begin with the prompt",
-    "prompt_is_answer": "an answer that is the prompt",
-}
-BIT = {code: 1 << place for place, code in enumerate(WHAT)}
+HIDDEN = ("tool_calls", "reasoning_content")  # what a chat template may leave out of a message
+BIT = {code: 1 << place for place, code in enumerate((*WHAT, *HIDDEN))}  # each mark of a row is one bit
 LEFTOVER = re.compile(
     r"<[|｜][A-Za-z_▁]{1,30}[|｜]>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>|<extra_id_\d>"
     r"|(?:^|\n)#{2,3} ?(?:Instruction|Response|Human|Assistant):|(?:^\s*|\n)(?:Human|Assistant|USER|ASSISTANT): ?"
@@ -61,96 +47,126 @@ DIGIT = re.compile(r"\d")
 
 
 class Measure:
-    """Measures batches of pairs for one tokenizer."""
+    """Measures batches of pairs for one tokenizer; prompts of more than `limit` tokens lose turns, if there is one."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, limit: int | None = None):
+        self.tokenizer, self.limit = tokenizer, limit
         self.renderer = Renderer(tokenizer)
-        self._blank: dict[int, bool] = {}  # token id -> white space only
+        self._is_blank = functools.cache(
+            lambda token: not tokenizer.decode([token], clean_up_tokenization_spaces=False).strip()
+        )
         probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-        whole = self.renderer.texts([probe], [{}])[0] or ""
+        whole = self.renderer.text(probe, {}) or ""
         special = [token for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
         # Control tokens: those of the chat. Others, as SmolLM2's <filename>, are in honest texts too.
         control = {token.content for token in special if token.content in whole or "|" in token.content}
         control |= {token for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) if token}
         self.control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
-        # What a text must hold for one of the two patterns to be in it; far faster than asking the patterns.
+        # What a text must hold for a control token to be in it; far faster than asking the pattern.
         self.openers = {token[0] for token in control}
-
-    def _text_marks(self, text: str) -> int:
-        marks = 0
-        if any(opener in text for opener in self.openers) and self.control.search(text):
-            marks |= BIT["special_token_in_text"]
-        elif ("<" in text or "[" in text or "##" in text or "\n" in text or ":" in text[:12]) and LEFTOVER.search(text):
-            marks |= BIT["template_leftover"]
-        if not text.isascii() and ("\ufffd" in text or LATIN1_OF_UTF8.search(text)):
-            marks |= BIT["not_utf8"]
-        return marks
-
-    def _is_blank(self, token: int) -> bool:
-        if token not in self._blank:
-            self._blank[token] = not self.tokenizer.decode([token], clean_up_tokenization_spaces=False).strip()
-        return self._blank[token]
-
-    def _side(self, turns: list[dict], ids: list[int]) -> dict[str, int]:
-        """What one completion shows, by the ending of its column's name."""
-        text = "\n".join(turn["content"] for turn in turns if turn["role"] == "assistant")
-        answer, eos = THOUGHT.sub("", text).strip(), self.tokenizer.eos_token_id
-        last = next((token for token in reversed(ids) if token == eos or not self._is_blank(token)), None)
-        faults = {
-            "eos_doubled": ids.count(eos) > len(turns),
-            "eos_missing": last != eos,
-            "completion_empty": not text.strip(),
-            "user_turn_in_completion": len(turns) > 1,
-        }
-        return {
-            "": len(ids),
-            "_characters": len(text),
-            "_text": text_hash(json.dumps(turns)),
-            "_start": text_hash(first_words(answer)),
-            "_features": sum(1 << place for place, test in enumerate(FEATURES.values()) if test(text, answer)),
-            "marks": self._text_marks(text) | sum(BIT[code] for code, there in faults.items() if there),
-        }
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         """Rows of `batch`, columns of pairs, as columns of MEASURES and IDS."""
-        rendered = self.renderer(batch)
-        result: dict[str, list] = {name: [] for name in MEASURES} | {name: rendered[name] for name in IDS}
-        bos = self.tokenizer.bos_token
-        result |= {"prompt": rendered["prompt_tokens"], "shared": [len(ids) for ids in rendered["prompt_ids"]]}
-        for row, prompt in enumerate(batch["prompt"]):
-            marks = BIT["prompt_not_prefix"] if result["shared"][row] < result["prompt"][row] else 0
-            if bos and bos * 2 in rendered["chosen_text"][row] + " " + rendered["rejected_text"][row]:
-                marks |= BIT["bos_doubled"]
-            for turn in prompt:
-                marks |= self._text_marks(turn["content"])
-            marks |= _pair_marks(prompt, batch["chosen"][row], batch["rejected"][row])
-            for side in ("chosen", "rejected"):
-                found = self._side(batch[side][row], rendered[f"{side}_ids"][row])
-                marks |= found.pop("marks")
-                for name, value in found.items():
-                    result[f"{side}{name}"].append(value)
-            result["prompt_text"].append(text_hash(prompt_text(prompt)))
-            result["marks"].append(BIT["template_refuses"] if rendered["refused"][row] else marks)
-        return result
+        rows, measured = rows_of(batch), []
+        for row, rendered in zip(rows, self.renderer(rows), strict=True):
+            of_given = {"prompt_given": rendered["prompt_tokens"], "prompt_begin": self._begin(row["prompt"], rendered)}
+            if begin := of_given["prompt_begin"]:
+                row = row | {"prompt": from_turn(row["prompt"], begin)}
+                (rendered,) = self.renderer([row])
+            measured.append(self._measured(row | rendered) | of_given)
+        return {name: [one[name] for one in measured] for name in (*MEASURES, *IDS)}
+
+    def _measured(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row with its MEASURES."""
+        measures = row | {"prompt": row["prompt_tokens"], "shared": len(row["prompt_ids"])}
+        measures["prompt_text"] = text_hash(prompt_text(row["prompt"]))
+        answers = ["\n".join(turn["content"] for turn in row[side] if turn["role"] == "assistant") for side in BOTH]
+        for side, text in zip(BOTH, answers, strict=True):
+            answer = THOUGHT.sub("", text).strip()
+            measures |= {
+                side: len(row[f"{side}_ids"]),
+                f"{side}_characters": len(text),
+                f"{side}_text": text_hash(json.dumps(row[side])),
+                f"{side}_start": " ".join(answer[:100].split()[:2]).casefold(),
+                f"{side}_features": sum(test(text, answer) << n for n, test in enumerate(FEATURES.values())),
+            }
+        faults = {"template_refuses": True} if row["refused"] else self._faults(row, answers)
+        return measures | {"marks": sum(BIT[code] for code, there in faults.items() if there)}
+
+    def _faults(self, row: dict[str, Any], answers: list[str]) -> dict[str, Any]:
+        """What a row shows, by code; `answers` are the texts of its two sides."""
+        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token_id
+        texts = [turn["content"] for turn in row["prompt"]] + answers
+        control = [any(one in text for one in self.openers) and bool(self.control.search(text)) for text in texts]
+        question, firsts = row["prompt"][-1]["content"].strip(), [row[side][0]["content"].strip() for side in BOTH]
+        words = [[(turn["content"].split(), turn.get("tool_calls")) for turn in row[side]] for side in BOTH]
+        plain, cut_off = not has_thought(row), len(row["prompt_ids"]) < row["prompt_tokens"]
+        no_thought = plain and row["asked"].rstrip().endswith("<think>")
+        begins = [row[f"{side}_text"].removeprefix(row["asked"]).lstrip() for side in BOTH]
+        return {
+            "thought_missing": no_thought,
+            "prompt_not_prefix": cut_off and not no_thought,
+            "prompt_differs": plain
+            and not cut_off
+            and not all(text.startswith(answer) for text, answer in zip(begins, firsts, strict=True)),
+            "completion_empty": not all(text.strip() for text in answers),
+            "eos_missing": any(self._last(row[f"{side}_ids"]) != eos for side in BOTH),
+            "eos_doubled": any(row[f"{side}_ids"].count(eos) > len(row[side]) for side in BOTH),
+            "bos_doubled": bool(bos) and any(bos * 2 in row[f"{side}_text"] for side in BOTH),
+            "special_token_in_text": any(control),
+            "template_leftover": any(_has_leftover(text) for text, own in zip(texts, control, strict=True) if not own),
+            "user_turn_in_completion": any(len(row[side]) > 1 for side in BOTH),
+            "not_utf8": any(not t.isascii() and ("\ufffd" in t or LATIN1_OF_UTF8.search(t)) for t in texts),
+            "white_space_only": words[0] == words[1] and row["chosen"] != row["rejected"],
+            "prompt_is_answer": bool(question) and question in firsts,
+            # Not of one word: "Hello" is rightly answered by "Hello, how are you?"
+            "prompt_in_answers": bool(question)
+            and not question.isalpha()
+            and question not in firsts
+            and all(answer.startswith(question) for answer in firsts),
+            **{key: self._hides(row, key) for key in HIDDEN},
+        }
+
+    def _last(self, ids: list[int]) -> int | None:
+        """The last token that is not white space only."""
+        eos = self.tokenizer.eos_token_id
+        return next((token for token in reversed(ids) if token == eos or not self._is_blank(token)), None)
+
+    def _begin(self, prompt: list[dict], rendered: dict[str, Any]) -> int:
+        """The first later turn of a user from which a long prompt fits; 0 if it stays as it is."""
+        if self.limit is not None and rendered["prompt_tokens"] > self.limit:
+            for begin in [place for place, turn in enumerate(prompt) if turn["role"] == "user"][1:]:
+                text = self.renderer.text(from_turn(prompt, begin), rendered["options"], add_generation_prompt=True)
+                if len(encode(self.tokenizer, [text or ""])[0]) <= self.limit:
+                    return begin
+        return 0
+
+    def _hides(self, row: dict[str, Any], key: str) -> bool:
+        """Whether a side's text is the same without this part of its messages."""
+        for side in BOTH:
+            talk = row["prompt"] + row[side]
+            bare = [{name: value for name, value in turn.items() if name != key} for turn in talk]
+            if talk != bare and self.renderer.text(bare, row["options"]) == row[f"{side}_text"]:
+                return True
+        return False
 
 
-def _pair_marks(prompt: list[dict], chosen: list[dict], rejected: list[dict]) -> int:
-    """What the texts of a pair show next to each other."""
-    question, answers = prompt[-1]["content"].strip(), [side[0]["content"].strip() for side in (chosen, rejected)]
-    words = [[(turn["content"].split(), turn.get("tool_calls")) for turn in side] for side in (chosen, rejected)]
-    marks = BIT["white_space_only"] if words[0] == words[1] and chosen != rejected else 0
-    if question and question in answers:
-        marks |= BIT["prompt_is_answer"]
-    elif question and not question.isalpha() and all(answer.startswith(question) for answer in answers):
-        marks |= BIT["prompt_in_answers"]  # not of one word: "Hello" is rightly answered by "Hello, how are you?"
-    return marks
+def from_turn(prompt: list[dict], begin: int) -> list[dict]:
+    """The `prompt` from the turn `begin` on; a system turn stays."""
+    return [turn for turn in prompt[:begin][:1] if turn["role"] == "system"] + prompt[begin:]
 
 
-_SIDE = ("", "_characters", "_text", "_start", "_features")
+def _has_leftover(text: str) -> bool:
+    """Asked after plain signs of it, which is far faster."""
+    signs = "<" in text or "[" in text or "##" in text or "\n" in text or ":" in text[:12]
+    return signs and LEFTOVER.search(text) is not None
+
+
+_SIDE = ("", "_characters", "_text", "_features")
 MEASURES = Features(
-    {name: Value("int32") for name in ("prompt", "shared", "marks")}
-    | {name: Value("int64") for name in ("prompt_text", *(f"{s}{m}" for s in ("chosen", "rejected") for m in _SIDE))}
+    {name: Value("int32") for name in ("prompt", "prompt_given", "prompt_begin", "shared", "marks")}
+    | {name: Value("int64") for name in ("prompt_text", *(side + one for side in BOTH for one in _SIDE))}
+    | {f"{side}_start": Value("string") for side in BOTH}
 )
 
 
@@ -159,13 +175,8 @@ def text_hash(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode()) - 2**63
 
 
-def first_words(answer: str) -> str:
-    """The first two words of `answer`, without regard to case."""
-    return " ".join(answer[:100].split()[:2]).casefold()
-
-
-def _table_key(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Names everything that the measures depend on: data, tokenizer, template, and the code that measures."""
+def _table_key(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> str:
+    """Names everything that the measures depend on: data, tokenizer, template, limit, and the code that measures."""
     of_pairs = dataset_key(pairs)
     if of_pairs is None:  # in memory: nothing is kept, so any name will do
         return uuid.uuid4().hex
@@ -173,25 +184,11 @@ def _table_key(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
     fast = getattr(tokenizer, "is_fast", False)
     words = tokenizer.backend_tokenizer.to_str() if fast else sorted(tokenizer.get_vocab().items())
     special = sorted(tokenizer.special_tokens_map.items())
-    parts = (of_pairs, words, tokenizer.chat_template, special, version("transformers"), CODE)
+    parts = (of_pairs, words, tokenizer.chat_template, special, limit, version("transformers"), CODE)
     return xxhash.xxh3_128(repr(parts).encode()).hexdigest()
 
 
-def measure_table(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The columns of MEASURES and IDS for `pairs` under `tokenizer`; datasets keeps the table of pairs from a file."""
-    with quiet_progress(len(pairs)):
-        return pairs.map(
-            Measure(tokenizer),
-            batched=True,
-            batch_size=BATCH,
-            remove_columns=pairs.column_names,
-            features=Features({**MEASURES, **IDS}),
-            new_fingerprint=_table_key(pairs, tokenizer),
-            desc="Checking pairs",
-        )
-
-
-def measures_of(table: Dataset) -> dict[str, np.ndarray]:
-    """The columns of MEASURES in a `table` of `measure_table` as arrays of shape (pairs,)."""
-    columns = table.select_columns(list(MEASURES)).with_format("arrow")[:]
-    return {name: columns[name].to_numpy().copy() for name in MEASURES}
+def measure_table(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Dataset:
+    """The columns of MEASURES and IDS for `pairs`, by `Measure`; datasets keeps the table of pairs from a file."""
+    measure, features = Measure(tokenizer, limit), Features({**MEASURES, **IDS})
+    return mapped(pairs, measure, features, new_fingerprint=_table_key(pairs, tokenizer, limit), desc="Checking pairs")

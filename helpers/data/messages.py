@@ -3,7 +3,6 @@
 A row that is no pair raises LeftOut with its reason.
 """
 
-import json
 import re
 from typing import Any
 
@@ -29,14 +28,9 @@ NOT_TEMPLATE_VARIABLES = set(
 # tokenizer's template shows it.
 KEPT = {name: name for name in ("tool_calls", "tool_call_id", "reasoning_content")}
 KEPT |= {"reasoning": "reasoning_content", "thinking": "reasoning_content", "function_call": "tool_calls"}
-VALUE_KINDS = {
-    str: "a text",
-    list: "a list",
-    dict: "an object",
-    bool: "a truth value",
-    int: "a number",
-    float: "a number",
-}
+VALUE_KINDS = {str: "a text", list: "a list", dict: "an object", bool: "a truth value"} | dict.fromkeys(
+    (int, float), "a number"
+)
 # Dialogues in one text, the most certain spelling first: Anthropic's, one with a line for each turn, one in a single
 # line with or without Vicuna's opening sentence.
 TURNS = (
@@ -53,18 +47,9 @@ LOOKS_LIKE_MESSAGES = re.compile(
 )
 
 
-def valid_text(value: Any) -> Any:
-    """The same value with halves of surrogate pairs, which no UTF-8 can hold, as U+FFFD in all its texts."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    elif isinstance(value, dict):
-        return {valid_text(key): valid_text(item) for key, item in value.items()}
-    elif isinstance(value, list):
-        return [valid_text(item) for item in value]
-    return value
+def valid_text(text: str) -> str:
+    """The same text with halves of surrogate pairs, which no UTF-8 can hold, as U+FFFD."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _text_of(content: Any, column: str) -> str:
@@ -94,8 +79,8 @@ def _calls(value: Any, column: str) -> list[dict[str, Any]]:
 
 def _turns(message: Any) -> list[Any]:
     if isinstance(message, dict) and "input" in message and not message.keys() & {"role", "from"}:  # XTuner, Capybara
-        names = {"system": "system", "input": "user", "output": "assistant"}
-        return [{"role": role, "content": message[name]} for name, role in names.items() if message.get(name)]
+        roles = {"system": "system", "user": "input", "assistant": "output"}
+        return [{"role": role, "content": message[name]} for role, name in roles.items() if message.get(name)]
     return [message]
 
 
@@ -215,12 +200,10 @@ def check_roles(prompt: list[dict], chosen: list[dict], rejected: list[dict]) ->
 def read_template_kwargs(value: Any) -> dict[str, Any]:
     """A row's template variables, from JSON or an object. Raises LeftOut if it sets what it may not."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else {}
-        except ValueError:
-            raise LeftOut("chat_template_kwargs is no JSON") from None
+        value = opened(value.strip() or "{}")
     if not isinstance(value or {}, dict):
-        raise LeftOut(f"chat_template_kwargs is {kind_of(value)}, not an object")
+        what = "no JSON" if isinstance(value, str) else f"{kind_of(value)}, not an object"
+        raise LeftOut(f"chat_template_kwargs is {what}")
     wrong = NOT_TEMPLATE_VARIABLES & set(value or {})
     if wrong:
         raise LeftOut(f"chat_template_kwargs sets {', '.join(sorted(wrong))}, which a row may not")

@@ -5,7 +5,6 @@ the chat template with the row's own `tools` and `chat_template_kwargs`. They ar
 make, in batches.
 """
 
-import collections
 import functools
 import hashlib
 import itertools
@@ -25,6 +24,8 @@ from helpers.patches.given_ids import ID_COLUMNS
 from helpers.session import quiet_progress
 
 Prompt = str | list[dict] | dict  # a question, a conversation, or a row of pairs
+BOTH = ("chosen", "rejected")
+TEXTS = ("asked", "chosen_text", "rejected_text")
 BATCH = 500  # rows at a time: enough for the tokenizer's threads, little enough to keep memory flat
 IDS = Features({name: List(Value("int32")) for name in ID_COLUMNS})
 
@@ -43,23 +44,45 @@ def template_options(row: dict[str, Any]) -> dict[str, Any]:
 
 def shared_options(pairs: Dataset) -> dict[str, Any]:
     """The chat_template_kwargs that all rows of `pairs` have in common, e.g. enable_thinking=False; else nothing."""
-    if "chat_template_kwargs" not in pairs.column_names:
-        return {}
-    rows = [template_options({"chat_template_kwargs": own}) for own in pairs["chat_template_kwargs"]]
+    kwargs = pairs["chat_template_kwargs"] if "chat_template_kwargs" in pairs.column_names else []
+    rows = [template_options({"chat_template_kwargs": own}) for own in kwargs]
     return rows[0] if rows and all(row == rows[0] for row in rows) else {}
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options: Any) -> str:
-    """One conversation as the text that the chat template makes of it.
+    """The `messages` of one conversation as text, by the `tokenizer`'s chat template, which gets the `options`.
 
-    Args:
-        tokenizer: the model's. Raises UserError if it has no chat template.
-        messages: of one conversation.
-        options: of the chat template; `add_generation_prompt=True` for a prompt.
+    `add_generation_prompt=True` is for a prompt. Raises UserError if there is no chat template.
     """
     if not tokenizer.chat_template:
         raise UserError("This tokenizer has no chat template: take the instruct version of the model, or set one.")
     return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
+def reply_opening(tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+    """What the `tokenizer`'s chat template, which gets the `options`, writes where a reply begins."""
+    asked = [{"role": "user", "content": "Hi"}]
+    return render(tokenizer, asked, add_generation_prompt=True, **options)[len(render(tokenizer, asked, **options)) :]
+
+
+def is_hybrid(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the `tokenizer`'s chat template puts an empty thought before a reply if it gets enable_thinking=False."""
+    return "</think>" in (_or_none(reply_opening, tokenizer, enable_thinking=False) or "")
+
+
+def has_thought(row: dict[str, Any]) -> bool:
+    """Whether an answer of this row of pairs has a thought."""
+    turns = [turn for side in BOTH for turn in row[side]]
+    return any("<think>" in turn["content"] or turn.get("reasoning_content") for turn in turns)
+
+
+def thinking_off(row: dict[str, Any], hybrid: bool) -> dict[str, Any]:
+    """What a `hybrid` thinker's chat template gets for a `row` of pairs whose answers are one turn without a thought.
+
+    It writes an empty thought before such an answer, but before a reply it does so only if thinking is off.
+    """
+    ordinary = all(len(row.get(side, ())) == 1 for side in BOTH) and not has_thought(row)
+    return {"enable_thinking": False} if hybrid and ordinary else {}
 
 
 def turns_of(prompt: Prompt) -> list[dict]:
@@ -69,21 +92,29 @@ def turns_of(prompt: Prompt) -> list[dict]:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt], **options: Any) -> list[list[int]]:
-    """Token ids of prompts up to where the reply begins.
+    """Token ids of `prompts` up to where the reply begins.
 
-    Args:
-        tokenizer: the model's.
-        prompts: each a question (str), a conversation, or a row of pairs, whose tools and chat_template_kwargs count.
-        options: for the chat template of all of them, e.g. enable_thinking=False; what a row brings goes before it.
+    `options` are for the `tokenizer`'s chat template, e.g. enable_thinking=False; what a row of pairs brings (tools,
+    chat_template_kwargs) goes before them.
     """
-    rows = [(turns_of(one), options | (template_options(one) if isinstance(one, dict) else {})) for one in prompts]
-    texts = [render(tokenizer, turns, add_generation_prompt=True, **own) for turns, own in rows]
-    return encode(tokenizer, texts) if texts else []
+    texts = []
+    for one in prompts:
+        own, off = (template_options(one), thinking_off(one, True)) if isinstance(one, dict) else ({}, {})
+        off = off if off and is_hybrid(tokenizer) else {}
+        texts.append(render(tokenizer, turns_of(one), add_generation_prompt=True, **off | options | own))
+    return encode(tokenizer, texts)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids of rendered `texts`, to which `tokenizer` adds no special tokens: the template wrote them."""
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    call = functools.partial(tokenizer, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return call(texts)["input_ids"] if texts else []
+
+
+def rows_of(batch: dict[str, list]) -> list[dict[str, Any]]:
+    """The rows of a `batch` of columns, without those that nothing is rendered from."""
+    names = [name for name in ("prompt", *BOTH, "tools", "chat_template_kwargs", "origin") if name in batch]
+    return [dict(zip(names, values, strict=True)) for values in zip(*(batch[name] for name in names), strict=True)]
 
 
 def _or_none(call: Callable, *args: Any, **options: Any) -> Any:
@@ -91,13 +122,6 @@ def _or_none(call: Callable, *args: Any, **options: Any) -> Any:
         return call(*args, **options)
     except Exception:  # a template's own: it may raise anything
         return None
-
-
-def batch_options(batch: dict[str, list]) -> list[dict | None]:
-    """`template_options` of each row of `batch`; None for one whose tools cannot be read."""
-    columns = [name for name in ("tools", "chat_template_kwargs") if name in batch]
-    values = zip(*(batch[name] for name in columns), strict=True) if columns else [()] * len(batch["prompt"])
-    return [_or_none(template_options, dict(zip(columns, row, strict=True))) for row in values]
 
 
 class Renderer:
@@ -108,28 +132,17 @@ class Renderer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
-        opening = self.texts([[{"role": "user", "content": "x"}]], [{}], add_generation_prompt=True)[0] or ""
+        self.tokenizer, self.hybrid = tokenizer, is_hybrid(tokenizer)
+        opening = self.text([{"role": "user", "content": "x"}], {}, add_generation_prompt=True) or ""
         added = list(getattr(tokenizer, "added_tokens_decoder", {}).values())
         fast = getattr(tokenizer, "is_fast", False) and not getattr(tokenizer, "split_special_tokens", False)
         contents = [token.content for token in added]
         self.cuts = [token.content for token in added if token.special and fast and cuts_cleanly(token, contents)]
         self.cuts.sort(key=opening.rfind, reverse=True)  # the token that opens the answer is nearly always the one
 
-    def texts(self, conversations: list[list[dict]], options: list[dict | None], **kwargs: Any) -> list[str | None]:
-        """Each of `conversations` with its row's `options` and all `kwargs`; None if the template refuses it."""
-        apply = functools.partial(_or_none, self.tokenizer.apply_chat_template, tokenize=False)
-        texts: list[str | None] = [None] * len(conversations)
-        groups = collections.defaultdict(list)
-        for row, own in enumerate(options):
-            if own is not None:
-                groups[json.dumps(own, sort_keys=True)].append(row)
-        for rows in groups.values():
-            of_all, group = (options[rows[0]] or {}) | kwargs, [conversations[row] for row in rows]
-            rendered = apply(group, **of_all) or [apply(one, **of_all) for one in group]  # one of many may be refused
-            for row, text in zip(rows, rendered, strict=True):
-                texts[row] = text
-        return texts
+    def text(self, messages: list[dict], options: dict | None, **more: Any) -> str | None:
+        """`messages` by the chat template, which gets their row's `options` and `more`; None if it refuses them."""
+        return None if options is None else _or_none(render, self.tokenizer, messages, **options | more)
 
     def _cut(self, prompt: str, *others: str) -> int:
         """Up to where all texts are the same and may be cut, so that no token changes; 0 if there is no such place."""
@@ -139,51 +152,44 @@ class Renderer:
                 return place
         return 0
 
-    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        """The rows of `batch`, columns of pairs as `load_pairs` gives them, as columns of text and ids.
+    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """For each of `rows`, pairs as `load_pairs` gives them, its texts and ids.
 
-        IDS are as TRL's trainer takes them; chosen_text and rejected_text are of the whole conversation; prompt_tokens
-        counts the prompt with what opens the reply, also ids that are not the first of both conversations and so are
-        left out of prompt_ids; refused says whether the chat template raised an error.
+        asked is the text of the prompt with what opens the reply, and prompt_tokens counts its tokens; chosen_text and
+        rejected_text are of the whole conversation. IDS are as TRL's trainer takes them: prompt_ids are those of asked
+        that both conversations begin with. options is what the chat template got, refused whether it raised an error.
         """
-        options, prompts = batch_options(batch), batch["prompt"]
-        whole = [[a + b for a, b in zip(prompts, batch[side], strict=True)] for side in ("chosen", "rejected")]
-        rendered = [self.texts(prompts, options, add_generation_prompt=True), *(self.texts(w, options) for w in whole)]
-        refused = [None in texts for texts in zip(*rendered, strict=True)]
-        texts = [[text or "" for text in column] for column in rendered]
-        cuts = [self._cut(*row) for row in zip(*texts, strict=True)]
-        parts, ends, *sides = self._tokens(texts, cuts)
-        if self.cuts and parts and parts[0] + sides[0][0] != encode(self.tokenizer, [texts[1][0]])[0]:
-            self.cuts = []  # by the rules of `cuts_cleanly` this cannot be; one row of each batch is looked at still
-            return self(batch)
-        result: dict[str, list] = {"chosen_text": texts[1], "rejected_text": texts[2], "refused": refused}
-        result |= {name: [] for name in ("prompt_tokens", *IDS)}
-        for part, end, chosen, rejected in zip(parts, ends, *sides, strict=True):
+        result, pieces = [self._texts(row) for row in rows], []
+        for one in result:
+            asked, *whole = (one[name] for name in TEXTS)
+            cut = self._cut(asked, *whole)
+            pieces += [asked[:cut], *(text[cut:] for text in (asked, *whole))]
+        ids = iter(encode(self.tokenizer, pieces))
+        for one in result:
+            part, end, chosen, rejected = itertools.islice(ids, 4)
+            if self.cuts and one is result[0] and part + chosen != encode(self.tokenizer, [one["chosen_text"]])[0]:
+                self.cuts = []  # by the rules of `cuts_cleanly` this cannot be; one row of each batch is still compared
+                return self(rows)
             shared = len(os.path.commonprefix([end, chosen, rejected]))
-            result["prompt_tokens"].append(len(part) + len(end))
-            result["prompt_ids"].append(part + end[:shared])
-            result["chosen_ids"].append(chosen[shared:])
-            result["rejected_ids"].append(rejected[shared:])
+            one["prompt_tokens"] = len(part) + len(end)
+            one |= zip(IDS, (part + end[:shared], chosen[shared:], rejected[shared:]), strict=True)
         return result
 
-    def _tokens(self, texts: list[list[str]], cuts: list[int]) -> list[list[list[int]]]:
-        """Ids of what the three texts of a row share, of the prompt's end after it, and of both sides after it."""
-        parts = [text[:cut] for text, cut in zip(texts[0], cuts, strict=True)]
-        endings, chosen, rejected = ([text[cut:] for text, cut in zip(column, cuts, strict=True)] for column in texts)
-        unique = list(dict.fromkeys(endings))  # prompts have few
-        ids = iter(encode(self.tokenizer, parts + chosen + rejected + unique))
-        parts, chosen, rejected = (list(itertools.islice(ids, len(cuts))) for _ in range(3))
-        of_ending = dict(zip(unique, ids, strict=True))
-        return [parts, [of_ending[ending] for ending in endings], chosen, rejected]
+    def _texts(self, row: dict[str, Any]) -> dict[str, Any]:
+        options = _or_none(lambda: thinking_off(row, self.hybrid) | template_options(row))
+        texts = [self.text(row["prompt"], options, add_generation_prompt=True)]
+        texts += [self.text(row["prompt"] + row[side], options) for side in BOTH]
+        named = zip(TEXTS, (text or "" for text in texts), strict=True)
+        return {"options": options, "refused": None in texts, **dict(named)}
 
 
 def cuts_cleanly(token: Any, others: Iterable[str]) -> bool:
-    """Whether a text may be tokenised in two parts, the second of which begins with `token`, and keeps its ids.
+    """Whether a text cut in two before the AddedToken `token` keeps its ids; `others` are the texts of all such tokens.
 
-    `token` is an AddedToken, `others` the texts of all. A fast tokenizer takes its added tokens out of the raw text
-    first (the leftmost, longest match), then normalises, splits and merges what lies between them piece by piece, so no
-    merge crosses an added token. A cut before one could still be felt if the match took in white space, depended on
-    the neighbours or on the normaliser, or if another match could begin before the cut and reach over it.
+    A fast tokenizer takes its added tokens out of the raw text first (the leftmost, longest match), then normalises,
+    splits and merges what lies between them piece by piece, so no merge crosses an added token. A cut before one could
+    still be felt if the match took in white space, depended on the neighbours or on the normaliser, or if another match
+    could begin before the cut and reach over it.
     """
     text = token.content
     reaches_over = any(
@@ -192,42 +198,32 @@ def cuts_cleanly(token: Any, others: Iterable[str]) -> bool:
     return not (token.lstrip or token.single_word or token.normalized or reaches_over)
 
 
-# ------------------------------------------------------------------------------------------------ ids of a data set
+def mapped(pairs: Dataset, make: Callable, features: Features, **more: Any) -> Dataset:
+    """What `make` gives for batches of `pairs`, in columns of their own; `more` is for `Dataset.map`."""
+    with quiet_progress(len(pairs)):
+        old = pairs.column_names
+        return pairs.map(make, batched=True, batch_size=BATCH, remove_columns=old, features=features, **more)
 
 
 def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Token ids as DPOTrainer makes them: columns prompt_ids, chosen_ids, rejected_ids (lists of int).
+    """Token ids of `pairs` as DPOTrainer makes them: columns prompt_ids, chosen_ids, rejected_ids (lists of int).
 
-    The completion is what follows the prompt in the text of prompt and completion together.
-
-    Args:
-        pairs: in the form that `load_pairs` gives; their `tools` and `chat_template_kwargs`, if there are any, count.
-        tokenizer: the model's, with its chat template.
-
-    Raises:
-        UserError: the chat template refuses a row.
+    The completion is what follows the prompt in the text of prompt and completion together. Raises UserError if the
+    `tokenizer`'s chat template refuses a row.
     """
     renderer = Renderer(tokenizer)
 
-    def ids(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
-        rendered = renderer(batch)
-        if any(rendered["refused"]):
-            row = rendered["refused"].index(True)
-            origin = batch["origin"][row] if "origin" in batch else f"row {rows[row] + 1}"
-            raise UserError(f"{origin}: the chat template refuses this row. check_pairs names all such rows.")
-        return {name: rendered[name] for name in IDS}
+    def ids(batch: dict[str, list], places: list[int]) -> dict[str, list]:
+        rows = rows_of(batch)
+        rendered = renderer(rows)
+        for place, row, one in zip(places, rows, rendered, strict=True):
+            if one["refused"]:
+                origin = row.get("origin", f"row {place + 1}")
+                raise UserError(f"{origin}: the chat template refuses this row. check_pairs names all such rows.")
+        return {name: [one[name] for one in rendered] for name in IDS}
 
-    with quiet_progress(len(pairs)):
-        return pairs.map(
-            ids,
-            batched=True,
-            with_indices=True,
-            batch_size=BATCH,
-            remove_columns=pairs.column_names,
-            features=IDS,
-            keep_in_memory=True,  # on disk nobody would find it again
-            new_fingerprint=uuid.uuid4().hex,
-        )
+    # Not kept on disk, where nobody would find it again.
+    return mapped(pairs, ids, IDS, with_indices=True, keep_in_memory=True, new_fingerprint=uuid.uuid4().hex)
 
 
 def token_counts(ids: Dataset) -> dict[str, np.ndarray]:

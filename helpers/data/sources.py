@@ -2,6 +2,7 @@
 
 import functools
 import glob
+import hashlib
 import itertools
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import xxhash
+import yaml
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict
 from datasets.exceptions import DatasetsError
 
@@ -28,26 +30,8 @@ from helpers.session import quiet_progress
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}  # suffix -> its reader in `datasets`
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *TABLES)
 LIBRARY_ERRORS = (OSError, EOFError, RuntimeError, ValueError, zlib.error, pa.ArrowException, DatasetsError)
-PICKLE = "is a pickle, which can run code when it is read; it was not opened. Save it as JSONL."
-PACKED = "is packed. Unpack it and pass the file that was in it; only gzip (.gz) is read as it is."
-# What to do about a file that is not read, by what its name ends in.
-INSTEAD = {
-    ".pkl .pickle .pt .pth .bin .joblib": PICKLE,
-    ".zst .zip .bz2 .xz .lz4 .7z .rar .tar .tgz": PACKED,
-    ".xlsx .xls .xlsm .ods": "is a spreadsheet. Save the sheet as CSV (UTF-8), or pass pandas.read_excel(...).",
-    ".png .jpg .jpeg .gif .webp .bmp": "is a picture. A pair is text: a question and two answers to it.",
-    ".db .sqlite .sqlite3": "is a database. Save the table as CSV, or pass pandas.read_sql(...).",
-}
-# The same by its first bytes, whatever its name.
-MAGIC = {
-    rb"\x80[\x02-\x05]": PICKLE,
-    rb"PK\x03\x04": "is a spreadsheet or an archive. Save the sheet as CSV (UTF-8), or unpack the archive.",
-    rb"\x28\xb5\x2f\xfd|BZh[1-9]|\xfd7zXZ": PACKED,
-    rb"\x1f\x8b": "is gzipped, so its name must end in .gz.",
-    rb"\xff\xfe|\xfe\xff|[^\0]\0[^\0]\0|\0[^\0]\0[^\0]": "is written in UTF-16. Save it as UTF-8.",
-    rb"\s*<(?i:!doctype|html|table|\?xml)": "is a web page. Download the file itself.",
-    rb"version https://git-lfs": "is a pointer to the file. Run git lfs pull, or download the file itself.",
-}
+REFUSED = yaml.safe_load(Path(__file__).with_name("refused.yaml").read_text("utf-8"))
+KNOWN = (*SUFFIXES, *" ".join(one["suffixes"] for one in REFUSED if "suffixes" in one).split())
 SPLIT = re.compile(r"(.+)-\d+-of-\d+\b|(?:.*[^a-z])?(train|test|valid|validation|val|dev|eval)(?![a-z])", re.IGNORECASE)
 
 
@@ -72,20 +56,19 @@ def printable(name: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in name)
 
 
-def _dataset_rows(table: Dataset, name: str) -> Iterator[tuple[str, Any]]:
-    # A table that load_pairs made knows where its rows come from.
-    ours = load_report(table) is not None and "origin" in table.column_names
-    for number, row in enumerate(table, 1):
-        yield row.pop("origin") if ours else f"{name} row {number}", row
+def _from_dataset(given: Dataset | DatasetDict, name: str, split: str) -> Source:
+    if isinstance(given, DatasetDict):
+        if split not in given:
+            raise UserError(f"There is no split {split!r}. Pass split= one of {', '.join(given)}.")
+        given = given[split]
+    table = given.with_format(None)
+    ours = load_report(table) is not None and "origin" in table.column_names  # made by load_pairs
 
+    def rows() -> Iterator[tuple[str, Any]]:
+        for number, row in enumerate(table, 1):
+            yield row.pop("origin") if ours else f"{name} row {number}", row
 
-def _from_dataset(table: Dataset | DatasetDict, name: str, split: str) -> Source:
-    if isinstance(table, DatasetDict):
-        if split not in table:
-            raise UserError(f"There is no split {split!r}. Pass split= one of {', '.join(table)}.")
-        table = table[split]
-    table = table.with_format(None)
-    return Source(name, functools.partial(_dataset_rows, table, name), dataset_key(table), table.features)
+    return Source(name, rows, dataset_key(table), table.features)
 
 
 def _from_frame(frame: Any) -> Source:
@@ -131,9 +114,8 @@ def _from_files(files: list[Path], name: str) -> Source:
 def _from_folder(path: Path, name: str, split: str) -> Source:
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():  # by save_to_disk
         return _from_dataset(datasets.load_from_disk(path), name, split)
-    known = (*SUFFIXES, *" ".join(INSTEAD).split())
     inside = sorted(file for file in path.iterdir() if not file.name.startswith((".", "_")))
-    files = [file for file in inside if file.is_file() and _suffix(file) in known]
+    files = [file for file in inside if file.is_file() and _suffix(file) in KNOWN]
     if not files:
         held = printable(", ".join(file.name for file in inside[:5]) or "nothing")
         raise UserError(f"{name} is a folder without a file in {', '.join(SUFFIXES)}. It holds {held}.")
@@ -144,11 +126,11 @@ def _from_file(path: Path, name: str) -> Source:
     suffix = _suffix(path)
     if path.stat().st_size == 0:
         raise UserError(f"{name} is empty.")
-    instead = [advice for suffixes, advice in INSTEAD.items() if suffix in suffixes.split()]
+    instead = [one["advice"] for one in REFUSED if suffix in one.get("suffixes", "").split()]
     if suffix in SUFFIXES:
         with open_bytes(path) as file:
             head = file.read(64)
-        instead = [advice for magic, advice in MAGIC.items() if re.match(magic, head)]
+        instead = [one["advice"] for one in REFUSED if "bytes" in one and re.match(one["bytes"].encode(), head)]
     if instead:
         raise UserError(f"{name} {instead[0]}")
     if suffix not in SUFFIXES:
@@ -160,10 +142,8 @@ def _from_file(path: Path, name: str) -> Source:
         with quiet_progress(0):
             table = datasets.load_dataset(TABLES[suffix], data_files=glob.escape(str(path)), split="train")
         return _from_dataset(table, name, "")
-    content = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            content.update(block)
+        content = hashlib.file_digest(file, xxhash.xxh3_128)
     rows = functools.partial(json_rows, path, name)
     if suffix in (".csv", ".tsv"):
         rows = functools.partial(csv_rows, path, name, *csv_form(path, name, suffix == ".tsv"))
@@ -202,8 +182,7 @@ def open_source(source: Any, split: str) -> Source:
     files = sorted(filter(Path.is_file, map(Path, glob.glob(str(path), recursive=True))))  # noqa: PTH207  (may be absolute)
     if files:
         return _from_files(files, name)
-    known = (*SUFFIXES, *" ".join(INSTEAD).split(), ".py")
-    if _suffix(path) in known or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
+    if _suffix(path) in (*KNOWN, ".py") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
         raise UserError(f"There is no file {printable(str(source))}. Seen from the folder {Path.cwd().name}.")
     try:  # datasets 4 runs no code of a dataset: it refuses one that asks for it
         table = datasets.load_dataset(str(source), split=split)

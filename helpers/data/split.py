@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
-import xxhash
 from datasets import Dataset, DatasetDict
 
 from helpers.common import UserError, visible
@@ -21,16 +20,9 @@ def prompt_families(prompts: Iterable[list[dict[str, str]]]) -> list[str]:
     Prompts with the same text belong together: one question under several system prompts, or turns of one talk. If two
     prompts begin a third, one of the two begins the other, so the shortest one is the same for the whole family.
     """
-    texts, chains = {}, []
-    for prompt in prompts:
-        turns = [prompt_text([turn]) for turn in prompt if turn["role"] != "system"] or [""]
-        digest, chain = xxhash.xxh3_128(), []
-        for turn in turns:
-            digest.update(f"{turn}\n".encode())
-            chain.append(digest.digest())  # of the prompt up to this turn
-        texts[chain[-1]] = "\n".join(turns)
-        chains.append(chain)
-    return [texts[next(key for key in chain if key in texts)] for chain in chains]
+    talks = [tuple(prompt_text([turn]) for turn in one if turn["role"] != "system") or ("",) for one in prompts]
+    known = set(talks)
+    return ["\n".join(next(talk[:n] for n in range(1, len(talk) + 1) if talk[:n] in known)) for talk in talks]
 
 
 def split_pairs(
@@ -69,28 +61,26 @@ def split_pairs(
     keys = prompts if by == "prompt" else [str(value) for value in pairs[by]]
     sizes = Counter(keys)
     if held_out is not None:
-        test = {str(value) for value in held_out}
-        if isinstance(held_out, str) or not test <= set(sizes):
+        held = {str(value) for value in held_out}
+        if isinstance(held_out, str) or not held <= set(sizes):
             raise UserError(f"held_out is a list of values of {by!r}; it has {visible(', '.join(sorted(sizes)[:20]))}.")
     else:
         if not 0 < test_size < 1:
             raise UserError(f"test_size is the share of pairs held out, between 0 and 1, not {test_size!r}.")
-        test, room = set(), round(test_size * len(pairs))
-        groups = sorted(sizes)
+        held, room, groups = set(), round(test_size * len(pairs)), sorted(sizes)
         for index in np.random.default_rng(seed).permutation(len(groups)):
             if sizes[groups[index]] <= room:
-                test.add(groups[index])
+                held.add(groups[index])
                 room -= sizes[groups[index]]
-    in_test = np.array([key in test for key in keys])
-    if in_test.all() or not in_test.any():
+    in_test = np.array([key in held for key in keys])
+    train, test = np.flatnonzero(~in_test), np.flatnonzero(in_test)
+    if not (len(train) and len(test)):
         raise UserError(
             f"Splitting {len(pairs)} pairs by {by!r} ({len(sizes)} different) leaves one side empty. "
             "Take another test_size, or another column."
         )
-    both = {prompts[row] for row in np.flatnonzero(in_test)} & {prompts[row] for row in np.flatnonzero(~in_test)}
+    both = {prompts[row] for row in train} & {prompts[row] for row in test}
     if both:
-        rows = [pairs[row]["origin"] for row, prompt in enumerate(prompts) if prompt in both][:5]
-        raise UserError(
-            f"The same question or talk stands under two values of {by!r} ({', '.join(rows)}): make them one."
-        )
-    return DatasetDict(train=pairs.select(np.flatnonzero(~in_test)), test=pairs.select(np.flatnonzero(in_test)))
+        rows = ", ".join([pairs[row]["origin"] for row, prompt in enumerate(prompts) if prompt in both][:5])
+        raise UserError(f"The same question or talk stands under two values of {by!r} ({rows}): make them one.")
+    return DatasetDict(train=pairs.select(train), test=pairs.select(test))

@@ -19,7 +19,9 @@ from helpers.common import UserError
 from helpers.data.messages import valid_text
 from helpers.data.preferences import LeftOut
 
+UNEVEN = "more or fewer fields than the first line has"
 NO_SPACE = re.compile(r"[^ \t\r\n\ufeff]")
+DOUBLED = re.compile(r'(?:^|\t)"[^\t]*""[^\t]*"(?:\t|[\r\n]*$)')  # a mark between tabs that is doubled in its field
 HALF_EMOJI = re.compile(r"\\u[dD][89a-fA-F]")  # or a whole one
 
 
@@ -52,63 +54,61 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=lambda name: plain_value(float(name)))
 
 
-def _json_error(place: str, error: Exception) -> UserError:
-    what, advice = str(error), "Mend that line, or take it out."
-    if isinstance(error, json.JSONDecodeError):
-        place, what = f"{place}, column {error.colno}", error.msg
-        hints = {
-            ",": "Take out that comma: objects that stand one a line have none between them.",
-            "{": "A second object begins there. Put it on a line of its own.",
-            "]": "If a comma stands before it, take that out.",
-            "}": "If a comma stands before it, take that out.",
-            "'": "JSON has double quotes. Write the rows with json.dumps.",
-        }
-        advice = hints.get(error.doc[error.pos : error.pos + 1], advice)
-    return UserError(f"{place}: not valid JSON ({what}). {advice}")
+# Where a JSON text goes wrong -> what to do about it.
+HINTS = {
+    ",": "Take out that comma: objects that stand one a line have none between them.",
+    "{": "A second object begins there. Put it on a line of its own.",
+    "'": "JSON has double quotes. Write the rows with json.dumps.",
+    **dict.fromkeys("]}", "If a comma stands before it, take that out."),
+}
+
+
+def _values(text: str, name: str, only: int = 0) -> Iterator[tuple[int, Any]]:
+    """The line that each value of a JSON text starts on, and the value; `only`: the number of the one line it is."""
+    line, start, end = only or 1, 0, 0
+    while found := NO_SPACE.search(text, end):
+        line, start = line + text.count("\n", start, found.start()), found.start()
+        try:
+            if end and only:
+                raise json.JSONDecodeError("Extra data", text, start)
+            value, end = DECODER.raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            place = f"{name}, line {only or error.lineno}, column {error.colno}"
+            advice = HINTS.get(text[error.pos : error.pos + 1], "Mend that line, or take it out.")
+            raise UserError(f"{place}: not valid JSON ({error.msg}). {advice}") from None
+        except (ValueError, RecursionError) as error:
+            place = f"{name}, line {line}" if text[start] == "{" else name
+            raise UserError(f"{place}: not valid JSON ({error}). Mend it, or take it out.") from None
+        yield line, plain_value(value) if HALF_EMOJI.search(text, start, end) else value
 
 
 def json_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    """Rows of JSON lines or of one JSON value. Not by `load_dataset`: its reader forgets the line numbers, makes
-    dates of texts that look like dates, and says of an invalid file only that generating it failed."""
+    """Rows of JSON lines, of objects that take several lines each, or of one JSON value. Not by `load_dataset`: its
+    reader forgets the line numbers, makes dates of texts that look like dates, and says of an invalid file only that
+    generating it failed."""
     with open_bytes(path) as file:
         texts = (line.decode("utf-8", "replace").strip(" \t\r\n\ufeff") for line in file)
         lines = ((number, line) for number, line in enumerate(texts, 1) if line)
         head = list(itertools.islice(lines, 2))
-        for number, line in itertools.chain(head, lines) if len(head) > 1 else ():
-            try:
-                row = DECODER.decode(line)
-            except (ValueError, RecursionError) as error:
-                if number == head[0][0] and isinstance(error, json.JSONDecodeError):
-                    break
-                raise _json_error(f"{name}, line {number}", error) from None
-            yield f"{name}:{number}", plain_value(row) if HALF_EMOJI.search(line) else row
-        else:
-            if len(head) > 1:
-                return
-    yield from _json_document(path, name)  # one line, or a value that goes on after its first
-
-
-def _json_document(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    """Rows of one list or object, or of objects one after the other that take several lines each."""
+        if len(head) > 1 and _is_json(head[0][1]):
+            for number, text in itertools.chain(head, lines):
+                yield from ((f"{name}:{line}", value) for line, value in _values(text, name, number))
+            return
     with open_bytes(path) as file:
-        text = file.read().decode("utf-8", "replace")
-    values, end = [], 0
-    while beginning := NO_SPACE.search(text, end):
-        start = beginning.start()
-        try:
-            value, end = DECODER.raw_decode(text, start)
-        except (ValueError, RecursionError) as error:
-            line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-            raise _json_error(name + line, error) from None
-        values.append((start, plain_value(value)))
+        values = list(_values(file.read().decode("utf-8", "replace"), name))
     rows = rows_in(values[0][1], name) if len(values) == 1 else None
-    if rows is not None:
+    if rows is None:
+        yield from ((f"{name}:{line}", value) for line, value in values)
+    else:
         yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
-        return
-    line, end = 1, 0
-    for start, value in values:
-        line, end = line + text.count("\n", end, start), start
-        yield f"{name}:{line}", value
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _is_message(value: Any) -> bool:
@@ -119,30 +119,29 @@ def rows_in(whole: Any, name: str) -> list | None:
     """The rows that one value holds: a list, a dictionary of columns, of rows, or of one list; None if it is a row."""
     if isinstance(whole, list | tuple):
         return list(whole)
-    if not isinstance(whole, dict) or any(
-        _is_message(v[0] if isinstance(v, list) and v else v) for v in whole.values()
-    ):
+    values = list(whole.values()) if isinstance(whole, dict) else []
+    if not values or any(_is_message(v[0] if isinstance(v, list) and v else v) for v in values):
         return None
     lists = {key: value for key, value in whole.items() if isinstance(value, list)}
-    tables = [key for key, value in lists.items() if value and all(isinstance(item, dict) for item in value)]
-    if len(lists) == 1 and (tables or len(whole) == 1):  # {"version": 1, "data": [...]}
+    tables = [value for value in lists.values() if value and all(isinstance(item, dict) for item in value)]
+    if len(lists) == 1 and (tables or len(values) == 1):  # {"version": 1, "data": [...]}
         return next(iter(lists.values()))
-    if len(whole) == 1 and isinstance(inner := next(iter(whole.values())), dict):  # {"data": {...}}
-        rows = rows_in(inner, name)
-        return [inner] if rows is None else rows
-    if lists and len(lists) == len(whole):
+    if len(values) == 1 and isinstance(values[0], dict):  # {"data": {...}}
+        rows = rows_in(values[0], name)
+        return values if rows is None else rows
+    if len(lists) == len(values):
         sizes = ", ".join(f"{key!r} ({len(value)})" for key, value in lists.items())
         if len(tables) == len(lists):
             raise UserError(f"{name} holds several lists of rows: {sizes}. Save the one to read as a file of its own.")
         if len(set(map(len, lists.values()))) > 1:
             raise UserError(f"{name}: the columns are of unequal length: {sizes}.")
         return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
-    if not whole or not all(isinstance(value, dict) for value in whole.values()):
+    if not all(isinstance(value, dict) for value in values):
         return None
-    keys = {tuple(value) for value in whole.values()}
+    keys = {tuple(value) for value in values}
     if len(keys) == 1 and all(str(key).isdigit() for key in keys.pop()):  # by pandas: column -> row number -> value
         return rows_in({key: list(value.values()) for key, value in whole.items()}, name)
-    return list(whole.values())
+    return values
 
 
 def _open_text(path: Path, skip: int) -> Iterator[str]:
@@ -150,19 +149,25 @@ def _open_text(path: Path, skip: int) -> Iterator[str]:
         yield from itertools.islice(lines, skip, None)
 
 
-def _row_counts(path: Path, skip: int, form: dict[str, Any], even: bool = False) -> tuple[int, int]:
-    """How many rows are as long as the names, and how many are not (`even`: up to the first); (-1, 0): wrong quotes."""
-    reader = csv.reader(_open_text(path, skip), **form)
-    counts = [0, 0]
+def _fields(path: Path, name: str, skip: int, form: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """The fields of each row, the names among them, with the line that it starts on."""
+    reader, start = csv.reader(_open_text(path, skip), **form), skip + 1
     try:
-        width = len(next(reader, []))
-        for fields in filter(None, reader):
-            counts[len(fields) != width] += 1
-            if even and counts[1]:
-                break
-    except csv.Error:
-        return -1, 0
-    return counts[0], counts[1]
+        for fields in reader:
+            if fields:
+                yield f"{name}:{start}", fields
+            start = skip + reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{name}, line {skip + reader.line_num}: not valid CSV ({error}). A field that holds a quote, a line break "
+            f"or {form['delimiter']!r} must stand in double quotes, and a quote in it must be doubled."
+        ) from None
+
+
+def _count(rows: Iterator[tuple[str, list[str]]]) -> tuple[int, int]:
+    """How many rows are as long as the first, and how many are not."""
+    first, *others = [len(fields) for _, fields in rows] or [0]
+    return others.count(first), len(others) - others.count(first)
 
 
 def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
@@ -177,57 +182,43 @@ def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
     named = re.fullmatch(r'"?sep=(.)"?\s*', head)  # Excel's first line
     if named:
         skip, head = skip + 1, next(_open_text(path, skip + 1), "")
-    names = {mark: next(csv.reader([head], delimiter=mark), []) for mark in ",;\t|"}
-    mark = named[1] if named else "\t" if tsv and "\t" in head else max(names, key=lambda mark: len(names[mark]))
-    spaced = mark == "," and len(names[mark]) > 1 and all(name.startswith(" ") for name in names[mark][1:])
-    quotes = {"delimiter": mark, "strict": True, "skipinitialspace": spaced}
-    text = {"delimiter": mark, "quoting": csv.QUOTE_NONE}
+    split = {mark: next(csv.reader([head], delimiter=mark), []) for mark in ",;\t|"}
+    mark = named[1] if named else "\t" if tsv and "\t" in head else max(split, key=lambda mark: len(split[mark]))
+    spaced = mark == "," and len(split[mark]) > 1 and all(name.startswith(" ") for name in split[mark][1:])
+    quotes: dict[str, Any] = {"delimiter": mark, "strict": True, "skipinitialspace": spaced}
+    text: dict[str, Any] = {"delimiter": mark, "quoting": csv.QUOTE_NONE}
     usual = mark != "\t" or head.startswith('"')
-    plain, plain_other = _row_counts(path, skip, text, even=usual)
-    if usual and plain_other:
-        return skip, quotes
-    quoted, quoted_other = _row_counts(path, skip, quotes)
-    if plain > quoted >= 0 and (usual or (plain_other and not quoted_other)):
+    whole, other = _count(_fields(path, name, skip, text))
+    try:
+        quoted, quoted_other = _count(_fields(path, name, skip, quotes))
+    except UserError:
+        if usual:
+            raise
+        quoted, quoted_other = -1, 0
+    if whole > quoted >= 0 and (not other if usual else other and not quoted_other):
         raise UserError(
-            f"{name} can be read in two ways: as {quoted} rows with quotes around fields, or as {plain} rows, one a "
+            f"{name} can be read in two ways: as {quoted} rows with quotes around fields, or as {whole} rows, one a "
             "line, with quotes as text. Save it as JSONL, which has only one reading."
         )
-    if usual or quoted > plain or (quoted == plain and (not tsv or _has_doubled(_open_text(path, skip)))):
-        return skip, quotes
-    return skip, text
-
-
-def _has_doubled(lines: Iterator[str]) -> bool:
-    fields = (field for line in lines for field in line.rstrip("\r\n").split("\t"))
-    return any('""' in field[1:-1] for field in fields if field[:1] == field[-1:] == '"')
+    doubled = quoted == whole and (not tsv or any(map(DOUBLED.search, _open_text(path, skip))))
+    form, whole, other = (quotes, quoted, quoted_other) if usual or quoted > whole or doubled else (text, whole, other)
+    if other and not whole:
+        raise UserError(
+            f"{name}: no row has as many fields as line {skip + 1}, which should hold the names of the columns and "
+            f"holds {', '.join(map(repr, next(csv.reader([head], **form)))):.200}."
+        )
+    return skip, form
 
 
 def csv_rows(path: Path, name: str, skip: int, form: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Rows of a CSV file, all as text. Not by `load_dataset`: its reader makes nothing of the answers "NA" and "None",
     and the number 1.5 of "1.50"."""
-    reader = csv.reader(_open_text(path, skip), **form)
-    try:
-        # A column without a name, like pandas' row numbers, is called by its place: it can be kept, but not read.
-        names = [name.strip() or f"column {place}" for place, name in enumerate(next(reader, []), 1)]
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
-            raise UserError(f"{name}: two columns of the first line have the same name, {twice[0]!r}. Rename one.")
-        start, whole, other = skip + reader.line_num + 1, False, False
-        for fields in reader:
-            if len(fields) == len(names):
-                whole = True
-                yield f"{name}:{start}", dict(zip(names, fields, strict=True))
-            elif fields:
-                other = True
-                yield f"{name}:{start}", LeftOut("more or fewer fields than the first line has")
-            start = skip + reader.line_num + 1
-        if other and not whole:
-            raise UserError(
-                f"{name}: no row has as many fields as line {skip + 1}, which should hold the names of the columns and "
-                f"holds {', '.join(map(repr, names)):.200}."
-            )
-    except csv.Error as error:
-        raise UserError(
-            f"{name}, line {skip + reader.line_num}: not valid CSV ({error}). A field that holds a quote, a line break "
-            f"or {form['delimiter']!r} must stand in double quotes, and a quote in it must be doubled."
-        ) from None
+    rows = _fields(path, name, skip, form)
+    # A column without a name, like pandas' row numbers, is called by its place: it can be kept, but not read.
+    names = [name.strip() or f"column {place}" for place, name in enumerate(next(rows, ("", []))[1], 1)]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"{name}: two columns of the first line have the same name, {twice[0]!r}. Rename one.")
+    for origin, fields in rows:
+        even = len(fields) == len(names)
+        yield origin, dict(zip(names, fields, strict=True)) if even else LeftOut(UNEVEN)

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from helpers.data.render import render
+from helpers.data.render import is_hybrid, reply_opening
 from helpers.model import Tokenizer
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -69,18 +69,10 @@ def think_boundary(tokenizer: Tokenizer, enable_thinking: bool | None = None) ->
     `enable_thinking` is passed to the chat template unless it is None (hybrid models have this switch). Raises
     UserError if the `tokenizer` has no chat template.
     """
-    messages = [{"role": "user", "content": "Hi"}]
-
-    def end(**options: Any) -> str:
-        """What the template adds to a conversation to open the model's reply."""
-        without = render(tokenizer, messages, **options)
-        return render(tokenizer, messages, add_generation_prompt=True, **options)[len(without) :]
-
-    prompt = end() if enable_thinking is None else end(enable_thinking=enable_thinking)
+    prompt = reply_opening(tokenizer, **({} if enable_thinking is None else {"enable_thinking": enable_thinking}))
     opens = OPEN_AT_END.search(prompt) is not None
-    hybrid = CLOSE in end(enable_thinking=False)
     return ThinkBoundary(
-        kind="hybrid" if hybrid else "thinking-only" if opens else "ordinary",
+        kind="hybrid" if is_hybrid(tokenizer) else "thinking-only" if opens else "ordinary",
         open_ids=tuple(tokenizer.encode(OPEN, add_special_tokens=False)),
         close_ids=tuple(tokenizer.encode(CLOSE, add_special_tokens=False)),
         prompt_opens=opens,

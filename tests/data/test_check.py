@@ -67,6 +67,7 @@ def test_every_finding_that_a_file_can_hold_is_found_in_the_broken_file(tokenize
     }
     codes = {finding.code for finding in report.findings}
     of_others = {"eos_missing", "template_refuses", "no_room", "not_rendered"}  # no file makes these alone
+    of_others |= {"thought_missing", "prompt_differs"}  # nor for this model
     of_others |= {"white_space_only", "prompt_in_answers", "prompt_is_answer", "one_prompt", "score_below"}
     assert set(FINDINGS) - codes == of_others
     leaks = " ".join(finding.what for finding in report.findings if finding.code == "feature_leak")

