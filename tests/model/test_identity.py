@@ -121,6 +121,8 @@ def pairs():
 @pytest.mark.slow
 def test_another_model_of_the_same_folder_name_is_no_base_of_the_run(tmp_path, tokenizer, pairs, monkeypatch):
     first, second = (save(tmp_path / name / "mine [v2]", tokenizer, seed=i) for i, name in enumerate("ab"))
+    generation = json.loads((first / "generation_config.json").read_text()) | {"do_sample": False, "temperature": 0.5}
+    (first / "generation_config.json").write_text(json.dumps(generation))  # which transformers does not save again
     model, _ = helpers.load_model(str(first))
     run = train_dpo(helpers.add_lora(model.float()), tokenizer, *pairs, tmp_path / "run [1]", **QUICK)
     assert run.info.model == "mine [v2]"
