@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from platformdirs import user_cache_dir
 
@@ -36,11 +36,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def visible(text: str, limit: int = 1000) -> str:
-    """Text that can do no harm on a screen: what is no printable character becomes its escape, long text is cut.
+    """`text` that can do no harm on a screen: at most `limit` characters, those that don't print as escapes.
 
-    Escape codes of terminals and marks that turn the writing direction are shown (`\\x1b`, `\\u202e`), a line break
-    becomes an arrow, and a word of more than 80 characters is shortened. Tags stay as they are: what shows a table
-    as HTML (pandas does) escapes them. Of `text`, `limit` characters are kept.
+    A line break becomes an arrow, and a word of more than 80 characters is shortened. Tags stay as they are: what shows
+    a table as HTML (pandas does) escapes them.
     """
     text = re.sub(r"\S{81,}", lambda word: f"{word[0][:60]}... ({len(word[0])} characters)", text)
     if len(text) > limit:
@@ -52,11 +51,7 @@ def visible(text: str, limit: int = 1000) -> str:
 PROJECT = Path(__file__).parent.parent  # relative paths in .env start here, wherever a notebook runs
 
 
-@overload
-def setting(name: str, default: str) -> str: ...
-@overload
-def setting(name: str, default: None = None) -> str | None: ...
-def setting(name: str, default: str | None = None) -> str | None:
+def setting(name: str, default: str | None = None) -> Any:  # text, or None
     """The setting `name` from the environment or `.env`, else `default`; an empty one counts as not set."""
     return os.environ.get(name, "").strip() or default
 
@@ -67,8 +62,5 @@ def cache_folder() -> Path:
 
 
 def output_folder(*parts: str) -> Path:
-    """A folder below `DPO_OUTPUT_DIR` (relative to the project), which is `outputs` if it is not set.
-
-    It is named, not made: with the `parts` "sweep" and "a" it is `outputs/sweep/a`.
-    """
+    """The path (nothing is made) of a folder below `DPO_OUTPUT_DIR`, or `outputs`; `parts` are e.g. "sweep", "a"."""
     return PROJECT.joinpath(Path(setting("DPO_OUTPUT_DIR", "outputs")).expanduser(), *parts)

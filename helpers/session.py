@@ -11,13 +11,14 @@ from collections.abc import Iterator
 
 from dotenv import find_dotenv, load_dotenv
 
-from helpers.patches.quiet import quiet_imports, quiet_saving
+from helpers.common import PROJECT
+from helpers.patches.quiet import quiet_libraries
 from helpers.patches.text_progress import use_text_progress
 
 
 def load_settings() -> None:
-    """Read `.env` from this folder or the nearest one above it; variables that are already set win."""
-    load_dotenv(find_dotenv(usecwd=True))
+    """Read `.env` from this folder, the nearest one above it, or the project's; variables that are already set win."""
+    load_dotenv(find_dotenv(usecwd=True) or PROJECT / ".env")
 
 
 def check_import_order() -> None:
@@ -35,7 +36,7 @@ def check_import_order() -> None:
 load_settings()
 check_import_order()
 use_text_progress()
-quiet_imports()
+quiet_libraries()
 # Unsloth's trainers start up to 8 processes for each of several passes over the pairs. That takes longer than the
 # tokenising, by Unsloth's own measurement (unsloth_zoo/dataset_num_proc.py) still with 8000 rows.
 os.environ.setdefault("UNSLOTH_DATASET_NUM_PROC", "none")
@@ -50,7 +51,6 @@ disable_progress_bar()  # takes the hub's bars along
 enable_progress_bars()
 # Unsloth sets this for a library that the hub no longer uses; in a process started from here it only warns.
 os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)
-quiet_saving()
 
 
 @contextlib.contextmanager

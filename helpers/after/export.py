@@ -18,8 +18,9 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
+from helpers.after.inspection import load_policy
 from helpers.common import UserError, setting
 from helpers.data.check import check_pairs
 from helpers.data.render import template_options
@@ -138,7 +139,8 @@ def kept_update(model: PeftModel, dtype: torch.dtype = torch.float16) -> float:
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
-                weight = dequantize_module_weight(layer.base_layer).float()  # unchanged if it is not in 4-bit
+                fused = hasattr(layer, "get_param")  # experts in one tensor; the others: unchanged if not in 4-bit
+                weight = (layer.get_param() if fused else dequantize_module_weight(layer.base_layer)).float()
                 update = layer.get_delta_weight("default").float()
                 kept += ((weight + update).to(dtype).float() - weight).mul(update).sum().item()
                 whole += update.square().sum().item()
@@ -188,7 +190,14 @@ def merged_model(run: Run) -> tuple[PreTrainedModel, float]:
 
 
 def _write_merged(run: Run, part: Path) -> float:
+    load_policy(run)  # raises UserError unless the base is the one that was trained on
     model, kept = merged_model(run)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # transformers would not save it; the form "adapter" leaves it to the base
+        own = model.generation_config
+        model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+        print("The base model's generation_config.json has settings that contradict each other; they are left out.")
     model.save_pretrained(part)
     AutoTokenizer.from_pretrained(run.adapter, trust_remote_code=False).save_pretrained(part)
     if kept < 0.9:

@@ -24,7 +24,7 @@ from helpers.common import UserError, visible
 from helpers.data.render import Prompt, Renderer, tokenize_pairs, turns_of
 from helpers.model.fingerprint import base_hash, fingerprint, hash_tensors
 from helpers.model.generate import generate_replies, repetition
-from helpers.model.load import load_model
+from helpers.model.load import load_model, not_found
 from helpers.model.logps import pair_logps
 from helpers.run.folder import LORA_SCALE, POLICY_AT_START, Run
 from helpers.run.metrics import held_out_table
@@ -110,23 +110,15 @@ def _check_reference(run: Run, ref_model: Model | None) -> None:
         raise UserError(f"The reference of the run in {run.folder.name} is {what} the ref_model given here.")
 
 
-def _load_policy(run: Run) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def load_policy(run: Run) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """(policy, tokenizer) of a run whose files were checked. Raises UserError if its base model is not here."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(run.adapter, trust_remote_code=False)
-        model, _ = load_model(str(run.adapter), chat_template=tokenizer.chat_template)
-    except UserError:
-        raise
     except (OSError, RuntimeError, ValueError) as error:
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"The model {run.info.model!r} comes with Python code of its own, which is not run here."
-            ) from error
-        raise UserError(
-            f"The base model {run.info.model!r} of the run in {run.folder.name} cannot be loaded "
-            f"({type(error).__name__}). Is it on this machine, or the hub within reach?"
-        ) from error
-    if base_hash(model) != run.info.base:
+        raise not_found(str(run.adapter), error) from error
+    model, _ = load_model(str(run.adapter), chat_template=tokenizer.chat_template)
+    in_32_bits = not getattr(model, "is_loaded_in_4bit", False)  # as a run may have been trained
+    if run.info.base != base_hash(model) and not (in_32_bits and run.info.base == base_hash(model.float())):
         raise UserError(
             f"The base model loaded here is not the one under the run in {run.folder.name}: {run.info.model} has "
             "other weights, or they are loaded in another precision (16, 32 or 4 bits) than in training."
@@ -154,7 +146,7 @@ def open_run(run: Run | str | Path, *, ref_model: Model | None = None) -> OpenRu
     if "reference" in scales:
         _check_adapter(run.folder / "reference", run.info.start, scales["reference"])
     _check_reference(run, ref_model)
-    model, tokenizer = _load_policy(run)
+    model, tokenizer = load_policy(run)
     if run.reference is not None:
         model.load_adapter(str(run.reference), adapter_name="reference")
     if model.device.type == "cpu":

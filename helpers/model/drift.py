@@ -37,9 +37,8 @@ def sampled_kl(
     """How far the policy moved from the model under its adapter: KL(policy || reference) of whole replies.
 
     Two replies to each prompt are sampled from the policy (temperature 1) and scored under both models; the mean of
-    log policy - log reference estimates the KL without bias (as on the x-axis of Rafailov et al. 2023, figure 2). A
-    reply that is cut at `max_new_tokens` counts up to there. The standard error is over prompts. The arguments
-    (policy, tokenizer, prompts, seed) are as in `generate_replies`.
+    log policy - log reference estimates the KL without bias (as on the x-axis of Rafailov et al. 2023, figure 2). The
+    standard error is over prompts. policy, tokenizer, prompts, max_new_tokens and seed are as in `generate_replies`.
     """
     replies = sample_twice(policy, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed)
     first, second = replies[: len(prompts)], replies[len(prompts) :]

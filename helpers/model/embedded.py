@@ -52,13 +52,10 @@ def embedded_folder() -> Path | None:
 
 
 def embedded_model() -> str:
-    """The folder of the embedded model, SmolLM2-135M-Instruct, made at first use from its package.
+    """The folder of the embedded model, SmolLM2-135M-Instruct, made at first use; without its package, a hub name.
 
-    It appears when it is complete, under a lock: an interrupted conversion leaves nothing that would be taken for a
-    model, and a second process waits for the first. Without the package it is the model's name on the hub instead.
-
-    Raises:
-        UserError: the cache folder cannot be made, or its disk is full.
+    It appears when it is complete, under a lock for which a second process waits. Raises UserError if the cache folder
+    cannot be made, or its disk is full.
     """
     gguf, folder = _embedded_gguf(), embedded_folder()
     if gguf is None or folder is None:

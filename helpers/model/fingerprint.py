@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import weakref
 
 import torch
@@ -29,15 +30,22 @@ def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:20]
 
 
+def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The weights of the active adapter of `model`, by their names in its file."""
+    return get_peft_model_state_dict(model, adapter_name=model.active_adapters[0])
+
+
 def adapter_hash(model: PeftModel) -> str:
-    """`hash_tensors` of the LoRA weights of `model`."""
-    return hash_tensors(get_peft_model_state_dict(model))
+    """`hash_tensors` of the adapter of `model`."""
+    return hash_tensors(adapter_weights(model))
 
 
 def is_fresh(model: Model) -> bool:
-    """Whether `model` equals its base: as long as each B matrix is zero, an adapter changes nothing."""
-    return not isinstance(model, PeftModel) or all(
-        not tensor.any() for name, tensor in get_peft_model_state_dict(model).items() if "lora_B" in name
+    """Whether `model` surely equals its base: what its adapter adds is zero, as one of LoRA's two matrices is."""
+    return not isinstance(model, PeftModel) or not any(
+        tensor.any()
+        for name, tensor in adapter_weights(model).items()
+        if not re.search("lora_A|lora_embedding_B|base_layer", name)
     )
 
 
@@ -48,9 +56,9 @@ def base_hash(model: Model) -> str:
     (`weight.data`) are noticed by a sample of each tensor.
     """
     tensors = {
-        name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor
+        re.sub(r"^base_model\.model\.|\.(token_adapter|base_layer|original_module)\b", "", name): tensor
         for name, tensor in model.state_dict().items()
-        if "lora_" not in name
+        if not re.search(r"lora_|\.modules_to_save\.|\.trainable_tokens_", name)  # the adapter's
     }
     sampled = {name: t.flatten()[:: max(1, t.numel() // 64)] for name, t in tensors.items()}
     changes = sum(tensor._version for tensor in tensors.values())  # noqa: SLF001  (named in torch's own documentation)
@@ -63,6 +71,14 @@ def base_hash(model: Model) -> str:
 def fingerprint(model: Model) -> str:
     """Hashes of what decides the log-probs of `model`: its weights, and its adapter if that is not fresh."""
     return f"{base_hash(model)} {'fresh' if is_fresh(model) else adapter_hash(model)}"
+
+
+def config_hash(model: Model) -> str:
+    """20 hex digits of the settings of `model` that may change what it computes, e.g. `rope_parameters`."""
+    values = base_model(model).config.to_diff_dict()
+    harmless = "architectures dtype transformers_version unsloth_fixed use_cache".split()
+    values = {name: one for name, one in values.items() if name not in harmless and not name.endswith("token_id")}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:

@@ -1,6 +1,7 @@
 """Replies of a model to prompts, in batches, and what can be counted in them."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 
 from helpers.data.render import prompt_ids
 from helpers.model import Model, Prompts, Tokenizer
+from helpers.model.load import check_token
 
 
 @contextlib.contextmanager
@@ -22,14 +24,11 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 class Reply(NamedTuple):
-    """One completion: `text` has no special tokens, `ids` include the token that ends the turn.
+    """One completion."""
 
-    `ended`: whether the model ended its turn; else it was cut at `max_new_tokens`.
-    """
-
-    text: str
-    ids: list[int]
-    ended: bool
+    text: str  # without special tokens
+    ids: list[int]  # with the token that ends the turn
+    ended: bool  # by the model; else it was cut at `max_new_tokens`
 
 
 def generate_replies(
@@ -44,9 +43,7 @@ def generate_replies(
     batch_size: int | None = None,
     **template_options: Any,
 ) -> list[Reply]:
-    """One reply to each prompt, in their order.
-
-    The reference's replies come from the same call inside `with model.disable_adapter():`.
+    """One reply to each prompt, in their order; the reference's inside `with model.disable_adapter():`.
 
     Args:
         model, tokenizer: as `load_model` gives them, with or without an adapter.
@@ -58,14 +55,16 @@ def generate_replies(
         template_options: for the chat template of all prompts, e.g. enable_thinking=False.
     """
     ids = prompt_ids(tokenizer, prompts, **template_options)
+    check_token(model, tokenizer, max(itertools.chain(*ids), default=0))
     batch_size = batch_size or (16 if model.device.type == "cpu" else 128)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    # transformers warns where greedy decoding is given settings of sampling, so they are taken away.
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    sampling = {name: value if temperature else None for name, value in sampling.items()}
+    # Some models' own settings penalise repetition: their log-probs don't know of it. transformers warns where greedy
+    # decoding is given settings of sampling, so they are taken away.
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0, "repetition_penalty": 1.0}
+    sampling = sampling if temperature else dict.fromkeys(("temperature", "top_p", "top_k"))
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    replies: list = [None] * len(ids)
+    replies = {}
     with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         for start in range(0, len(ids), batch_size):
@@ -83,7 +82,7 @@ def generate_replies(
                 end = next((place for place, token in enumerate(row) if token in ends), None)
                 row = row if end is None else row[: end + 1]
                 replies[i] = Reply(tokenizer.decode(row, skip_special_tokens=True), row, end is not None)
-    return replies
+    return [replies[i] for i in range(len(ids))]
 
 
 def repetition(ids: list[int], n: int = 4) -> float:

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from helpers.common import cache_folder, write_atomic
 from helpers.data.render import IDS, data_hash, pair_lengths, tokenize_pairs
 from helpers.model import Model, Tokenizer
-from helpers.model.fingerprint import base_model, fingerprint, tokenizer_hash
+from helpers.model.fingerprint import base_model, config_hash, fingerprint, tokenizer_hash
 from helpers.model.generate import evaluating
+from helpers.model.load import check_token
 from helpers.patches import fused_lm_head
-from helpers.session import quiet_progress
 
 
 class PairLogps(NamedTuple):
@@ -65,7 +65,7 @@ def pair_logps(
         share: (k, n): only the k-th of each n batches; the pairs of the others are zero.
     """
     ids = _ids(pairs, tokenizer).select_columns(list(IDS))
-    # Imported here: TRL does not document it, and all but scoring does without.
+    # TRL does not document it, and all but scoring does without.
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     order = np.argsort(pair_lengths(ids), kind="stable")
@@ -79,6 +79,7 @@ def pair_logps(
         for start in list(reversed(range(0, len(ids), batch_size)))[share[0] :: share[1]]:
             index = order[start : start + batch_size]
             batch = collate(ids.select(index).to_list())
+            check_token(model, tokenizer, int(batch["input_ids"].max()))
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             result[:2, index] = torch.stack(_sums(model, batch, fused).double().cpu().chunk(2))
             result[2:, index] = torch.stack(batch["completion_mask"].sum(dim=1).double().cpu().chunk(2))
@@ -88,24 +89,23 @@ def pair_logps(
 def reference_file(model: Model, tokenizer: Tokenizer, data: str, max_length: int) -> Path:
     """Where the cache keeps the log-probs under `model` of the ids whose `data_hash` is `data`.
 
-    The weights (and the adapter's, if it is not fresh), `tokenizer`, its chat template and `max_length` decide them;
-    beta, seed, learning rate and loss do not. TRL's own cache (`precompute_ref_log_probs`) has a key that changes with
-    every setting, and data that is in memory is never found in it.
+    `model`, `tokenizer` and `max_length` decide them; beta, seed, learning rate and loss do not, with which TRL's
+    own cache (`precompute_ref_log_probs`) changes.
     """
-    parts = [fingerprint(model), tokenizer_hash(tokenizer), data, str(max_length), str(model.dtype)]
+    parts = [fingerprint(model), config_hash(model), tokenizer_hash(tokenizer), data, str(max_length), str(model.dtype)]
     key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
     return cache_folder() / "reference" / f"{key}.safetensors"
 
 
 def read_logps(path: Path, pairs: int) -> PairLogps | None:
     """What `write_logps` wrote to `path` for so many `pairs`; None if it is not there or damaged."""
-    if not path.is_file():
-        return None
     try:
-        stored = load_file(path)
-        if len(stored["chosen"]) == pairs:
-            return PairLogps(**stored)
+        logps = PairLogps(**load_file(path))
+        if len(logps.chosen) == pairs:
+            return logps
         raise ValueError("wrong number of pairs")
+    except FileNotFoundError:
+        return None
     except Exception as error:  # safetensors has an exception type of its own for a file that is cut short
         print(f"The cached reference log-probs are damaged ({type(error).__name__}); computing them again.")
         return None
@@ -135,11 +135,7 @@ def reference_logps(
 
 def with_reference(pairs: Dataset, logps: PairLogps) -> Dataset:
     """The `pairs` (or their ids) with the two columns in which DPOTrainer looks for the reference's `logps`."""
-    # Names of their own, since datasets would make one by pickling the whole table.
-    if set(pairs.column_names) == set(IDS):
-        # As a plain table: `add_column` copies a selection row by row.
-        pairs = Dataset(pairs.with_format("arrow")[:], fingerprint=uuid.uuid4().hex)
-    with quiet_progress(len(pairs)):
-        for name, values in (("ref_chosen_logps", logps.chosen), ("ref_rejected_logps", logps.rejected)):
-            pairs = pairs.add_column(name, values.float().tolist(), new_fingerprint=uuid.uuid4().hex)
-    return pairs
+    table = pairs.with_format("arrow")[:]  # `add_column` would copy a selection row by row
+    for name, values in (("ref_chosen_logps", logps.chosen), ("ref_rejected_logps", logps.rejected)):
+        table = table.append_column(name, [values.float().tolist()])
+    return Dataset(table, fingerprint=uuid.uuid4().hex)  # by itself it would pickle the whole table for a name

@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -15,18 +15,14 @@ from transformers import PretrainedConfig
 from helpers.data.render import pair_lengths, token_counts
 from helpers.patches.shared_prompt import can_share
 
-# Bytes of optimizer state for each trained parameter: Adam's two moments, in fp32 or in 8 bits.
-_STATE_BYTES = {"adamw_8bit": 2.1, "adamw_bnb_8bit": 2.1, "paged_adamw_8bit": 2.1}
 # What transformers' and PEFT's layers keep against Unsloth's kernels (norms in 32 bits, inputs of the LoRA matrices),
 # less what one forward for both sides of a pair takes off: fitted to benchmarks/memory.py.
 PLAIN_FACTOR = 1.6
-# Unsloth's kernels keep less than the formula says: fitted to benchmarks/gpu.py.
-FUSED_FACTOR = 0.8
-# What recomputing plain layers took on top, at every size tried there.
-PLAIN_CHECKPOINTING_BYTES = 1.1e9
+PLAIN_CHECKPOINTING_BYTES = 1.1e9  # what recomputing plain layers took on top, at every size tried there
+FUSED_FACTOR = 0.8  # Unsloth's kernels keep less than the formula says: fitted to benchmarks/gpu.py
 # How far the estimate may be off: below this multiple of what is free, training is tried with a warning.
 ESTIMATE_MARGIN = 1.25
-# The settings that say how a step is made; its pairs are the product of the first two.
+# How a step is made; its pairs are the product of the first two.
 BATCH_SETTINGS = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
 
 
@@ -38,22 +34,15 @@ def pairs_a_step(settings: dict) -> int:
 class MemoryEstimate(NamedTuple):
     """Bytes by what they are for."""
 
-    weights: float  # of the model, which are there before training starts
+    weights: float  # of the loaded model
     # LoRA's parameters and gradients in fp32, and the optimizer's state. (On a GPU the gradients, and a copy of the
     # parameters, are in bf16 while there are activations: just as much, if a step is one batch.)
     adapter: float
     activations: float  # what the backward pass of one micro-batch needs
     logits: float  # of the LM head, a piece of the batch at a time
 
-    @property
-    def total(self) -> float:
-        """All four together."""
-        return sum(self)
-
-    @property
-    def training(self) -> float:
-        """What comes on top of the loaded model."""
-        return self.total - self.weights
+    total = property(sum, doc="All four together.")
+    training = property(lambda self: self.total - self.weights, doc="What comes on top of the loaded model.")
 
 
 def estimate_memory(
@@ -71,18 +60,20 @@ def estimate_memory(
     """Bytes that DPO with LoRA on the seven projections and a cached reference needs at its peak.
 
     Args:
-        config: of a Llama-like transformers model, e.g. from AutoConfig.
+        config: of a Llama-like model.
         pairs: in a micro-batch (`per_device_train_batch_size`).
         tokens: of the longest sequence, prompt and answer.
-        prompt: tokens of it that are the prompt's, which both answers share. It does not count if `plain`.
+        prompt: tokens of it that are the prompt's, which both answers share; does not count if `plain`.
         checkpointing: gradient checkpointing; one layer's activations are kept at a time, and the inputs of all layers.
             "unsloth": these go to the machine's memory.
         load_in_4bit: weights of the projections in bitsandbytes' NF4, else all in 16 bits.
         rank: of the LoRA adapter.
-        optim: the name of the optimizer as in DPOConfig; an 8-bit one keeps a quarter of the state.
-        plain: the CPU profile, whose layers are transformers' own: they keep more, attention scores among it.
+        optim: as in DPOConfig; an 8-bit optimizer keeps a quarter of the state.
+        plain: the CPU profile, whose layers are transformers' own and keep more, attention scores among it.
     """
-    hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    config = config.get_text_config()
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    mlp = getattr(config, "intermediate_size", None) or 4 * hidden
     heads, vocabulary = config.num_attention_heads, config.vocab_size
     head = getattr(config, "head_dim", None) or hidden // heads
     query, key = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
@@ -93,7 +84,7 @@ def estimate_memory(
     # NF4: half a byte, and a scale for each 64 weights that is itself quantised (Dettmers et al. 2023, section 3).
     weights = embeddings * 2 + in_layers * ((0.5 + 0.127 / 8) if load_in_4bit else 2)
     lora = layers * rank * sum(a + b for a, b in projections)
-    adapter = lora * (4 + 4 + _STATE_BYTES.get(optim, 8))
+    adapter = lora * (4 + 4 + (2.1 if "8bit" in optim else 8))  # Adam's two moments, in 8 or 32 bits
     rows = pairs * (2 * tokens - (0 if plain else prompt))
     # Saved for the backward pass of a layer, in 16 bits: inputs of the norms and projections, q, k, v, the attention's
     # output, and four values of the MLP (gate, up, their activation and product).
@@ -104,17 +95,13 @@ def estimate_memory(
     else:
         layer *= FUSED_FACTOR
         recomputing = layers * rows * hidden * 2 * (checkpointing != "unsloth")  # the layers' inputs
-    # With checkpointing one layer's activations at a time, with their gradients.
-    activations = 2 * layer + recomputing if checkpointing else layers * layer
+    activations = 2 * layer + recomputing if checkpointing else layers * layer  # 2: with their gradients
     logits = min(rows * vocabulary, 16 * 2**20) * 4 * 3
     return MemoryEstimate(weights, adapter, activations, logits)
 
 
 class BatchPlan(NamedTuple):
-    """How an effective batch is cut for a card: `pieces` micro-batches of `pairs` in a step.
-
-    `bytes` are needed, by the estimate; `reason` is a sentence.
-    """
+    """A step of `pieces` micro-batches of `pairs` each; the `bytes` that it needs, and why it is cut so, in words."""
 
     pairs: int
     pieces: int
@@ -151,16 +138,20 @@ def plan_batch(config: PretrainedConfig, free: float, *, tokens: int) -> BatchPl
     None if not even one pair fits. `config` and `tokens` are as in `estimate_memory`, for every pair; `free` are bytes
     before the model is loaded. The reference's log-probs are cached in any case.
     """
-    settings: dict[str, Any] = {"tokens": tokens, "load_in_4bit": True, "optim": "adamw_8bit"}
 
     def need(pairs: int, checkpointing: bool) -> float:
-        return estimate_memory(config, pairs=pairs, checkpointing=checkpointing, **settings).total
+        return estimate_memory(
+            config, pairs=pairs, tokens=tokens, checkpointing=checkpointing, load_in_4bit=True, optim="adamw_8bit"
+        ).total
 
     return _plan(need, free, batch=8)
 
 
-def _estimator(model: PeftModel, ids: Dataset) -> Callable[[dict], MemoryEstimate]:
-    """`estimate_for` as a function of the settings: the longest pair is looked for once, every pair is taken as it."""
+def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstimate:
+    """`estimate_memory` for a policy that is loaded; every pair is taken as the longest.
+
+    `model` has a LoRA adapter, `ids` are the training pairs' (`tokenize_pairs`), `settings` those of `dpo_settings`.
+    """
     prompt, plain = 0, model.device.type == "cpu"
     if plain or not can_share(model.get_base_model()):
         tokens = int(pair_lengths(ids).max())
@@ -170,29 +161,17 @@ def _estimator(model: PeftModel, ids: Dataset) -> Callable[[dict], MemoryEstimat
         longest = int((counts["prompt"] + answers).argmax())
         prompt = int(counts["prompt"][longest])
         tokens = prompt + math.ceil(answers[longest] / 2)
-
-    def estimate(settings: dict) -> MemoryEstimate:
-        return estimate_memory(
-            model.config,
-            pairs=settings["per_device_train_batch_size"],
-            tokens=min(tokens, settings["max_length"]),
-            prompt=prompt,
-            checkpointing=settings["gradient_checkpointing"],
-            load_in_4bit=bool(getattr(model, "is_loaded_in_4bit", False)),
-            rank=next(iter(model.peft_config.values())).r,
-            optim=settings["optim"],
-            plain=plain,
-        )
-
-    return estimate
-
-
-def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstimate:
-    """`estimate_memory` for a policy that is loaded.
-
-    `model` has a LoRA adapter, `ids` are the training pairs' (`tokenize_pairs`), `settings` those of `dpo_settings`.
-    """
-    return _estimator(model, ids)(settings)
+    return estimate_memory(
+        model.config,
+        pairs=settings["per_device_train_batch_size"],
+        tokens=min(tokens, settings["max_length"]),
+        prompt=prompt,
+        checkpointing=settings["gradient_checkpointing"],
+        load_in_4bit=bool(getattr(model, "is_loaded_in_4bit", False)),
+        rank=next(iter(model.peft_config.values())).r,
+        optim=settings["optim"],
+        plain=plain,
+    )
 
 
 def plan_for(model: PeftModel, ids: Dataset, settings: dict, free: float) -> BatchPlan:
@@ -201,11 +180,11 @@ def plan_for(model: PeftModel, ids: Dataset, settings: dict, free: float) -> Bat
     Bytes (`free`, the plan's) are on top of the loaded model. The step keeps its number of pairs, a power of two. The
     model, ids and settings are as in `estimate_for`.
     """
-    batch, estimate = pairs_a_step(settings), _estimator(model, ids)
+    batch = pairs_a_step(settings)
 
     def need(pairs: int, checkpointing: bool) -> float:
         step = {"per_device_train_batch_size": pairs, "gradient_checkpointing": checkpointing}
-        return estimate(settings | step).training
+        return estimate_for(model, ids, settings | step).training
 
     return _plan(need, free, batch) or BatchPlan(1, batch, True, need(1, True), "no other way needs less")
 
@@ -217,7 +196,7 @@ def return_freed_memory() -> None:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that are free on `device`, the model's: of the GPU with what torch holds unused, or of the machine."""
+    """Bytes that are free on `device`, the model's: of the GPU, with what torch holds unused, or of the machine."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -18,12 +18,8 @@ PATCHES = {
     "cast_once": "LoRA's weights are cast at each use: the same results, a GPU trains somewhat slower.",
     "given_ids": "TRL tokenises the messages once more: the same ids, a later start.",
     "cached_reference": "TRL computes the reference's log-probs itself: the same losses, a later start.",
-    "unsloth_checkpointing": (
-        "On a GPU gradient checkpointing stays as the adapter was made: the same losses, other speed and memory."
-    ),
-    "llama_cpp": (
-        "llama.cpp is looked for in ~/.unsloth/llama.cpp (or UNSLOTH_LLAMA_CPP_PATH), under the usual file names."
-    ),
+    "unsloth_checkpointing": "On a GPU gradient checkpointing stays as the adapter was made: other speed and memory.",
+    "llama_cpp": "llama.cpp is looked for in ~/.unsloth/llama.cpp (or UNSLOTH_LLAMA_CPP_PATH), by its usual names.",
     "dataset_key": "Nothing that was computed from a dataset is read from the cache; it is computed again.",
 }
 

@@ -10,8 +10,7 @@ from helpers.patches import expect, works
 
 def self_test() -> None:
     """The fingerprint is text, the same for the same contents, another one for others."""
-    table, same, other = (Dataset.from_dict({"a": [number]}) for number in (1, 1, 2))
-    names = [one._fingerprint for one in (table, same, other)]  # noqa: SLF001  (what is tested)
+    names = [Dataset.from_dict({"a": [number]})._fingerprint for number in (1, 1, 2)]  # noqa: SLF001  (what is tested)
     expect(all(isinstance(name, str) and name for name in names), "the fingerprint of a dataset is no text")
     expect(names[0] == names[1] != names[2], "the fingerprint of a dataset does not follow its contents")
 

@@ -23,12 +23,8 @@ def self_test() -> None:
     expect("torch.utils._pytree" in sys.modules or "torch" not in sys.modules, "torch.utils._pytree has moved")
 
 
-def quiet_imports() -> None:
-    """Silence what torchao and bitsandbytes log when they are imported. To be called before."""
+def quiet_libraries() -> None:
+    """Silence what torchao and bitsandbytes log when they are imported, and Unsloth about each saved tokenizer."""
     for name in _IMPORTS:
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def quiet_saving() -> None:
-    """Silence what Unsloth logs about each tokenizer that is saved."""
     logging.getLogger(_SAVING).addFilter(lambda record: "Restored added_tokens_decoder" not in record.getMessage())

@@ -143,7 +143,8 @@ def self_test() -> None:
 
 def can_share(inner: PreTrainedModel) -> bool:
     """Whether `share_prompts` changes anything about `inner`, the model inside a PeftModel."""
-    if inner.config.model_type not in _KNOWN:
+    kinds = getattr(inner.config, "layer_types", None) or []
+    if inner.config.model_type not in _KNOWN or "sliding_attention" in kinds:  # a window is in no mask of ours
         return False
     if inner.device.type == "cuda":  # the kernel takes 16 bits, on Ampere and later
         able = torch.cuda.get_device_capability(inner.device)[0] >= 8 and inner.dtype != torch.float32

@@ -20,6 +20,7 @@ from helpers.data.check import MAX_PROMPT_LENGTH
 from helpers.model.embedded import EMBEDDED_HUB_NAME
 from helpers.model.load import public_name
 from helpers.model.memory import pairs_a_step
+from helpers.model.policy import check_adapter
 from helpers.model.profiles import current_profile
 from helpers.train.processes import processes
 
@@ -107,10 +108,12 @@ def _check_report_to(report_to: str | list[str]) -> None:
 
 
 def complete_settings(model: PeftModel, settings: dict[str, Any]) -> dict[str, Any]:
-    """`dpo_settings(model)` with the caller's `settings` in their place; UserError if they can't be had.
+    """`dpo_settings(model)` with the caller's `settings` in their place; UserError if they or the adapter can't be had.
 
     A text that names a number is that number: YAML reads 5e-6 as a text.
     """
+    if isinstance(model, PeftModel):  # of a sweep it is the base
+        check_adapter(model)
     check_settings(settings)
     usual, defaults = dpo_settings(model), {field.name: field.default for field in dataclasses.fields(trl.DPOConfig)}
     values = usual | settings

@@ -1,0 +1,359 @@
+"""Who the model is: its folder, its base, its adapter, and what decides the reference's log-probs."""
+
+import copy
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+import helpers
+from helpers import UserError, export_run, open_run, session, train_dpo
+from helpers.after.export import kept_update
+from helpers.common import setting
+from helpers.data.load import load_pairs
+from helpers.model import load
+from helpers.model.embedded import EMBEDDED_HUB_NAME, embedded_folder, embedded_model
+from helpers.model.fingerprint import base_hash, config_hash, is_fresh
+from helpers.model.logps import pair_logps, reference_file
+from helpers.model.policy import Policy, check_adapter
+from helpers.patches.shared_prompt import can_share
+from helpers.train.settings import complete_settings
+
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+SIZES |= {"num_hidden_layers": 2, "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 2}
+QUICK = {"max_steps": 2, "warmup_steps": 0, "learning_rate": 1e-2, "bf16": False, "report_to": "none"}
+QUICK |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+
+
+def tiny(seed: int = 0, kind=LlamaForCausalLM, config=LlamaConfig, vocab_size: int = 64, **settings):
+    torch.manual_seed(seed)
+    return kind(config(vocab_size=vocab_size, **SIZES | settings))
+
+
+def save(folder, tokenizer, **settings):
+    """A tiny random model with the tokenizer in a folder."""
+    tiny(vocab_size=len(tokenizer), **settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ folders and names
+
+
+@pytest.fixture
+def places(tmp_path, tokenizer, monkeypatch):
+    """A model in models/mine of a home, and the working directory elsewhere."""
+    tokenizer.save_pretrained(tmp_path / "home" / "models" / "mine")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path
+
+
+@pytest.mark.parametrize("passed", [True, False])
+@pytest.mark.parametrize("name", ["~/models/mine", "models/mine"])
+def test_a_folder_is_found_from_any_working_directory(places, monkeypatch, name, passed):
+    monkeypatch.setattr(load, "PROJECT", places / "home")
+    monkeypatch.setenv("DPO_MODEL", "" if passed else name)
+    tokenizer = helpers.load_tokenizer(name if passed else None)
+    assert tokenizer.name_or_path == str(places / "home" / "models" / "mine")
+
+
+def test_a_relative_folder_that_is_passed_starts_at_the_working_directory(places, monkeypatch):
+    with pytest.raises(UserError, match="models/mine.*no folder here"):
+        helpers.load_tokenizer("models/mine")
+    monkeypatch.chdir(places / "home")
+    name = helpers.load_tokenizer("models/mine").name_or_path
+    assert name == str(places / "home" / "models" / "mine")
+    shutil.copytree(places / "home", places / "project")
+    monkeypatch.setattr(load, "PROJECT", places / "project")
+    assert helpers.load_tokenizer("models/mine").name_or_path == name
+    monkeypatch.setenv("DPO_MODEL", "models/mine")  # one of .env starts at the project, wherever a notebook runs
+    assert helpers.load_tokenizer().name_or_path == str(places / "project" / "models" / "mine")
+
+
+def test_settings_of_the_project_are_read_from_another_folder(places, monkeypatch):
+    (places / "home" / ".env").write_text("DPO_TEST_D=from the project\n")
+    monkeypatch.setattr(session, "PROJECT", places / "home")
+    monkeypatch.delenv("DPO_TEST_D", raising=False)
+    session.load_settings()
+    assert setting("DPO_TEST_D") == "from the project"
+
+
+def test_the_embedded_model_is_known_by_its_files(tmp_path):
+    original = embedded_folder()
+    embedded_model()
+
+    def name_of(folder):
+        return load.public_name(SimpleNamespace(config=SimpleNamespace(name_or_path=str(folder))))
+
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    shutil.copy(original / "config.json", copied)
+    (copied / "model.safetensors").symlink_to(original / "model.safetensors")
+    assert name_of(copied) == EMBEDDED_HUB_NAME
+    (copied / "config.json").write_text((original / "config.json").read_text().replace("100000", "200000"))
+    assert name_of(copied) == "copied"
+    mine = tmp_path / original.name  # its name, and weights of one's own
+    tiny().save_pretrained(mine)
+    assert name_of(mine) == original.name != EMBEDDED_HUB_NAME
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    loaded = load_pairs()
+    return loaded.select(range(6)), loaded.select(range(16, 19))
+
+
+@pytest.mark.slow
+def test_another_model_of_the_same_folder_name_is_no_base_of_the_run(tmp_path, tokenizer, pairs, monkeypatch):
+    first, second = (save(tmp_path / name / "mine [v2]", tokenizer, seed=i) for i, name in enumerate("ab"))
+    model, _ = helpers.load_model(str(first))
+    run = train_dpo(helpers.add_lora(model.float()), tokenizer, *pairs, tmp_path / "run [1]", **QUICK)
+    assert run.info.model == "mine [v2]"
+    monkeypatch.setenv("DPO_MODEL", str(second))
+    with pytest.raises(UserError, match=r"not the one under the run in run \[1\]"):
+        open_run(run)
+    with pytest.raises(UserError, match=r"not the one under the run in run \[1\]"):
+        export_run(run, "merged", tmp_path / "merged [1]")
+    assert not (tmp_path / "merged [1]").exists()
+    monkeypatch.setenv("DPO_MODEL", str(first))
+    opened = open_run(run)
+    merged, _ = helpers.load_model(str(export_run(run, "merged", tmp_path / "merged [1]")))
+    there, here = (pair_logps(one.float(), tokenizer, pairs[1]).chosen for one in (opened.model, merged))
+    assert torch.allclose(there, here, atol=0.02)
+
+
+# ------------------------------------------------------------------------------------------------ adapters
+
+LORA = {"target_modules": ["q_proj", "v_proj"], "r": 4}
+REFUSED = {
+    "another name": "adapters mine.*load_model",
+    "two": "adapters default, other.*selected_adapters",
+    "IA3": "IA3; only LoRA",
+    "LoHa": "LOHA; only LoRA",
+    "pissa": "init_lora_weights='pissa'",
+    "olora": "init_lora_weights='olora'",
+    "bias": "bias='all'",
+    "output layer": "LoRA on the output layer.*modules_to_save",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_adapters_that_a_run_cannot_keep_are_refused_at_the_start(kind):
+    name = "default"
+    if kind == "IA3":
+        config = IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
+    elif kind == "LoHa":
+        config = LoHaConfig(**LORA)
+    elif kind in ("pissa", "olora"):
+        config = LoraConfig(**LORA, init_lora_weights=kind)
+    elif kind == "bias":
+        config = LoraConfig(**LORA, bias="all")
+    elif kind == "output layer":
+        config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    else:
+        config = LoraConfig(**LORA)
+        name = "mine" if kind == "another name" else "default"
+    model = get_peft_model(tiny(), config, adapter_name=name)
+    if kind == "two":
+        model.add_adapter("other", LoraConfig(**LORA))
+    with pytest.raises(UserError, match=REFUSED[kind]):
+        complete_settings(model, {})
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"init_lora_weights": "gaussian"}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}]
+)
+def test_adapters_that_a_run_can_keep(more):
+    check_adapter(get_peft_model(tiny(), LoraConfig(**LORA | more)))
+
+
+KINDS = {
+    "LoRA": {},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "tokens": {"trainable_token_indices": [3, 4]},
+    "DoRA": {"use_dora": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_trained_tensor_is_the_adapters_and_none_the_bases(kind):
+    base = tiny()
+    before = base_hash(base)
+    model = get_peft_model(base, LoraConfig(**LORA | KINDS[kind]))
+    assert base_hash(model) == before
+    policy, ids = Policy(model, None), torch.arange(8)[None]
+    at_start = policy.weights()
+    with torch.no_grad(), model.disable_adapter():
+        expected = model(ids).logits
+    with torch.no_grad():
+        assert not policy.is_fresh or torch.allclose(model(ids).logits, expected, atol=1e-6)
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    for name, weight in trained.items():
+        hashed, kept = policy.adapter, weight.detach().clone()
+        with torch.no_grad():
+            weight += 0.1
+        assert policy.adapter != hashed and base_hash(model) == before, name
+        if "lora_A" not in name and "lora_embedding_B" not in name:
+            assert not is_fresh(model), name
+        with torch.no_grad():
+            weight.copy_(kept)
+    with torch.no_grad():
+        for weight in trained.values():
+            weight += 0.1
+    policy.put_back(at_start)
+    assert all(torch.equal(at_start[name], weight) for name, weight in policy.weights().items())
+
+
+def test_a_fresh_adapter_is_fresh():
+    assert is_fresh(get_peft_model(tiny(), LoraConfig(**LORA)))
+    assert is_fresh(get_peft_model(tiny(), LoraConfig(r=4, target_modules=["embed_tokens"])))
+    assert not is_fresh(get_peft_model(tiny(), LoraConfig(**LORA, init_lora_weights=False)))
+
+
+@pytest.mark.slow
+def test_a_run_with_modules_to_save_opens_as_it_was_trained(tmp_path, tokenizer, pairs, monkeypatch):
+    folder = save(tmp_path / "mine", tokenizer)
+    monkeypatch.setenv("DPO_MODEL", str(folder))
+    model, _ = helpers.load_model()
+    model = get_peft_model(model.float(), LoraConfig(**LORA, modules_to_save=["lm_head"], task_type="CAUSAL_LM"))
+    run = train_dpo(model, tokenizer, *pairs, tmp_path / "run", **QUICK)
+    assert float(run.history[0]["rewards/margins"]) == pytest.approx(0, abs=1e-4)
+    opened = open_run(run)
+    found = opened.both(lambda one: pair_logps(one, tokenizer, pairs[1]).chosen.numpy())
+    assert found["reference"] == pytest.approx(run.held_out.chosen_reference.to_numpy(), abs=1e-3)
+    assert found["policy"] == pytest.approx(run.held_out.chosen_policy.to_numpy(), abs=1e-3)
+    assert abs(found["policy"] - found["reference"]).max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["GPT-2", "fused experts"])
+def test_lora_on_other_architectures(kind, capsys):
+    if kind == "GPT-2":
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))
+        with pytest.raises(UserError, match=r"add_lora\(model, target_modules=.*It has c_attn, c_fc, c_proj\."):
+            helpers.add_lora(model)
+        model = helpers.add_lora(model, target_modules=["c_attn", "c_fc"])
+        names = {"c_attn", "c_fc"}
+    else:
+        experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "head_dim": 8}
+        model = helpers.add_lora(tiny(kind=Qwen3MoeForCausalLM, config=Qwen3MoeConfig, **experts))
+        assert "no layers down_proj, gate_proj, up_proj; LoRA is on experts, k_proj, o_proj, q_proj, v_proj." in (
+            capsys.readouterr().out
+        )
+        names = {"q_proj", "k_proj", "v_proj", "o_proj", "experts", "base_layer"}
+    adapted = [name.split(".lora_A")[0] for name, _ in model.named_modules() if "lora_A" in name]
+    assert {name.rpartition(".")[2] for name in adapted} == names
+
+
+def test_fused_experts_are_part_of_the_merged_model():
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "head_dim": 8}
+    kind = {"kind": Qwen3MoeForCausalLM, "config": Qwen3MoeConfig}
+    model, ids = helpers.add_lora(tiny(**kind, **experts)).eval(), torch.arange(3, 20)[None]
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight += 0.05
+        policy, reference = model(ids).logits, tiny(**kind, **experts).eval()(ids).logits
+        assert 0.99 < kept_update(model, torch.float32) < 1.01 and kept_update(model, torch.float16) < 1.01
+        merged = model.merge_and_unload(safe_merge=True)(ids).logits
+    assert torch.allclose(merged, policy, atol=1e-4) and not torch.allclose(policy, reference, atol=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------ what is computed
+
+
+def test_settings_that_change_a_forward_change_the_key_of_the_cache(tokenizer):
+    def key(**settings):
+        model = tiny()
+        vars(model.config).update(settings)
+        return reference_file(model, tokenizer, "data", 512)
+
+    plain = key()
+    assert plain == key() == key(use_cache=False, pad_token_id=5)
+    changed = [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+        {"rms_norm_eps": 1e-3},
+        {"hidden_act": "gelu"},
+    ]
+    assert len({plain, *(key(**settings) for settings in changed)}) == 1 + len(changed)
+    model = get_peft_model(tiny(), LoraConfig(**LORA))
+    assert config_hash(model) == config_hash(tiny())
+
+
+def test_a_sliding_window_is_in_the_log_probs(tokenizer, pairs):
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0, "initializer_range": 0.5}
+    settings = {"kind": Qwen2ForCausalLM, "config": Qwen2Config, "vocab_size": len(tokenizer)}
+    model = tiny(**settings, **window, attn_implementation="eager").eval()
+    assert not can_share(model) and can_share(tiny(**settings))
+    ids = helpers.tokenize_pairs(pairs[1], tokenizer)
+    found = pair_logps(model, tokenizer, ids).chosen
+    for row, logp in zip(ids, found, strict=True):
+        whole, start = torch.tensor([row["prompt_ids"] + row["chosen_ids"]]), len(row["prompt_ids"])
+        with torch.no_grad():
+            logps = model(whole).logits[0, :-1].log_softmax(-1).gather(1, whole[0, 1:, None])[start - 1 :].sum()
+        assert logps.item() == pytest.approx(logp.item(), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ damaged folders
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short", "no config"])
+def test_a_folder_that_is_damaged_is_answered(damage, tmp_path, tokenizer):
+    folder = tmp_path / "mine [v2]"
+    tiny(vocab_size=len(tokenizer)).save_pretrained(folder, max_shard_size="2MB")
+    tokenizer.save_pretrained(folder)
+    shard = sorted(folder.glob("model-*.safetensors"))[-1]
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "cut short":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    else:
+        (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"The model in mine \[v2\] cannot be loaded \(.*copy the folder again"):
+        helpers.load_model(str(folder))
+
+
+def test_a_pad_token_beyond_the_embedding(tmp_path, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    save(tmp_path / "mine", tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<|mine|>"})
+    tokenizer.save_pretrained(tmp_path / "mine")
+    with pytest.raises(UserError, match=r"'<\|mine\|>' with the number 49152.*49152 rows.*resize_token_embeddings"):
+        helpers.load_model(str(tmp_path / "mine"))
+
+
+def test_tokens_beyond_the_embedding(tokenizer, pairs):
+    model = tiny(vocab_size=len(tokenizer) - 1000)
+    rows = load_pairs([{"prompt": "Hi", "chosen": tokenizer.decode([len(tokenizer) - 5]), "rejected": "No."}])
+    with pytest.raises(UserError, match=r"with the number 49147.*48152 rows"):
+        pair_logps(model, tokenizer, rows)
+    with pytest.raises(UserError, match=r"with the number 49147.*48152 rows"):
+        helpers.generate_replies(model, tokenizer, [tokenizer.decode([len(tokenizer) - 5])], max_new_tokens=2)
+    assert pair_logps(model, tokenizer, pairs[1].select([0])).chosen < 0
+
+
+def test_an_adapter_that_does_not_fit_its_base(tmp_path, tokenizer, monkeypatch):
+    folder = save(tmp_path / "mine", tokenizer)
+    adapter = get_peft_model(tiny(vocab_size=64, hidden_size=32), LoraConfig(**LORA))
+    adapter.save_pretrained(tmp_path / "adapter")
+    monkeypatch.setenv("DPO_MODEL", str(folder))
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "mine"}))
+    with pytest.raises(UserError, match="The model in adapter cannot be loaded.*size mismatch"):
+        helpers.load_model(str(tmp_path / "adapter"))
