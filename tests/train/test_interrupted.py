@@ -132,7 +132,9 @@ def outcome(folder: Path, name: str = "run") -> dict:
         "steps": run.info.steps,
         "held out": run.held_out.chosen_policy.tolist(),
         "weights": {k: v.tolist() for k, v in load_file(run.adapter / "adapter_model.safetensors").items()},
-        "files": sorted(path.name for path in run.folder.iterdir()),
+        "files": sorted(
+            {path.name for path in run.folder.iterdir()} - {"checkpoints"}
+        ),  # if killed while these are removed
     }
 
 
