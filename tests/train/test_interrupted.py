@@ -196,7 +196,7 @@ def test_interrupted_runs_end_as_the_whole_one(small, tmp_path):
     print(*ends, sep="\n")
     assert [end for end in ends if end["differs"]] == []
     assert len(ends) >= 4, "too few for each place to be drawn once"
-    assert {end["codes"][0] for end in ends} <= {-9, 130}  # each was interrupted
+    assert -signal.SIGKILL in {end["codes"][0] for end in ends}
 
 
 # ------------------------------------------------------------------------------------------------ one at a time
