@@ -262,11 +262,13 @@ def test_nothing_is_trained_after_the_last_step(call, name):
     same(call("run", **RUNS[name]), whole)
 
 
-def test_ctrl_c_in_a_step_that_is_due_for_evaluation_loses_none(call):
-    whole = call("whole")
+@pytest.mark.parametrize("name", ["epochs", "by epoch"])
+def test_ctrl_c_loses_no_evaluation_and_adds_none(call, name):
+    """In the second step, which is due for one, or is in the middle of an epoch that ends with one."""
+    whole = call("whole", **RUNS[name])
     with pytest.raises(KeyboardInterrupt):
-        call("run", At("on_step_begin", 1, lambda: os.kill(os.getpid(), signal.SIGINT)))
-    same(call("run"), whole)
+        call("run", At("on_step_begin", 1, lambda: os.kill(os.getpid(), signal.SIGINT)), **RUNS[name])
+    same(call("run", **RUNS[name]), whole)
 
 
 def test_second_run_in_a_folder_is_refused_and_the_first_one_is_not_disturbed(call, tmp_path):
