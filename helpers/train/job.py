@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,6 +185,8 @@ class Job:
     def begin(self) -> None:
         """Say how a step is made, write run.json; UserError if training needs far more memory than is free."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        for part in self.folder.glob(".*.????????"):  # of a call that was killed while it wrote
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
         if self.info.data.given and not (self.folder / "run.json").exists():
             for name, report in self.pairs.sets.items():
                 with quiet_progress(len(report.ids)):

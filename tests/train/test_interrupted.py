@@ -132,7 +132,9 @@ def outcome(folder: Path, name: str = "run") -> dict:
         "steps": run.info.steps,
         "held out": run.held_out.chosen_policy.tolist(),
         "weights": {k: v.tolist() for k, v in load_file(run.adapter / "adapter_model.safetensors").items()},
-        "files": sorted(path.name for path in run.folder.iterdir()),
+        "files": sorted(
+            {path.name for path in run.folder.iterdir()} - {"checkpoints"}
+        ),  # if killed while these are removed
     }
 
 
@@ -194,7 +196,7 @@ def test_interrupted_runs_end_as_the_whole_one(small, tmp_path):
     print(*ends, sep="\n")
     assert [end for end in ends if end["differs"]] == []
     assert len(ends) >= 4, "too few for each place to be drawn once"
-    assert {end["codes"][0] for end in ends} <= {-9, 130}  # each was interrupted
+    assert -signal.SIGKILL in {end["codes"][0] for end in ends}
 
 
 # ------------------------------------------------------------------------------------------------ one at a time
@@ -260,11 +262,13 @@ def test_nothing_is_trained_after_the_last_step(call, name):
     same(call("run", **RUNS[name]), whole)
 
 
-def test_ctrl_c_in_a_step_that_is_due_for_evaluation_loses_none(call):
-    whole = call("whole")
+@pytest.mark.parametrize("name", ["epochs", "by epoch"])
+def test_ctrl_c_loses_no_evaluation_and_adds_none(call, name):
+    """In the second step, which is due for one, or is in the middle of an epoch that ends with one."""
+    whole = call("whole", **RUNS[name])
     with pytest.raises(KeyboardInterrupt):
-        call("run", At("on_step_begin", 1, lambda: os.kill(os.getpid(), signal.SIGINT)))
-    same(call("run"), whole)
+        call("run", At("on_step_begin", 1, lambda: os.kill(os.getpid(), signal.SIGINT)), **RUNS[name])
+    same(call("run", **RUNS[name]), whole)
 
 
 def test_second_run_in_a_folder_is_refused_and_the_first_one_is_not_disturbed(call, tmp_path):

@@ -13,7 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
 
 import helpers
 from helpers import UserError, load_pairs, train_dpo
@@ -227,6 +229,27 @@ def test_every_pair_is_in_one_batch_and_counts_the_same(tmp_path):
         whole = rows // step * step
         expected = [1 / step] * whole + [1 / max(rows - whole, 1)] * (rows - whole)
         assert weight == pytest.approx(expected), (rows, size, pieces, number)
+
+
+def test_batches_of_a_last_step_that_are_not_full_are_trained_on():
+    """12 pairs, 16 a step: each of two processes has two batches of three. accelerate expects four in all but one."""
+    trained = []
+    for place in range(2):
+        part = BatchSamplerShard(BatchSampler(range(12), 4, drop_last=False), 2, place)
+        args = {"train_batch_size": 4, "gradient_accumulation_steps": 2, "process_index": place, "world_size": 2}
+        trainer = SimpleNamespace(
+            args=SimpleNamespace(**args, eval_batch_size=4),
+            accelerator=SimpleNamespace(prepare_model=print),
+            model=torch.nn.Linear(1, 1),
+            eval_dataset=None,
+            callback_handler=SimpleNamespace(callbacks=[]),
+            training_step=print,
+            prediction_step=print,
+            get_train_dataloader=lambda part=part: SimpleNamespace(batch_sampler=part),
+        )
+        processes.share_steps(trainer)
+        trained += trainer.get_train_dataloader().batch_sampler
+    assert [len(batch) for batch in trained] == [3] * 4 and sorted(sum(trained, [])) == list(range(12))
 
 
 def test_processes_that_differ_are_refused(monkeypatch):
