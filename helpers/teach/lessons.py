@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from helpers.after.diagnosis import SYMPTOMS, measure
+from helpers.after.diagnosis import SYMPTOMS, measure, of_run, to_try
 from helpers.run.folder import Run, RunInfo
 
 _TABLES: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
@@ -33,7 +33,7 @@ def before_and_after(results: list[dict], case: str, number: str) -> pd.DataFram
         for one in part["cases"]:
             if one["case"] == case:
                 run = recorded(part, one["run"])
-                numbers = run.metrics | run.info.memory_gb | measure(run.history, run.info)
+                numbers = run.metrics | run.info.memory_gb | measure(**of_run(run))
                 rows[place, one["seed"]][one["state"]] = numbers[number]
     return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -56,7 +56,7 @@ def guide(results: list[dict]) -> list[dict[str, Any]]:
         runs = [(part, one) for part in results for one in part["cases"] if one["case"] == code]
         first = {one["state"]: part["runs"][one["run"]]["history"] for part, one in reversed(runs)}
         row = {"symptom": f"{code}: {SYMPTOMS[code]['what']}", "made by": runs[0][1]["fault"]}
-        row |= {"try first": SYMPTOMS[code]["causes"][0][1], "measured": label}
+        row |= {"try first": SYMPTOMS[code]["causes"][0][1].format_map(to_try({})), "measured": label}
         row |= {state: _spread(values[state]) for state in ("sick", "cured")}
         rows.append(row | {"seeds": len(values), "curve": curve, "histories": first})
     return rows

@@ -1,14 +1,22 @@
-"""Each symptom is named, by committed runs of three seeds and by training them again; healthy runs raise no alarm."""
+"""Each symptom is named, by committed runs of three seeds and by training them again; healthy runs raise no alarm.
+
+The runs are those of the lab (benchmarks/diagnosis.py), of the sweep (benchmarks/beta.py), and public ones of other
+people: field/runs.json has their numbers with the source, and in `says` what their authors say of them.
+"""
 
 import copy
 import json
+import math
+from collections import defaultdict
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from transformers import TrainerState
 
 from benchmarks.diagnosis import CASES, Bench
-from helpers import UserError, diagnose
-from helpers.after.diagnosis import LIMITS, RULES, SYMPTOMS, Diagnosis, Symptom, measure
+from helpers import DPOConfig, UserError, diagnose
+from helpers.after.diagnosis import LIMIT_TABLE, LIMITS, NOTES, RULES, SYMPTOMS, Diagnosis, Symptom, measure, of_run
 from helpers.run.folder import Run, Status, write_info
 from helpers.teach.lessons import SHOWN, advice, guide, recorded
 from helpers.teach.plots import plot_symptoms, symptom_table
@@ -38,35 +46,136 @@ def test_committed_run(part, one):
     assert diagnose(recorded(part, one["run"])).codes == expected(one["case"], one["state"])
 
 
-@pytest.mark.parametrize("number", LIMITS)
-def test_limit_has_room_on_both_sides(number):
-    """No measured run is within a fiftieth of a limit; nearest are accuracies, where one pair of 40 is 0.025."""
-    ill, well = [], []
-    for part, one in COMMITTED:
-        run = recorded(part, one["run"])
-        found = measure(run.history, run.info)
-        if one["state"] == "cured":
-            well.append(found[number])
-        elif LIMIT_OF[number] == one["case"]:
-            ill.append(found[number])
-    limit = LIMITS[number]
-    if max(ill) > max(well):
-        assert max(well) * 1.02 < limit < min(ill) / 1.02
-    else:
-        assert max(ill) * 1.02 < limit < min(well) / 1.02
+# ------------------------------------------------------------------------------------------------ all committed runs
+
+FIELD = json.loads((Path(__file__).parent / "field" / "runs.json").read_text(encoding="utf-8"))
+# The same runs evaluated at the end only, once more shortly before, at thirds, and at every step that was kept.
+EVALUATED = {"end": (45,), "late": (36, 45), "thirds": (18, 27, 45), "all": (9, 18, 27, 36, 45)}
 
 
-LIMIT_OF = {
-    "start_off": "wrong_reference",
-    "moved": "not_moving",
-    "loss_end": "diverged",
-    "loss_half": "loss_zero",
-    "accuracy_first": "leak",
-    "accuracy_end": "no_preference",
-    "loss_rise": "overfitting",
-    "chosen_fall": "chosen_falls",
-    "cut": "never_ends",
+def sweep_runs() -> dict[str, dict]:
+    """The runs of the sweep in TRL's names, evaluated more or less often."""
+    names = {"chosen": "rewards/chosen", "rejected": "rewards/rejected"}
+    runs = defaultdict(list)
+    for row in json.loads((ROOT / "benchmarks" / "results" / "beta.json").read_text(encoding="utf-8"))["history"]:
+        values = {"loss": row["loss"], "rewards/margins": row["margin"], "rewards/accuracies": row["accuracy"]}
+        values |= {new: row[old] * row["beta"] for old, new in names.items()}
+        prefix = "eval_" if row["split"] == "held out" else ""
+        values = {f"{prefix}{name}": value for name, value in values.items()}
+        runs[row["beta"], row["seed"]].append({"step": row["step"]} | values)
+    return {
+        f"sweep, beta {beta:g}, seed {seed}, evaluated: {name}": {
+            "history": [row for row in rows if "loss" in row or row["step"] in steps],
+            "config": {"beta": beta, "loss_type": ["sigmoid"], "num_train_epochs": 1, "learning_rate": 2e-4},
+            "train_pairs": 360,
+            "test_pairs": 120,
+        }
+        for (beta, seed), rows in runs.items()
+        for name, steps in EVALUATED.items()
+    }
+
+
+def public(run: dict) -> dict:
+    """What is known of a public run besides its history."""
+    config = {name: run[name] for name in ("beta", "loss_type") if run.get(name)} | run.get("config", {})
+    return {"config": config} | {name: run[name] for name in ("train_pairs", "test_pairs") if run.get(name)}
+
+
+# name: (source, what else `diagnose` is told, the codes wanted)
+ALL = {name: (known.pop("history"), known, []) for name, known in sweep_runs().items()}
+ALL |= {run["name"]: (run["history"], public(run), run["wanted"]) for run in FIELD}
+ALL |= {
+    f"lab {part['machine']} {one['run']}": (recorded(part, one["run"]), {}, expected(one["case"], one["state"]))
+    for part, one in COMMITTED
 }
+
+
+def test_there_are_enough_public_runs_and_each_has_its_source():
+    assert len(FIELD) >= 30 and len({run["name"] for run in FIELD}) == len(FIELD)
+    own = [run for run in FIELD if "source" in run]
+    assert len(own) >= 20 and all(run["source"].startswith("https://") for run in own)
+    assert sum(bool(run["wanted"]) and "says" in run for run in own) >= 6
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if not name.startswith("lab")])
+def test_every_run_of_the_sweep_and_of_others(name):
+    source, known, wanted = ALL[name]
+    diagnosis = diagnose(source, **known)
+    assert diagnosis.codes == wanted and len(diagnosis.notes) <= 1
+    if name.startswith("sweep"):
+        assert diagnosis.notes == []
+    assert not any("nan" in one.evidence for one in diagnosis.findings) and all(
+        one.evidence for one in diagnosis.findings
+    )
+
+
+# limit: the number that it is for, the symptom, and the runs in which the number decides.
+SIGNS = {
+    "start_off": ("start_off", "wrong_reference", lambda f: True),
+    "flat_from": ("flat_from", "wrong_reference", lambda f: f["first_at"] < 0.4),
+    "flat_by": ("flat_by", "wrong_reference", lambda f: f["first_at"] < 0.4 and f["flat_from"] > 10),
+    "moved": ("moved", "not_moving", lambda f: not f["over"] < 0.5),
+    "loss_peak": ("loss_peak", "diverged", lambda f: f["loss"] == "sigmoid"),
+    "loss_half": ("loss_half", "loss_zero", lambda f: f["loss"] == "sigmoid"),
+    "leak": ("low_first", "leak", lambda f: f["early"] <= 0.5 and not f["surface"] > 0),
+    "leak_explained": ("low_first", "leak", lambda f: f["early"] <= 0.5 and f["surface"] >= f["low_first"]),
+    "accuracy_end": ("accuracy_end", "no_preference", lambda f: f["low_end"] < 0.5),
+    "loss_rise": ("loss_rise", "overfitting", lambda f: f["gain_lost"] > 0.25),
+    "gain_lost": ("gain_lost", "overfitting", lambda f: f["loss_rise"] > 0.03),
+    "fall_speed": ("fall_speed", "chosen_falls", lambda f: f["beta"] < 0.1 and f["loss"] == "sigmoid"),
+    "fall_held": ("chosen_fall", "chosen_falls", lambda f: f["beta"] >= 0.1 and -f["chosen_end"] > 30),
+    "cut": ("cut", "never_ends", lambda f: True),
+}
+NUMBERS = {
+    name: (measure(**of_run(source)) if isinstance(source, Run) else measure(source, **known), wanted)
+    for name, (source, known, wanted) in ALL.items()
+}
+
+
+def nearest(limit: str) -> tuple[float, float]:
+    """Of the committed runs the healthy one and the sick one whose numbers are nearest to the limit."""
+    number, code, decides = SIGNS[limit]
+    well = [f[number] for f, wanted in NUMBERS.values() if not wanted and f[number] > -math.inf and decides(f)]
+    sick = [f[number] for f, wanted in NUMBERS.values() if code in wanted and f[number] > -math.inf and decides(f)]
+    above = max(sick) > max(well, default=-math.inf)
+    return (max(well, default=math.nan), min(sick)) if above else (min(well), max(sick))
+
+
+@pytest.mark.parametrize("limit", SIGNS)
+def test_limit_has_room_on_both_sides(limit):
+    """The margins in the table are those of the committed runs, and none is within a fiftieth of its limit."""
+    well, sick = nearest(limit)
+    assert (well, sick) == pytest.approx(
+        (LIMIT_TABLE[limit]["well"], LIMIT_TABLE[limit]["sick"]), rel=0.02, nan_ok=True
+    )
+    low, high = sorted((well, sick)) if well == well else (-math.inf, sick)
+    assert low * 1.02 < LIMITS[limit] < high / 1.02
+
+
+def test_table_of_rule_against_run(capsys):
+    """Printed with -s. A healthy run within a tenth of a limit is reported, and must be one that is known."""
+    rows = []
+    for name, (source, known, wanted) in ALL.items():
+        diagnosis = diagnose(source, **known)
+        kind = "sick" if wanted else "healthy"
+        rows += [(code, kind, name) for code in diagnosis.codes]
+        rows += [(f"{one.code}, note", kind, name) for one in diagnosis.notes]
+    fired = pd.DataFrame(rows, columns=["rule", "runs", "name"])
+    close = {
+        (limit, name)
+        for limit, (number, _, decides) in SIGNS.items()
+        for name, (f, wanted) in NUMBERS.items()
+        if not wanted and decides(f) and 0.9 < f[number] / LIMITS[limit] < 1.1
+    }
+    with capsys.disabled():
+        print(f"\n{pd.crosstab(fired.rule, fired.runs)}\n{len(ALL)} runs")
+        print("\n".join(f"within a tenth of {limit}: {name}" for limit, name in sorted(close)))
+    assert set(fired.rule) >= set(RULES) and {f"{code}, note" for code in NOTES} >= set(fired.rule) - set(RULES)
+    assert not fired[fired.runs == "healthy"].rule.isin(RULES).any()
+    assert {limit for limit, _ in close} <= CLOSE
+
+
+CLOSE: set[str] = set()  # limits that a healthy run comes near
 
 
 # ------------------------------------------------------------------------------------------------ other histories
@@ -127,6 +236,10 @@ def test_other_losses_have_other_heights():
             row["loss"] = 25.0
     diagnosis = diagnose(run)
     assert diagnosis.codes == [] and "loss_type sigmoid" in str(diagnosis)
+    for row in run.history:
+        if "loss" in row:
+            row["loss"] = 60.0  # 1 / (4 beta^2) is 25
+    assert diagnose(run).codes == ["diverged"]
 
 
 def test_causes_that_the_numbers_rule_out_are_not_named():
@@ -157,6 +270,94 @@ def test_folder_that_ran_out_of_memory(tmp_path):
     write_info(tmp_path, info)
     with pytest.raises(UserError, match="is running"):
         diagnose(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ other sources
+
+DPO = DPOConfig(output_dir="unused", beta=0.1, learning_rate=1e-3, report_to="none", use_cpu=True, bf16=False)
+
+
+def test_plain_history_of_trl_with_its_config():
+    """As a reader pastes it."""
+    run = committed("overfitting-sick-0")
+    known = diagnose(run.history, config=DPO, train_pairs=8, test_pairs=40)
+    assert known.codes == ["overfitting"]
+    assert "halve it (0.0005), or early_stopping=1" in str(known) and "report=check_pairs" in str(known)
+    bare = diagnose(run.history)
+    assert bare.codes == [] and "pass config" in str(bare) and "pass test_pairs" in str(bare)
+
+
+def test_trl_output_folder_and_checkpoint(tmp_path):
+    run = committed("diverged-sick-1")
+    for step in (4, 8):
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        state = TrainerState(global_step=step, max_steps=8, log_history=[r for r in run.history if r["step"] <= step])
+        state.save_to_json(folder / "trainer_state.json")
+    options = {"config": {"beta": 0.1, "loss_type": "sigmoid"}, "test_pairs": 40}
+    assert diagnose(tmp_path / "out", **options).codes == ["diverged"]
+    assert diagnose(str(tmp_path / "out" / "checkpoint-8"), **options).codes == ["diverged"]
+    early = diagnose(tmp_path / "out" / "checkpoint-4", **options | {"config": {"beta": 0.1}})
+    assert "height of the loss" in str(early)
+    (folder / "trainer_state.json").write_text("{")
+    with pytest.raises(UserError, match="trainer_state.json in checkpoint-8 cannot be read"):
+        diagnose(folder)
+    with pytest.raises(UserError, match="no trainer_state.json of TRL's"):
+        diagnose(tmp_path)
+
+
+@pytest.mark.parametrize("history", [5, {"loss": 1}, [1]])
+def test_what_is_no_history(history):
+    with pytest.raises(UserError, match="list of dicts"):
+        diagnose(history)
+
+
+def test_rows_without_rewards_and_several_evaluation_sets():
+    run = committed("overfitting-sick-0")
+    losses = [{key: row[key] for key in ("step", "loss", "eval_loss") if key in row} for row in run.history]
+    assert diagnose(losses, config=DPO, test_pairs=40).codes == ["overfitting"]
+    several = [{key.replace("eval_", "eval_new_"): value for key, value in row.items()} for row in run.history]
+    several += [{key.replace("eval_", "eval_old_"): value for key, value in row.items()} for row in run.history]
+    diagnosis = diagnose(several, config=DPO, test_pairs=40)
+    assert diagnosis.codes == ["overfitting"] and "evaluation sets after the first: old" in str(diagnosis)
+
+
+def test_a_run_that_is_hardly_begun_is_not_called_still():
+    run = committed("not_moving-sick-0")
+    run.history = [row for row in run.history if row["step"] <= 3]
+    known = {"config": {"beta": 0.1, "loss_type": "sigmoid", "max_steps": 100}}
+    diagnosis = diagnose(run.history, **known)
+    assert diagnosis.codes == [] and "less than half of the run is over" in str(diagnosis)
+    assert diagnose(run.history, config=known["config"] | {"max_steps": 4}).codes == ["not_moving"]
+    rising = [row | {"learning_rate": 1e-6 * row["step"]} for row in run.history]
+    assert diagnose(rising, config={"beta": 0.1, "loss_type": "sigmoid"}).codes == []
+
+
+def test_a_leak_is_what_the_surface_explains():
+    """The same accuracies: a symptom with a length that tells as much, a note without."""
+    run = committed("leak-sick-0")
+    assert diagnose(run).codes == ["leak"]
+    run.info.data.findings = {"length_leak": 45}  # of 64: right in 70 percent
+    diagnosis = diagnose(run)
+    assert diagnosis.codes == [] and [one.code for one in diagnosis.notes] == ["leak"]
+    assert str(diagnosis).startswith("No symptom found. 1 note found.")
+
+
+def test_cures_come_in_the_order_of_the_run_s_numbers_with_the_number_to_try():
+    run = committed("chosen_falls-sick-0")
+    assert [cure for _, cure in diagnose(run).findings[0].causes][:2] == ["beta=0.1", "a tenth of it (0.0005)"]
+    run.info.config["beta"] = 0.1
+    for row in run.history:
+        row |= {key: 10 * float(value) for key, value in row.items() if "rewards/" in key and "acc" not in key}
+    assert [cure for _, cure in diagnose(run).findings[0].causes][0] == "a tenth of it (0.0005)"
+    sick = committed("out_of_memory-sick-0")
+    assert "per_device_train_batch_size (2048)" in diagnose(sick).findings[0].causes[0][1]
+
+
+def test_log_probs_of_zero_are_no_answers():
+    row = {"step": 1, "loss": 0.6931, "rewards/chosen": 0.0, "rewards/rejected": 0.0, "logps/chosen": 0.0}
+    diagnosis = diagnose([row, row | {"step": 2}], config=DPO)
+    assert [why for why, _ in diagnosis.findings[0].causes][-1].startswith("No token of the answers")
 
 
 def test_html_is_escaped():
