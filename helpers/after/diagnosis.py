@@ -97,8 +97,8 @@ class _Numbers(dict):
         return math.nan
 
 
-_COLUMNS = ("step", "epoch", "loss", "grad_norm", "learning_rate", "logps/chosen")
-_COLUMNS += ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+_LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "logps/chosen")
+_LOGGED += ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 
 def _table(history: list[dict], prefix: str = "") -> pd.DataFrame:
@@ -106,8 +106,8 @@ def _table(history: list[dict], prefix: str = "") -> pd.DataFrame:
 
     Text such as "nan" is read as a number.
     """
-    rows = [row | {name: row.get(prefix + name) for name in _COLUMNS[2:]} for row in history if f"{prefix}loss" in row]
-    table = pd.DataFrame(rows, columns=_COLUMNS).astype(float)
+    rows = [row | {name: row.get(prefix + name) for name in _LOGGED[2:]} for row in history if f"{prefix}loss" in row]
+    table = pd.DataFrame(rows, columns=_LOGGED).astype(float)
     return table.assign(place=table.step.fillna(table.epoch))
 
 
