@@ -184,8 +184,9 @@ def measure(
     train, held = _table(history), _table(history, prefix)
     values = [row[name] for row in history for name in row if name.endswith(curves) and not name.startswith("train_")]
     f = _Numbers((memory_gb or {}) | _setting(config or {}, train))
-    f |= {"status": status, "findings": findings, "others": others, "steps": len(train), "evaluations": len(held)}
+    f |= {"status": status, "findings": findings, "steps": len(train), "evaluations": len(held)}
     f |= {"train_pairs": train_pairs or math.nan, "pairs": test_pairs or 0}
+    f["others"] = ", ".join(name.removeprefix("eval_").removesuffix("_") for name in others)
     f["not_numbers"] = sum(not math.isfinite(float(value)) for value in values)
     if findings is not None:
         surface = max(findings.get("length_leak", 0), findings.get("feature_leak", 0))
