@@ -23,6 +23,7 @@ from helpers.run.metrics import wilson_interval
 
 ENOUGH_PAIRS = 30  # held out; below, the interval of an accuracy is wider than 0.34 and tells little from chance
 PER_TOKEN = ("ipo", "sigmoid_norm")  # losses that count per token: no limit on a sum over an answer fits them
+NOTE = "note"
 LN2 = math.log(2)  # the loss of a policy that equals its reference
 # Limits by name with their reasons; the catalogue by code: what is seen, evidence, causes with their cures, the test
 # that decides between them; and what cannot be judged without more.
@@ -158,34 +159,22 @@ def _moves(rows: pd.DataFrame, ends: pd.DataFrame, f: dict[str, Any]) -> dict[st
     return found
 
 
-def measure(
-    history: list[dict],
-    config: dict[str, Any] | None = None,
-    train_pairs: int | None = None,
-    test_pairs: int | None = None,
-    findings: dict[str, int] | None = None,
-    status: str = "",
-    memory_gb: dict[str, float] | None = None,
-) -> dict[str, Any]:
+def measure(known: dict[str, Any]) -> dict[str, Any]:
     """The numbers that a diagnosis is made from, with what words them; NaN where something needed is not known.
 
     "end" is the last held-out evaluation, or for training a mean over the last half of its rows: rounding moves one
-    batch as much as a run that does not learn.
-
-    Args:
-        history, config: rows as TRL logs them, and the settings of the trainer by name.
-        train_pairs, test_pairs: how many pairs.
-        findings: of `check_pairs` in the training pairs, code to count.
-        status, memory_gb: `RunInfo.status` and `RunInfo.memory_gb`.
+    batch as much as a run that does not learn. In `known` are the history, rows as TRL logs them, and what is known of
+    config (settings by name), train_pairs, test_pairs, findings of `check_pairs` (code to count), status, memory_gb.
     """
+    history, findings, pairs = known["history"], known.get("findings"), known.get("test_pairs") or 0
     accuracy, curves = "rewards/accuracies", ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
     sets = dict.fromkeys(key.removesuffix(accuracy) for row in history for key in row if key.endswith(accuracy))
     prefix, *others = [name for name in sets if name.startswith("eval_")] or ["eval_"]
     train, held = _table(history), _table(history, prefix)
     values = [row[name] for row in history for name in row if name.endswith(curves) and not name.startswith("train_")]
-    f = _Numbers((memory_gb or {}) | _setting(config or {}, train))
-    f |= {"status": status, "findings": findings, "steps": len(train), "evaluations": len(held)}
-    f |= {"train_pairs": train_pairs or math.nan, "pairs": test_pairs or 0}
+    f = _Numbers(known.get("memory_gb", {}) | _setting(known.get("config", {}), train))
+    f |= {"status": known.get("status"), "findings": findings, "steps": len(train), "evaluations": len(held)}
+    f |= {"train_pairs": known.get("train_pairs") or math.nan, "pairs": pairs}
     f["others"] = ", ".join(name.removeprefix("eval_").removesuffix("_") for name in others)
     f["not_numbers"] = sum(not math.isfinite(float(value)) for value in values)
     if findings is not None:
@@ -202,19 +191,15 @@ def measure(
     f |= {"held_loss_best": held.loss.min(), "held_loss_end": held.loss.tail(1).mean()}
     f["loss_rise"], gain = f["held_loss_end"] - f["held_loss_best"], f["start"] - f["held_loss_best"]
     f["gain_lost"] = math.inf if gain <= 0 else f["loss_rise"] / gain
-    f["noise"] = 0.5 / math.sqrt(f["pairs"] or math.inf)  # the loss of a pair varies by about half a nat
+    f["noise"] = 0.5 / math.sqrt(pairs or math.inf)  # the loss of a pair varies by about half a nat
     best = held.nsmallest(1, "loss")
     f["best_at"] = f"step {best.step.mean():g}" if best.step.any() else f"epoch {best.epoch.mean():g}"
     for name, rows in (("first", held.head(1)), ("best", held.nlargest(1, accuracy)), ("end", held.tail(1))):
         f[f"accuracy_{name}"] = value = rows[accuracy].mean()
-        if f["pairs"] and value >= 0:
-            f[f"low_{name}"], f[f"high_{name}"] = wilson_interval(round(value * f["pairs"]), f["pairs"])
+        if pairs and value >= 0:
+            f[f"low_{name}"], f[f"high_{name}"] = wilson_interval(round(value * pairs), pairs)
     f["early"] = _ratio(held.place.min(), pd.concat([train.place, held.place]).max())
     f |= _moves(held if len(held) > 1 else train, held.tail(1) if len(held) else train.tail(half), f)
-    f["log_ratios"] = "log-ratios at the end {chosen_end:+.2f} (chosen) and {rejected_end:+.2f} (rejected) nats"
-    f["held_loss"] = "held-out loss {held_loss_best:.3f} at its best, {held_loss_end:.3f} at the end"
-    f["held_accuracy"] = "held-out accuracy {accuracy_end:.2f} (95% interval {low_end:.2f} to {high_end:.2f})"
-    f |= {name: f[name].format_map(f) for name in ("log_ratios", "held_loss", "held_accuracy")}
     return f
 
 
@@ -227,16 +212,15 @@ def _leak(f: dict[str, Any]) -> bool:
     return f["early"] <= 0.5 and f["pairs"] >= ENOUGH_PAIRS and (explained or f["low_first"] > LIMITS["leak"])
 
 
-def _chosen_falls(f: dict[str, Any]) -> bool:
-    """Only with a second sign: at once, against a beta that should hold it, or while the held-out loss rises."""
-    far = f["chosen_fall"] > LIMITS["fall_held"] and -f["chosen_end"] > LIMITS["fall_nats"]
-    fast, held = f["fall_speed"] > LIMITS["fall_speed"], f["beta"] >= 0.1 and far
-    return _falls(f) and (fast or held or _rises(f, LIMITS["gain_waver"]))
-
-
 def _falls(f: dict[str, Any]) -> bool:
     fell = f["chosen_fall"] > LIMITS["chosen_fall"] and f["chosen_end"] > f["rejected_end"]
     return fell and f["loss"] not in PER_TOKEN
+
+
+def _harms(f: dict[str, Any]) -> bool:
+    """A second sign: the chosen falls at once, against a beta that should hold it, or the held-out loss rises too."""
+    far = f["chosen_fall"] > LIMITS["fall_held"] and -f["chosen_end"] > LIMITS["fall_nats"]
+    return f["fall_speed"] > LIMITS["fall_speed"] or (f["beta"] >= 0.1 and far) or _rises(f, LIMITS["gain_waver"])
 
 
 def _rises(f: dict[str, Any], share: float) -> bool:
@@ -244,8 +228,8 @@ def _rises(f: dict[str, Any], share: float) -> bool:
     return f["loss_rise"] > max(LIMITS["loss_rise"], f["noise"]) and f["gain_lost"] > share
 
 
-# code -> whether a run has the symptom, in the order in which symptoms are named.
-RULES: dict[str, Callable[[dict[str, Any]], bool]] = {
+# code -> whether a run has the symptom, in the order in which symptoms are named; NOTE where it is worth a note only.
+RULES: dict[str, Callable[[dict[str, Any]], bool | str]] = {
     "out_of_memory": lambda f: f["status"] == Status.OUT_OF_MEMORY,
     "nan": lambda f: f["not_numbers"] > 0,
     "wrong_reference": lambda f: (
@@ -254,11 +238,14 @@ RULES: dict[str, Callable[[dict[str, Any]], bool]] = {
         or (f["first_at"] < 0.4 and f["flat_from"] > LIMITS["flat_from"] and f["flat_by"] < LIMITS["flat_by"])
     ),
     "diverged": lambda f: f["loss_peak"] > LIMITS["loss_peak"] * f["start"] / LN2,
-    "leak": _leak,
+    "leak": lambda f: _leak(f) or f["low_best"] > LIMITS["leak_note"] and NOTE,
     "below_half": lambda f: f["moved"] >= LIMITS["moved"] and f["high_end"] < 0.5 and f["accuracy_best"] < 0.5,
-    "overfitting": lambda f: _rises(f, LIMITS["gain_lost"]) and not f["loss_end"] >= f["held_loss_best"],
+    "overfitting": lambda f: (
+        (_rises(f, LIMITS["gain_lost"]) and not f["loss_end"] >= f["held_loss_best"])
+        or (_rises(f, LIMITS["gain_waver"]) and NOTE)
+    ),
     "loss_zero": lambda f: f["loss"] == "sigmoid" and f["loss_half"] < LIMITS["loss_half"],
-    "chosen_falls": _chosen_falls,
+    "chosen_falls": lambda f: _falls(f) and (_harms(f) or NOTE),
     "not_moving": lambda f: f["moved"] < LIMITS["moved"] and not f["over"] < 0.5,
     "never_ends": lambda f: f["cut"] > LIMITS["cut"],
     "no_preference": lambda f: (
@@ -269,23 +256,18 @@ RULES: dict[str, Callable[[dict[str, Any]], bool]] = {
         and not f["over"] < 0.5
     ),
 }
-# code -> whether a note is due, if no symptom is named that has or explains this code.
-NOTES: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "leak": lambda f: f["low_best"] > LIMITS["leak_note"],
-    "overfitting": lambda f: _rises(f, LIMITS["gain_waver"]),
-    "chosen_falls": _falls,
-}
 
 
 def _named(f: dict[str, Any]) -> list[tuple[str, bool]]:
-    """Codes of the symptoms and of the notes, without those that another symptom explains; and whether it is a note."""
-    codes = [code for code, holds in RULES.items() if holds(f)]
-    if codes and codes[0] in ("out_of_memory", "nan"):  # after these no other number means anything
-        return [(codes[0], False)]
-    named = [(code, False) for code in codes]
-    named += [(code, True) for code, holds in NOTES.items() if code not in codes and holds(f)]
-    explained = {other for code in codes for other in SYMPTOMS[code].get("explains", ())}
-    return [(code, note) for code, note in named if code not in explained]
+    """Codes of the symptoms, then of the notes (True), without those that a symptom explains."""
+    found = {code: holds for code, rule in RULES.items() if (holds := rule(f))}
+    for code in {"out_of_memory", "nan"} & set(found):  # after these no other number means anything
+        return [(code, False)]
+    explained = {
+        other for code, holds in found.items() if holds is not NOTE for other in SYMPTOMS[code].get("explains", ())
+    }
+    named = [(code, holds is NOTE) for code, holds in found.items() if code not in explained]
+    return sorted(named, key=lambda one: one[1])
 
 
 def _causes(code: str, f: dict[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -406,6 +388,6 @@ def diagnose(
     settings = describe_config(config) if isinstance(config, TrainingArguments) else config or {}
     findings = {one.code: one.count for one in report.findings} if report is not None else None
     given = {"train_pairs": train_pairs, "test_pairs": test_pairs, "findings": findings}
-    given = {name: value for name, value in given.items() if value is not None}
-    f = measure(**known | given | {"config": settings | known.get("config", {})})
+    known |= {name: value for name, value in given.items() if value is not None}
+    f = measure(known | {"config": settings | known.get("config", {})})
     return Diagnosis([_symptom(code, note, f) for code, note in _named(f)], _unseen(f))

@@ -33,7 +33,7 @@ def before_and_after(results: list[dict], case: str, number: str) -> pd.DataFram
         for one in part["cases"]:
             if one["case"] == case:
                 run = recorded(part, one["run"])
-                numbers = run.metrics | run.info.memory_gb | measure(**of_run(run))
+                numbers = run.metrics | run.info.memory_gb | measure(of_run(run))
                 rows[place, one["seed"]][one["state"]] = numbers[number]
     return pd.DataFrame.from_dict(rows, orient="index")
 
