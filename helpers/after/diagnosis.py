@@ -170,7 +170,8 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
     accuracy, curves = "rewards/accuracies", ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
     sets = dict.fromkeys(key.removesuffix(accuracy) for row in history for key in row if key.endswith(accuracy))
     prefix, *others = [name for name in sets if name.startswith("eval_")] or ["eval_"]
-    train, held = _table(history), _table(history, prefix)
+    train, evaluated = _table(history), _table(history, prefix)
+    held = evaluated[evaluated.step != 0]
     values = [row[name] for row in history for name in row if name.endswith(curves) and not name.startswith("train_")]
     f = _Numbers(known.get("memory_gb", {}) | _setting(known.get("config", {}), train))
     f |= {"status": known.get("status"), "findings": findings, "steps": len(train), "evaluations": len(held)}
@@ -185,9 +186,11 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
     f |= {"loss_end": train.loss.tail(half).mean(), "loss_half": train.loss.head(half).tail(2).mean()}
     f |= {"loss_peak": train.loss.rolling(max(quarter, 1)).mean().max(), "gradient": train.grad_norm.max()}
     f["margin_end"] = train["rewards/margins"].tail(half).mean()
-    if train.step.min() <= 1:  # the loss of step 1 is taken before its update
-        sides = train[["rewards/chosen", "rewards/rejected"]].iloc[0] / f["beta"]
-        f |= {"start_loss": train.loss.iloc[0], "start_off": sides.abs().max()}
+    # The loss of step 1 is taken before its update, as is an evaluation at step 0.
+    start = pd.concat([evaluated[evaluated.step == 0], train[train.step <= 1]]).head(1)
+    if len(start):
+        sides = start[["rewards/chosen", "rewards/rejected"]].iloc[0] / f["beta"]
+        f |= {"start_loss": start.loss.iloc[0], "start_off": sides.abs().max()}
     f |= {"held_loss_best": held.loss.min(), "held_loss_end": held.loss.tail(1).mean()}
     f["loss_rise"], gain = f["held_loss_end"] - f["held_loss_best"], f["start"] - f["held_loss_best"]
     f["gain_lost"] = math.inf if gain <= 0 else f["loss_rise"] / gain

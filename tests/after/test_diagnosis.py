@@ -344,6 +344,20 @@ def test_rows_without_rewards_and_several_evaluation_sets():
     assert diagnosis.codes == ["overfitting"] and "evaluation sets after the first: old" in str(diagnosis)
 
 
+def test_an_evaluation_before_training_is_the_start_and_no_result():
+    run = committed("wrong_reference-sick-0")
+    rest = [row for row in run.history if row["step"] > 1]
+    zero = {key: 0.0 for key in rest[-2] if key.startswith("eval_")} | {"step": 0, "eval_loss": 0.6931}
+    known = {"config": DPO, "test_pairs": 40}
+    assert diagnose([zero, *rest], **known).codes == []
+    off = zero | {"eval_rewards/chosen": 1.1, "eval_rewards/rejected": 0.8}
+    assert diagnose([off, *rest], **known).codes == ["wrong_reference"]
+    leak = [row for row in committed("leak-sick-1").history if row["step"] > 1]
+    names = {"length_leak": 64}
+    report = SimpleNamespace(findings=[SimpleNamespace(code=code, count=count) for code, count in names.items()])
+    assert diagnose([zero, *leak], **known, train_pairs=64, report=report).codes == ["leak"]
+
+
 def test_a_run_that_is_hardly_begun_is_not_called_still():
     run = committed("not_moving-sick-0")
     run.history = [row for row in run.history if row["step"] <= 3]
@@ -363,6 +377,44 @@ def test_a_leak_is_what_the_surface_explains():
     diagnosis = diagnose(run)
     assert diagnosis.codes == [] and [one.code for one in diagnosis.notes] == ["leak"]
     assert str(diagnosis).startswith("No symptom found. 1 note found.")
+
+
+def test_an_accuracy_at_the_end_is_no_leak():
+    source, known, _ = next(one for one in ALL.values() if one[2] == ["leak"] and isinstance(one[0], list))
+    last = [row for row in source if "loss" in row or row["step"] == 400]
+    diagnosis = diagnose(last, **known)
+    assert "leak" not in diagnosis.codes and [one.code for one in diagnosis.notes] == ["leak"]
+
+
+def falling(losses: list[float], chosen: float = -0.5, **settings) -> Diagnosis:
+    """Of a run whose held-out losses are these, and whose chosen reward ends there."""
+    rows = [{"step": 100 * i, "loss": 0.4, "rewards/chosen": chosen} for i in range(1, len(losses) + 1)]
+    for row, loss in zip(rows, losses, strict=True):
+        row |= {"eval_loss": loss, "eval_rewards/chosen": chosen, "eval_rewards/rejected": 2 * chosen}
+        row["eval_logps/chosen"] = settings.get("logp", -300.0)
+    known = {"beta": 0.05, "loss_type": "sigmoid"} | settings
+    return diagnose(rows, config=known, test_pairs=settings.get("pairs", 2000))
+
+
+def test_a_held_out_loss_wavers_with_the_number_of_pairs():
+    assert [one.code for one in falling([0.6, 0.52, 0.58]).notes] == ["overfitting"]
+    assert falling([0.6, 0.52, 0.58], pairs=20).findings == []
+    assert falling([0.6, 0.52, 0.63]).codes == ["overfitting"]
+    assert falling([0.6, 0.52, 0.63], loss_type="hinge").codes == []  # it starts at 1, and keeps most of its gain
+
+
+def test_a_chosen_that_falls_needs_a_second_sign():
+    assert [one.code for one in falling([0.6, 0.55, 0.5], chosen=-4).notes] == ["chosen_falls"]
+    assert falling([0.6, 0.5, 0.56], chosen=-4).codes == ["chosen_falls"]  # the held-out loss rises, by 31 percent
+    assert falling([0.6, 0.55, 0.5], chosen=-12, beta=0.1).codes == ["chosen_falls"]
+    assert falling([0.6, 0.55, 0.5], chosen=-12, loss_type="sigmoid_norm").codes == []
+
+
+def test_log_probs_per_token_move_less():
+    """0.1 nats for each token is far, and for a whole answer it is nothing."""
+    assert falling([0.69, 0.68, 0.67], chosen=-0.005, loss_type="sigmoid_norm", logp=-1.5).codes == []
+    assert falling([0.69, 0.68, 0.67], chosen=-0.005, loss_type="sigmoid_norm").codes == ["not_moving"]
+    assert falling([0.69, 0.68, 0.67], chosen=-0.005).codes == ["not_moving"]
 
 
 def test_cures_come_in_the_order_of_the_run_s_numbers_with_the_number_to_try():
