@@ -291,17 +291,16 @@ def test_plain_history_of_trl_with_its_config():
 
 
 def test_trl_output_folder_and_checkpoint(tmp_path):
-    run = committed("diverged-sick-1")
+    run = committed("overfitting-sick-0")
     for step in (4, 8):
         folder = tmp_path / "out" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
-        state = TrainerState(global_step=step, max_steps=8, log_history=[r for r in run.history if r["step"] <= step])
+        state = TrainerState(global_step=step, max_steps=20, log_history=[r for r in run.history if r["step"] <= step])
         state.save_to_json(folder / "trainer_state.json")
-    options = {"config": {"beta": 0.1, "loss_type": "sigmoid"}, "test_pairs": 40}
-    assert diagnose(tmp_path / "out", **options).codes == ["diverged"]
-    assert diagnose(str(tmp_path / "out" / "checkpoint-8"), **options).codes == ["diverged"]
-    early = diagnose(tmp_path / "out" / "checkpoint-4", **options | {"config": {"beta": 0.1}})
-    assert "height of the loss" in str(early)
+    known = {"config": DPO, "test_pairs": 40}
+    assert diagnose(tmp_path / "out", **known).codes == diagnose(str(folder), **known).codes == ["overfitting"]
+    assert "overfitting" not in diagnose(tmp_path / "out" / "checkpoint-4", **known).codes
+    assert "less than half of the run is over" in str(diagnose(folder, **known))
     (folder / "trainer_state.json").write_text("{")
     with pytest.raises(UserError, match="trainer_state.json in checkpoint-8 cannot be read"):
         diagnose(folder)
