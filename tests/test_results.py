@@ -1,25 +1,68 @@
-"""The README's tables are those of the committed results, and the results say what is claimed of them."""
+"""README and docs: tables are those of the committed results, quotes are on a notebook's page, links lead somewhere."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
 
 import pytest
+import yaml
 
 from tools import tables
 
+ROOT = tables.ROOT
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
 
-def test_readme_has_the_tables_of_the_committed_results():
-    text = tables.README.read_text(encoding="utf-8")
-    assert tables.current(text) == text, "python tools/tables.py"
+
+def cells(name: str) -> list[dict]:
+    return json.loads((ROOT / "notebooks" / name).read_text(encoding="utf-8"))["cells"]
 
 
-def test_check_fails_on_a_number_that_is_not_in_the_results(tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    text = tables.README.read_text(encoding="utf-8").replace("| 23.70 |", "| 24.70 |")
-    readme.write_text(text, encoding="utf-8")
-    monkeypatch.setattr(tables, "README", readme)
-    with pytest.raises(SystemExit, match=r"tools/tables\.py"):
+def written(path: Path) -> str:
+    """The prose of a page, be it Markdown or a notebook."""
+    if path.suffix == ".ipynb":
+        return "\n".join("".join(cell["source"]) for cell in cells(path.name) if cell["cell_type"] == "markdown")
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", tables.TABLES)
+def test_pages_have_the_tables_of_the_committed_results(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert tables.current(page, text) == text, "python tools/tables.py"
+
+
+@pytest.mark.parametrize(
+    "page, number",
+    [("README.md", "26 to 35 of 240"), ("docs/gpu.md", "| 23.70 |"), ("docs/results.md", "| 1.00 ± 0.03;")],
+)
+def test_check_fails_on_a_number_that_is_not_in_the_results(tmp_path, monkeypatch, page, number):
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    (tmp_path / "docs").mkdir()
+    for name in tables.TABLES:
+        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    copy = tmp_path / page
+    assert number in copy.read_text(encoding="utf-8")
+    text = copy.read_text(encoding="utf-8").replace(number, number.replace("3", "4").replace("1", "2"))
+    copy.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match=rf"{page}.*tools/tables\.py"):
         tables.main(["--check"])
-    assert readme.read_text(encoding="utf-8") == text
+    assert copy.read_text(encoding="utf-8") == text
     tables.main([])
     tables.main(["--check"])
+
+
+def test_a_page_without_its_table_is_an_error():
+    with pytest.raises(ValueError, match=r"README\.md has no table summary"):
+        tables.current("README.md", README.replace("<!-- summary: end -->", ""))
+
+
+@pytest.mark.parametrize("cpu, model", [(" --cpu", "a tiny model on CPUs"), ("", "shape of Qwen3-4B")])
+def test_the_table_of_several_processes_names_its_model(monkeypatch, cpu, model):
+    found = {"sides": {}, "scaling": {}, "loss_difference": {}, "machine": "this", "command": f"many_gpus.py{cpu}"}
+    monkeypatch.setattr(tables, "result", lambda name: found)
+    assert model in tables.many_gpus()
 
 
 def test_train_dpo_is_five_times_as_fast_as_the_usual_notebook_on_a_gpu_in_little_more_memory():
@@ -28,3 +71,34 @@ def test_train_dpo_is_five_times_as_fast_as_the_usual_notebook_on_a_gpu_in_littl
     runs = [(ours["times_usual"], ours["memory_of_usual"])]
     runs += [(host["ours_times_usual"], host["ours_memory_of_usual"]) for host in gpu["same_card_other_hosts"]]
     assert all(times >= 5 and memory <= 1.5 for times, memory in runs)
+
+
+def test_before_and_after_in_the_readme_are_on_the_page_of_06():
+    outputs = [output for cell in cells("06_inspect.ipynb") for output in cell.get("outputs", [])]
+    shown = ["".join(text) for output in outputs for text in output.get("data", {}).values()]
+    quotes = re.findall(r"^> \*\*(?:Before|After):\*\* (.+) \.\.\.$", README, re.M)
+    assert len(quotes) == 2 and all(any(quote in text for text in shown) for quote in quotes)
+    # The two shares of the likelihood are in the legend of a figure there, and cannot be read here.
+    after = next(found[1] for text in shown if (found := re.search(r"^here +(0\.\d+)", text, re.M)))
+    assert f"| every pair is a tie | {float(after):.2f} |" in README
+
+
+def anchors(path: Path) -> set[str]:
+    """A page's headings as the places that links name."""
+    headings = re.findall(r"^#+ (.+)$", written(path), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "notebooks").glob("*.ipynb"))], ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)", written(page))
+    targets = [((page.parent / name).resolve() if name else page, anchor) for name, anchor in links]
+    assert [str(target) for target, _ in targets if not target.exists()] == []
+    assert [anchor for target, anchor in targets if anchor and anchor not in anchors(target)] == []
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from helpers.teach.plots import CHOSEN, DASHED, REJECTED
+from helpers.teach.plots import CHOSEN, DASHED
 from helpers.train.sweep import Sweep
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -18,19 +18,21 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 def plot_measured(seeds: list[dict], sweep: pd.DataFrame) -> plt.Figure:
     """Does training teach the preference, and what does beta do?
 
+    The left side has one measure only, the implicit reward. Before training it is a tie for every pair.
+
     Args:
-        seeds: as in `seeds.json`: accuracies before and after, with 95 percent intervals.
+        seeds: as in `seeds.json`: accuracies with 95 percent intervals.
         sweep: as in `Sweep.finished`: a row for each run.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    first = seeds[0]
-    rows = [("before", first["reference_accuracy"], first["reference_accuracy_interval"], REJECTED)]
-    rows += [(f"after,\nseed {run['seed']}", run["accuracy"], run["accuracy_interval"], CHOSEN) for run in seeds]
-    for name, share, (low, high), colour in rows:
-        left.errorbar([name], [share], yerr=[[share - low], [high - share]], fmt="o", color=colour, capsize=4)
-    left.axhline(0.5, **DASHED, label="a coin")
-    left.set(title="Is the chosen answer told from the rejected?", ylabel=f"share of {first['pairs']} held-out pairs")
-    left.set(ylim=(0.4, 1), xlim=(-0.5, len(rows) - 0.5))
+    for run in seeds:
+        share, (low, high) = run["accuracy"], run["accuracy_interval"]
+        errors = [[share - low], [high - share]]
+        left.errorbar([f"seed {run['seed']}"], [share], yerr=errors, fmt="o", color=CHOSEN, capsize=4)
+    left.axhline(0.5, **DASHED, label="a coin (before training, every pair is a tie)")
+    left.set(title="Did the chosen gain more than the rejected?", xlabel="95% intervals")
+    left.set(ylabel=f"share of {seeds[0]['pairs']} held-out pairs whose\nchosen has the higher implicit reward")
+    left.set(ylim=(0.4, 1), xlim=(-0.5, len(seeds) - 0.5))
     left.legend(fontsize=8, loc="lower right")
     right.plot(sweep.groupby("beta").kl.mean(), color=CHOSEN, linewidth=1, label="mean of the seeds")
     right.plot(sweep.beta, sweep.kl, "o", color=CHOSEN, alpha=0.6, label="a run")

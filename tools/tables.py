@@ -1,7 +1,7 @@
-"""Write the README's tables of measured numbers from benchmarks/results: python tools/tables.py [--check]
+"""Write the tables of measured numbers from benchmarks/results into the pages: python tools/tables.py [--check]
 
-Each table is between two comments, `<!-- NAME: begin -->` and `<!-- NAME: end -->`, and `TABLES` has the function that
-makes it. With --check nothing is written, and the program fails if the README is not up to date.
+Each table is between two comments, `<!-- NAME: begin -->` and `<!-- NAME: end -->`. `TABLES` names the tables of each
+page and the functions that make them. With --check nothing is written, and the program fails if a page is not current.
 """
 
 import json
@@ -12,7 +12,6 @@ from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
 SIDES = {
     "stock": "TRL without Unsloth: four times 2 pairs",
     "usual": "**usual**, Unsloth as most notebooks use it: four times 2 pairs, the reference in each step",
@@ -38,7 +37,8 @@ def listed(values: Iterable[float], digits: int = 2) -> str:
 
 
 def span(values: Collection[float], digits: int = 2) -> str:
-    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def by_beta(column: str) -> dict[float, float]:
@@ -48,14 +48,49 @@ def by_beta(column: str) -> dict[float, float]:
     return {beta: mean(row[column] for row in rows if row["beta"] == beta) for beta in betas}
 
 
+def right_answers(name: str) -> int:
+    """Right final answers after the training `name` of `thinking.json`, over all seeds."""
+    found = result("thinking")
+    return round(sum(seed[name]["replies"]["right"] for seed in found["seeds"]) * found["asked"])
+
+
+def with_reference(name: str) -> float:
+    """Pairs a second on the GPU where each pair is trained on once and the reference's pass is counted."""
+    side = result("gpu")["sides"][name]
+    return side.get("pairs_per_s_with_reference_once", side["pairs_per_s"])
+
+
 def summary() -> str:
-    seeds, train, kl = result("seeds"), result("train"), by_beta("kl")
+    seeds, train, thinking, kl = *map(result, ("seeds", "train", "thinking")), by_beta("kl")
+    once = [with_reference(name) / with_reference("usual") for name in ("ours", "kept")]
+    flaws = {flaw: [seed[flaw] for seed in seeds["by_flaw"]] for flaw in seeds["by_flaw"][0]}
+    best_first = sorted(flaws, key=lambda flaw: -mean(flaws[flaw]))
+    by_flaw = ", ".join(f"{flaw} {span(flaws[flaw])}" for flaw in best_first)
     return f"""
-| measured | |
+| question | measured |
 |---|---|
-| chosen told from rejected, {seeds["seeds"][0]["pairs"]} pairs on held-out topics | {seeds["reference_accuracy"]:.2f} before training, {seeds["accuracy_mean"]:.3f} after it (mean of three seeds) |
-| training speed on two cores, as the usual notebook does it and as `train_dpo` does it | {train["plain_pairs_per_s"]:.2f} and {train["ours_pairs_per_s"]:.2f} pairs a second |
-| six betas, three seeds | from beta {min(kl):g} to {max(kl):g} the KL falls from {kl[min(kl)]:.1f} to {kl[max(kl)]:.1f} nats a reply; accuracy {span(by_beta("accuracy").values())} at all of them |
+| Does training on other topics move the model towards the chosen answers? | yes, by implicit reward: {listed((seed["accuracy"] for seed in seeds["seeds"]), 3)} of {seeds["seeds"][0]["pairs"]} held-out pairs (three seeds; a coin gives 0.5, and before training every pair is a tie) |
+| Which flaws does it learn to reject? | the same by flaw: {by_flaw} |
+| Does a higher beta enforce the preferences harder? | no: from beta {min(kl):g} to {max(kl):g} the model stays nearer to where it was (KL {kl[min(kl)]:.1f} to {kl[max(kl)]:.1f} nats a reply), with accuracy {span(by_beta("accuracy").values())} at every beta |
+| Do thinking pairs teach better thinking? | they teach to tell good thoughts from bad ones: {thinking["accuracy_mean"]:.2f} of the held-out pairs by implicit reward ({mean(thinking["naive_accuracies"]):.2f} after half as many naive pairs). But right final answers went from {right_answers("SFT")} to {right_answers("both think")} of {thinking["asked"] * len(thinking["seeds"])}, which may be chance |
+| How fast is `train_dpo`? | {train["speedup"]:.2f} times the usual notebook on two CPU cores; on one H100, with random weights in the shape of Qwen3-4B, {once[0]:.1f} times (memory short) and {once[1]:.1f} times (with room), all with the time for the reference's log-probs. Against the best that an expert would set up: not measured yet |
+"""
+
+
+def gpu_expert() -> str:
+    """`train_dpo` against what others would run."""
+    sides = result("gpu")["sides"]
+
+    def times(name: str, other: str) -> str:
+        steps = sides[name]["pairs_per_s"] / sides[other]["pairs_per_s"]
+        return f"{steps:.2f} ({with_reference(name) / with_reference(other):.2f})"
+
+    return f"""
+| pairs a second of `train_dpo`, as times those of | memory short | with room |
+|---|---|---|
+| the best that an expert would set up by hand | not measured yet | not measured yet |
+| the nearest to it that was measured: `train_dpo`'s own settings, but two rows a pair | {times("ours", "two_rows")} | {times("kept", "two_rows_kept")} |
+| the usual notebook | {times("ours", "usual")} | {times("kept", "usual")} |
 """
 
 
@@ -81,9 +116,8 @@ def gpu_ways() -> str:
     others, before = gpu["same_card_other_hosts"], gpu["before_weights_were_cast_once"]
     more = before[0]["kernels_a_step"]["ours"] - ours["kernels_a_step"]
 
-    def once(side: dict) -> str:
-        value = side["pairs_per_s_with_reference_once"]
-        return f"{value:.2f} ({value / rate:.2f})"
+    def once(name: str) -> str:
+        return f"{with_reference(name):.2f} ({with_reference(name) / rate:.2f})"
 
     def never_waiting(side: dict) -> str:
         return f"{side['pairs_per_s'] / side['gpu_busy_share'] / rate:.1f}"
@@ -98,11 +132,11 @@ def gpu_ways() -> str:
 | | usual | `train_dpo`, memory short | `train_dpo`, with room |
 |---|---|---|---|
 | pairs a second | {rate:.2f} | {ours["pairs_per_s"]:.2f} | {kept["pairs_per_s"]:.2f} |
-| the same with the pass for the cached log-probs, if each pair is trained on once (times the usual) | {rate:.2f} | {once(ours)} | {once(kept)} |
+| the same with the pass for the cached log-probs, if each pair is trained on once (times the usual) | {rate:.2f} | {once("ours")} | {once("kept")} |
 | kernels a step | {usual["kernels_a_step"]:,} | {ours["kernels_a_step"]:,} | {kept["kernels_a_step"]:,} |
 | share of a step that the GPU waits for the CPU | {waits(usual)} | {waits(ours)} | {waits(kept)} |
 | times the usual's rate if the GPU never waited | | {never_waiting(ours)} | {never_waiting(kept)} |
-| TFLOP/s; large bf16 products reach {gpu["matrix_tflop_per_s"]} | {usual["tflop_per_s"]:.0f} | {ours["tflop_per_s"]:.0f} | {kept["tflop_per_s"]:.0f} |
+| TFLOP/s, the prompt counted for each answer; large bf16 products reach {gpu["matrix_tflop_per_s"]} | {usual["tflop_per_s"]:.0f} | {ours["tflop_per_s"]:.0f} | {kept["tflop_per_s"]:.0f} |
 | three other hosts with the same card: pairs a second, then times that | {listed(hosts(others, "usual"))} | {listed(hosts(others, "ours_times_usual"))} | {listed(hosts(others, "kept_times_usual"))} |
 | five hosts, before LoRA's weights were cast once a batch ({more:,} kernels a step more), times the usual | | {span(hosts(before, "ours_times_usual"))} | {span(hosts(before, "kept_times_usual"))} |
 """
@@ -150,70 +184,94 @@ def measured() -> str:
     return f"""
 | what | result | command |
 |---|---|---|
-| held-out preference accuracy of `03_train`, {seeds["seeds"][0]["pairs"]} pairs on topics not trained on, three seeds (95% intervals) | {", ".join(accuracies)}; mean {seeds["accuracy_mean"]:.3f} | `python benchmarks/seeds.py` |
-| the same model before training: chosen more likely per token | {seeds["reference_accuracy"]:.2f} ({low:.2f} to {high:.2f}) | the same |
+| implicit reward after the training of `03_train`: share of {seeds["seeds"][0]["pairs"]} pairs, on three topics not trained on, whose chosen has the higher one; three seeds (95% intervals) | {", ".join(accuracies)}; mean {seeds["accuracy_mean"]:.3f} | `python benchmarks/seeds.py` |
+| another measure, before training: the chosen is the likelier answer, per token | {seeds["reference_accuracy"]:.2f} ({low:.2f} to {high:.2f}) | the same |
 | pairs a second on two cores, training as the usual notebook does it and as `train_dpo` does it, three epochs of 480 pairs, side by side | {train["plain_pairs_per_s"]:.2f} and {train["ours_pairs_per_s"]:.2f}: {train["speedup"]:.2f} times as fast, with {train["peak_ratio"]:.2f} times the memory | `python benchmarks/train.py` |
 | do both compute the same? loss of each step, compared | fp32: within {train["max_loss_difference_fp32"]:.6f}; bf16: {train["mean_loss_difference"]:.3f} apart on average, {train["max_loss_difference"]:.2f} at most | the same |
 | batches of similar length, against ours | {train["grouped_step_against_ours"]:.2f}: nothing gained on these pairs, so it is left out | the same |
 | what bounds a step now | {profile["step_gflop_per_s"]:.0f} of the {profile["matrix_gflop_per_s"]:.0f} GFLOP/s that two large matrices reach; LM head ({share["LM head"]}: product, softmax, the logged entropy) and elementwise work ({share["elementwise and overhead"]}) take more than the layers' products ({share["projections"]}) | `python tools/profile_step.py` |
 | work before the first step, file to the first batch without the reference's pass, against tokenising the same texts once in batches | {small["pairs"]:,} pairs: {small["seconds"]:.0f} s, {small["ratio"]:.2f} times; {large["pairs"]:,} pairs: {large["seconds"]:.0f} s, {large["ratio"]:.2f} times, in {large["peak_mb"]:.0f} MB more than the loaded model | `python benchmarks/prepare.py` |
 | memory estimate before training against {len(memory)} measured runs | {span(memory)} | `python benchmarks/memory.py` |
-| what beta does: six betas, three seeds, 45 steps; mean log-ratio gap and KL on held-out pairs, in nats | at beta {", ".join(map("{:g}".format, gap))}: gap {listed(gap.values(), 1)}; KL {listed(kl.values(), 1)}; accuracy {span(accuracy.values())} at all of them. A higher beta holds the policy nearer to the reference | `python benchmarks/beta.py` (on an H100) |
+| what beta does: six betas, three seeds, 45 steps; mean log-ratio gap and KL on held-out pairs, in nats | at beta {", ".join(map("{:g}".format, gap))}: gap {listed(gap.values(), 1)}; KL {listed(kl.values(), 1)}; accuracy by implicit reward {span(accuracy.values())} at all of them. A higher beta holds the policy nearer to the reference | `python benchmarks/beta.py` (on an H100) |
 | five betas in one sweep against five plain runs, one epoch of {sweep["pairs"]} pairs each, side by side | {sweep["wall_ratio"]:.2f} of the time, {sweep["floor_ratio"]:.2f} times its own forward and backward passes alone, and {sweep["peak_ratio"]:.2f} times the memory | `python benchmarks/sweep.py` |
-| 144 thinking pairs whose sides both think at similar length, 172 held out, three seeds | {listed(thinking["accuracies"], 3)}; mean {thinking["accuracy_mean"]:.3f}. With 72 naive pairs {listed(naive, 3)}; mean {mean(naive):.3f}. Well-formed replies of {asked * len(thinking["seeds"])}: {before} before, {after} after, {after_naive} after naive pairs | `python benchmarks/thinking.py` |
+| 144 thinking pairs whose sides both think at similar length, 172 held out, three seeds, by implicit reward | {listed(thinking["accuracies"], 3)}; mean {thinking["accuracy_mean"]:.3f}. With 72 naive pairs, so half the steps, {listed(naive, 3)}; mean {mean(naive):.3f}. Right final answers of {asked * len(thinking["seeds"])}: {right_answers("SFT")} before, {right_answers("both think")} after, {right_answers("naive")} after naive pairs. Well-formed replies of {asked * len(thinking["seeds"])}: {before} before, {after} after, {after_naive} after naive pairs | `python benchmarks/thinking.py` |
 """
 
 
 def many_gpus() -> str:
-    """One row for each side: so many cards, so many pairs a card."""
+    """One row for each side: so many processes, so many pairs in each."""
     found = result("many_gpus")
     rows = []
     for name, side in found["sides"].items():
-        cards, pairs = map(int, name.split("x"))
+        processes, pairs = map(int, name.split("x"))
         peaks = span(side["peak_gb"], 1) if "peak_gb" in side else ""
         scaling, difference = (found[key].get(name, "") for key in ("scaling", "loss_difference"))
-        rows.append(f"| {cards} | {pairs} | {side['pairs_per_s']:.1f} | {scaling} | {peaks} | {difference} |\n")
+        rows.append(f"| {processes} | {pairs} | {side['pairs_per_s']:.1f} | {scaling} | {peaks} | {difference} |\n")
+    model = "random weights in the shape of Qwen3-4B, one card a process"
+    if "--cpu" in found["command"]:
+        model = "a tiny model on CPUs, which shows that all this works and says nothing about speed"
     return f"""
-| cards | pairs a card | pairs a second | times one card | peak GB of a card | losses differ from one card's by |
+| processes | pairs in each | pairs a second | times one process | peak GB of a card | losses differ from one process's by |
 |---|---|---|---|---|---|
 {"".join(rows)}
-The table is of {found["machine"]}: `{found["command"]}`, the model of random weights above, warm sides in turns. On CPUs (`--cpu`, a tiny model) it shows that all this works, and nothing about speed.
+`{found["command"]}` on {found["machine"]}: {model}. The sides take turns after a warm-up.
 """
 
 
+def learning_rate() -> str:
+    """One row for each rate: gap, KL and accuracy after each number of steps."""
+    table = {(row["rate"], row["steps"]): row for row in result("learning_rate")["table"]}
+    rates, steps = (sorted(values) for values in map(set, zip(*table, strict=True)))
+
+    def cell(row: dict) -> str:
+        (gap, half), (kl, _), (accuracy, _) = row["gap"], row["kl"], row["accuracy"]
+        return f"{gap:.2f} ± {half:.2f}; {round(kl, 1) + 0:.1f}; {accuracy:.2f}"
+
+    rows = [" | ".join([f"| {rate:.0e}", *(cell(table[rate, step]) for step in steps)]) + " |\n" for rate in rates]
+    return f"""
+| learning rate | {" | ".join(f"{step} steps" for step in steps)} |
+|---|{"---|" * len(steps)}
+{"".join(rows)}"""
+
+
 TABLES = {
-    "summary": summary,
-    "gpu-sides": gpu_sides,
-    "gpu-ways": gpu_ways,
-    "gpu-figures": gpu_figures,
-    "measured": measured,
-    "many-gpus": many_gpus,
+    "README.md": {"summary": summary},
+    "docs/gpu.md": {
+        "gpu-expert": gpu_expert,
+        "gpu-sides": gpu_sides,
+        "gpu-ways": gpu_ways,
+        "gpu-figures": gpu_figures,
+        "many-gpus": many_gpus,
+    },
+    "docs/results.md": {"measured": measured, "learning-rate": learning_rate},
 }
 
 
-def current(text: str) -> str:
-    """`text` with every table made anew from the results.
+def current(page: str, text: str) -> str:
+    """The `text` of a page with all its tables made anew from the results.
 
     Raises:
         ValueError: `text` lacks one of the tables.
     """
-    for name, make in TABLES.items():
+    for name, make in TABLES[page].items():
         begin, end = (f"<!-- {name}: {word} -->" for word in ("begin", "end"))
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
         if not (found and closed):
-            raise ValueError(f"README.md has no table {name}")
+            raise ValueError(f"{page} has no table {name}")
         text = f"{before}{begin}{make()}{end}{after}"
     return text
 
 
 def main(arguments: list[str]) -> None:
-    old = README.read_text(encoding="utf-8")
-    new = current(old)
-    if "--check" not in arguments:
-        README.write_text(new, encoding="utf-8")
-    elif new != old:
-        sys.exit("The README's tables are not those of benchmarks/results: python tools/tables.py")
+    for page in TABLES:
+        path = ROOT / page
+        old = path.read_text(encoding="utf-8")
+        new = current(page, old)
+        if "--check" not in arguments:
+            path.write_text(new, encoding="utf-8")
+        elif new != old:
+            sys.exit(f"The tables of {page} are not those of benchmarks/results: python tools/tables.py")
 
 
 if __name__ == "__main__":
