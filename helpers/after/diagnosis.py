@@ -182,9 +182,9 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
         surface = max(findings.get("length_leak", 0), findings.get("feature_leak", 0))
         f |= {"findings_cut": findings.get("over_max_length", 0), "surface": _ratio(surface, f["train_pairs"])}
         f["cut"] = f["findings_cut"] / f["train_pairs"]
-    half, quarter = math.ceil(len(train) / 2), math.ceil(len(train) / 4)
+    half, tenth = math.ceil(len(train) / 2), max(math.ceil(len(train) / 10), 2 if len(train) > 4 else 1)
     f |= {"loss_end": train.loss.tail(half).mean(), "loss_half": train.loss.head(half).tail(2).mean()}
-    f |= {"loss_peak": train.loss.rolling(max(quarter, 1)).mean().max(), "gradient": train.grad_norm.max()}
+    f |= {"loss_peak": train.loss.rolling(tenth).mean().max(), "gradient": train.grad_norm.max()}
     f["margin_end"] = train["rewards/margins"].tail(half).mean()
     # The loss of step 1 is taken before its update, as is an evaluation at step 0.
     start = pd.concat([evaluated[evaluated.step == 0], train[train.step <= 1]]).head(1)

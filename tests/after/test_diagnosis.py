@@ -395,6 +395,13 @@ def falling(losses: list[float], chosen: float = -0.5, **settings) -> Diagnosis:
     return diagnose(rows, config=known, test_pairs=settings.get("pairs", 2000))
 
 
+@pytest.mark.parametrize("zeros", [0, 4, 16, 30])
+def test_a_loss_that_jumped_before_it_fell_to_0_has_diverged(zeros):
+    losses = [1.15, 2.11, 0.0076, 3.95, *[0.0] * zeros]
+    rows = [{"step": 33 + i, "loss": loss} for i, loss in enumerate(losses)]
+    assert diagnose(rows, config=DPO).codes == ["diverged"]
+
+
 def test_a_held_out_loss_wavers_with_the_number_of_pairs():
     assert [one.code for one in falling([0.6, 0.52, 0.58]).notes] == ["overfitting"]
     assert falling([0.6, 0.52, 0.58], pairs=20).findings == []
