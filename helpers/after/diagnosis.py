@@ -1,36 +1,49 @@
 """Diagnosis of a training run: the symptom by name, with its numbers, its likely causes in order, and the cure.
 
-It reads what a run folder holds (history, metrics, info) and loads no model. `measure` turns that into a few numbers,
-`RULES` compares them with the limits of symptoms.yaml, which also says what is behind each symptom.
+It reads a history of TRL's DPOTrainer, from wherever it is, and loads no model. `measure` turns it into a few numbers,
+`RULES` and `NOTES` compare them with the limits of symptoms.yaml, which also says what is behind each symptom.
 """
 
 import html
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
+from transformers import Trainer, TrainingArguments
 
-from helpers.run.folder import Run, RunInfo, Status, read_info
+from helpers.common import UserError
+from helpers.data.findings import Report
+from helpers.run.folder import Run, Status, describe_config, read_info
 from helpers.run.metrics import wilson_interval
 
 ENOUGH_PAIRS = 30  # held out; below, the interval of an accuracy is wider than 0.34 and tells little from chance
-# At which value a number becomes a symptom, and the catalogue by code: what is seen, evidence, causes with their cures,
-# the test that decides between them.
-LIMITS, SYMPTOMS = yaml.safe_load_all(Path(__file__).with_name("symptoms.yaml").read_text("utf-8"))
+PER_TOKEN = ("ipo", "sigmoid_norm")  # losses that count per token: no limit on a sum over an answer fits them
+NOTE = "note"
+LN2 = math.log(2)  # the loss of a policy that equals its reference
+# Limits by name with their reasons; the catalogue by code: what is seen, evidence, causes with their cures, the test
+# that decides between them; and what cannot be judged without more.
+LIMIT_TABLE, SYMPTOMS, UNSEEN = yaml.safe_load_all(Path(__file__).with_name("symptoms.yaml").read_text("utf-8"))
+LIMITS: dict[str, float] = {name: row["limit"] for name, row in LIMIT_TABLE.items()}
 
 
 @dataclass(frozen=True)
 class Symptom:
-    """One thing that is wrong with a run; `causes` are pairs (cause, its cure), the likeliest first."""
+    """One thing that is wrong with a run; `causes` are pairs (cause, its cure), the likeliest first.
+
+    A `note` is what may be in order: usual with these settings, or undecided. It has no causes.
+    """
 
     code: str
     what: str
     evidence: str
     causes: tuple[tuple[str, str], ...]
     test: str
+    note: bool = False
 
     @property
     def decides(self) -> str:
@@ -41,21 +54,24 @@ class Symptom:
 class Diagnosis:
     """The symptoms of a run. It prints as text, and as escaped HTML in a notebook.
 
-    `findings`: what hides others first, their `codes` in the same order. `unseen`: what this run's history could not
-    show, and what would.
+    `findings`: symptoms, what hides others first, then notes. `codes`: those of the symptoms. `notes`: the notes.
+    `unseen`: what this run's history could not show, and what would.
     """
 
     def __init__(self, findings: list[Symptom], unseen: list[str]):
         self.findings, self.unseen = findings, unseen
-        self.codes, count = [finding.code for finding in findings], len(findings)
-        self._summary = f"{count} symptom{'s' * (count > 1)} found." if count else "No symptom found."
+        self.codes = [finding.code for finding in findings if not finding.note]
+        self.notes = [finding for finding in findings if finding.note]
+        counts = [(len(self.codes), "symptom"), (len(self.notes), "note")]
+        found = [f"{count} {word}{'s' * (count > 1)} found." for count, word in counts if count]
+        self._summary = " ".join(found if self.codes else ["No symptom found.", *found])
 
     def __str__(self) -> str:
         lines = [self._summary]
-        for finding in self.findings:
-            lines += ["", f"{finding.code}: {finding.what}", f"  evidence: {finding.evidence}"]
-            lines += [f"  cause {place}: {why}. Cure: {cure}." for place, (why, cure) in enumerate(finding.causes, 1)]
-            lines += [f"  {finding.decides} {finding.test}"]
+        for one in self.findings:
+            lines += ["", f"{'note, ' * one.note}{one.code}: {one.what}", f"  evidence: {one.evidence}"]
+            lines += [f"  cause {place}: {why}. Cure: {cure}." for place, (why, cure) in enumerate(one.causes, 1)]
+            lines += [f"  {one.decides} {one.test}"]
         return "\n".join(lines + [f"Not judged: {text}" for text in self.unseen])
 
     __repr__ = __str__
@@ -63,13 +79,16 @@ class Diagnosis:
     def _repr_html_(self) -> str:
         e = html.escape
         parts = [f"<p>{self._summary}</p>"]
-        for finding in self.findings:
-            causes = "".join(f"<li>{e(why)}. <b>Cure:</b> {e(cure)}.</li>" for why, cure in finding.causes)
+        for one in self.findings:
+            causes = "".join(f"<li>{e(why)}. <b>Cure:</b> {e(cure)}.</li>" for why, cure in one.causes)
             parts.append(
-                f"<p><code>{e(finding.code)}</code> <b>{e(finding.what)}</b><br>{e(finding.evidence)}</p>"
-                f"<ol>{causes}</ol><p>{e(finding.decides)} {e(finding.test)}</p>"
+                f"<p>{'Note: ' * one.note}<code>{e(one.code)}</code> <b>{e(one.what)}</b><br>{e(one.evidence)}</p>"
+                f"<ol>{causes}</ol><p>{e(one.decides)} {e(one.test)}</p>"
             )
         return "".join(parts + [f"<p>Not judged: {e(text)}</p>" for text in self.unseen])
+
+
+# ------------------------------------------------------------------------------------------------ numbers
 
 
 class _Numbers(dict):
@@ -79,149 +98,299 @@ class _Numbers(dict):
         return math.nan
 
 
-def _mean(rows: list[dict], name: str) -> float:
-    """Text such as "nan" is read as a number."""
-    return sum(float(row[name]) for row in rows) / len(rows)
+_LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "logps/chosen")
+_LOGGED += ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 
-def measure(history: list[dict], info: RunInfo) -> dict[str, Any]:
-    """The numbers that a diagnosis is made from, of a run's `history` and `info`, with what words them.
+def _table(history: list[dict], prefix: str = "") -> pd.DataFrame:
+    """The rows that have a loss under this prefix, as numbers; "place" is the step, or the epoch if steps are missing.
 
-    Log-ratios are means over pairs in nats: TRL's rewards divided by beta. "start" is step 1, whose loss is taken
-    before its update; "end" is the last held-out evaluation, or for training a mean over the last half of its rows.
+    Text such as "nan" is read as a number.
     """
-    config, beta, cut = info.config, float(info.config["beta"]), info.data.findings.get("over_max_length", 0)
-    train, held = ([row for row in history if name in row] for name in ("loss", "eval_loss"))
-    curves = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
-    values = [float(row[name]) for row in train + held for name in row if name.endswith(curves)]
-    f = _Numbers(info.memory_gb)
-    f |= {
-        "status": info.status,
-        "ln2": config["loss_type"] in ("sigmoid", ["sigmoid"]),  # whether the loss starts there and LIMITS fit it
-        "train_pairs": info.train_pairs,
-        "pairs": info.test_pairs,
-        "max_length": config["max_length"],
-        "micro_batch": config.get("per_device_train_batch_size"),
-        "checkpointing": "on" if config.get("gradient_checkpointing") else "off",
-        "findings_cut": cut,
-        "cut": cut / max(info.train_pairs, 1),
-        "not_numbers": sum(not math.isfinite(value) for value in values),
-        "held_loss": "no held-out evaluation",
-        "held_accuracy": "no held-out evaluation",
-    }
-    if train and train[0]["step"] <= 1:
-        f["start_loss"] = float(train[0]["loss"])
-        f["start_off"] = max(abs(float(train[0][f"rewards/{side}"]) / beta) for side in ("chosen", "rejected"))
-    half = math.ceil(len(train) / 2)
-    if train:
-        f["loss_half"], f["loss_end"] = _mean(train[:half][-2:], "loss"), _mean(train[-half:], "loss")
-        f["margin_end"] = _mean(train[-half:], "rewards/margins")
-        f["gradient"] = max((float(row["grad_norm"]) for row in train if "grad_norm" in row), default=math.nan)
-    if train or held:
-        # Rounding moves one training batch as much as a run that does not learn; the mean of many it does not.
-        rows, prefix = (held[-1:], "eval_") if held else (train[-half:], "")
-        chosen, rejected = (_mean(rows, f"{prefix}rewards/{side}") / beta for side in ("chosen", "rejected"))
-        f |= {"chosen_end": chosen, "rejected_end": rejected, "gap": chosen - rejected}
-        f["moved"] = max(abs(chosen), abs(rejected))
-        f["chosen_fall"] = chosen / (_mean(rows, f"{prefix}logps/chosen") - chosen)
-    f["log_ratios"] = "log-ratios at the end {chosen_end:+.2f} (chosen) and {rejected_end:+.2f} (rejected) nats"
-    if held:
-        losses, accuracies = ([float(row[f"eval_{name}"]) for row in held] for name in ("loss", "rewards/accuracies"))
-        best, f["held_loss_end"] = min(losses), losses[-1]
-        f |= {"held_loss_best": best, "loss_rise": losses[-1] - best, "accuracy_best": max(accuracies)}
-        f["accuracy_first"], f["accuracy_end"] = accuracies[0], accuracies[-1]
-        if f["pairs"] and not math.isnan(f["accuracy_end"]):
-            f["low"], f["high"] = wilson_interval(round(f["accuracy_end"] * f["pairs"]), f["pairs"])
-        f["held_loss"] = "held-out loss {held_loss_best:.3f} at its best, {held_loss_end:.3f} at the end"
-        f["held_accuracy"] = "held-out accuracy {accuracy_end:.2f} (95% interval {low:.2f} to {high:.2f})"
-    f |= {name: f[name].format_map(f) for name in ("log_ratios", "held_loss", "held_accuracy")}
+    rows = [row | {name: row.get(prefix + name) for name in _LOGGED[2:]} for row in history if f"{prefix}loss" in row]
+    table = pd.DataFrame(rows, columns=_LOGGED).astype(float)
+    return table.assign(place=table.step.fillna(table.epoch))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
+
+
+def to_try(config: dict[str, Any]) -> dict[str, str]:
+    """Numbers to try, for the cures: phrases by name, empty where the `config` does not say what they start from."""
+    rate, micro = config.get("learning_rate"), config.get("per_device_train_batch_size")
+    factors = {"tenth": 0.1, "half": 0.5, "tenfold": 10}
+    phrases = {name: f" ({rate * factor:g})" if rate else "" for name, factor in factors.items()}
+    return phrases | {"micro_half": f" ({micro // 2})" if micro else ""}
+
+
+def _setting(config: dict[str, Any], train: pd.DataFrame) -> dict[str, Any]:
+    """What the settings and the logged rates say: beta, the loss of knowing nothing, how much of the run is over."""
+    beta, loss, steps = config.get("beta") or math.nan, config.get("loss_type"), config.get("max_steps", 0)
+    loss = str(loss[0] if isinstance(loss, list) and len(loss) == 1 else loss)
+    starts = {"sigmoid": LN2, "sigmoid_norm": LN2, "hinge": 1.0, "ipo": 1 / (4 * beta**2)}
+    names = ("max_length", "num_train_epochs", "fp16", "per_device_train_batch_size")
+    f = {name: config.get(name) or math.nan for name in names}
+    f |= {"beta": beta, "loss": loss, "start": starts.get(loss, math.nan)}
+    f["over"] = train.step.max() / steps if steps > 0 else train.epoch.max() / f["num_train_epochs"]
+    if train.learning_rate.diff().tail(1).max() > 0:  # still in the warm-up
+        f["over"] = 0.0
+    f["checkpointing"] = "on" if config.get("gradient_checkpointing") else "off"
+    logged = {} if train.learning_rate.isna().all() else {"learning_rate": train.learning_rate.max()}
+    return f | to_try(logged | config)
+
+
+def _moves(rows: pd.DataFrame, ends: pd.DataFrame, f: dict[str, Any]) -> dict[str, float]:
+    """How far both sides moved, in nats: log-ratios are TRL's rewards divided by beta. The mean of `ends`, and how
+    the first of `rows` is to the last."""
+    last, beta = ends.mean(), f["beta"]
+    chosen, rejected, logp = last["rewards/chosen"] / beta, last["rewards/rejected"] / beta, last["logps/chosen"]
+    tokens = 100 if f["loss"] in PER_TOKEN and abs(logp) < 20 else 1  # of an answer, if means over tokens were logged
+    found = {"chosen_end": chosen, "rejected_end": rejected, "gap": chosen - rejected, "logp_end": logp}
+    still = last["rewards/chosen"] == last["rewards/rejected"] == 0  # at any beta
+    found |= {"moved": 0.0 if still else max(abs(chosen), abs(rejected)) * tokens, "logp_start": logp - chosen}
+    found["chosen_fall"] = _ratio(chosen, logp - chosen)
+    found["fall_speed"] = _ratio(found["chosen_fall"], ends.step.max())
+    if "start_off" not in f and len(rows):
+        first, end = rows.iloc[0], rows.iloc[-1]
+        found |= {"first_at": _ratio(first.place, rows.place.max()), "first_chosen": first["rewards/chosen"] / beta}
+        found["flat_from"] = min(first["rewards/chosen"], first["rewards/rejected"]) / beta
+        found["flat_by"] = abs(_ratio(end["rewards/chosen"], first["rewards/chosen"]) - 1)
+    return found
+
+
+def measure(known: dict[str, Any]) -> dict[str, Any]:
+    """The numbers that a diagnosis is made from, with what words them; NaN where something needed is not known.
+
+    "end" is the last held-out evaluation, or for training a mean over the last half of its rows: rounding moves one
+    batch as much as a run that does not learn. In `known` are the history, rows as TRL logs them, and what is known of
+    config (settings by name), train_pairs, test_pairs, findings of `check_pairs` (code to count), status, memory_gb.
+    """
+    history, findings, pairs = known["history"], known.get("findings"), known.get("test_pairs") or 0
+    accuracy, curves = "rewards/accuracies", ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
+    sets = dict.fromkeys(key.removesuffix(accuracy) for row in history for key in row if key.endswith(accuracy))
+    prefix, *others = [name for name in sets if name.startswith("eval_")] or ["eval_"]
+    train, evaluated = _table(history), _table(history, prefix)
+    held = evaluated[evaluated.step != 0]
+    values = [row[name] for row in history for name in row if name.endswith(curves) and not name.startswith("train_")]
+    f = _Numbers(known.get("memory_gb", {}) | _setting(known.get("config", {}), train))
+    f |= {"status": known.get("status"), "findings": findings, "steps": len(train), "evaluations": len(held)}
+    f |= {"train_pairs": known.get("train_pairs") or math.nan, "pairs": pairs}
+    f["others"] = ", ".join(name.removeprefix("eval_").removesuffix("_") for name in others)
+    f["not_numbers"] = sum(not math.isfinite(float(value)) for value in values)
+    if findings is not None:
+        surface = max(findings.get("length_leak", 0), findings.get("feature_leak", 0))
+        f |= {"findings_cut": findings.get("over_max_length", 0), "surface": _ratio(surface, f["train_pairs"])}
+        f["cut"] = f["findings_cut"] / f["train_pairs"]
+    half, tenth = math.ceil(len(train) / 2), max(math.ceil(len(train) / 10), 2 if len(train) > 4 else 1)
+    f |= {"loss_end": train.loss.tail(half).mean(), "loss_half": train.loss.head(half).tail(2).mean()}
+    f |= {"loss_peak": train.loss.rolling(tenth).mean().max(), "gradient": train.grad_norm.max()}
+    f["margin_end"] = train["rewards/margins"].tail(half).mean()
+    # The loss of step 1 is taken before its update, as is an evaluation at step 0.
+    start = pd.concat([evaluated[evaluated.step == 0], train[train.step <= 1]]).head(1)
+    if len(start):
+        sides = start[["rewards/chosen", "rewards/rejected"]].iloc[0] / f["beta"]
+        f |= {"start_loss": start.loss.iloc[0], "start_off": sides.abs().max()}
+    f |= {"held_loss_best": held.loss.min(), "held_loss_end": held.loss.tail(1).mean()}
+    f["loss_rise"], gain = f["held_loss_end"] - f["held_loss_best"], f["start"] - f["held_loss_best"]
+    f["gain_lost"] = math.inf if gain <= 0 else f["loss_rise"] / gain
+    f["noise"] = 0.5 / math.sqrt(pairs or math.inf)  # the loss of a pair varies by about half a nat
+    best = held.nsmallest(1, "loss")
+    f["best_at"] = f"step {best.step.mean():g}" if best.step.any() else f"epoch {best.epoch.mean():g}"
+    for name, rows in (("first", held.head(1)), ("best", held.nlargest(1, accuracy)), ("end", held.tail(1))):
+        f[f"accuracy_{name}"] = value = rows[accuracy].mean()
+        if pairs and value >= 0:
+            f[f"low_{name}"], f[f"high_{name}"] = wilson_interval(round(value * pairs), pairs)
+    f["early"] = _ratio(held.place.min(), pd.concat([train.place, held.place]).max())
+    f |= _moves(held if len(held) > 1 else train, held.tail(1) if len(held) else train.tail(half), f)
     return f
 
 
-# code -> whether a run has the symptom, in the order in which symptoms are named.
-RULES: dict[str, Callable[[dict[str, Any]], bool]] = {
+# ------------------------------------------------------------------------------------------------ rules
+
+
+def _leak(f: dict[str, Any]) -> bool:
+    """An accuracy that the surface explains, or too good to be true, before half of the run is over."""
+    explained = f["low_first"] > LIMITS["leak_explained"] and f["surface"] >= f["low_first"]
+    return f["early"] <= 0.5 and f["pairs"] >= ENOUGH_PAIRS and (explained or f["low_first"] > LIMITS["leak"])
+
+
+def _falls(f: dict[str, Any]) -> bool:
+    fell = f["chosen_fall"] > LIMITS["chosen_fall"] and f["chosen_end"] > f["rejected_end"]
+    return fell and f["loss"] not in PER_TOKEN
+
+
+def _harms(f: dict[str, Any]) -> bool:
+    """A second sign: the chosen falls at once, against a beta that should hold it, or the held-out loss rises too."""
+    far = f["chosen_fall"] > LIMITS["fall_held"] and -f["chosen_end"] > LIMITS["fall_nats"]
+    return f["fall_speed"] > LIMITS["fall_speed"] or (f["beta"] >= 0.1 and far) or _rises(f, LIMITS["gain_waver"])
+
+
+def _rises(f: dict[str, Any], share: float) -> bool:
+    """Whether the held-out loss rose from its best by more than it wavers, and took this share of the gain back."""
+    return f["loss_rise"] > max(LIMITS["loss_rise"], f["noise"]) and f["gain_lost"] > share
+
+
+# code -> whether a run has the symptom, in the order in which symptoms are named; NOTE where it is worth a note only.
+RULES: dict[str, Callable[[dict[str, Any]], bool | str]] = {
     "out_of_memory": lambda f: f["status"] == Status.OUT_OF_MEMORY,
     "nan": lambda f: f["not_numbers"] > 0,
-    "wrong_reference": lambda f: f["start_off"] > LIMITS["start_off"],
-    "diverged": lambda f: f["ln2"] and f["loss_end"] > LIMITS["loss_end"],
-    "leak": lambda f: f["accuracy_first"] > LIMITS["accuracy_first"] and f["pairs"] >= ENOUGH_PAIRS,
-    "below_half": lambda f: f["moved"] >= LIMITS["moved"] and f["high"] < 0.5 and f["accuracy_best"] < 0.5,
-    "overfitting": lambda f: f["loss_rise"] > LIMITS["loss_rise"] and f["loss_end"] < f["held_loss_best"],
-    "loss_zero": lambda f: f["ln2"] and f["loss_half"] < LIMITS["loss_half"],
-    "chosen_falls": lambda f: f["chosen_fall"] > LIMITS["chosen_fall"] and f["chosen_end"] > f["rejected_end"],
-    "not_moving": lambda f: f["moved"] < LIMITS["moved"],
+    "wrong_reference": lambda f: (
+        f["start_off"] > LIMITS["start_off"]
+        # Without step 1: both sides much likelier than under the reference in the first row already, and no more later.
+        or (f["first_at"] < 0.4 and f["flat_from"] > LIMITS["flat_from"] and f["flat_by"] < LIMITS["flat_by"])
+    ),
+    "diverged": lambda f: f["loss_peak"] > LIMITS["loss_peak"] * f["start"] / LN2,
+    "leak": lambda f: _leak(f) or f["low_best"] > LIMITS["leak_note"] and NOTE,
+    "below_half": lambda f: f["moved"] >= LIMITS["moved"] and f["high_end"] < 0.5 and f["accuracy_best"] < 0.5,
+    "overfitting": lambda f: (
+        (_rises(f, LIMITS["gain_lost"]) and not f["loss_end"] >= f["held_loss_best"])
+        or (_rises(f, LIMITS["gain_waver"]) and NOTE)
+    ),
+    "loss_zero": lambda f: f["loss"] == "sigmoid" and f["loss_half"] < LIMITS["loss_half"],
+    "chosen_falls": lambda f: _falls(f) and (_harms(f) or NOTE),
+    "not_moving": lambda f: f["moved"] < LIMITS["moved"] and not f["over"] < 0.5,
     "never_ends": lambda f: f["cut"] > LIMITS["cut"],
     "no_preference": lambda f: (
         f["moved"] >= LIMITS["moved"]
-        and f["low"] < 0.5 <= f["high"]
+        and f["low_end"] < 0.5 <= f["high_end"]
         and f["accuracy_end"] < LIMITS["accuracy_end"]
         and f["pairs"] >= ENOUGH_PAIRS
+        and not f["over"] < 0.5
     ),
 }
 
 
-def _named(f: dict[str, Any]) -> list[str]:
-    """Codes of the symptoms, without those that another one explains."""
-    codes = [code for code, holds in RULES.items() if holds(f)]
-    if codes and codes[0] in ("out_of_memory", "nan"):  # after these no other number means anything
-        return codes[:1]
-    for code in SYMPTOMS:
-        if code in codes:
-            codes = [other for other in codes if other not in SYMPTOMS[code].get("explains", ())]
-    return codes
+def _named(f: dict[str, Any]) -> list[tuple[str, bool]]:
+    """Codes of the symptoms, then of the notes (True), without those that a symptom explains."""
+    found = {code: holds for code, rule in RULES.items() if (holds := rule(f))}
+    for code in {"out_of_memory", "nan"} & set(found):  # after these no other number means anything
+        return [(code, False)]
+    explained = {
+        other for code, holds in found.items() if holds is not NOTE for other in SYMPTOMS[code].get("explains", ())
+    }
+    named = [(code, holds is NOTE) for code, holds in found.items() if code not in explained]
+    return sorted(named, key=lambda one: one[1])
 
 
-def _causes(code: str, f: dict[str, Any], info: RunInfo) -> tuple[tuple[str, str], ...]:
+def _causes(code: str, f: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     """The catalogue's causes without those that the run's own numbers rule out, the likelier first."""
-    surface = any(name in info.data.findings for name in ("length_leak", "feature_leak", "length_ratio"))
     ruled_out = {
-        ("nan", 1): not info.config.get("fp16"),
-        ("loss_zero", 1): f["accuracy_first"] <= LIMITS["accuracy_first"],
-        ("not_moving", 0): f["gradient"] == 0,
+        ("nan", 1): f["fp16"] is not True,
+        ("loss_zero", 1): f["accuracy_first"] <= LIMITS["leak_note"],
+        ("chosen_falls", 1): f["beta"] >= 0.1,
+        ("not_moving", 0): f["gradient"] == 0 or f["logp_end"] == 0,
         ("not_moving", 1): f["gradient"] > 0,
-        ("out_of_memory", 0): f["micro_batch"] == 1,
+        ("not_moving", 2): f["logp_end"] != 0,
+        ("out_of_memory", 0): f["per_device_train_batch_size"] == 1,
         ("out_of_memory", 1): f["checkpointing"] == "on",
     }
-    causes = [(why, cure) for n, (why, cure) in enumerate(SYMPTOMS[code]["causes"]) if not ruled_out.get((code, n))]
-    if (code == "leak" and not surface) or (code == "loss_zero" and surface):
-        causes.reverse()
-    return tuple(causes)
+    likely = {
+        ("leak", 1): f["findings"] is not None and not f["surface"],
+        ("loss_zero", 1): f["surface"] > 0,
+        ("chosen_falls", 1): f["beta"] < 0.1,
+        ("overfitting", 1): f["num_train_epochs"] <= 1,
+    }
+    order = sorted(range(len(SYMPTOMS[code]["causes"])), key=lambda n: not likely.get((code, n)))
+    causes = [SYMPTOMS[code]["causes"][n] for n in order if not ruled_out.get((code, n))]
+    return tuple((why, cure.format_map(f)) for why, cure in causes)
+
+
+def _symptom(code: str, note: bool, f: dict[str, Any]) -> Symptom:
+    words = SYMPTOMS[code]["note"] if note else SYMPTOMS[code]
+    # A part of the evidence whose numbers are not known is left out.
+    evidence = [text for part in SYMPTOMS[code]["evidence"] if "nan" not in (text := part.format_map(f))]
+    return Symptom(code, words["what"], "; ".join(evidence), () if note else _causes(code, f), words["test"], note)
 
 
 def _unseen(f: dict[str, Any]) -> list[str]:
     """What this history could not show, and what would."""
     if f["status"] == Status.OUT_OF_MEMORY:
         return []
-    unseen = []
-    if "loss_end" not in f:
-        unseen.append("anything about training: no step was logged. Set logging_steps below the number of steps.")
-    elif "start_off" not in f:
-        unseen.append("whether policy and reference were equal before training: pass logging_first_step=True.")
-    if "accuracy_end" not in f:
-        unseen.append("overfitting, leaks and low accuracy: no held-out evaluation. Set eval_steps below the steps.")
-    elif f["pairs"] < ENOUGH_PAIRS:
-        unseen.append(f"low accuracy: {f['pairs']} held-out pairs are too few to tell it from chance.")
-    if not f["ln2"]:
-        unseen.append("the height of the loss: its limits are for loss_type sigmoid.")
-    return unseen
+    missing = {
+        "training": not f["steps"],
+        "start": f["steps"] and "start_off" not in f,
+        "evaluation": not f["evaluations"],
+        "test_pairs": f["evaluations"] and not f["pairs"],
+        "few": f["evaluations"] and 0 < f["pairs"] < ENOUGH_PAIRS,
+        "config": f["loss"] == "None" or math.isnan(f["beta"]),
+        "loss_type": f["loss"] not in ("None", "sigmoid"),
+        "over": f["over"] < 0.5,
+        "report": f["findings"] is None,
+        "others": f["others"],
+    }
+    return [UNSEEN[name].format_map(f) for name, is_missing in missing.items() if is_missing]
 
 
-def diagnose(run: Run | str | Path) -> Diagnosis:
+# ------------------------------------------------------------------------------------------------ sources
+
+
+def _of_folder(folder: Path) -> dict[str, Any]:
+    """What `measure` needs, from a run folder, or from TRL's output or checkpoint folder."""
+    if info := read_info(folder):
+        return of_run(Run(folder, info, [], {}, None) if info.status == Status.OUT_OF_MEMORY else Run.load(folder))
+    states = [*folder.glob("trainer_state.json"), *folder.glob("checkpoint-*/trainer_state.json")]
+    if not states:
+        raise UserError(
+            f"{folder.name} holds no run.json of ours and no trainer_state.json of TRL's, in itself or in a "
+            "checkpoint-*. Pass such a folder, or trainer.state.log_history."
+        )
+    try:
+        read = [json.loads(path.read_text(encoding="utf-8")) for path in states]
+        state = max(read, key=lambda state: state["global_step"])
+        return {"history": state["log_history"], "config": {"max_steps": state["max_steps"]}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"trainer_state.json in {folder.name} cannot be read ({error!r}). Save it again.") from error
+
+
+def of_run(run: Run) -> dict[str, Any]:
+    """What `measure` needs of a `run`."""
+    info = run.info
+    known = {name: info[name] for name in ("config", "train_pairs", "test_pairs", "status", "memory_gb")}
+    return known | {"history": run.history, "findings": info.data.findings}
+
+
+def _of_source(source: Any) -> dict[str, Any]:
+    if isinstance(source, str | Path):
+        return _of_folder(Path(source))
+    if isinstance(source, Run):
+        return of_run(source)
+    if isinstance(source, Trainer):
+        config = describe_config(source.args) | {"max_steps": source.state.max_steps}
+        sets = {"train_pairs": source.train_dataset, "test_pairs": source.eval_dataset}
+        sizes = {name: len(rows) for name, rows in sets.items() if hasattr(rows, "column_names")}
+        return {"history": source.state.log_history, "config": config} | sizes
+    if not isinstance(source, list) or not all(isinstance(row, dict) for row in source):
+        raise UserError("A history is a list of dicts, as trainer.state.log_history has them.")
+    return {"history": source}
+
+
+def diagnose(
+    source: Run | str | Path | Trainer | list[dict],
+    *,
+    config: TrainingArguments | dict[str, Any] | None = None,
+    train_pairs: int | None = None,
+    test_pairs: int | None = None,
+    report: Report | None = None,
+) -> Diagnosis:
     """What is wrong with a training run, from its history and data report alone.
 
     Args:
-        run: a Run, or a run folder; one that ran out of memory has no Run, but its folder can be diagnosed.
+        source: a Run or its folder, also of one that ran out of memory; a trainer; its `state.log_history`; or TRL's
+            output or checkpoint folder.
+        config: the DPOConfig, or a dict with its `beta`, `loss_type`, `learning_rate`, ..., where the source has none.
+        train_pairs, test_pairs: how many pairs, where the source does not say.
+        report: of `check_pairs` for the training pairs.
+
+    What stays unknown is named as not judged, never assumed.
 
     Raises:
-        UserError: no run folder, or an unfinished run.
+        UserError: no such folder, an unfinished run, or no history.
     """
-    if not isinstance(run, Run):
-        folder, info = Path(run), read_info(Path(run))
-        out_of_memory = info is not None and info.status == Status.OUT_OF_MEMORY
-        run = Run(folder, info, [], {}, None) if out_of_memory else Run.load(folder)
-    f = measure(run.history, run.info)
-    findings = [
-        Symptom(code, known["what"], known["evidence"].format_map(f), _causes(code, f, run.info), known["test"])
-        for code, known in ((code, SYMPTOMS[code]) for code in _named(f))
-    ]
-    return Diagnosis(findings, _unseen(f))
+    known = _of_source(source)
+    settings = describe_config(config) if isinstance(config, TrainingArguments) else config or {}
+    findings = {one.code: one.count for one in report.findings} if report is not None else None
+    given = {"train_pairs": train_pairs, "test_pairs": test_pairs, "findings": findings}
+    known |= {name: value for name, value in given.items() if value is not None}
+    f = measure(known | {"config": settings | known.get("config", {})})
+    return Diagnosis([_symptom(code, note, f) for code, note in _named(f)], _unseen(f))

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,8 @@ Model = PreTrainedModel | PeftModel
 
 
 def _conversation(prompt: Prompt) -> str:
-    turns = turns_of(prompt)
-    named = [f"{turn['role']}: {turn['content']}" for turn in turns]
-    return visible(turns[0]["content"] if len(turns) == 1 else "\n".join(named))
+    first, *rest = turns = turns_of(prompt)
+    return visible("\n".join(f"{turn['role']}: {turn['content']}" for turn in turns) if rest else first["content"])
 
 
 @dataclasses.dataclass(repr=False, eq=False)
@@ -71,24 +71,22 @@ class OpenRun:
     def both(self, ask: Callable[[Model], Any]) -> dict[str, Any]:
         """What `ask` gives for the "reference" and for the "policy"."""
         with self.reference() as model:
-            reference = ask(model)
-        return {"reference": reference, "policy": ask(self.model)}
+            answers = {"reference": ask(model)}
+        return answers | {"policy": ask(self.model)}
 
 
 def _check_adapter(folder: Path, expected: str | None, scale: dict | None) -> None:
     """Raise UserError unless `folder` holds the adapter with the hash `expected`, as a safetensors file."""
     name = f"{folder.parent.name}/{folder.name}"
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    if not weights.is_file() and (folder / "adapter_model.bin").is_file():
-        raise UserError(
-            f"{name} holds adapter_model.bin, a format that can run code when it is read. Only safetensors are loaded "
-            "here."
-        )
-    for path in (weights, config):
-        if not path.is_file():
-            raise UserError(f"{name} holds no {path.name}. Copy the run folder again, or train it again.")
+    if not weights.is_file() and weights.with_suffix(".bin").is_file():
+        code = "a format that can run code when it is read. Only safetensors are loaded here."
+        raise UserError(f"{name} holds adapter_model.bin, {code}")
     try:
         found, settings = hash_tensors(load_file(weights)), json.loads(config.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        missing = config.name if weights.is_file() else weights.name
+        raise UserError(f"{name} holds no {missing}. Copy the run folder again, or train it again.") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"The adapter in {name} is damaged ({error}). Copy it or train the run again.") from error
     if found != expected or {key: settings.get(key) for key in LORA_SCALE} != scale:
@@ -100,14 +98,13 @@ def _check_adapter(folder: Path, expected: str | None, scale: dict | None) -> No
 
 def _check_reference(run: Run, ref_model: Model | None) -> None:
     passed = run.info.reference != POLICY_AT_START
+    what = None
     if passed and ref_model is None:
-        raise UserError(
-            f"The reference of the run in {run.folder.name} is a model that was passed to train_dpo. Pass it here "
-            "too: open_run(run, ref_model=...)."
-        )
-    if ref_model is not None and fingerprint(ref_model) != run.info.reference:
-        what = "another model than" if passed else "no model that was passed, so not"
-        raise UserError(f"The reference of the run in {run.folder.name} is {what} the ref_model given here.")
+        what = "a model that was passed to train_dpo. Pass it here too: open_run(run, ref_model=...)."
+    elif ref_model is not None and fingerprint(ref_model) != run.info.reference:
+        what = f"{'another model than' if passed else 'no model that was passed, so not'} the ref_model given here."
+    if what:
+        raise UserError(f"The reference of the run in {run.folder.name} is {what}")
 
 
 def load_policy(run: Run) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -220,15 +217,11 @@ def _token_logps(model: Model, prompt: list[int], completion: list[int]) -> torc
 
 def _token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What each token adds to the text; a character of several tokens comes with its last one."""
-    texts, shown = [], ""
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end])
-        if text.endswith("\ufffd") and end < len(ids):  # part of a character
-            texts.append("")
-            continue
-        texts.append(text[len(shown) :])
-        shown = text
-    return texts
+    shown = [tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
+    for end in range(1, len(ids)):
+        if shown[end].endswith("\ufffd"):  # part of a character
+            shown[end] = shown[end - 1]
+    return [after[len(before) :] for before, after in pairwise(shown)]
 
 
 def _side_rewards(opened: OpenRun, side: str, prompt: list[int], completion: list[int]) -> pd.DataFrame:

@@ -46,23 +46,22 @@ def recommend(sweep: Sweep) -> Recommendation:
         return Recommendation(home, f"Only beta {home:g} finished; there is nothing to compare it with ({basis}).")
     compared = {beta: compare_accuracy(sweep, beta, home, len(others)) for beta in others}
     better = [beta for beta, (_, low, _) in compared.items() if low > 0]
-    worse = [f"{beta:g}" for beta, (_, _, high) in compared.items() if high < 0]
+    beta = max(better, key=lambda beta: accuracy[beta], default=home)
     if better:
-        beta = max(better, key=lambda beta: accuracy[beta])
         size, low, high = compared[beta]
-        lines = [
+        reason = (
             f"Take {beta:g}: accuracy {accuracy[beta]:.3f} against {accuracy[home]:.3f} of {home:g}, a "
             f"difference of {size:.3f} (interval {low:.3f} to {high:.3f}; {basis})."
-        ]
+        )
     else:
-        beta = home
         unseen = max((high - low) / 2 for _, low, high in compared.values())
-        lines = [
+        reason = (
             f"No beta is measured to be more accurate than {home:g}; keep {home:g}. Accuracies run from "
             f"{accuracy.min():.3f} to {accuracy.max():.3f} ({basis}); a difference below about "
             f"{unseen:.2f} could not be seen."
-        ]
-    if worse:
+        )
+    lines = [reason]
+    if worse := [f"{beta:g}" for beta, (_, _, high) in compared.items() if high < 0]:
         lines.append(f"Less accurate than {home:g}: {', '.join(worse)}.")
     if "kl" in table:
         drift = by_beta.kl.mean()

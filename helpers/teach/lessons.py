@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from helpers.after.diagnosis import SYMPTOMS, measure
+from helpers.after.diagnosis import SYMPTOMS, measure, of_run, to_try
 from helpers.run.folder import Run, RunInfo
 
 _TABLES: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
@@ -33,7 +33,7 @@ def before_and_after(results: list[dict], case: str, number: str) -> pd.DataFram
         for one in part["cases"]:
             if one["case"] == case:
                 run = recorded(part, one["run"])
-                numbers = run.metrics | run.info.memory_gb | measure(run.history, run.info)
+                numbers = run.metrics | run.info.memory_gb | measure(of_run(run))
                 rows[place, one["seed"]][one["state"]] = numbers[number]
     return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -53,21 +53,12 @@ def guide(results: list[dict]) -> list[dict[str, Any]]:
     rows = []
     for code, (number, label, curve) in SHOWN.items():
         values = before_and_after(results, code, number)
-        part = next(part for part in results if any(one["case"] == code for one in part["cases"]))
-        runs = {one["state"]: one for one in reversed(part["cases"]) if one["case"] == code}  # the first seed's
-        rows.append(
-            {
-                "symptom": f"{code}: {SYMPTOMS[code]['what']}",
-                "made by": runs["sick"]["fault"],
-                "try first": SYMPTOMS[code]["causes"][0][1],
-                "measured": label,
-                "sick": _spread(values["sick"]),
-                "cured": _spread(values["cured"]),
-                "seeds": len(values),
-                "curve": curve,
-                "histories": {state: part["runs"][one["run"]]["history"] for state, one in runs.items()},
-            }
-        )
+        runs = [(part, one) for part in results for one in part["cases"] if one["case"] == code]
+        first = {one["state"]: part["runs"][one["run"]]["history"] for part, one in reversed(runs)}
+        row = {"symptom": f"{code}: {SYMPTOMS[code]['what']}", "made by": runs[0][1]["fault"]}
+        row |= {"try first": SYMPTOMS[code]["causes"][0][1].format_map(to_try({})), "measured": label}
+        row |= {state: _spread(values[state]) for state in ("sick", "cured")}
+        rows.append(row | {"seeds": len(values), "curve": curve, "histories": first})
     return rows
 
 
@@ -83,16 +74,9 @@ def advice(results: list[dict]) -> pd.DataFrame:
         change = (values["sick"] - values["cured"]) * direction
         verdict = "held" if (change > 0).all() else "did not hold" if (change <= 0).all() else "differs between seeds"
         fall = before_and_after(results, name, "chosen_fall").mean()
-        rows.append(
-            {
-                "advice": name,
-                "tried": next(one["fault"] for part in results for one in part["cases"] if one["case"] == name),
-                "should go": f"{label}: {'up' if direction > 0 else 'down'}",
-                "without": _spread(values["cured"]),
-                "with": _spread(values["sick"]),
-                "verdict": verdict,
-                "chosen lost: without, with": f"{fall['cured']:.0%}, {fall['sick']:.0%}",
-                "seeds": len(values),
-            }
-        )
+        tried = next(one["fault"] for part in results for one in part["cases"] if one["case"] == name)
+        row = {"advice": name, "tried": tried, "should go": f"{label}: {'up' if direction > 0 else 'down'}"}
+        row |= {"without": _spread(values["cured"]), "with": _spread(values["sick"]), "verdict": verdict}
+        row["chosen lost: without, with"] = f"{fall['cured']:.0%}, {fall['sick']:.0%}"
+        rows.append(row | {"seeds": len(values)})
     return pd.DataFrame(rows)

@@ -26,6 +26,12 @@ def _subplots(*shape: int, **options: Any) -> tuple[plt.Figure, Any]:
     return figure, axes
 
 
+def _label(axis: plt.Axes, xlabel: str, ylabel: str | None = None, title: str | None = None, legend: str = "") -> None:
+    """Name both axes, and show the legend under the heading `legend`."""
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axis.legend(title=legend or None, fontsize=8)
+
+
 def _series(history: list[dict], name: str) -> tuple[list[int], list[float]]:
     """Steps and values of `name` in the rows of the history that have it."""
     rows = [(row["step"], float(row[name])) for row in history if name in row]
@@ -44,7 +50,6 @@ def _histograms(axis: plt.Axes, *parts: tuple[Sequence[float], str, dict], start
     span = min(start, *(min(values) for values, *_ in parts)), max(max(values) for values, *_ in parts)
     for values, label, style in parts:
         axis.hist(values, 30, range=span, label=label, **style)
-    axis.legend()
 
 
 def plot_training(history: list[dict]) -> plt.Figure:
@@ -64,23 +69,20 @@ def plot_training(history: list[dict]) -> plt.Figure:
         if steps:
             axis.plot(steps, values, color="black", linestyle="none", marker="D", label="held out")
         axis.axhline(line, **DASHED, label=meaning)
-        axis.set(title=title, xlabel="step", ylabel=label)
-        axis.legend(fontsize=8)
+        _label(axis, "step", label, title)
     return figure
 
 
 def plot_log_ratios(table: pd.DataFrame) -> plt.Figure:
     """Log-ratio of both sides for each pair of `Run.held_out`: which side moved, and which way?"""
-    chosen = table.chosen_policy - table.chosen_reference
-    rejected = table.rejected_policy - table.rejected_reference
     figure, axis = _subplots(figsize=(7, 3.4))
-    _histograms(
-        axis,
-        (chosen, f"chosen, mean {chosen.mean():+.2f}", OF_CHOSEN),
-        (rejected, f"rejected, mean {rejected.mean():+.2f}", OF_REJECTED),
-    )
+    parts = []
+    for side, style in (("chosen", OF_CHOSEN), ("rejected", OF_REJECTED)):
+        ratios = table[f"{side}_policy"] - table[f"{side}_reference"]
+        parts.append((ratios, f"{side}, mean {ratios.mean():+.2f}", style))
+    _histograms(axis, *parts)
     axis.axvline(0, **DASHED)
-    axis.set(xlabel="log policy - log reference (nats)", ylabel="held-out pairs")
+    _label(axis, "log policy - log reference (nats)", "held-out pairs")
     return figure
 
 
@@ -88,12 +90,10 @@ def plot_lengths(chosen: list[int], rejected: list[int]) -> plt.Figure:
     """Tokens in each completion of the two sides: could length alone tell them apart?"""
     figure, axes = _subplots(1, 2, figsize=(10, 3.4))
     _histograms(axes[0], (chosen, "chosen", OF_CHOSEN), (rejected, "rejected", OF_REJECTED), start=0)
-    axes[0].set(xlabel="tokens in the completion", ylabel="pairs")
+    _label(axes[0], "tokens in the completion", "pairs")
     axes[1].scatter(rejected, chosen, s=8, color=CHOSEN)
-    span = (0, max(*chosen, *rejected))
-    axes[1].plot(span, span, **DASHED, label="equal length")
-    axes[1].set(xlabel="tokens in rejected", ylabel="tokens in chosen")
-    axes[1].legend()
+    axes[1].axline((0, 0), slope=1, **DASHED, label="equal length")
+    _label(axes[1], "tokens in rejected", "tokens in chosen")
     return figure
 
 
@@ -113,19 +113,16 @@ def plot_margins(rewards: pd.DataFrame) -> plt.Figure:
         for name in ("reference", "policy")
     )
     figure, axes = _subplots(1, 2, figsize=(11, 3.4), sharey=True)
-    line = {"color": "black", "linestyle": "--", "linewidth": 1}
     _histograms(axes[0], (rewards.margin, f"after, mean {rewards.margin.mean():+.2f}", OF_CHOSEN))
-    axes[0].axvline(0, **line, label="before: 0 for every pair")
-    axes[0].set(xlabel="implicit reward of chosen - of rejected", ylabel="pairs", title="relative to the reference")
+    axes[0].axvline(0, **DASHED, label="before: 0 for every pair")
+    _label(axes[0], "implicit reward of chosen - of rejected", "pairs", "relative to the reference")
     _histograms(
         axes[1],
-        (before, f"before (reference), {(before > 0).mean():.0%} above 0", {"color": REJECTED, "alpha": 0.5}),
-        (after, f"after (policy), {(after > 0).mean():.0%} above 0", {"color": CHOSEN, "alpha": 0.5, "hatch": "//"}),
+        (before, f"before (reference), {(before > 0).mean():.0%} above 0", OF_REJECTED),
+        (after, f"after (policy), {(after > 0).mean():.0%} above 0", OF_CHOSEN | {"hatch": "//"}),
     )
-    axes[1].axvline(0, **line)
-    axes[1].set(xlabel="log-prob per token, chosen - rejected (nats)", title="each model by itself")
-    for axis in axes:
-        axis.legend(fontsize=8)
+    axes[1].axvline(0, **DASHED)
+    _label(axes[1], "log-prob per token, chosen - rejected (nats)", title="each model by itself")
     return figure
 
 
@@ -136,8 +133,7 @@ def plot_rewards_by_length(rewards: pd.DataFrame) -> plt.Figure:
         tokens, reward = rewards[f"{side}_tokens"], rewards[f"{side}_reward"]
         axis.scatter(tokens, reward, s=18, color=color, marker=marker, label=f"{side}, r = {tokens.corr(reward):+.2f}")
     axis.axhline(0, **DASHED)
-    axis.set(xlabel="tokens in the completion", ylabel="implicit reward (beta x log-ratio)")
-    axis.legend(title="r: correlation with length", fontsize=8)
+    _label(axis, "tokens in the completion", "implicit reward (beta x log-ratio)", legend="r: correlation with length")
     return figure
 
 
@@ -153,17 +149,18 @@ def plot_token_rewards(tokens: pd.DataFrame) -> plt.Figure:
     """
     words = tokens.groupby(["side", "word"], sort=False).agg(text=("token", "".join), ratio=("log_ratio", "sum"))
     limit = max(words.ratio.abs().max(), 1e-9)
-    places = {}  # side: (line, column, width, text, ratio) of each word
-    for side, group in words.groupby("side", sort=False):
-        line, column, places[side] = 0, 0, []
-        for text, ratio in group.itertuples(index=False):
-            text = text.strip()
-            text = text if len(text) <= _LINE else f"{text[: _LINE - 3]}..."
-            width = max(len(text), _LEAST)
-            if column and column + width > _LINE:
-                line, column = line + 1, 0
-            places[side].append((line, column, width, text, ratio))
-            column += width + 1
+    places: dict[str, list] = {}  # side: (line, column, width, text, ratio) of each word
+    line, column = 0, 0
+    for (side, _), text, ratio in words.itertuples():
+        text = text.strip()
+        text = text if len(text) <= _LINE else f"{text[: _LINE - 3]}..."
+        width = max(len(text), _LEAST)
+        if side not in places:
+            line, column = 0, 0
+        elif column + width > _LINE:
+            line, column = line + 1, 0
+        places.setdefault(side, []).append((line, column, width, text, ratio))
+        column += width + 1
     lines = [group[-1][0] + 1 for group in places.values()]
     size = (11, 0.5 * sum(lines) + 0.6 * len(lines))
     figure, axes = _subplots(len(places), figsize=size, squeeze=False, height_ratios=lines)
@@ -212,8 +209,7 @@ def plot_gaps_and_margins(history: pd.DataFrame) -> plt.Figure:
                 means = rows[rows.split == split].groupby("step")[name].mean()
                 axis.plot(means, style, color=colour, markersize=4, label=beta if split == "train" else None)
         axis.axhline(0, **DASHED)
-        axis.set(title=title, xlabel="step", ylabel=label)
-        axis.legend(title="beta", fontsize=8)
+        _label(axis, "step", label, title, legend="beta")
     return figure
 
 
@@ -224,8 +220,7 @@ def plot_changes(table: pd.DataFrame) -> plt.Figure:
     axis.plot(betas, table.chosen_change, "o", color=CHOSEN, alpha=0.8, label="chosen")
     axis.plot(betas, table.rejected_change, "s", color=REJECTED, alpha=0.8, label="rejected")
     axis.axhline(0, **DASHED, label="reference")
-    axis.set(xlabel="beta", ylabel="log policy - log reference (nats),\nmean of held-out pairs")
-    axis.legend(fontsize=8)
+    _label(axis, "beta", "log policy - log reference (nats),\nmean of held-out pairs")
     return figure
 
 

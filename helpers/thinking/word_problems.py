@@ -36,10 +36,9 @@ def step_result(left: int, operator: str, right: Any) -> Any:
 def _slip(rng: random.Random, values: dict, left: str, operator: str, right: str) -> int | str:
     """A wrong result that, over many problems, is as round, as long and as large as the right ones are."""
     x, y = values[left], values[right]
-    if operator == "days after":
-        return step_result(x + rng.choice((-1, 1)), operator, y)
-    if operator == "%":
-        return step_result(x + rng.choice((-5, 5)), operator, y)
+    if operator in ("days after", "%"):
+        nudge = 1 if operator == "days after" else 5
+        return step_result(x + rng.choice((-nudge, nudge)), operator, y)
     if operator == "*":
         nudge = rng.choice((-1, 1))
         return (x + nudge) * y if right == "f" or rng.random() < 0.5 else x * (y + nudge)
@@ -65,7 +64,7 @@ def _work(story: dict, values: dict, signs: list[str], wrong: dict[int, Any]) ->
         if isinstance(result, int) and not 0 < result <= story.get("at_most", result):
             return None
         form = _FORMS.get(operator, f"{{}} {operator} {{}} = {{}}")
-        values[f"s{i + 1}"], values[f"r{i + 1}"] = form.format(x, y, result), result
+        values |= {f"s{i + 1}": form.format(x, y, result), f"r{i + 1}": result}
     return values
 
 
@@ -110,16 +109,16 @@ def _story_pair(story: dict, rng: random.Random, kind: str) -> dict | None:
     if wrong is None or wrong["r2"] == right["r2"]:
         return None
 
-    def fill(text: str, values: dict) -> str:
+    def fill(name: str, values: dict) -> str:
+        text = story.get(name, "{r2}")
         for i, sign in enumerate(signs):
             text = text.replace(f"{{sign{i + 1}}}", story["signs"][i][sign])
         return text.format(**values)
 
-    question, thought, answer = story["question"], story["thought"], story["answer"]
     said = right if kind == "wrong_answer" else wrong
-    sides = fill(thought, right), fill(answer, right), fill(thought, said), fill(answer, wrong)
-    rest = kind, story["topic"], fill(story.get("expected", "{r2}"), right)
-    return dict(zip(THINKING_FIELDS, (fill(question, values), *sides, *rest), strict=True))
+    sides = fill("thought", right), fill("answer", right), fill("thought", said), fill("answer", wrong)
+    fields = fill("question", values), *sides, kind, story["topic"], fill("expected", right)
+    return dict(zip(THINKING_FIELDS, fields, strict=True))
 
 
 def _ranking_pair(rng: random.Random, kind: str) -> dict | None:
@@ -128,11 +127,11 @@ def _ranking_pair(rng: random.Random, kind: str) -> dict | None:
     race = rng.random() < 0.5
     place = rng.randrange(3)
     of = dict(zip(names, numbers, strict=True))
-    order = sorted(names, key=lambda name: of[name], reverse=not race)
+    order = sorted(names, key=of.__getitem__, reverse=not race)
     wrong_race, wrong_of, wrong_order = race, dict(of), list(order)
     if kind == "misread":
         wrong_of[rng.choice(names)] = rng.choice([number for number in range(31, 90) if number not in numbers])
-        wrong_order = sorted(names, key=lambda name: wrong_of[name], reverse=not race)
+        wrong_order.sort(key=wrong_of.__getitem__, reverse=not race)
     elif kind == "fact":
         wrong_race, wrong_order = not race, order[::-1]
     elif kind == "slip":
@@ -149,9 +148,9 @@ def _ranking_pair(rng: random.Random, kind: str) -> dict | None:
         steps = " ".join(f"{of[x]} {sign} {of[y]}, so {x} is before {y}." for x, y in pairwise(order))
         return f"In a {game} the {winner} number wins. {steps} From first to last the order is {', '.join(order)}."
 
-    how = "needed {} seconds for the race, {} {} and {} {}" if race else "made {} points in the game, {} {} and {} {}"
+    how = "needed {} seconds for the race" if race else "made {} points in the game"
     (a, x), (b, y), (c, z) = of.items()
-    question = f"{a} {how.format(x, b, y, c, z)}. Who came {place_name}?"
+    question = f"{a} {how.format(x)}, {b} {y} and {c} {z}. Who came {place_name}?"
     right = thought(race, of, order)
     wrong = right if kind == "wrong_answer" else thought(wrong_race, wrong_of, wrong_order)
     answer, wrong_answer = (f"{names[place]} came {place_name}." for names in (order, wrong_order))

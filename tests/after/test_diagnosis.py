@@ -1,14 +1,23 @@
-"""Each symptom is named, by committed runs of three seeds and by training them again; healthy runs raise no alarm."""
+"""Each symptom is named, by committed runs of three seeds and by training them again; healthy runs raise no alarm.
+
+The runs are those of the lab (benchmarks/diagnosis.py), of the sweep (benchmarks/beta.py), and public ones of other
+people: field/runs.json has their numbers with the source, and in `says` what their authors say of them.
+"""
 
 import copy
 import json
+import math
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
+from transformers import AutoModelForCausalLM, TrainerState
 
 from benchmarks.diagnosis import CASES, Bench
-from helpers import UserError, diagnose
-from helpers.after.diagnosis import LIMITS, RULES, SYMPTOMS, Diagnosis, Symptom, measure
+from helpers import DPOConfig, DPOTrainer, UserError, diagnose, load_pairs
+from helpers.after.diagnosis import LIMIT_TABLE, LIMITS, RULES, SYMPTOMS, Diagnosis, Symptom, measure, of_run
 from helpers.run.folder import Run, Status, write_info
 from helpers.teach.lessons import SHOWN, advice, guide, recorded
 from helpers.teach.plots import plot_symptoms, symptom_table
@@ -38,35 +47,136 @@ def test_committed_run(part, one):
     assert diagnose(recorded(part, one["run"])).codes == expected(one["case"], one["state"])
 
 
-@pytest.mark.parametrize("number", LIMITS)
-def test_limit_has_room_on_both_sides(number):
-    """No measured run is within a fiftieth of a limit; nearest are accuracies, where one pair of 40 is 0.025."""
-    ill, well = [], []
-    for part, one in COMMITTED:
-        run = recorded(part, one["run"])
-        found = measure(run.history, run.info)
-        if one["state"] == "cured":
-            well.append(found[number])
-        elif LIMIT_OF[number] == one["case"]:
-            ill.append(found[number])
-    limit = LIMITS[number]
-    if max(ill) > max(well):
-        assert max(well) * 1.02 < limit < min(ill) / 1.02
-    else:
-        assert max(ill) * 1.02 < limit < min(well) / 1.02
+# ------------------------------------------------------------------------------------------------ all committed runs
+
+FIELD = json.loads((Path(__file__).parent / "field" / "runs.json").read_text(encoding="utf-8"))
+# The same runs evaluated at the end only, once more shortly before, at thirds, and at every step that was kept.
+EVALUATED = {"end": (45,), "late": (36, 45), "thirds": (18, 27, 45), "all": (9, 18, 27, 36, 45)}
 
 
-LIMIT_OF = {
-    "start_off": "wrong_reference",
-    "moved": "not_moving",
-    "loss_end": "diverged",
-    "loss_half": "loss_zero",
-    "accuracy_first": "leak",
-    "accuracy_end": "no_preference",
-    "loss_rise": "overfitting",
-    "chosen_fall": "chosen_falls",
-    "cut": "never_ends",
+def sweep_runs() -> dict[str, dict]:
+    """The runs of the sweep in TRL's names, evaluated more or less often."""
+    names = {"chosen": "rewards/chosen", "rejected": "rewards/rejected"}
+    runs = defaultdict(list)
+    for row in json.loads((ROOT / "benchmarks" / "results" / "beta.json").read_text(encoding="utf-8"))["history"]:
+        values = {"loss": row["loss"], "rewards/margins": row["margin"], "rewards/accuracies": row["accuracy"]}
+        values |= {new: row[old] * row["beta"] for old, new in names.items()}
+        prefix = "eval_" if row["split"] == "held out" else ""
+        values = {f"{prefix}{name}": value for name, value in values.items()}
+        runs[row["beta"], row["seed"]].append({"step": row["step"]} | values)
+    return {
+        f"sweep, beta {beta:g}, seed {seed}, evaluated: {name}": {
+            "history": [row for row in rows if "loss" in row or row["step"] in steps],
+            "config": {"beta": beta, "loss_type": ["sigmoid"], "num_train_epochs": 1, "learning_rate": 2e-4},
+            "train_pairs": 360,
+            "test_pairs": 120,
+        }
+        for (beta, seed), rows in runs.items()
+        for name, steps in EVALUATED.items()
+    }
+
+
+def public(run: dict) -> dict:
+    """What is known of a public run besides its history."""
+    config = {name: run[name] for name in ("beta", "loss_type") if run.get(name)} | run.get("config", {})
+    return {"config": config} | {name: run[name] for name in ("train_pairs", "test_pairs") if run.get(name)}
+
+
+# name: (source, what else `diagnose` is told, the codes wanted)
+ALL = {name: (known.pop("history"), known, []) for name, known in sweep_runs().items()}
+ALL |= {run["name"]: (run["history"], public(run), run["wanted"]) for run in FIELD}
+ALL |= {
+    f"lab {part['machine']} {one['run']}": (recorded(part, one["run"]), {}, expected(one["case"], one["state"]))
+    for part, one in COMMITTED
 }
+
+
+def test_there_are_enough_public_runs_and_each_has_its_source():
+    assert len(FIELD) >= 30 and len({run["name"] for run in FIELD}) == len(FIELD)
+    own = [run for run in FIELD if "source" in run]
+    assert len(own) >= 20 and all(run["source"].startswith("https://") for run in own)
+    assert sum(bool(run["wanted"]) and "says" in run for run in own) >= 6
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if not name.startswith("lab")])
+def test_every_run_of_the_sweep_and_of_others(name):
+    source, known, wanted = ALL[name]
+    diagnosis = diagnose(source, **known)
+    assert diagnosis.codes == wanted and len(diagnosis.notes) <= 1
+    if name.startswith("sweep"):
+        assert diagnosis.notes == []
+    assert not any("nan" in one.evidence for one in diagnosis.findings) and all(
+        one.evidence for one in diagnosis.findings
+    )
+
+
+# limit: the number that it is for, the symptom, and the runs in which the number decides.
+SIGNS = {
+    "start_off": ("start_off", "wrong_reference", lambda f: True),
+    "flat_from": ("flat_from", "wrong_reference", lambda f: f["first_at"] < 0.4),
+    "flat_by": ("flat_by", "wrong_reference", lambda f: f["first_at"] < 0.4 and f["flat_from"] > 10),
+    "moved": ("moved", "not_moving", lambda f: not f["over"] < 0.5),
+    "loss_peak": ("loss_peak", "diverged", lambda f: f["loss"] == "sigmoid"),
+    "loss_half": ("loss_half", "loss_zero", lambda f: f["loss"] == "sigmoid"),
+    "leak": ("low_first", "leak", lambda f: f["early"] <= 0.5 and not f["surface"] > 0),
+    "leak_explained": ("low_first", "leak", lambda f: f["early"] <= 0.5 and f["surface"] >= f["low_first"]),
+    "accuracy_end": ("accuracy_end", "no_preference", lambda f: f["low_end"] < 0.5),
+    "gain_lost": ("gain_lost", "overfitting", lambda f: f["loss_rise"] > 0.03),
+    "fall_speed": ("fall_speed", "chosen_falls", lambda f: f["beta"] < 0.1 and f["loss"] == "sigmoid"),
+    "fall_held": ("chosen_fall", "chosen_falls", lambda f: f["beta"] >= 0.1 and -f["chosen_end"] > 30),
+    "cut": ("cut", "never_ends", lambda f: True),
+}
+NUMBERS = {
+    name: (measure(of_run(source) if isinstance(source, Run) else {"history": source} | known), wanted)
+    for name, (source, known, wanted) in ALL.items()
+}
+
+
+def nearest(limit: str) -> tuple[float, float]:
+    """Of the committed runs the healthy one and the sick one whose numbers are nearest to the limit."""
+    number, code, decides = SIGNS[limit]
+    well = [f[number] for f, wanted in NUMBERS.values() if not wanted and f[number] > -math.inf and decides(f)]
+    sick = [f[number] for f, wanted in NUMBERS.values() if code in wanted and f[number] > -math.inf and decides(f)]
+    above = max(sick) > max(well, default=-math.inf)
+    return (max(well, default=math.nan), min(sick)) if above else (min(well), max(sick))
+
+
+@pytest.mark.parametrize("limit", SIGNS)
+def test_limit_has_room_on_both_sides(limit):
+    """The margins in the table are those of the committed runs, and none is within a fiftieth of its limit."""
+    well, sick = nearest(limit)
+    assert (well, sick) == pytest.approx(
+        (LIMIT_TABLE[limit]["well"], LIMIT_TABLE[limit]["sick"]), rel=0.02, nan_ok=True
+    )
+    low, high = sorted((well, sick)) if well == well else (-math.inf, sick)
+    assert low * 1.02 < LIMITS[limit] < high / 1.02
+
+
+def test_table_of_rule_against_run(capsys):
+    """Printed with -s. A healthy run within a tenth of a limit is reported, and must be one that is known."""
+    rows = []
+    for name, (source, known, wanted) in ALL.items():
+        diagnosis = diagnose(source, **known)
+        kind = "sick" if wanted else "healthy"
+        rows += [(code, kind, name) for code in diagnosis.codes]
+        rows += [(f"{one.code}, note", kind, name) for one in diagnosis.notes]
+    fired = pd.DataFrame(rows, columns=["rule", "runs", "name"])
+    close = {
+        (limit, name)
+        for limit, (number, _, decides) in SIGNS.items()
+        for name, (f, wanted) in NUMBERS.items()
+        if not wanted and decides(f) and 0.9 < f[number] / LIMITS[limit] < 1.1
+    }
+    with capsys.disabled():
+        print(f"\n{pd.crosstab(fired.rule, fired.runs)}\n{len(ALL)} runs")
+        print("\n".join(f"within a tenth of {limit}: {name}" for limit, name in sorted(close)))
+    assert set(fired.rule) - set(RULES) == {f"{code}, note" for code in ("leak", "overfitting", "chosen_falls")}
+    assert set(fired.rule) >= set(RULES)
+    assert not fired[fired.runs == "healthy"].rule.isin(RULES).any()
+    assert {limit for limit, _ in close} <= CLOSE
+
+
+CLOSE: set[str] = set()  # limits that a healthy run comes near
 
 
 # ------------------------------------------------------------------------------------------------ other histories
@@ -127,6 +237,10 @@ def test_other_losses_have_other_heights():
             row["loss"] = 25.0
     diagnosis = diagnose(run)
     assert diagnosis.codes == [] and "loss_type sigmoid" in str(diagnosis)
+    for row in run.history:
+        if "loss" in row:
+            row["loss"] = 60.0  # 1 / (4 beta^2) is 25
+    assert diagnose(run).codes == ["diverged"]
 
 
 def test_causes_that_the_numbers_rule_out_are_not_named():
@@ -143,8 +257,10 @@ def test_causes_that_the_numbers_rule_out_are_not_named():
 def test_the_likelier_cause_comes_first():
     run = committed("leak-sick-0")
     assert "length" in diagnose(run).findings[0].causes[0][0]
-    run.info.data.findings.clear()
-    assert "nearly the same" in diagnose(run).findings[0].causes[0][0]
+    source, known, wanted = next(one for one in ALL.values() if one[2] == ["leak"] and isinstance(one[0], list))
+    assert "length" in diagnose(source, **known).findings[0].causes[0][0]
+    nothing_found = SimpleNamespace(findings=[])
+    assert "nearly the same" in diagnose(source, report=nothing_found, **known).findings[0].causes[0][0]
 
 
 def test_folder_that_ran_out_of_memory(tmp_path):
@@ -157,6 +273,171 @@ def test_folder_that_ran_out_of_memory(tmp_path):
     write_info(tmp_path, info)
     with pytest.raises(UserError, match="is running"):
         diagnose(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ other sources
+
+DPO = DPOConfig(output_dir="unused", beta=0.1, learning_rate=1e-3, report_to="none", use_cpu=True, bf16=False)
+
+
+def test_plain_history_of_trl_with_its_config():
+    """As a reader pastes it."""
+    run = committed("overfitting-sick-0")
+    known = diagnose(run.history, config=DPO, train_pairs=8, test_pairs=40)
+    assert known.codes == ["overfitting"]
+    assert "halve it (0.0005), or early_stopping=1" in str(known) and "report=check_pairs" in str(known)
+    bare = diagnose(run.history)
+    assert bare.codes == [] and "pass config" in str(bare) and "pass test_pairs" in str(bare)
+
+
+def test_trl_output_folder_and_checkpoint(tmp_path):
+    run = committed("overfitting-sick-0")
+    for step in (4, 8):
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        state = TrainerState(global_step=step, max_steps=20, log_history=[r for r in run.history if r["step"] <= step])
+        state.save_to_json(folder / "trainer_state.json")
+    known = {"config": DPO, "test_pairs": 40}
+    assert diagnose(tmp_path / "out", **known).codes == diagnose(str(folder), **known).codes == ["overfitting"]
+    assert "overfitting" not in diagnose(tmp_path / "out" / "checkpoint-4", **known).codes
+    assert "less than half of the run is over" in str(diagnose(folder, **known))
+    (folder / "trainer_state.json").write_text("{")
+    with pytest.raises(UserError, match="trainer_state.json in checkpoint-8 cannot be read"):
+        diagnose(folder)
+    with pytest.raises(UserError, match="no trainer_state.json of TRL's"):
+        diagnose(tmp_path)
+
+
+def test_a_trainer_of_trl(small, tokenizer, tmp_path):
+    """One that has the history of a run that did not move."""
+    pairs = load_pairs().select(range(8))
+    settings = {"report_to": "none", "learning_rate": 1e-7, "bf16": False, "use_cpu": True, "beta": 0.1}
+    trainer = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(small, dtype="float32"),
+        args=DPOConfig(output_dir=str(tmp_path), **settings),
+        train_dataset=pairs,
+        eval_dataset=pairs,
+        processing_class=tokenizer,
+    )
+    trainer.state.log_history, trainer.state.max_steps = committed("not_moving-sick-0").history, 8
+    diagnosis = diagnose(trainer)
+    assert diagnosis.codes == ["not_moving"] and "8 held-out pairs are too few" in str(diagnosis)
+    assert "ten times as much (1e-06), or more steps" in str(diagnosis)
+    trainer.state.max_steps = 100
+    assert diagnose(trainer).codes == []
+
+
+@pytest.mark.parametrize("history", [5, {"loss": 1}, [1]])
+def test_what_is_no_history(history):
+    with pytest.raises(UserError, match="list of dicts"):
+        diagnose(history)
+
+
+def test_rows_without_rewards_and_several_evaluation_sets():
+    run = committed("overfitting-sick-0")
+    losses = [{key: row[key] for key in ("step", "loss", "eval_loss") if key in row} for row in run.history]
+    assert diagnose(losses, config=DPO, test_pairs=40).codes == ["overfitting"]
+    several = [{key.replace("eval_", "eval_new_"): value for key, value in row.items()} for row in run.history]
+    several += [{key.replace("eval_", "eval_old_"): value for key, value in row.items()} for row in run.history]
+    diagnosis = diagnose(several, config=DPO, test_pairs=40)
+    assert diagnosis.codes == ["overfitting"] and "evaluation sets after the first: old" in str(diagnosis)
+
+
+def test_an_evaluation_before_training_is_the_start_and_no_result():
+    run = committed("wrong_reference-sick-0")
+    rest = [row for row in run.history if row["step"] > 1]
+    zero = {key: 0.0 for key in rest[-2] if key.startswith("eval_")} | {"step": 0, "eval_loss": 0.6931}
+    known = {"config": DPO, "test_pairs": 40}
+    assert diagnose([zero, *rest], **known).codes == []
+    off = zero | {"eval_rewards/chosen": 1.1, "eval_rewards/rejected": 0.8}
+    assert diagnose([off, *rest], **known).codes == ["wrong_reference"]
+    leak = [row for row in committed("leak-sick-1").history if row["step"] > 1]
+    names = {"length_leak": 64}
+    report = SimpleNamespace(findings=[SimpleNamespace(code=code, count=count) for code, count in names.items()])
+    assert diagnose([zero, *leak], **known, train_pairs=64, report=report).codes == ["leak"]
+
+
+def test_a_run_that_is_hardly_begun_is_not_called_still():
+    run = committed("not_moving-sick-0")
+    run.history = [row for row in run.history if row["step"] <= 3]
+    known = {"config": {"beta": 0.1, "loss_type": "sigmoid", "max_steps": 100}}
+    diagnosis = diagnose(run.history, **known)
+    assert diagnosis.codes == [] and "less than half of the run is over" in str(diagnosis)
+    assert diagnose(run.history, config=known["config"] | {"max_steps": 4}).codes == ["not_moving"]
+    rising = [row | {"learning_rate": 1e-6 * row["step"]} for row in run.history]
+    assert diagnose(rising, config={"beta": 0.1, "loss_type": "sigmoid"}).codes == []
+
+
+def test_a_leak_is_what_the_surface_explains():
+    """The same accuracies: a symptom with a length that tells as much, a note without."""
+    run = committed("leak-sick-0")
+    assert diagnose(run).codes == ["leak"]
+    run.info.data.findings = {"length_leak": 45}  # of 64: right in 70 percent
+    diagnosis = diagnose(run)
+    assert diagnosis.codes == [] and [one.code for one in diagnosis.notes] == ["leak"]
+    assert str(diagnosis).startswith("No symptom found. 1 note found.")
+
+
+def test_an_accuracy_at_the_end_is_no_leak():
+    source, known, _ = next(one for one in ALL.values() if one[2] == ["leak"] and isinstance(one[0], list))
+    last = [row for row in source if "loss" in row or row["step"] == 400]
+    diagnosis = diagnose(last, **known)
+    assert "leak" not in diagnosis.codes and [one.code for one in diagnosis.notes] == ["leak"]
+
+
+def falling(losses: list[float], chosen: float = -0.5, **settings) -> Diagnosis:
+    """Of a run whose held-out losses are these, and whose chosen reward ends there."""
+    rows = [{"step": 100 * i, "loss": 0.4, "rewards/chosen": chosen} for i in range(1, len(losses) + 1)]
+    for row, loss in zip(rows, losses, strict=True):
+        row |= {"eval_loss": loss, "eval_rewards/chosen": chosen, "eval_rewards/rejected": 2 * chosen}
+        row["eval_logps/chosen"] = settings.get("logp", -300.0)
+    known = {"beta": 0.05, "loss_type": "sigmoid"} | settings
+    return diagnose(rows, config=known, test_pairs=settings.get("pairs", 2000))
+
+
+@pytest.mark.parametrize("zeros", [0, 4, 16, 30])
+def test_a_loss_that_jumped_before_it_fell_to_0_has_diverged(zeros):
+    losses = [1.15, 2.11, 0.0076, 3.95, *[0.0] * zeros]
+    rows = [{"step": 33 + i, "loss": loss} for i, loss in enumerate(losses)]
+    assert diagnose(rows, config=DPO).codes == ["diverged"]
+
+
+def test_a_held_out_loss_wavers_with_the_number_of_pairs():
+    assert [one.code for one in falling([0.6, 0.52, 0.58]).notes] == ["overfitting"]
+    assert falling([0.6, 0.52, 0.58], pairs=20).findings == []
+    assert falling([0.6, 0.52, 0.63]).codes == ["overfitting"]
+    assert falling([0.6, 0.52, 0.63], loss_type="hinge").codes == []  # it starts at 1, and keeps most of its gain
+
+
+def test_a_chosen_that_falls_needs_a_second_sign():
+    assert [one.code for one in falling([0.6, 0.55, 0.5], chosen=-4).notes] == ["chosen_falls"]
+    assert falling([0.6, 0.5, 0.56], chosen=-4).codes == ["chosen_falls"]  # the held-out loss rises, by 31 percent
+    assert falling([0.6, 0.55, 0.5], chosen=-12, beta=0.1).codes == ["chosen_falls"]
+    assert falling([0.6, 0.55, 0.5], chosen=-12, loss_type="sigmoid_norm").codes == []
+
+
+def test_log_probs_per_token_move_less():
+    """0.1 nats for each token is far, and for a whole answer it is nothing."""
+    assert falling([0.69, 0.68, 0.67], chosen=-0.005, loss_type="sigmoid_norm", logp=-1.5).codes == []
+    assert falling([0.69, 0.68, 0.67], chosen=-0.005, loss_type="sigmoid_norm").codes == ["not_moving"]
+    assert falling([0.69, 0.68, 0.67], chosen=-0.005).codes == ["not_moving"]
+
+
+def test_cures_come_in_the_order_of_the_run_s_numbers_with_the_number_to_try():
+    run = committed("chosen_falls-sick-0")
+    assert [cure for _, cure in diagnose(run).findings[0].causes][:2] == ["beta=0.1", "a tenth of it (0.0005)"]
+    run.info.config["beta"] = 0.1
+    for row in run.history:
+        row |= {key: 10 * float(value) for key, value in row.items() if "rewards/" in key and "acc" not in key}
+    assert [cure for _, cure in diagnose(run).findings[0].causes][0] == "a tenth of it (0.0005)"
+    sick = committed("out_of_memory-sick-0")
+    assert "per_device_train_batch_size (2048)" in diagnose(sick).findings[0].causes[0][1]
+
+
+def test_log_probs_of_zero_are_no_answers():
+    row = {"step": 1, "loss": 0.6931, "rewards/chosen": 0.0, "rewards/rejected": 0.0, "logps/chosen": 0.0}
+    diagnosis = diagnose([row, row | {"step": 2}], config=DPO)
+    assert [why for why, _ in diagnosis.findings[0].causes][-1].startswith("No token of the answers")
 
 
 def test_html_is_escaped():
