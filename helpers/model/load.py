@@ -98,9 +98,13 @@ def not_found(name: str, error: Exception) -> UserError:
         )
     if folder.is_dir():
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        config, base = folder / "adapter_config.json", ""
+        if config.is_file():
+            base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            base = f" Its base {base!r} must be on this machine, or the hub within reach."
         return UserError(
             f"The model in {folder.name} cannot be loaded ({reason}). If a file is missing or cut short, copy the "
-            "folder again; the base of an adapter must be on this machine, or the hub within reach."
+            f"folder again.{base}"
         )
     if name == EMBEDDED_HUB_NAME:
         return UserError(
