@@ -38,9 +38,9 @@ test: setup chromium
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
 	  DPO_OUTPUT_DIR="$$folder" $(BIN)/python -m pytest --nbmake --timeout=3600 --nbmake-timeout=3600 --durations=0 notebooks
 
-# Every helper without a training run, in under a minute. nbmake, which this needs not, takes four seconds to load.
+# Every helper without a training run, in two processes. nbmake, which this needs not, takes four seconds to load.
 fast: setup
-	$(BIN)/python -m pytest -m "not slow" -p no:nbmake
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -p no:nbmake -n 2 --dist worksteal
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

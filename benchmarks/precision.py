@@ -69,9 +69,9 @@ WAYS = {
     "32 bits": ("float32", False, None, None),
     "adapter rounded to bf16, rest 32 bits": ("float32", False, round_adapter, None),
     "matrix products in bf16, residual stream 32 bits": ("float32", True, None, None),
-    "the same, update added in 32 bits": ("float32", True, add_in_32_bits, None),
+    "matrix products in bf16, update added in 32 bits": ("float32", True, add_in_32_bits, None),
     "all bf16, update added in 32 bits": ("bfloat16", True, add_in_32_bits, None),
-    "the same, LM head 32 bits": ("float32", True, None, head_in_32_bits),
+    "matrix products in bf16, residual stream and LM head 32 bits": ("float32", True, None, head_in_32_bits),
     "all bf16, LM head 32 bits": ("bfloat16", True, None, head_in_32_bits),
     "all bf16, as trained": ("bfloat16", True, None, None),
 }
@@ -107,7 +107,7 @@ def main() -> None:
             if change_policy:
                 change_policy(policy)
             changes = logps(policy, collate, rows, autocast) - reference
-            gaps[run.name, way] = changes[0] - changes[1]
+            gaps[run.resolve().name, way] = changes[0] - changes[1]
             base = policy.unload()
     table = []
     for (run, way), gap in gaps.items():

@@ -218,6 +218,18 @@ def many_gpus() -> str:
 """
 
 
+def precision() -> str:
+    """One row for each way of computing the log-probs of one run's held-out pairs."""
+    rows = sorted(result("precision")["table"], key=lambda row: -row["share"])
+    lines = [
+        f"| {row['way']} | {row['gap']:.2f} | {row['share']:.0%} | {row['error_of_a_pair']:.2f} |\n" for row in rows
+    ]
+    return f"""
+| computed in | gap, nats | of the one in 32 bits | off for a pair by |
+|---|---|---|---|
+{"".join(lines)}"""
+
+
 def learning_rate() -> str:
     """One row for each rate: gap, KL and accuracy after each number of steps."""
     table = {(row["rate"], row["steps"]): row for row in result("learning_rate")["table"]}
@@ -243,7 +255,7 @@ TABLES = {
         "gpu-figures": gpu_figures,
         "many-gpus": many_gpus,
     },
-    "docs/results.md": {"measured": measured, "learning-rate": learning_rate},
+    "docs/results.md": {"measured": measured, "precision": precision, "learning-rate": learning_rate},
 }
 
 
