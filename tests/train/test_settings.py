@@ -277,8 +277,10 @@ def alike(loaded, small):
 
 
 def logged(history: list[dict]) -> list[list[float]]:
+    """Of each step; without the accuracy of the first, where every pair is a tie and rounding decides."""
     names = ("loss", "rewards/margins", "rewards/chosen", "rewards/accuracies", "grad_norm")
-    return [[float(row[name]) for name in names] for row in history if "loss" in row]
+    rows = [row for row in history if "loss" in row]
+    return [[float(row[name]) for name in names if row is not rows[0] or name != names[3]] for row in rows]
 
 
 SMOOTHED = {"robust": 0.1, "exo_pair": 1e-3, "aot": 0.1, "aot_unpaired": 0.1}
@@ -289,7 +291,7 @@ SAME = {
     "sigmoid and sft": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]},
     "ld_alpha": {"ld_alpha": 0.5},
     "use_weighting": {"use_weighting": True},
-    "max_length": {"max_length": 40},
+    "max_length": {"max_length": 48},
     "precompute_ref_log_probs": {"precompute_ref_log_probs": True},
     "pad_to_multiple_of": {"pad_to_multiple_of": 16},
     "forward_kl": {"f_divergence_type": "forward_kl"},
@@ -298,12 +300,13 @@ SAME = {
 }
 
 
+CASES = [(name, False) for name in SAME]
+CASES += [(name, True) for name in ("sigmoid", "ld_alpha", "use_weighting", "max_length")]  # with another reference
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("trained_before", [False, True], ids=["fresh", "trained before"])
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name, trained_before", CASES, ids=lambda value: {True: "trained", False: "fresh"}.get(value))
 def test_losses_are_those_of_trl_alone(name, trained_before, alike, loaded, pairs, tmp_path):
-    if trained_before and name not in ("sigmoid", "ld_alpha", "use_weighting", "max_length"):
-        pytest.skip("the reference is no other one than in `sigmoid`")
     ours, plain = alike(trained_before)
     settings = QUICK | SAME[name]
     found = train_dpo(ours, loaded[1], *pairs, tmp_path / "run", **settings).history
@@ -314,7 +317,7 @@ def test_losses_are_those_of_trl_alone(name, trained_before, alike, loaded, pair
         plain.delete_adapter("ref")
     expected = logged(trainer.state.log_history)
     assert len(expected) == 2 and expected[0] != expected[1]
-    torch.testing.assert_close(torch.tensor(logged(found)), torch.tensor(expected), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sum(logged(found), []), sum(expected, []), atol=1e-4, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ the first step
