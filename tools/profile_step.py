@@ -7,7 +7,7 @@ same process. The last line is one JSON object.
 With --gpu, where `train_dpo` waits at 8 pairs at once, everything kept, on the model that benchmarks/gpu.py put into
 FOLDER: for one step under torch's profiler the share of the usual step in which no kernel runs, operators of the host
 by their own time, and the calls that hand kernels over; for three more steps under Python's profiler the functions
-with the most time of their own. The last line is what stands under "gpu" in benchmarks/results/profile_step.json.
+with the most time of their own. The last line is one JSON object.
 """
 
 import cProfile
