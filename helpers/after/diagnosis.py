@@ -1,7 +1,7 @@
 """Diagnosis of a training run: the symptom by name, with its numbers, its likely causes in order, and the cure.
 
 It reads a history of TRL's DPOTrainer, from wherever it is, and loads no model. `measure` turns it into a few numbers,
-`RULES` and `NOTES` compare them with the limits of symptoms.yaml, which also says what is behind each symptom.
+`RULES` compare them with the limits of symptoms.yaml, which also says what is behind each symptom.
 """
 
 import html
@@ -33,10 +33,8 @@ LIMITS: dict[str, float] = {name: row["limit"] for name, row in LIMIT_TABLE.item
 
 @dataclass(frozen=True)
 class Symptom:
-    """One thing that is wrong with a run; `causes` are pairs (cause, its cure), the likeliest first.
-
-    A `note` is what may be in order: usual with these settings, or undecided. It has no causes.
-    """
+    """What is wrong with a run, with pairs (cause, its cure), the likeliest first; or a `note`, which has no causes:
+    what may be in order, since it is usual with these settings, or undecided."""
 
     code: str
     what: str
@@ -45,17 +43,12 @@ class Symptom:
     test: str
     note: bool = False
 
-    @property
-    def decides(self) -> str:
-        """What `test` is for."""
-        return "The history cannot decide between these. A test:" if len(self.causes) > 1 else "To make sure:"
-
 
 class Diagnosis:
     """The symptoms of a run. It prints as text, and as escaped HTML in a notebook.
 
-    `findings`: symptoms, what hides others first, then notes. `codes`: those of the symptoms. `notes`: the notes.
-    `unseen`: what this run's history could not show, and what would.
+    `findings` are the symptoms, what hides others first, then the `notes`. `codes` are those of the symptoms, `unseen`
+    is what this run's history could not show, and what would.
     """
 
     def __init__(self, findings: list[Symptom], unseen: list[str]):
@@ -71,7 +64,7 @@ class Diagnosis:
         for one in self.findings:
             lines += ["", f"{'note, ' * one.note}{one.code}: {one.what}", f"  evidence: {one.evidence}"]
             lines += [f"  cause {place}: {why}. Cure: {cure}." for place, (why, cure) in enumerate(one.causes, 1)]
-            lines += [f"  {one.decides} {one.test}"]
+            lines += [f"  {one.test}"]
         return "\n".join(lines + [f"Not judged: {text}" for text in self.unseen])
 
     __repr__ = __str__
@@ -83,12 +76,9 @@ class Diagnosis:
             causes = "".join(f"<li>{e(why)}. <b>Cure:</b> {e(cure)}.</li>" for why, cure in one.causes)
             parts.append(
                 f"<p>{'Note: ' * one.note}<code>{e(one.code)}</code> <b>{e(one.what)}</b><br>{e(one.evidence)}</p>"
-                f"<ol>{causes}</ol><p>{e(one.decides)} {e(one.test)}</p>"
+                f"<ol>{causes}</ol><p>{e(one.test)}</p>"
             )
         return "".join(parts + [f"<p>Not judged: {e(text)}</p>" for text in self.unseen])
-
-
-# ------------------------------------------------------------------------------------------------ numbers
 
 
 class _Numbers(dict):
@@ -98,30 +88,23 @@ class _Numbers(dict):
         return math.nan
 
 
-_LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "logps/chosen")
-_LOGGED += ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
-
-
 def _table(history: list[dict], prefix: str = "") -> pd.DataFrame:
     """The rows that have a loss under this prefix, as numbers; "place" is the step, or the epoch if steps are missing.
 
     Text such as "nan" is read as a number.
     """
-    rows = [row | {name: row.get(prefix + name) for name in _LOGGED[2:]} for row in history if f"{prefix}loss" in row]
-    table = pd.DataFrame(rows, columns=_LOGGED).astype(float)
+    names = ["loss", "grad_norm", "learning_rate", "logps/chosen"]
+    names += [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
+    rows = [row | {name: row.get(prefix + name) for name in names} for row in history if f"{prefix}loss" in row]
+    table = pd.DataFrame(rows, columns=["step", "epoch", *names]).astype(float)
     return table.assign(place=table.step.fillna(table.epoch))
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else math.nan
 
 
 def to_try(config: dict[str, Any]) -> dict[str, str]:
     """Numbers to try, for the cures: phrases by name, empty where the `config` does not say what they start from."""
-    rate, micro = config.get("learning_rate"), config.get("per_device_train_batch_size")
-    factors = {"tenth": 0.1, "half": 0.5, "tenfold": 10}
-    phrases = {name: f" ({rate * factor:g})" if rate else "" for name, factor in factors.items()}
-    return phrases | {"micro_half": f" ({micro // 2})" if micro else ""}
+    rate, micro = config.get("learning_rate") or 0, config.get("per_device_train_batch_size") or 0
+    values = {"tenth": rate * 0.1, "half": rate * 0.5, "tenfold": rate * 10, "micro_half": micro // 2}
+    return {name: f" ({value:g})" if value else "" for name, value in values.items()}
 
 
 def _setting(config: dict[str, Any], train: pd.DataFrame) -> dict[str, Any]:
@@ -149,13 +132,14 @@ def _moves(rows: pd.DataFrame, ends: pd.DataFrame, f: dict[str, Any]) -> dict[st
     found = {"chosen_end": chosen, "rejected_end": rejected, "gap": chosen - rejected, "logp_end": logp}
     still = last["rewards/chosen"] == last["rewards/rejected"] == 0  # at any beta
     found |= {"moved": 0.0 if still else max(abs(chosen), abs(rejected)) * tokens, "logp_start": logp - chosen}
-    found["chosen_fall"] = _ratio(chosen, logp - chosen)
-    found["fall_speed"] = _ratio(found["chosen_fall"], ends.step.max())
+    found["chosen_fall"] = chosen / (logp - chosen or math.nan)
+    found["fall_speed"] = found["chosen_fall"] / (ends.step.max() or math.nan)
     if "start_off" not in f and len(rows):
         first, end = rows.iloc[0], rows.iloc[-1]
-        found |= {"first_at": _ratio(first.place, rows.place.max()), "first_chosen": first["rewards/chosen"] / beta}
-        found["flat_from"] = min(first["rewards/chosen"], first["rewards/rejected"]) / beta
-        found["flat_by"] = abs(_ratio(end["rewards/chosen"], first["rewards/chosen"]) - 1)
+        chosen, rejected = first["rewards/chosen"], first["rewards/rejected"]
+        found |= {"first_chosen": chosen / beta, "flat_from": min(chosen, rejected) / beta}
+        found["first_at"] = first.place / (rows.place.max() or math.nan)
+        found["flat_by"] = abs(end["rewards/chosen"] / (chosen or math.nan) - 1)
     return found
 
 
@@ -180,7 +164,7 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
     f["not_numbers"] = sum(not math.isfinite(float(value)) for value in values)
     if findings is not None:
         surface = max(findings.get("length_leak", 0), findings.get("feature_leak", 0))
-        f |= {"findings_cut": findings.get("over_max_length", 0), "surface": _ratio(surface, f["train_pairs"])}
+        f |= {"findings_cut": findings.get("over_max_length", 0), "surface": surface / f["train_pairs"]}
         f["cut"] = f["findings_cut"] / f["train_pairs"]
     half, tenth = math.ceil(len(train) / 2), max(math.ceil(len(train) / 10), 2 if len(train) > 4 else 1)
     f |= {"loss_end": train.loss.tail(half).mean(), "loss_half": train.loss.head(half).tail(2).mean()}
@@ -201,34 +185,28 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
         f[f"accuracy_{name}"] = value = rows[accuracy].mean()
         if pairs and value >= 0:
             f[f"low_{name}"], f[f"high_{name}"] = wilson_interval(round(value * pairs), pairs)
-    f["early"] = _ratio(held.place.min(), pd.concat([train.place, held.place]).max())
+    f["early"] = held.place.min() / (pd.concat([train.place, held.place]).max() or math.nan)
     f |= _moves(held if len(held) > 1 else train, held.tail(1) if len(held) else train.tail(half), f)
     return f
 
 
-# ------------------------------------------------------------------------------------------------ rules
-
-
-def _leak(f: dict[str, Any]) -> bool:
+def _leaks(f: dict[str, Any]) -> bool:
     """An accuracy that the surface explains, or too good to be true, before half of the run is over."""
     explained = f["low_first"] > LIMITS["leak_explained"] and f["surface"] >= f["low_first"]
     return f["early"] <= 0.5 and f["pairs"] >= ENOUGH_PAIRS and (explained or f["low_first"] > LIMITS["leak"])
 
 
-def _falls(f: dict[str, Any]) -> bool:
-    fell = f["chosen_fall"] > LIMITS["chosen_fall"] and f["chosen_end"] > f["rejected_end"]
-    return fell and f["loss"] not in PER_TOKEN
-
-
-def _harms(f: dict[str, Any]) -> bool:
-    """A second sign: the chosen falls at once, against a beta that should hold it, or the held-out loss rises too."""
-    far = f["chosen_fall"] > LIMITS["fall_held"] and -f["chosen_end"] > LIMITS["fall_nats"]
-    return f["fall_speed"] > LIMITS["fall_speed"] or (f["beta"] >= 0.1 and far) or _rises(f, LIMITS["gain_waver"])
-
-
-def _rises(f: dict[str, Any], share: float) -> bool:
+def _rises(f: dict[str, Any], limit: str) -> bool:
     """Whether the held-out loss rose from its best by more than it wavers, and took this share of the gain back."""
-    return f["loss_rise"] > max(LIMITS["loss_rise"], f["noise"]) and f["gain_lost"] > share
+    return f["loss_rise"] > max(LIMITS["loss_rise"], f["noise"]) and f["gain_lost"] > LIMITS[limit]
+
+
+def _falls(f: dict[str, Any]) -> bool | str:
+    """A symptom if the chosen falls at once, against a beta that should hold it, or the held-out loss rises too."""
+    fell = f["chosen_fall"] > LIMITS["chosen_fall"] and f["chosen_end"] > f["rejected_end"]
+    far = f["chosen_fall"] > LIMITS["fall_held"] and -f["chosen_end"] > LIMITS["fall_nats"]
+    harms = f["fall_speed"] > LIMITS["fall_speed"] or (f["beta"] >= 0.1 and far) or _rises(f, "gain_waver")
+    return fell and f["loss"] not in PER_TOKEN and (harms or NOTE)
 
 
 # code -> whether a run has the symptom, in the order in which symptoms are named; NOTE where it is worth a note only.
@@ -241,21 +219,20 @@ RULES: dict[str, Callable[[dict[str, Any]], bool | str]] = {
         or (f["first_at"] < 0.4 and f["flat_from"] > LIMITS["flat_from"] and f["flat_by"] < LIMITS["flat_by"])
     ),
     "diverged": lambda f: f["loss_peak"] > LIMITS["loss_peak"] * f["start"] / LN2,
-    "leak": lambda f: _leak(f) or f["low_best"] > LIMITS["leak_note"] and NOTE,
+    "leak": lambda f: _leaks(f) or f["low_best"] > LIMITS["leak_note"] and NOTE,
     "below_half": lambda f: f["moved"] >= LIMITS["moved"] and f["high_end"] < 0.5 and f["accuracy_best"] < 0.5,
     "overfitting": lambda f: (
-        (_rises(f, LIMITS["gain_lost"]) and not f["loss_end"] >= f["held_loss_best"])
-        or (_rises(f, LIMITS["gain_waver"]) and NOTE)
+        (_rises(f, "gain_lost") and not f["loss_end"] >= f["held_loss_best"]) or (_rises(f, "gain_waver") and NOTE)
     ),
     "loss_zero": lambda f: f["loss"] == "sigmoid" and f["loss_half"] < LIMITS["loss_half"],
-    "chosen_falls": lambda f: _falls(f) and (_harms(f) or NOTE),
+    "chosen_falls": _falls,
     "not_moving": lambda f: f["moved"] < LIMITS["moved"] and not f["over"] < 0.5,
     "never_ends": lambda f: f["cut"] > LIMITS["cut"],
     "no_preference": lambda f: (
-        f["moved"] >= LIMITS["moved"]
-        and f["low_end"] < 0.5 <= f["high_end"]
+        f["low_end"] < 0.5 <= f["high_end"]
         and f["accuracy_end"] < LIMITS["accuracy_end"]
         and f["pairs"] >= ENOUGH_PAIRS
+        and f["moved"] >= LIMITS["moved"]
         and not f["over"] < 0.5
     ),
 }
@@ -266,9 +243,7 @@ def _named(f: dict[str, Any]) -> list[tuple[str, bool]]:
     found = {code: holds for code, rule in RULES.items() if (holds := rule(f))}
     for code in {"out_of_memory", "nan"} & set(found):  # after these no other number means anything
         return [(code, False)]
-    explained = {
-        other for code, holds in found.items() if holds is not NOTE for other in SYMPTOMS[code].get("explains", ())
-    }
+    explained = [other for code in found if found[code] is not NOTE for other in SYMPTOMS[code].get("explains", ())]
     named = [(code, holds is NOTE) for code, holds in found.items() if code not in explained]
     return sorted(named, key=lambda one: one[1])
 
@@ -300,7 +275,9 @@ def _symptom(code: str, note: bool, f: dict[str, Any]) -> Symptom:
     words = SYMPTOMS[code]["note"] if note else SYMPTOMS[code]
     # A part of the evidence whose numbers are not known is left out.
     evidence = [text for part in SYMPTOMS[code]["evidence"] if "nan" not in (text := part.format_map(f))]
-    return Symptom(code, words["what"], "; ".join(evidence), () if note else _causes(code, f), words["test"], note)
+    causes = () if note else _causes(code, f)
+    test = f"{'The history cannot decide between these. A test:' if causes[1:] else 'To make sure:'} {words['test']}"
+    return Symptom(code, words["what"], "; ".join(evidence), causes, test, note)
 
 
 def _unseen(f: dict[str, Any]) -> list[str]:
@@ -322,7 +299,10 @@ def _unseen(f: dict[str, Any]) -> list[str]:
     return [UNSEEN[name].format_map(f) for name, is_missing in missing.items() if is_missing]
 
 
-# ------------------------------------------------------------------------------------------------ sources
+def of_run(run: Run) -> dict[str, Any]:
+    """What `measure` needs of a `run`."""
+    names = ("config", "train_pairs", "test_pairs", "status", "memory_gb")
+    return {name: run.info[name] for name in names} | {"history": run.history, "findings": run.info.data.findings}
 
 
 def _of_folder(folder: Path) -> dict[str, Any]:
@@ -341,13 +321,6 @@ def _of_folder(folder: Path) -> dict[str, Any]:
         return {"history": state["log_history"], "config": {"max_steps": state["max_steps"]}}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"trainer_state.json in {folder.name} cannot be read ({error!r}). Save it again.") from error
-
-
-def of_run(run: Run) -> dict[str, Any]:
-    """What `measure` needs of a `run`."""
-    info = run.info
-    known = {name: info[name] for name in ("config", "train_pairs", "test_pairs", "status", "memory_gb")}
-    return known | {"history": run.history, "findings": info.data.findings}
 
 
 def _of_source(source: Any) -> dict[str, Any]:
@@ -373,7 +346,7 @@ def diagnose(
     test_pairs: int | None = None,
     report: Report | None = None,
 ) -> Diagnosis:
-    """What is wrong with a training run, from its history and data report alone.
+    """What is wrong with a training run, from its history alone; what stays unknown is named as not judged.
 
     Args:
         source: a Run or its folder, also of one that ran out of memory; a trainer; its `state.log_history`; or TRL's
@@ -382,10 +355,7 @@ def diagnose(
         train_pairs, test_pairs: how many pairs, where the source does not say.
         report: of `check_pairs` for the training pairs.
 
-    What stays unknown is named as not judged, never assumed.
-
-    Raises:
-        UserError: no such folder, an unfinished run, or no history.
+    Raises UserError if there is no such folder, an unfinished run, or no history.
     """
     known = _of_source(source)
     settings = describe_config(config) if isinstance(config, TrainingArguments) else config or {}

@@ -9,7 +9,7 @@ from helpers.model import Tokenizer
 from helpers.model.generate import Reply
 from helpers.run.metrics import wilson_interval
 from helpers.thinking.tags import split_thinking
-from helpers.thinking.word_problems import DAYS, MONTHS, NAMES, UNITS, step_result
+from helpers.thinking.word_problems import DAYS, MONTHS, NAMES, STEPS, UNITS
 
 
 def is_right(answer: str | None, expected: str) -> bool:
@@ -40,12 +40,12 @@ _UNIT_SIZES = {(big, small): size for size, units in UNITS.items() for big, smal
 _STATEMENTS: tuple[tuple[str, Callable[..., bool]], ...] = (  # pattern, whether the statement found is true
     (
         r"(?<![\d.])(?<![-+*/] )(\d+) ([-+*/]) (\d+) = (\d+)(?![\d.]*\d)",
-        lambda x, sign, y, result: result * y == x if sign == "/" else step_result(x, sign, y) == result,
+        lambda x, sign, y, result: result * y == x if sign == "/" else STEPS[sign](x, y) == result,
     ),
     (r"(\d+)% of (\d+) = (\d+)", lambda percent, of, result: percent * of == 100 * result),
     (r"(\d+) < (\d+)", lambda x, y: x < y),
     (r"(\d+) > (\d+)", lambda x, y: x > y),
-    (rf"(\d+) days after ({'|'.join(DAYS)}) comes (\w+)", lambda n, day, end: step_result(n, "days after", day) == end),
+    (rf"(\d+) days after ({'|'.join(DAYS)}) comes (\w+)", lambda n, day, end: STEPS["days after"](n, day) == end),
     (rf"({'|'.join(MONTHS)}) has (\d+) days", lambda month, days: MONTHS[month] == days),
     (r"One (\w+) is (\d+) (\w+)", lambda big, size, small: _UNIT_SIZES.get((big, small), size) == size),
     (r"In a (race|game of points) the (smallest|largest) number wins", lambda a, b: (a == "race") == (b == "smallest")),
