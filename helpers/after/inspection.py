@@ -1,7 +1,7 @@
 """Inspection: what a run changed, in its replies, in the rewards of pairs, and token by token.
 
-All three functions take a run, its folder, or what `open_run` gave, which loads the model once for many calls; they
-raise the UserError of `open_run`. Text of data sets and models in their tables is made safe to show by `visible`.
+All three functions take a run, its folder, or what `open_run` gave, which loads the model once for many calls, and
+raise the UserError of `open_run`. Texts in their tables are safe to show (`visible`).
 """
 
 import contextlib
@@ -15,14 +15,16 @@ from typing import Any
 
 import pandas as pd
 import torch
+import yaml
 from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from helpers.common import UserError, visible
-from helpers.data.render import Prompt, Renderer, tokenize_pairs, turns_of
+from helpers.data.render import BOTH, Prompt, Renderer, tokenize_pairs, turns_of
+from helpers.model import Model, Tokenizer
 from helpers.model.fingerprint import base_hash, fingerprint, hash_tensors
 from helpers.model.generate import generate_replies, repetition
 from helpers.model.load import load_model, not_found
@@ -30,7 +32,12 @@ from helpers.model.logps import pair_logps
 from helpers.run.folder import LORA_SCALE, POLICY_AT_START, Run
 from helpers.run.metrics import held_out_table
 
-Model = PreTrainedModel | PeftModel
+_REFUSED: dict[str, str] = yaml.safe_load(Path(__file__).with_name("refused.yaml").read_text("utf-8"))
+
+
+def refused(code: str, /, **values: Any) -> UserError:
+    """The error that refused.yaml has under this code, with its `values`."""
+    return UserError(_REFUSED[code].format(**values))
 
 
 def _conversation(prompt: Prompt) -> str:
@@ -44,7 +51,7 @@ class OpenRun:
 
     run: Run
     model: PeftModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     ref_model: Model | None = None
 
     def __post_init__(self) -> None:
@@ -52,9 +59,9 @@ class OpenRun:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[Model]:
-        """The reference of the training, for a `with` block in which the policy must not be used.
+        """The model that was passed to the training, the adapter that it started from, or the base model.
 
-        It is the model that was passed, the adapter that the run started from, or the base model.
+        For a `with` block in which the policy must not be used.
         """
         if self.ref_model is not None:
             yield self.ref_model
@@ -80,34 +87,27 @@ def _check_adapter(folder: Path, expected: str | None, scale: dict | None) -> No
     name = f"{folder.parent.name}/{folder.name}"
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     if not weights.is_file() and weights.with_suffix(".bin").is_file():
-        code = "a format that can run code when it is read. Only safetensors are loaded here."
-        raise UserError(f"{name} holds adapter_model.bin, {code}")
+        raise refused("pickled", name=name)
     try:
         found, settings = hash_tensors(load_file(weights)), json.loads(config.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        missing = config.name if weights.is_file() else weights.name
-        raise UserError(f"{name} holds no {missing}. Copy the run folder again, or train it again.") from error
+        raise refused("incomplete", name=name, missing=(config if weights.is_file() else weights).name) from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"The adapter in {name} is damaged ({error}). Copy it or train the run again.") from error
+        raise refused("damaged", name=name, error=error) from error
     if found != expected or {key: settings.get(key) for key in LORA_SCALE} != scale:
-        raise UserError(
-            f"The adapter in {name} is not the one that run.json describes: one of the two was changed after "
-            "training. Restore it, or train the run again."
-        )
+        raise refused("other_adapter", name=name)
 
 
 def _check_reference(run: Run, ref_model: Model | None) -> None:
     passed = run.info.reference != POLICY_AT_START
-    what = None
     if passed and ref_model is None:
-        what = "a model that was passed to train_dpo. Pass it here too: open_run(run, ref_model=...)."
-    elif ref_model is not None and fingerprint(ref_model) != run.info.reference:
-        what = f"{'another model than' if passed else 'no model that was passed, so not'} the ref_model given here."
-    if what:
-        raise UserError(f"The reference of the run in {run.folder.name} is {what}")
+        raise refused("reference_needed", run=run.folder.name)
+    if ref_model is not None and fingerprint(ref_model) != run.info.reference:
+        what = "another model than" if passed else "no model that was passed, so not"
+        raise refused("other_reference", run=run.folder.name, what=what)
 
 
-def load_policy(run: Run) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def load_policy(run: Run) -> tuple[PeftModel, Tokenizer]:
     """(policy, tokenizer) of a run whose files were checked. Raises UserError if its base model is not here."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(run.adapter, trust_remote_code=False)
@@ -116,32 +116,22 @@ def load_policy(run: Run) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     model, _ = load_model(str(run.adapter), chat_template=tokenizer.chat_template)
     in_32_bits = not getattr(model, "is_loaded_in_4bit", False)  # as a run may have been trained
     if run.info.base != base_hash(model) and not (in_32_bits and run.info.base == base_hash(model.float())):
-        raise UserError(
-            f"The base model loaded here is not the one under the run in {run.folder.name}: {run.info.model} has "
-            "other weights, or they are loaded in another precision (16, 32 or 4 bits) than in training."
-        )
+        raise refused("other_base", run=run.folder.name, model=run.info.model)
     return model, tokenizer
 
 
 def open_run(run: Run | str | Path, *, ref_model: Model | None = None) -> OpenRun:
-    """Load a run's policy and reference, after a check that they are what the run left.
+    """Load policy and reference of a `run`, or of its folder, after a check that they are what the run left.
 
-    On a CPU both calculate in 32 bits. In the 16 bits of training, rounding changes the log-ratio of a token by a good
-    part of what training changes.
-
-    Args:
-        run: a run, or its folder.
-        ref_model: the reference, for a run whose train_dpo had a `ref_model`.
-
-    Raises:
-        UserError: the folder is no finished run, or was edited; the adapter is missing or no safetensors file; the
-            base model is not here, is another one, or comes with code (which is never run).
+    On a CPU both calculate in 32 bits: in the 16 bits of training, rounding changes the log-ratio of a token by a good
+    part of what training changes. `ref_model` is the reference, for a run whose train_dpo had a `ref_model`. Raises
+    UserError if the folder is no finished run, or was edited; if the adapter is missing or no safetensors file; if the
+    base model is not here, is another one, or comes with code (which is never run).
     """
     run = run if isinstance(run, Run) else Run.load(run)
-    scales = run.info.lora
-    _check_adapter(run.adapter, run.info.end, scales.get("adapter"))
-    if "reference" in scales:
-        _check_adapter(run.folder / "reference", run.info.start, scales["reference"])
+    _check_adapter(run.adapter, run.info.end, run.info.lora.get("adapter"))
+    if "reference" in run.info.lora:
+        _check_adapter(run.folder / "reference", run.info.start, run.info.lora["reference"])
     _check_reference(run, ref_model)
     model, tokenizer = load_policy(run)
     if run.reference is not None:
@@ -163,14 +153,10 @@ def compare_generations(
     """Replies of reference and policy to the same prompts, side by side: a row for each prompt.
 
     Columns: prompt, reference and policy (texts), and for both models the tokens of the reply, whether it ended before
-    `max_new_tokens`, and the share of its 4-grams that repeat an earlier one.
-
-    Args:
-        run: a run, its folder, or what `open_run` gave.
-        prompts: questions (str), conversations, or rows of pairs, whose `tools` and `chat_template_kwargs` count. For
-            the others the chat template gets what all training prompts had in common (`run.info.template`).
-        max_new_tokens: where a reply is cut.
-        options: of `generate_replies`; greedy by default, temperature, top_p and seed to sample.
+    `max_new_tokens`, and the share of its 4-grams that repeat an earlier one. `run` is a run, its folder, or what
+    `open_run` gave. `prompts` are questions (str), conversations, or rows of pairs, whose `tools` and
+    `chat_template_kwargs` count; for the others the chat template gets what all training prompts had in common
+    (`run.info.template`). `options` are those of `generate_replies`: greedy, or temperature, top_p and seed to sample.
     """
     opened = _opened(run)
     options = opened.run.info.template | options | {"max_new_tokens": max_new_tokens}
@@ -197,10 +183,10 @@ def implicit_rewards(run: OpenRun | Run | str | Path, pairs: Dataset) -> pd.Data
     table = held_out_table(pairs, **logps)
     for name in {"origin", "topic", "flaw"} & set(table.columns):
         table[name] = [visible(str(value)) for value in table[name]]
-    for side in ("chosen", "rejected"):
+    for side in BOTH:
         table[f"{side}_reward"] = opened.beta * (table[f"{side}_policy"] - table[f"{side}_reference"])
     table["margin"] = table.chosen_reward - table.rejected_reward
-    for name in ("prompt", "chosen", "rejected"):
+    for name in ("prompt", *BOTH):
         table[name] = [_conversation(messages) for messages in pairs[name]]
     return table
 
@@ -215,7 +201,7 @@ def _token_logps(model: Model, prompt: list[int], completion: list[int]) -> torc
     return logits.float().log_softmax(dim=-1).gather(1, ids[0, len(prompt) :, None])[:, 0].double().cpu()
 
 
-def _token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _token_texts(ids: list[int], tokenizer: Tokenizer) -> list[str]:
     """What each token adds to the text; a character of several tokens comes with its last one."""
     shown = [tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
     for end in range(1, len(ids)):
@@ -250,6 +236,6 @@ def token_rewards(run: OpenRun | Run | str | Path, pair: dict) -> pd.DataFrame:
     # Not as a Dataset, which would give each tool of the row the keys of the others.
     (row,) = Renderer(opened.tokenizer)([pair])
     if row["refused"]:
-        raise UserError("The chat template refuses this pair. check_pairs says why such rows are errors.")
-    tables = [_side_rewards(opened, side, row["prompt_ids"], row[f"{side}_ids"]) for side in ("chosen", "rejected")]
+        raise refused("template")
+    tables = [_side_rewards(opened, side, row["prompt_ids"], row[f"{side}_ids"]) for side in BOTH]
     return pd.concat(tables, ignore_index=True)

@@ -1,10 +1,7 @@
-"""Figures from plain numbers: each answers one question, with its axes named.
-
-The functions take lists and tables, load nothing and print nothing. They return a figure, which a cell shows as its
-value.
-"""
+"""Figures from plain numbers: each answers one question, with its axes named, and is returned as a cell's value."""
 
 import html
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,22 +17,21 @@ DASHED = {"color": "grey", "linestyle": "--", "linewidth": 1}  # a line to compa
 
 
 def _subplots(*shape: int, **options: Any) -> tuple[plt.Figure, Any]:
-    """A figure and its axes, as `plt.subplots` makes them. Closed at once: a cell shows it only as its value."""
+    """As `plt.subplots`, but closed at once: a cell shows the figure only as its value."""
     figure, axes = plt.subplots(*shape, layout="constrained", **options)
     plt.close(figure)
     return figure, axes
 
 
-def _label(axis: plt.Axes, xlabel: str, ylabel: str | None = None, title: str | None = None, legend: str = "") -> None:
-    """Name both axes, and show the legend under the heading `legend`."""
-    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    axis.legend(title=legend or None, fontsize=8)
+def _label(axis: plt.Axes, legend: str | None = None, **names: str) -> None:
+    """Name the axes (xlabel, ylabel, title), and show the legend under the heading `legend`."""
+    axis.set(**names)
+    axis.legend(title=legend, fontsize=8)
 
 
-def _series(history: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of `name` in the rows of the history that have it."""
-    rows = [(row["step"], float(row[name])) for row in history if name in row]
-    return [step for step, _ in rows], [value for _, value in rows]
+def _series(history: list[dict], name: str) -> pd.Series:
+    """Values of `name` by step in the rows of the history that have it."""
+    return pd.Series({row["step"]: float(row[name]) for row in history if name in row}, dtype=float)
 
 
 def _by_beta(table: pd.DataFrame) -> Iterator[tuple[str, tuple, pd.DataFrame]]:
@@ -47,16 +43,13 @@ def _by_beta(table: pd.DataFrame) -> Iterator[tuple[str, tuple, pd.DataFrame]]:
 
 def _histograms(axis: plt.Axes, *parts: tuple[Sequence[float], str, dict], start: float = math.inf) -> None:
     """Histograms of (values, label, style) over one another, with the same bins from the least value or `start`."""
-    span = min(start, *(min(values) for values, *_ in parts)), max(max(values) for values, *_ in parts)
+    every = [start, *itertools.chain(*(values for values, *_ in parts))]
     for values, label, style in parts:
-        axis.hist(values, 30, range=span, label=label, **style)
+        axis.hist(values, 30, range=(min(every), max(every[1:])), label=label, **style)
 
 
 def plot_training(history: list[dict]) -> plt.Figure:
-    """Loss, margin and preference accuracy by step: is it learning, and on pairs that it has not seen?
-
-    `history` is that of a Run; its evaluations, if any, are drawn as held-out points.
-    """
+    """Loss, margin and preference accuracy by step of a Run's `history`: does it learn, and for pairs held out too?"""
     figure, axes = _subplots(1, 3, figsize=(12, 3.4))
     parts = (
         ("loss", "loss", "loss (nats)", math.log(2), "ln 2: nothing learned"),
@@ -64,25 +57,22 @@ def plot_training(history: list[dict]) -> plt.Figure:
         ("rewards/accuracies", "accuracy", "share of pairs with margin > 0", 0.5, "a coin"),
     )
     for axis, (name, title, label, line, meaning) in zip(axes, parts, strict=True):
-        axis.plot(*_series(history, name), color=CHOSEN, marker="o", markersize=3, label="training batches")
-        steps, values = _series(history, f"eval_{name}")
-        if steps:
-            axis.plot(steps, values, color="black", linestyle="none", marker="D", label="held out")
+        axis.plot(_series(history, name), color=CHOSEN, marker="o", markersize=3, label="training batches")
+        if len(held_out := _series(history, f"eval_{name}")):
+            axis.plot(held_out, color="black", linestyle="none", marker="D", label="held out")
         axis.axhline(line, **DASHED, label=meaning)
-        _label(axis, "step", label, title)
+        _label(axis, xlabel="step", ylabel=label, title=title)
     return figure
 
 
 def plot_log_ratios(table: pd.DataFrame) -> plt.Figure:
     """Log-ratio of both sides for each pair of `Run.held_out`: which side moved, and which way?"""
     figure, axis = _subplots(figsize=(7, 3.4))
-    parts = []
-    for side, style in (("chosen", OF_CHOSEN), ("rejected", OF_REJECTED)):
-        ratios = table[f"{side}_policy"] - table[f"{side}_reference"]
-        parts.append((ratios, f"{side}, mean {ratios.mean():+.2f}", style))
-    _histograms(axis, *parts)
+    ratios = {side: table[f"{side}_policy"] - table[f"{side}_reference"] for side in ("chosen", "rejected")}
+    named = [(one, f"{side}, mean {one.mean():+.2f}") for side, one in ratios.items()]
+    _histograms(axis, (*named[0], OF_CHOSEN), (*named[1], OF_REJECTED))
     axis.axvline(0, **DASHED)
-    _label(axis, "log policy - log reference (nats)", "held-out pairs")
+    _label(axis, xlabel="log policy - log reference (nats)", ylabel="held-out pairs")
     return figure
 
 
@@ -90,19 +80,15 @@ def plot_lengths(chosen: list[int], rejected: list[int]) -> plt.Figure:
     """Tokens in each completion of the two sides: could length alone tell them apart?"""
     figure, axes = _subplots(1, 2, figsize=(10, 3.4))
     _histograms(axes[0], (chosen, "chosen", OF_CHOSEN), (rejected, "rejected", OF_REJECTED), start=0)
-    _label(axes[0], "tokens in the completion", "pairs")
+    _label(axes[0], xlabel="tokens in the completion", ylabel="pairs")
     axes[1].scatter(rejected, chosen, s=8, color=CHOSEN)
     axes[1].axline((0, 0), slope=1, **DASHED, label="equal length")
-    _label(axes[1], "tokens in rejected", "tokens in chosen")
+    _label(axes[1], xlabel="tokens in rejected", ylabel="tokens in chosen")
     return figure
 
 
 def plot_shares(shares: pd.DataFrame, *, label: str) -> plt.Figure:
-    """A share for each row with its interval: which groups differ by more than chance?
-
-    `shares` has group names as its index, and columns share, low, high (0 to 1) and pairs (count); `label` says of
-    what they are shares.
-    """
+    """A share for each row with its interval, as from `accuracy_by`: which groups differ by more than chance?"""
     return plot_compared({"95% interval": shares}, label=label, baseline=0.5)
 
 
@@ -115,14 +101,15 @@ def plot_margins(rewards: pd.DataFrame) -> plt.Figure:
     figure, axes = _subplots(1, 2, figsize=(11, 3.4), sharey=True)
     _histograms(axes[0], (rewards.margin, f"after, mean {rewards.margin.mean():+.2f}", OF_CHOSEN))
     axes[0].axvline(0, **DASHED, label="before: 0 for every pair")
-    _label(axes[0], "implicit reward of chosen - of rejected", "pairs", "relative to the reference")
+    names = {"xlabel": "implicit reward of chosen - of rejected", "title": "relative to the reference"}
+    _label(axes[0], ylabel="pairs", **names)
     _histograms(
         axes[1],
         (before, f"before (reference), {(before > 0).mean():.0%} above 0", OF_REJECTED),
         (after, f"after (policy), {(after > 0).mean():.0%} above 0", OF_CHOSEN | {"hatch": "//"}),
     )
     axes[1].axvline(0, **DASHED)
-    _label(axes[1], "log-prob per token, chosen - rejected (nats)", title="each model by itself")
+    _label(axes[1], xlabel="log-prob per token, chosen - rejected (nats)", title="each model by itself")
     return figure
 
 
@@ -133,7 +120,8 @@ def plot_rewards_by_length(rewards: pd.DataFrame) -> plt.Figure:
         tokens, reward = rewards[f"{side}_tokens"], rewards[f"{side}_reward"]
         axis.scatter(tokens, reward, s=18, color=color, marker=marker, label=f"{side}, r = {tokens.corr(reward):+.2f}")
     axis.axhline(0, **DASHED)
-    _label(axis, "tokens in the completion", "implicit reward (beta x log-ratio)", legend="r: correlation with length")
+    names = {"xlabel": "tokens in the completion", "ylabel": "implicit reward (beta x log-ratio)"}
+    _label(axis, "r: correlation with length", **names)
     return figure
 
 
@@ -144,26 +132,23 @@ _LINE, _LEAST = 88, 5
 def plot_token_rewards(tokens: pd.DataFrame) -> plt.Figure:
     """Heat map over the words of `token_rewards`: which of them does the policy like more than its reference?
 
-    Purple words have become likelier, orange ones less likely. The number below a word says the same, for readers who
-    print in grey or cannot tell the two colours apart. Text is drawn as it is, never read as a formula.
+    Purple words have become likelier, orange ones less likely; the number below a word says the same without colour.
     """
     words = tokens.groupby(["side", "word"], sort=False).agg(text=("token", "".join), ratio=("log_ratio", "sum"))
     limit = max(words.ratio.abs().max(), 1e-9)
     places: dict[str, list] = {}  # side: (line, column, width, text, ratio) of each word
-    line, column = 0, 0
-    for (side, _), text, ratio in words.itertuples():
-        text = text.strip()
-        text = text if len(text) <= _LINE else f"{text[: _LINE - 3]}..."
-        width = max(len(text), _LEAST)
-        if side not in places:
-            line, column = 0, 0
-        elif column + width > _LINE:
-            line, column = line + 1, 0
-        places.setdefault(side, []).append((line, column, width, text, ratio))
-        column += width + 1
+    for side, group in words.groupby(level="side", sort=False):
+        line, column, places[side] = 0, 0, []
+        for text, ratio in group.itertuples(index=False):
+            text = text.strip() if len(text.strip()) <= _LINE else f"{text.strip()[: _LINE - 3]}..."
+            width = max(len(text), _LEAST)
+            if column + width > _LINE and column:
+                line, column = line + 1, 0
+            places[side].append((line, column, width, text, ratio))
+            column += width + 1
     lines = [group[-1][0] + 1 for group in places.values()]
-    size = (11, 0.5 * sum(lines) + 0.6 * len(lines))
-    figure, axes = _subplots(len(places), figsize=size, squeeze=False, height_ratios=lines)
+    size = {"figsize": (11, 0.5 * sum(lines) + 0.6 * len(lines)), "height_ratios": lines}
+    figure, axes = _subplots(len(places), squeeze=False, **size)
     colours = plt.get_cmap("PuOr")
     for axis, (side, group) in zip(axes[:, 0], places.items(), strict=True):
         for line, column, width, text, ratio in group:
@@ -195,8 +180,7 @@ def plot_frontier(table: pd.DataFrame) -> plt.Figure:
 def plot_gaps_and_margins(history: pd.DataFrame) -> plt.Figure:
     """Log-ratio gap and margin by step, a line for each beta: only one of the two can be compared.
 
-    `history` is that of a Sweep; seeds are averaged. A point of a line is the mean over the batches since the point
-    before. Diamonds are held-out pairs, if they were scored during training.
+    `history` is that of a Sweep; seeds are averaged, as are batches between two points. Diamonds are held-out pairs.
     """
     figure, axes = _subplots(1, 2, figsize=(11, 3.8))
     parts = (
@@ -209,7 +193,7 @@ def plot_gaps_and_margins(history: pd.DataFrame) -> plt.Figure:
                 means = rows[rows.split == split].groupby("step")[name].mean()
                 axis.plot(means, style, color=colour, markersize=4, label=beta if split == "train" else None)
         axis.axhline(0, **DASHED)
-        _label(axis, "step", label, title, legend="beta")
+        _label(axis, "beta", xlabel="step", ylabel=label, title=title)
     return figure
 
 
@@ -220,15 +204,15 @@ def plot_changes(table: pd.DataFrame) -> plt.Figure:
     axis.plot(betas, table.chosen_change, "o", color=CHOSEN, alpha=0.8, label="chosen")
     axis.plot(betas, table.rejected_change, "s", color=REJECTED, alpha=0.8, label="rejected")
     axis.axhline(0, **DASHED, label="reference")
-    _label(axis, "beta", "log policy - log reference (nats),\nmean of held-out pairs")
+    _label(axis, xlabel="beta", ylabel="log policy - log reference (nats),\nmean of held-out pairs")
     return figure
 
 
 def plot_compared(shares: dict[str, pd.DataFrame], *, label: str, baseline: float | None = None) -> plt.Figure:
     """The same shares for several models, side by side: where do they differ by more than chance?
 
-    `shares` has for each model a table as `plot_shares` takes it, with the same index. A point whose low and high are
-    missing (NaN) gets no interval. `baseline` is where a coin would be, if there is one.
+    `shares` has for each model a table with group names as its index and columns share, low, high (0 to 1; NaN for no
+    interval) and pairs (count). `label` says of what they are shares, `baseline` where a coin would be.
     """
     rows = next(iter(shares.values()))
     figure, axis = _subplots(figsize=(8, 0.8 + 0.22 * len(rows) * max(len(shares), 2)))

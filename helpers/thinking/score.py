@@ -13,11 +13,10 @@ from helpers.thinking.word_problems import DAYS, MONTHS, NAMES, STEPS, UNITS
 
 
 def is_right(answer: str | None, expected: str) -> bool:
-    """Whether `answer` says what is `expected`, the field `answer` of a pair.
+    """Whether `answer` says what is `expected`, the field `answer` of a pair; None (an open thought) does not.
 
-    If that is a number, it must be the last number of the answer. One of NAMES or DAYS must be the only one named. A
-    date such as "May 7" must occur, in either order, and so must other words. None (a thought that never closed) is
-    not right.
+    A number must be the last one of the answer. One of NAMES or DAYS must be the only one named. A date such as "May 7"
+    must occur, in either order, and so must other words.
 
     >>> is_right("That leaves 1,200 of them.", "1200"), is_right("Ben, or else Ada.", "Ben")
     (True, False)
@@ -70,21 +69,17 @@ def false_steps(thought: str) -> list[str]:
 
 
 def thought_table(replies: Sequence[Reply], answers: Sequence[str], tokenizer: Tokenizer) -> pd.DataFrame:
-    """What a program can say of the thoughts in these replies; the means of the columns describe the model.
+    """What a program can say of the thoughts in `replies` (`generate_replies`); the column means describe the model.
 
     One row for each reply: well_formed (one whole thought, then the answer, no other tag), closed (a thought ends and
-    an answer follows, whatever else is wrong), right (see `is_right`; an answer without a thought counts too),
-    false_steps (how many), thought_tokens (0 without a thought) and cut (it reached max_new_tokens before its end).
-
-    Args:
-        replies, tokenizer: as `generate_replies` gives them, and of the model that replied.
-        answers: what each answer must say (the field `answer` of a pair), in the order of `replies`.
+    an answer follows, whatever else is wrong), right (it says what `answers` has for it, see `is_right`; an answer
+    without a thought counts too), false_steps (how many), thought_tokens (by the model's `tokenizer`, 0 without a
+    thought) and cut (it reached max_new_tokens before its end).
     """
     rows = []
     for reply, answer in zip(replies, answers, strict=True):
         found = split_thinking(reply.ids, tokenizer)
-        thought = found.thought or ""
-        closed = found.thought is not None and found.answer is not None
+        thought, closed = found.thought or "", None not in (found.thought, found.answer)
         tokens = len(tokenizer.encode(thought, add_special_tokens=False))
         right, false = is_right(found.answer, answer), len(false_steps(thought))
         rows.append((found.well_formed, closed, right, false, tokens, not reply.ended))
