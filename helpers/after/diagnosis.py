@@ -7,6 +7,7 @@ It reads a history of TRL's DPOTrainer, from wherever it is, and loads no model.
 import html
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import pandas as pd
 import yaml
 from transformers import Trainer, TrainingArguments
 
-from helpers.common import UserError
+from helpers.after import refused
 from helpers.data.findings import Report
 from helpers.run.folder import Run, Status, describe_config, read_info
 from helpers.run.metrics import wilson_interval
@@ -81,22 +82,12 @@ class Diagnosis:
         return "".join(parts + [f"<p>Not judged: {e(text)}</p>" for text in self.unseen])
 
 
-class _Numbers(dict):
-    """One that was not measured is NaN: every comparison with it is false, so it is never a sign."""
-
-    def __missing__(self, name: str) -> float:
-        return math.nan
-
-
 def _table(history: list[dict], prefix: str = "") -> pd.DataFrame:
-    """The rows that have a loss under this prefix, as numbers; "place" is the step, or the epoch if steps are missing.
-
-    Text such as "nan" is read as a number.
-    """
+    """The rows that have a loss under this prefix, as numbers; "place" is the step, or the epoch without steps."""
     names = ["loss", "grad_norm", "learning_rate", "logps/chosen"]
     names += [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
     rows = [row | {name: row.get(prefix + name) for name in names} for row in history if f"{prefix}loss" in row]
-    table = pd.DataFrame(rows, columns=["step", "epoch", *names]).astype(float)
+    table = pd.DataFrame(rows, columns=["step", "epoch", *names]).astype(float)  # text such as "nan" too
     return table.assign(place=table.step.fillna(table.epoch))
 
 
@@ -124,8 +115,8 @@ def _setting(config: dict[str, Any], train: pd.DataFrame) -> dict[str, Any]:
 
 
 def _moves(rows: pd.DataFrame, ends: pd.DataFrame, f: dict[str, Any]) -> dict[str, float]:
-    """How far both sides moved, in nats: log-ratios are TRL's rewards divided by beta. The mean of `ends`, and how
-    the first of `rows` is to the last."""
+    """How far both sides moved, in nats (log-ratios are TRL's rewards divided by beta): the mean of `ends`, and how the
+    first of `rows` is to the last."""
     last, beta = ends.mean(), f["beta"]
     chosen, rejected, logp = last["rewards/chosen"] / beta, last["rewards/rejected"] / beta, last["logps/chosen"]
     tokens = 100 if f["loss"] in PER_TOKEN and abs(logp) < 20 else 1  # of an answer, if means over tokens were logged
@@ -134,7 +125,7 @@ def _moves(rows: pd.DataFrame, ends: pd.DataFrame, f: dict[str, Any]) -> dict[st
     found |= {"moved": 0.0 if still else max(abs(chosen), abs(rejected)) * tokens, "logp_start": logp - chosen}
     found["chosen_fall"] = chosen / (logp - chosen or math.nan)
     found["fall_speed"] = found["chosen_fall"] / (ends.step.max() or math.nan)
-    if "start_off" not in f and len(rows):
+    if not f["started"] and len(rows):
         first, end = rows.iloc[0], rows.iloc[-1]
         chosen, rejected = first["rewards/chosen"], first["rewards/rejected"]
         found |= {"first_chosen": chosen / beta, "flat_from": min(chosen, rejected) / beta}
@@ -157,7 +148,8 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
     train, evaluated = _table(history), _table(history, prefix)
     held = evaluated[evaluated.step != 0]
     values = [row[name] for row in history for name in row if name.endswith(curves) and not name.startswith("train_")]
-    f = _Numbers(known.get("memory_gb", {}) | _setting(known.get("config", {}), train))
+    # What was not measured is NaN: every comparison with it is false, so it is never a sign.
+    f = defaultdict(lambda: math.nan, known.get("memory_gb", {}) | _setting(known.get("config", {}), train))
     f |= {"status": known.get("status"), "findings": findings, "steps": len(train), "evaluations": len(held)}
     f |= {"train_pairs": known.get("train_pairs") or math.nan, "pairs": pairs}
     f["others"] = ", ".join(name.removeprefix("eval_").removesuffix("_") for name in others)
@@ -172,9 +164,8 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
     f["margin_end"] = train["rewards/margins"].tail(half).mean()
     # The loss of step 1 is taken before its update, as is an evaluation at step 0.
     start = pd.concat([evaluated[evaluated.step == 0], train[train.step <= 1]]).head(1)
-    if len(start):
-        sides = start[["rewards/chosen", "rewards/rejected"]].iloc[0] / f["beta"]
-        f |= {"start_loss": start.loss.iloc[0], "start_off": sides.abs().max()}
+    off = start[["rewards/chosen", "rewards/rejected"]].abs().max(axis=1) / f["beta"]
+    f |= {"started": len(start) > 0, "start_loss": start.loss.mean(), "start_off": off.mean()}
     f |= {"held_loss_best": held.loss.min(), "held_loss_end": held.loss.tail(1).mean()}
     f["loss_rise"], gain = f["held_loss_end"] - f["held_loss_best"], f["start"] - f["held_loss_best"]
     f["gain_lost"] = math.inf if gain <= 0 else f["loss_rise"] / gain
@@ -248,8 +239,8 @@ def _named(f: dict[str, Any]) -> list[tuple[str, bool]]:
     return sorted(named, key=lambda one: one[1])
 
 
-def _causes(code: str, f: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """The catalogue's causes without those that the run's own numbers rule out, the likelier first."""
+def _symptom(code: str, note: bool, f: dict[str, Any]) -> Symptom:
+    """In the catalogue's words, without the causes that the run's own numbers rule out, the likelier first."""
     ruled_out = {
         ("nan", 1): f["fp16"] is not True,
         ("loss_zero", 1): f["accuracy_first"] <= LIMITS["leak_note"],
@@ -266,18 +257,14 @@ def _causes(code: str, f: dict[str, Any]) -> tuple[tuple[str, str], ...]:
         ("chosen_falls", 1): f["beta"] < 0.1,
         ("overfitting", 1): f["num_train_epochs"] <= 1,
     }
-    order = sorted(range(len(SYMPTOMS[code]["causes"])), key=lambda n: not likely.get((code, n)))
-    causes = [SYMPTOMS[code]["causes"][n] for n in order if not ruled_out.get((code, n))]
-    return tuple((why, cure.format_map(f)) for why, cure in causes)
-
-
-def _symptom(code: str, note: bool, f: dict[str, Any]) -> Symptom:
-    words = SYMPTOMS[code]["note"] if note else SYMPTOMS[code]
+    known = SYMPTOMS[code]
+    words, places = (known["note"], ()) if note else (known, range(len(known["causes"])))
+    order = sorted((n for n in places if not ruled_out.get((code, n))), key=lambda n: not likely.get((code, n)))
+    causes = [(why, cure.format_map(f)) for why, cure in (known["causes"][n] for n in order)]
     # A part of the evidence whose numbers are not known is left out.
-    evidence = [text for part in SYMPTOMS[code]["evidence"] if "nan" not in (text := part.format_map(f))]
-    causes = () if note else _causes(code, f)
+    evidence = [text for part in known["evidence"] if "nan" not in (text := part.format_map(f))]
     test = f"{'The history cannot decide between these. A test:' if causes[1:] else 'To make sure:'} {words['test']}"
-    return Symptom(code, words["what"], "; ".join(evidence), causes, test, note)
+    return Symptom(code, words["what"], "; ".join(evidence), tuple(causes), test, note)
 
 
 def _unseen(f: dict[str, Any]) -> list[str]:
@@ -286,7 +273,7 @@ def _unseen(f: dict[str, Any]) -> list[str]:
         return []
     missing = {
         "training": not f["steps"],
-        "start": f["steps"] and "start_off" not in f,
+        "start": f["steps"] and not f["started"],
         "evaluation": not f["evaluations"],
         "test_pairs": f["evaluations"] and not f["pairs"],
         "few": f["evaluations"] and 0 < f["pairs"] < ENOUGH_PAIRS,
@@ -311,16 +298,13 @@ def _of_folder(folder: Path) -> dict[str, Any]:
         return of_run(Run(folder, info, [], {}, None) if info.status == Status.OUT_OF_MEMORY else Run.load(folder))
     states = [*folder.glob("trainer_state.json"), *folder.glob("checkpoint-*/trainer_state.json")]
     if not states:
-        raise UserError(
-            f"{folder.name} holds no run.json of ours and no trainer_state.json of TRL's, in itself or in a "
-            "checkpoint-*. Pass such a folder, or trainer.state.log_history."
-        )
+        raise refused("no_history", folder=folder.name)
     try:
         read = [json.loads(path.read_text(encoding="utf-8")) for path in states]
         state = max(read, key=lambda state: state["global_step"])
         return {"history": state["log_history"], "config": {"max_steps": state["max_steps"]}}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"trainer_state.json in {folder.name} cannot be read ({error!r}). Save it again.") from error
+        raise refused("state", folder=folder.name, error=error) from error
 
 
 def _of_source(source: Any) -> dict[str, Any]:
@@ -334,7 +318,7 @@ def _of_source(source: Any) -> dict[str, Any]:
         sizes = {name: len(rows) for name, rows in sets.items() if hasattr(rows, "column_names")}
         return {"history": source.state.log_history, "config": config} | sizes
     if not isinstance(source, list) or not all(isinstance(row, dict) for row in source):
-        raise UserError("A history is a list of dicts, as trainer.state.log_history has them.")
+        raise refused("not_a_history")
     return {"history": source}
 
 

@@ -16,7 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
-from helpers.after.inspection import load_policy, refused
+from helpers.after import refused
+from helpers.after.inspection import load_policy
 from helpers.common import setting
 from helpers.data.check import check_pairs
 from helpers.data.render import template_options
@@ -40,12 +41,11 @@ def export_run(
     hub: str | None = None,
     replace: bool = False,
 ) -> Path:
-    """Write what a finished run hands over into `folder`, with a model card; returns `folder`.
+    """Write what a finished `run` hands over into `folder`, which appears whole or not at all; returns `folder`.
 
-    It appears whole or not at all, and holds no path of this machine and no token.
+    It holds a model card, no path of this machine and no token.
 
     Args:
-        run: a finished run, as `train_dpo` or `Run.load` gives it.
         to: "adapter": the LoRA weights and the tokenizer (tens of MB), for PEFT or vLLM on top of the base model.
             "merged": an ordinary model in float16, which needs neither PEFT nor this project. The card says how much
             of the update the rounding keeps; below 90% it is printed too. A 4-bit base is de-quantised, not replaced
@@ -55,8 +55,8 @@ def export_run(
             "trl": the same with TRL's script, for those without this package; on GPUs several times slower.
         train, test: for the last two: the pairs that were given to `train_dpo`, compared with the run's by their hash.
         hub: a repository on the hub (OWNER/NAME) to which the folder is also uploaded; a new one is made private.
-        replace: write even if `folder` exists. An old export is removed; a folder that holds anything else (your
-            notes, what was trained there) is kept next to the new one as `NAME.old-1` and so on.
+        replace: write even if `folder` exists. An old export is removed; a folder that holds anything else (your notes,
+            what was trained there) is kept next to the new one as `NAME.old-1` and so on.
 
     Raises UserError for another `to`, a folder that exists, a base model or a converter that is not here, other pairs,
     a run that a script can't repeat, no token, a refusal by the hub, no room on the disk.
@@ -103,13 +103,13 @@ def _upload(folder: Path, name: str) -> None:
         raise refused("hub", name=name, error=said, folder=folder.name) from None  # its text may quote the request
 
 
+def _write_adapter(run: Run, part: Path) -> None:
+    shutil.copytree(run.adapter, part, dirs_exist_ok=True)
+
+
 def _base_of(run: Run) -> str:
     """Where its base model is: the embedded one's folder, that of DPO_MODEL, or a name on the hub."""
     return adapter_base(str(run.adapter)) or run.info.model
-
-
-def _write_adapter(run: Run, part: Path) -> None:
-    shutil.copytree(run.adapter, part, dirs_exist_ok=True)
 
 
 def kept_update(model: PeftModel, dtype: torch.dtype = torch.float16) -> float:
@@ -226,60 +226,55 @@ def _json_lines(pairs: Dataset) -> str:
     return "".join(json.dumps({name: row[name] for name in used}, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _lora(run: Run) -> dict[str, Any]:
-    return json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
-
-
 def _write_torchrun(run: Run, part: Path) -> None:
-    if run.info.reference != POLICY_AT_START:
+    info, config, lora = run.info, run.info.config, _lora(run)
+    if info.reference != POLICY_AT_START:
         raise refused("no_script")
-    config, lora = run.info.config, _lora(run)
     if run.reference is not None:
         shutil.copytree(run.reference, part / "reference")
     elif lora["lora_alpha"] != lora["r"] or set(lora["target_modules"]) != set(LORA_TARGETS):
         raise refused("other_lora")
-    own = {"model": EMBEDDED if run.info.model == EMBEDDED_HUB_NAME else run.info.model, "lora_rank": lora["r"]}
+    own = {"model": EMBEDDED if info.model == EMBEDDED_HUB_NAME else info.model, "lora_rank": lora["r"]}
     names = changed_settings(config).keys() | dpo_settings().keys() | RUN_SETTINGS.keys()
     settings = {name: config[name] for name in sorted(names - {"report_to"}) if config[name] is not None}
-    text = yaml.safe_dump(own | {"folder": "run"} | run.info.prompts_rule | settings, sort_keys=False)
-    (part / "settings.yaml").write_text(text, encoding="utf-8")
-    _write_script(part, "torchrun", run=run, batch=pairs_a_step(config))
+    _write_script(run, part, "torchrun", own | {"folder": "run"} | info.prompts_rule | settings)
 
 
 def _write_trl(run: Run, part: Path) -> None:
-    if run.reference is not None or run.info.reference != POLICY_AT_START:
+    info, config, lora = run.info, run.info.config, _lora(run)
+    if run.reference is not None or info.reference != POLICY_AT_START:
         raise refused("trl_reference")
-    config, lora = run.info.config, _lora(run)
     settings = changed_settings(config) | {
-        "model_name_or_path": run.info.model,
+        "model_name_or_path": info.model,
         "dtype": "bfloat16" if config["bf16"] else "float16" if config["fp16"] else "float32",
         "precompute_ref_log_probs": True,  # the reference's forward once, as in the run, and not in each step
     }
     settings |= {"use_peft": True, "lora_r": lora["r"], "lora_target_modules": sorted(lora["target_modules"])}
     settings |= {name: lora[name] for name in ("lora_alpha", "lora_dropout")}
-    more = f", on a CPU also unsloth=={run.info.versions['unsloth']}"
-    if PROFILES[run.info.profile].load_in_4bit:
+    more = f", on a CPU also unsloth=={info.versions['unsloth']}"
+    if PROFILES[info.profile].load_in_4bit:
         # On a large card the run may have needed no checkpointing; TRL alone needs more memory than Unsloth.
         settings |= {"load_in_4bit": True, "use_bnb_nested_quant": True, "gradient_checkpointing": True}
         more = " and bitsandbytes"
-    (part / "dpo.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     shutil.copy(TEMPLATES / "fsdp.yaml", part)
     rounded = " from the hub, whose weights were never rounded to 4 bits and\n  differ a little from the run's"
-    note = rounded if run.info.model == EMBEDDED_HUB_NAME else ""
-    _write_script(part, "trl", run=run, batch=pairs_a_step(config), more=more, model_note=note)
+    note = rounded if info.model == EMBEDDED_HUB_NAME else ""
+    _write_script(run, part, "trl", dict(sorted(settings.items())), more=more, model_note=note)
 
 
-def _write_script(part: Path, form: str, **values: Any) -> None:
-    """Put the script of this `form` into the folder, and a README with these `values`."""
+def _lora(run: Run) -> dict[str, Any]:
+    return json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+
+
+def _write_script(run: Run, part: Path, form: str, settings: dict[str, Any], **values: str) -> None:
+    """Put the script of this `form` and its settings into the folder, and a README with these `values`."""
     shutil.copy(Path(__file__).with_name(f"{form}_script.py"), part / "train.py")
     readme = (TEMPLATES / f"{form}_export.md").read_text(encoding="utf-8")
-    (part / "README.md").write_text(readme.format(**values), encoding="utf-8")
+    readme = readme.format(run=run, batch=pairs_a_step(run.info.config), **values)
+    (part / "README.md").write_text(readme, encoding="utf-8")
+    name = {"trl": "dpo.yaml", "torchrun": "settings.yaml"}[form]
+    (part / name).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
-_WRITERS: dict[str, Callable] = {
-    "adapter": _write_adapter,
-    "merged": _write_merged,
-    "gguf": _write_gguf,
-    "torchrun": _write_torchrun,
-    "trl": _write_trl,
-}
+_WRITERS: dict[str, Callable[[Run, Path], float | None]] = {"adapter": _write_adapter, "merged": _write_merged}
+_WRITERS |= {"gguf": _write_gguf, "torchrun": _write_torchrun, "trl": _write_trl}

@@ -15,14 +15,14 @@ from typing import Any
 
 import pandas as pd
 import torch
-import yaml
 from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from helpers.common import UserError, visible
+from helpers.after import refused
+from helpers.common import visible
 from helpers.data.render import BOTH, Prompt, Renderer, tokenize_pairs, turns_of
 from helpers.model import Model, Tokenizer
 from helpers.model.fingerprint import base_hash, fingerprint, hash_tensors
@@ -31,13 +31,6 @@ from helpers.model.load import load_model, not_found
 from helpers.model.logps import pair_logps
 from helpers.run.folder import LORA_SCALE, POLICY_AT_START, Run
 from helpers.run.metrics import held_out_table
-
-_REFUSED: dict[str, str] = yaml.safe_load(Path(__file__).with_name("refused.yaml").read_text("utf-8"))
-
-
-def refused(code: str, /, **values: Any) -> UserError:
-    """The error that refused.yaml has under this code, with its `values`."""
-    return UserError(_REFUSED[code].format(**values))
 
 
 def _conversation(prompt: Prompt) -> str:
@@ -63,17 +56,13 @@ class OpenRun:
 
         For a `with` block in which the policy must not be used.
         """
-        if self.ref_model is not None:
-            yield self.ref_model
-        elif self.run.reference is None:
-            with self.model.disable_adapter():
-                yield self.model
-        else:
-            self.model.set_adapter("reference")
-            try:
-                yield self.model
-            finally:
-                self.model.set_adapter("default")
+        with contextlib.ExitStack() as after:
+            if self.ref_model is None and self.run.reference is None:
+                after.enter_context(self.model.disable_adapter())
+            elif self.ref_model is None:
+                after.callback(self.model.set_adapter, "default")
+                self.model.set_adapter("reference")
+            yield self.ref_model or self.model
 
     def both(self, ask: Callable[[Model], Any]) -> dict[str, Any]:
         """What `ask` gives for the "reference" and for the "policy"."""
@@ -86,12 +75,12 @@ def _check_adapter(folder: Path, expected: str | None, scale: dict | None) -> No
     """Raise UserError unless `folder` holds the adapter with the hash `expected`, as a safetensors file."""
     name = f"{folder.parent.name}/{folder.name}"
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    if not weights.is_file() and weights.with_suffix(".bin").is_file():
-        raise refused("pickled", name=name)
     try:
         found, settings = hash_tensors(load_file(weights)), json.loads(config.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise refused("incomplete", name=name, missing=(config if weights.is_file() else weights).name) from error
+        missing, pickled = config if weights.is_file() else weights, weights.with_suffix(".bin").is_file()
+        code = "pickled" if pickled and missing == weights else "incomplete"
+        raise refused(code, name=name, missing=missing.name) from error
     except (SafetensorError, OSError, ValueError) as error:
         raise refused("damaged", name=name, error=error) from error
     if found != expected or {key: settings.get(key) for key in LORA_SCALE} != scale:
@@ -143,12 +132,15 @@ def open_run(run: Run | str | Path, *, ref_model: Model | None = None) -> OpenRu
     return OpenRun(run, model.eval(), tokenizer, ref_model)
 
 
-def _opened(run: OpenRun | Run | str | Path) -> OpenRun:
+AnyRun = OpenRun | Run | str | Path
+
+
+def _opened(run: AnyRun) -> OpenRun:
     return run if isinstance(run, OpenRun) else open_run(run)
 
 
 def compare_generations(
-    run: OpenRun | Run | str | Path, prompts: Sequence[Prompt], *, max_new_tokens: int = 80, **options: Any
+    run: AnyRun, prompts: Sequence[Prompt], *, max_new_tokens: int = 80, **options: Any
 ) -> pd.DataFrame:
     """Replies of reference and policy to the same prompts, side by side: a row for each prompt.
 
@@ -170,7 +162,7 @@ def compare_generations(
     return pd.DataFrame(columns)
 
 
-def implicit_rewards(run: OpenRun | Run | str | Path, pairs: Dataset) -> pd.DataFrame:
+def implicit_rewards(run: AnyRun, pairs: Dataset) -> pd.DataFrame:
     """Implicit rewards of `pairs`: beta times the log-ratio (Rafailov et al. 2023, section 4, after eq. 7).
 
     `run` is a run, its folder, or what `open_run` gave. Completions that pass its `max_length` are cut as in training.
@@ -193,8 +185,6 @@ def implicit_rewards(run: OpenRun | Run | str | Path, pairs: Dataset) -> pd.Data
 
 def _token_logps(model: Model, prompt: list[int], completion: list[int]) -> torch.Tensor:
     """Log-probs of the completion's tokens in nats, shape (tokens,): the plain definition, one softmax a token."""
-    if not completion:  # the prompt fills max_length
-        return torch.zeros(0, dtype=torch.float64)
     ids = torch.tensor([prompt + completion], device=model.device)
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
@@ -219,18 +209,17 @@ def _side_rewards(opened: OpenRun, side: str, prompt: list[int], completion: lis
     table["token"], table["id"] = [visible(text) for text in texts], ids
     table["eos"] = [token == tokenizer.eos_token_id for token in ids]
     table = table.assign(**opened.both(lambda model: _token_logps(model, prompt, ids).numpy()))
-    table["log_ratio"] = table.policy - table.reference
-    return table.assign(reward=opened.beta * table.log_ratio)
+    return table.assign(log_ratio=table.policy - table.reference, reward=opened.beta * (table.policy - table.reference))
 
 
-def token_rewards(run: OpenRun | Run | str | Path, pair: dict) -> pd.DataFrame:
-    """How much each token adds to the implicit rewards of `pair`, a row as `load_pairs` gives them.
+def token_rewards(run: AnyRun, pair: dict) -> pd.DataFrame:
+    """How much each token adds to the implicit rewards of `pair`, a row as `load_pairs` gives them; `run` as above.
 
-    `run` is a run, its folder, or what `open_run` gave. A log-prob of a text is the sum of its tokens' log-probs, so a
-    reward is a sum too (Rafailov et al. 2024, arXiv:2404.12358). The sums equal the rewards of `implicit_rewards` up to
-    rounding: log-ratios within 0.001 nats on a CPU, within some tenths in 16 bits or 4. One row a token: side
-    ("chosen", "rejected"), word (its number, from 0), token (its text), id, eos (whether it ends the turn), reference
-    and policy (log-probs in nats), log_ratio (nats), reward. Raises UserError if the chat template refuses the pair.
+    A log-prob of a text is the sum of its tokens' log-probs, so a reward is a sum too (Rafailov et al. 2024,
+    arXiv:2404.12358): that of `implicit_rewards`, with log-ratios within 0.001 nats on a CPU, some tenths in 16 bits or
+    4. One row a token: side ("chosen", "rejected"), word (its number, from 0), token (its text), id, eos (whether it
+    ends the turn), reference and policy (log-probs in nats), log_ratio (nats), reward. Raises UserError if the chat
+    template refuses the pair.
     """
     opened = _opened(run)
     # Not as a Dataset, which would give each tool of the row the keys of the others.

@@ -23,9 +23,9 @@ def _subplots(*shape: int, **options: Any) -> tuple[plt.Figure, Any]:
     return figure, axes
 
 
-def _label(axis: plt.Axes, legend: str | None = None, **names: str) -> None:
-    """Name the axes (xlabel, ylabel, title), and show the legend under the heading `legend`."""
-    axis.set(**names)
+def _label(axis: plt.Axes, xlabel: str, ylabel: str = "", title: str = "", legend: str | None = None) -> None:
+    """Name both axes, and show the legend under the heading `legend`."""
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axis.legend(title=legend, fontsize=8)
 
 
@@ -59,20 +59,20 @@ def plot_training(history: list[dict]) -> plt.Figure:
     for axis, (name, title, label, line, meaning) in zip(axes, parts, strict=True):
         axis.plot(_series(history, name), color=CHOSEN, marker="o", markersize=3, label="training batches")
         if len(held_out := _series(history, f"eval_{name}")):
-            axis.plot(held_out, color="black", linestyle="none", marker="D", label="held out")
+            axis.plot(held_out, "D", color="black", label="held out")
         axis.axhline(line, **DASHED, label=meaning)
-        _label(axis, xlabel="step", ylabel=label, title=title)
+        _label(axis, "step", label, title)
     return figure
 
 
 def plot_log_ratios(table: pd.DataFrame) -> plt.Figure:
     """Log-ratio of both sides for each pair of `Run.held_out`: which side moved, and which way?"""
     figure, axis = _subplots(figsize=(7, 3.4))
-    ratios = {side: table[f"{side}_policy"] - table[f"{side}_reference"] for side in ("chosen", "rejected")}
-    named = [(one, f"{side}, mean {one.mean():+.2f}") for side, one in ratios.items()]
-    _histograms(axis, (*named[0], OF_CHOSEN), (*named[1], OF_REJECTED))
+    chosen, rejected = (table[f"{side}_policy"] - table[f"{side}_reference"] for side in ("chosen", "rejected"))
+    styles = {f"chosen, mean {chosen.mean():+.2f}": OF_CHOSEN, f"rejected, mean {rejected.mean():+.2f}": OF_REJECTED}
+    _histograms(axis, *zip((chosen, rejected), *zip(*styles.items(), strict=True), strict=True))
     axis.axvline(0, **DASHED)
-    _label(axis, xlabel="log policy - log reference (nats)", ylabel="held-out pairs")
+    _label(axis, "log policy - log reference (nats)", "held-out pairs")
     return figure
 
 
@@ -80,10 +80,10 @@ def plot_lengths(chosen: list[int], rejected: list[int]) -> plt.Figure:
     """Tokens in each completion of the two sides: could length alone tell them apart?"""
     figure, axes = _subplots(1, 2, figsize=(10, 3.4))
     _histograms(axes[0], (chosen, "chosen", OF_CHOSEN), (rejected, "rejected", OF_REJECTED), start=0)
-    _label(axes[0], xlabel="tokens in the completion", ylabel="pairs")
+    _label(axes[0], "tokens in the completion", "pairs")
     axes[1].scatter(rejected, chosen, s=8, color=CHOSEN)
     axes[1].axline((0, 0), slope=1, **DASHED, label="equal length")
-    _label(axes[1], xlabel="tokens in rejected", ylabel="tokens in chosen")
+    _label(axes[1], "tokens in rejected", "tokens in chosen")
     return figure
 
 
@@ -101,15 +101,14 @@ def plot_margins(rewards: pd.DataFrame) -> plt.Figure:
     figure, axes = _subplots(1, 2, figsize=(11, 3.4), sharey=True)
     _histograms(axes[0], (rewards.margin, f"after, mean {rewards.margin.mean():+.2f}", OF_CHOSEN))
     axes[0].axvline(0, **DASHED, label="before: 0 for every pair")
-    names = {"xlabel": "implicit reward of chosen - of rejected", "title": "relative to the reference"}
-    _label(axes[0], ylabel="pairs", **names)
+    _label(axes[0], "implicit reward of chosen - of rejected", "pairs", "relative to the reference")
     _histograms(
         axes[1],
         (before, f"before (reference), {(before > 0).mean():.0%} above 0", OF_REJECTED),
         (after, f"after (policy), {(after > 0).mean():.0%} above 0", OF_CHOSEN | {"hatch": "//"}),
     )
     axes[1].axvline(0, **DASHED)
-    _label(axes[1], xlabel="log-prob per token, chosen - rejected (nats)", title="each model by itself")
+    _label(axes[1], "log-prob per token, chosen - rejected (nats)", title="each model by itself")
     return figure
 
 
@@ -120,8 +119,7 @@ def plot_rewards_by_length(rewards: pd.DataFrame) -> plt.Figure:
         tokens, reward = rewards[f"{side}_tokens"], rewards[f"{side}_reward"]
         axis.scatter(tokens, reward, s=18, color=color, marker=marker, label=f"{side}, r = {tokens.corr(reward):+.2f}")
     axis.axhline(0, **DASHED)
-    names = {"xlabel": "tokens in the completion", "ylabel": "implicit reward (beta x log-ratio)"}
-    _label(axis, "r: correlation with length", **names)
+    _label(axis, "tokens in the completion", "implicit reward (beta x log-ratio)", legend="r: correlation with length")
     return figure
 
 
@@ -193,7 +191,7 @@ def plot_gaps_and_margins(history: pd.DataFrame) -> plt.Figure:
                 means = rows[rows.split == split].groupby("step")[name].mean()
                 axis.plot(means, style, color=colour, markersize=4, label=beta if split == "train" else None)
         axis.axhline(0, **DASHED)
-        _label(axis, "beta", xlabel="step", ylabel=label, title=title)
+        _label(axis, "step", label, title, legend="beta")
     return figure
 
 
@@ -204,7 +202,7 @@ def plot_changes(table: pd.DataFrame) -> plt.Figure:
     axis.plot(betas, table.chosen_change, "o", color=CHOSEN, alpha=0.8, label="chosen")
     axis.plot(betas, table.rejected_change, "s", color=REJECTED, alpha=0.8, label="rejected")
     axis.axhline(0, **DASHED, label="reference")
-    _label(axis, xlabel="beta", ylabel="log policy - log reference (nats),\nmean of held-out pairs")
+    _label(axis, "beta", "log policy - log reference (nats),\nmean of held-out pairs")
     return figure
 
 
