@@ -6,31 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from helpers.data.render import is_hybrid, reply_opening
+from helpers.data.render import encode, is_hybrid, reply_opening
 from helpers.model import Tokenizer
 
 OPEN, CLOSE = "<think>", "</think>"
 OPEN_AT_END = re.compile(rf"{OPEN}\s*$")
 # The tags, and what other models and careless writers use for the same thing.
-_ANY_SPELLING = re.compile(
+ANY_TAG = re.compile(
     r"(?i:<\s*/?\s*(?:think|thinking|thought|thoughts|reasoning)\s*/?\s*>"
     r"|\[/?think(?:ing)?\]|<\|/?think(?:ing)?\|>|&lt;/?think(?:ing)?&gt;)"
 )
 
 
-def has_tag(text: str) -> bool:
-    """Whether a think tag is in `text`, in any spelling."""
-    return _ANY_SPELLING.search(text) is not None
-
-
 @dataclass(frozen=True)
 class ThinkBoundary:
-    """How a model opens and closes a thought.
+    """How a model opens and closes a thought."""
 
-    `kind` is "thinking-only" (the generation prompt always opens a thought), "hybrid" (`enable_thinking=False` puts
-    an empty thought into the generation prompt) or "ordinary" (the template knows nothing of thoughts).
-    """
-
+    # The generation prompt always opens a thought; holds an empty one with enable_thinking=False; knows of none.
     kind: Literal["thinking-only", "hybrid", "ordinary"]
     open_ids: tuple[int, ...]  # one token if the model has the tag as a token, several if not
     close_ids: tuple[int, ...]
@@ -47,14 +39,13 @@ class ThinkBoundary:
 class Thinking:
     """A reply taken apart.
 
-    `thought` is None if there is none at all, `answer` is None if the thought never closes. `problems` names what is
-    wrong: "unclosed", "unopened", "empty", "nested" (a tag opened twice), "repeated" (a second block or a second
+    `problems`: "unclosed", "unopened", "empty", "nested" (a tag opened twice), "repeated" (a second block or a second
     closing tag), "text before" (the first tag) and "spelling" (tags written in another way).
     """
 
-    thought: str | None
-    answer: str | None
-    problems: tuple[str, ...] = ()
+    thought: str | None  # None: there is none at all
+    answer: str | None  # None: the thought never closes
+    problems: tuple[str, ...]
 
     @property
     def well_formed(self) -> bool:
@@ -63,20 +54,14 @@ class Thinking:
 
 
 def think_boundary(tokenizer: Tokenizer, enable_thinking: bool | None = None) -> ThinkBoundary:
-    """How this model opens and closes a thought, read from its tokens and its chat template.
+    """How this model opens and closes a thought, read from its `tokenizer` and chat template (UserError without one).
 
-    `enable_thinking` is passed to the chat template unless it is None (hybrid models have this switch). Raises
-    UserError if the `tokenizer` has no chat template.
+    `enable_thinking` is passed to the chat template unless it is None (hybrid models have this switch).
     """
     prompt = reply_opening(tokenizer, **({} if enable_thinking is None else {"enable_thinking": enable_thinking}))
     opens = OPEN_AT_END.search(prompt) is not None
-    return ThinkBoundary(
-        kind="hybrid" if is_hybrid(tokenizer) else "thinking-only" if opens else "ordinary",
-        open_ids=tuple(tokenizer.encode(OPEN, add_special_tokens=False)),
-        close_ids=tuple(tokenizer.encode(CLOSE, add_special_tokens=False)),
-        prompt_opens=opens,
-        prompt_skips=CLOSE in prompt,
-    )
+    kind = "hybrid" if is_hybrid(tokenizer) else "thinking-only" if opens else "ordinary"
+    return ThinkBoundary(kind, *map(tuple, encode(tokenizer, [OPEN, CLOSE])), opens, CLOSE in prompt)
 
 
 def _pieces(text_or_ids: str | Sequence[int], tokenizer: Tokenizer) -> list[str]:
@@ -107,7 +92,7 @@ def split_thinking(text_or_ids: str | Sequence[int], tokenizer: Tokenizer, opene
         opened = think_boundary(tokenizer).prompt_opens
     pieces = _pieces(text_or_ids, tokenizer)
     tags = pieces[1::2]
-    problems = {"spelling"} if any(has_tag(text) for text in pieces[::2]) else set()
+    problems = {"spelling"} if any(map(ANY_TAG.search, pieces[::2])) else set()
     inside, any_block = opened, opened
     for tag in tags:
         if tag == OPEN and inside:
