@@ -241,28 +241,22 @@ def plot_thought_lengths(tokens: dict[str, list[int]]) -> plt.Figure:
 
 
 def plot_symptoms(rows: list[dict]) -> plt.Figure:
-    """How does each symptom of `guide` look, next to the cured run? Symptoms that no curve shows are left out."""
-    drawn = [row for row in rows if row["curve"]]
-    height = math.ceil(len(drawn) / 3)
-    figure, axes = _subplots(height, 3, figsize=(9, 1.9 * height), squeeze=False)
-    for axis in axes.flat[len(drawn) :]:
-        axis.axis("off")
-    for axis, row in zip(axes.flat, drawn, strict=False):
-        for state, colour, marker in (("sick", REJECTED, "o"), ("cured", CHOSEN, "D")):
-            points = _series(row["histories"][state], row["curve"])
-            axis.plot(*points, color=colour, marker=marker, markersize=2.5, linewidth=1.2, label=state)
-        label = row["curve"].replace("eval_", "held-out ").replace("rewards/accuracies", "accuracy").replace("s/", " ")
-        axis.set_title(row["symptom"].partition(":")[0], fontsize=9)
-        axis.set_xlabel("step", fontsize=8)
-        axis.set_ylabel(label, fontsize=8)
-        axis.tick_params(labelsize=7)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8)
+    """How do four symptoms of `guide` look, each next to the cured run? Held-out points are few: no line joins them."""
+    figure, axes = _subplots(2, 2, figsize=(9, 6))
+    for axis, (title, label, curves) in zip(axes.flat, (row["figure"] for row in rows if "figure" in row), strict=True):
+        for state, colour in (("sick", REJECTED), ("cured", CHOSEN)):
+            training, held_out = curves[state]
+            axis.plot(training, "o-", color=colour, markersize=3, label=f"{state}, training batches")
+            axis.plot(held_out, "D", color=colour, markeredgecolor="black", label=f"{state}, held out")
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set(xlabel="step", ylabel=label)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
 def symptom_table(rows: list[dict]) -> HTML:
     """The words and numbers of each symptom of `guide`, in full width."""
-    names = [name for name in rows[0] if name not in ("curve", "histories")]
+    names = [name for name in rows[0] if name != "figure"]
     head = "".join(f'<th style="text-align:left">{html.escape(name)}</th>' for name in names)
     cells = [[f'<td style="text-align:left">{html.escape(str(row[name]))}</td>' for name in names] for row in rows]
     return HTML(f"<table><tr>{head}</tr><tr>{'</tr><tr>'.join(map(''.join, cells))}</tr></table>")

@@ -19,7 +19,7 @@ from benchmarks.diagnosis import CASES, Bench
 from helpers import DPOConfig, DPOTrainer, UserError, diagnose, load_pairs
 from helpers.after.diagnosis import LIMIT_TABLE, LIMITS, RULES, SYMPTOMS, Diagnosis, Symptom, measure, of_run
 from helpers.run.folder import Run, Status, write_info
-from helpers.teach.lessons import SHOWN, advice, guide, recorded
+from helpers.teach.lessons import DRAWN, SHOWN, advice, guide, recorded
 from helpers.teach.plots import plot_symptoms, symptom_table
 
 ROOT = Path(__file__).parent.parent.parent
@@ -453,9 +453,13 @@ def test_tables_of_the_guide():
     rows[0]["symptom"] = "<script>"
     page = symptom_table(rows).data
     assert page.count("<tr>") == len(rows) + 1 and "<script>" not in page
-    drawn = [axis for axis in plot_symptoms(rows).axes if axis.lines]
-    assert len(drawn) == sum(curve is not None for _, _, curve in SHOWN.values())
-    assert all(len(line.get_xdata()) > 1 for axis in drawn for line in axis.lines)
+    assert "%" not in page and "text-align:left" in page
+    drawn = plot_symptoms(rows).axes
+    assert len(drawn) == len(DRAWN) == 4 and all(axis.get_title("left") and axis.get_ylabel() for axis in drawn)
+    lines = [line for axis in drawn for line in axis.lines]
+    assert all(len(line.get_xdata()) > 3 for line in lines if line.get_linestyle() != "None")
+    assert sum(len(line.get_xdata()) == 2 for line in lines) == 16 - 8  # held-out points, which no line joins
+
     table = advice(RESULTS)
     assert len(table) == 4 and set(table.verdict) <= {"held", "did not hold", "differs between seeds"}
 
