@@ -46,11 +46,8 @@ class Symptom:
 
 
 class Diagnosis:
-    """The symptoms of a run. It prints as text, and as escaped HTML in a notebook.
-
-    `findings` are the symptoms, what hides others first, then the `notes`. `codes` are those of the symptoms, `unseen`
-    is what this run's history could not show, and what would.
-    """
+    """The symptoms of a run, what hides others first, then the `notes`; `codes` are those of the symptoms. `unseen` is
+    what its history could not show, and what would. It prints as text, and as escaped HTML in a notebook."""
 
     def __init__(self, findings: list[Symptom], unseen: list[str]):
         self.findings, self.unseen = findings, unseen
@@ -65,7 +62,7 @@ class Diagnosis:
         for one in self.findings:
             lines += ["", f"{'note, ' * one.note}{one.code}: {one.what}", f"  evidence: {one.evidence}"]
             lines += [f"  cause {place}: {why}. Cure: {cure}." for place, (why, cure) in enumerate(one.causes, 1)]
-            lines += [f"  {one.test}"]
+            lines.append(f"  {one.test}")
         return "\n".join(lines + [f"Not judged: {text}" for text in self.unseen])
 
     __repr__ = __str__
@@ -106,9 +103,9 @@ def _setting(config: dict[str, Any], train: pd.DataFrame) -> dict[str, Any]:
     names = ("max_length", "num_train_epochs", "fp16", "per_device_train_batch_size")
     f = {name: config.get(name) or math.nan for name in names}
     f |= {"beta": beta, "loss": loss, "start": starts.get(loss, math.nan)}
-    f["over"] = train.step.max() / steps if steps > 0 else train.epoch.max() / f["num_train_epochs"]
-    if train.learning_rate.diff().tail(1).max() > 0:  # still in the warm-up
-        f["over"] = 0.0
+    warming_up = train.learning_rate.diff().tail(1).max() > 0
+    over = train.step.max() / steps if steps > 0 else train.epoch.max() / f["num_train_epochs"]
+    f["over"] = 0.0 if warming_up else over
     f["checkpointing"] = "on" if config.get("gradient_checkpointing") else "off"
     logged = {} if train.learning_rate.isna().all() else {"learning_rate": train.learning_rate.max()}
     return f | to_try(logged | config)
@@ -149,7 +146,9 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
     held = evaluated[evaluated.step != 0]
     values = [row[name] for row in history for name in row if name.endswith(curves) and not name.startswith("train_")]
     # What was not measured is NaN: every comparison with it is false, so it is never a sign.
-    f = defaultdict(lambda: math.nan, known.get("memory_gb", {}) | _setting(known.get("config", {}), train))
+    f: defaultdict[str, Any] = defaultdict(
+        lambda: math.nan, known.get("memory_gb", {}) | _setting(known.get("config", {}), train)
+    )
     f |= {"status": known.get("status"), "findings": findings, "steps": len(train), "evaluations": len(held)}
     f |= {"train_pairs": known.get("train_pairs") or math.nan, "pairs": pairs}
     f["others"] = ", ".join(name.removeprefix("eval_").removesuffix("_") for name in others)

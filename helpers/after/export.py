@@ -206,8 +206,8 @@ def _write_pairs(run: Run, part: Path, train: Dataset | None, test: Dataset | No
     for name, given, other in (("train", train, test), ("test", test, None)):
         report = check_pairs(given, tokenizer, longest, test=other, **run.info.prompts_rule)
         if report.hash != getattr(run.info.data, name):
-            here, there = len(report.pairs), run.info[f"{name}_pairs"]
-            raise refused("other_pairs", name=name, run=run.folder.name, here=here, there=there)
+            counts = {"here": len(report.pairs), "there": run.info[f"{name}_pairs"]}
+            raise refused("other_pairs", name=name, run=run.folder.name, **counts)
         (part / "data" / f"{name}.jsonl").write_text(_json_lines(report.pairs), encoding="utf-8")
 
 
@@ -227,9 +227,10 @@ def _json_lines(pairs: Dataset) -> str:
 
 
 def _write_torchrun(run: Run, part: Path) -> None:
-    info, config, lora = run.info, run.info.config, _lora(run)
+    info, config = run.info, run.info.config
     if info.reference != POLICY_AT_START:
         raise refused("no_script")
+    lora = _lora(run)
     if run.reference is not None:
         shutil.copytree(run.reference, part / "reference")
     elif lora["lora_alpha"] != lora["r"] or set(lora["target_modules"]) != set(LORA_TARGETS):
@@ -241,9 +242,10 @@ def _write_torchrun(run: Run, part: Path) -> None:
 
 
 def _write_trl(run: Run, part: Path) -> None:
-    info, config, lora = run.info, run.info.config, _lora(run)
+    info, config = run.info, run.info.config
     if run.reference is not None or info.reference != POLICY_AT_START:
         raise refused("trl_reference")
+    lora = _lora(run)
     settings = changed_settings(config) | {
         "model_name_or_path": info.model,
         "dtype": "bfloat16" if config["bf16"] else "float16" if config["fp16"] else "float32",

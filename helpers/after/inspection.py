@@ -144,11 +144,11 @@ def compare_generations(
 ) -> pd.DataFrame:
     """Replies of reference and policy to the same prompts, side by side: a row for each prompt.
 
-    Columns: prompt, reference and policy (texts), and for both models the tokens of the reply, whether it ended before
-    `max_new_tokens`, and the share of its 4-grams that repeat an earlier one. `run` is a run, its folder, or what
-    `open_run` gave. `prompts` are questions (str), conversations, or rows of pairs, whose `tools` and
-    `chat_template_kwargs` count; for the others the chat template gets what all training prompts had in common
-    (`run.info.template`). `options` are those of `generate_replies`: greedy, or temperature, top_p and seed to sample.
+    Columns: prompt, reference and policy (texts), and for both models of `run` the tokens of the reply, whether it
+    ended before `max_new_tokens`, and the share of its 4-grams that repeat an earlier one. `prompts` are questions
+    (str), conversations, or rows of pairs, whose `tools` and `chat_template_kwargs` count; for the others the chat
+    template gets what all training prompts had in common (`run.info.template`). `options` are those of
+    `generate_replies`: greedy, or temperature, top_p and seed to sample.
     """
     opened = _opened(run)
     options = opened.run.info.template | options | {"max_new_tokens": max_new_tokens}
@@ -165,9 +165,9 @@ def compare_generations(
 def implicit_rewards(run: AnyRun, pairs: Dataset) -> pd.DataFrame:
     """Implicit rewards of `pairs`: beta times the log-ratio (Rafailov et al. 2023, section 4, after eq. 7).
 
-    `run` is a run, its folder, or what `open_run` gave. Completions that pass its `max_length` are cut as in training.
-    One row a pair, in their order: the columns of `Run.held_out` (log-probs in nats under reference and policy,
-    tokens, log_ratio_gap), chosen_reward, rejected_reward, margin (their difference), and the texts.
+    Completions that pass the `max_length` of `run` are cut as in training. One row a pair, in their order: the columns
+    of `Run.held_out` (log-probs in nats under reference and policy, tokens, log_ratio_gap), chosen_reward,
+    rejected_reward, margin (their difference), and the texts.
     """
     opened = _opened(run)
     ids = tokenize_pairs(pairs, opened.tokenizer)
@@ -205,15 +205,14 @@ def _side_rewards(opened: OpenRun, side: str, prompt: list[int], completion: lis
     texts, special = _token_texts(ids, tokenizer), [token in tokenizer.all_special_ids for token in ids]
     # A word starts at a space, and around a special token.
     starts = [i > 0 and (text[:1].isspace() or special[i] or special[i - 1]) for i, text in enumerate(texts)]
-    table = pd.DataFrame({"side": side, "word": pd.Series(starts, dtype=int).cumsum()})
-    table["token"], table["id"] = [visible(text) for text in texts], ids
-    table["eos"] = [token == tokenizer.eos_token_id for token in ids]
+    words = {"side": side, "word": pd.Series(starts, dtype=int).cumsum(), "token": list(map(visible, texts)), "id": ids}
+    table = pd.DataFrame(words | {"eos": [token == tokenizer.eos_token_id for token in ids]})
     table = table.assign(**opened.both(lambda model: _token_logps(model, prompt, ids).numpy()))
     return table.assign(log_ratio=table.policy - table.reference, reward=opened.beta * (table.policy - table.reference))
 
 
 def token_rewards(run: AnyRun, pair: dict) -> pd.DataFrame:
-    """How much each token adds to the implicit rewards of `pair`, a row as `load_pairs` gives them; `run` as above.
+    """How much each token adds to the implicit rewards of `pair`, a row as `load_pairs` gives them, in this `run`.
 
     A log-prob of a text is the sum of its tokens' log-probs, so a reward is a sum too (Rafailov et al. 2024,
     arXiv:2404.12358): that of `implicit_rewards`, with log-ratios within 0.001 nats on a CPU, some tenths in 16 bits or

@@ -39,7 +39,7 @@ def _spread(values: pd.Series) -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def _curve(run: Run, name: str) -> pd.Series:
+def _by_step(run: Run, name: str) -> pd.Series:
     """A number of the history by step; rewards as log-ratios in nats, which can be compared across betas."""
     table = pd.DataFrame(run.history).set_index("step").reindex(columns=[name])[name].dropna()
     return table / run.info.config["beta"] if "rewards/" in name else table
@@ -61,7 +61,7 @@ def guide(results: list[dict]) -> list[dict[str, Any]]:
         if code in DRAWN:
             name, *texts = DRAWN[code]
             first = {one["state"]: run for one, run in reversed(runs)}
-            curves = {state: (_curve(run, name), _curve(run, f"eval_{name}")) for state, run in first.items()}
+            curves = {state: (_by_step(run, name), _by_step(run, f"eval_{name}")) for state, run in first.items()}
             row["figure"] = *texts, curves
         rows.append(row | {"seeds": len(values)})
     return rows

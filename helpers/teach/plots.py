@@ -134,7 +134,7 @@ def plot_token_rewards(tokens: pd.DataFrame) -> plt.Figure:
     """
     words = tokens.groupby(["side", "word"], sort=False).agg(text=("token", "".join), ratio=("log_ratio", "sum"))
     limit = max(words.ratio.abs().max(), 1e-9)
-    places: dict[str, list] = {}  # side: (line, column, width, text, ratio) of each word
+    places: dict[Any, list] = {}  # side: (line, column, width, text, ratio) of each word
     for side, group in words.groupby(level="side", sort=False):
         line, column, places[side] = 0, 0, []
         for text, ratio in group.itertuples(index=False):
@@ -231,7 +231,7 @@ def plot_compared(shares: dict[str, pd.DataFrame], *, label: str, baseline: floa
 
 
 def plot_thought_lengths(tokens: dict[str, list[int]]) -> plt.Figure:
-    """How many tokens the thoughts of each model have: quartiles as a box, the mean as a diamond."""
+    """How many `tokens` the thoughts of each model have: quartiles as a box, the mean as a diamond."""
     figure, axis = _subplots(figsize=(8, 0.8 + 0.5 * len(tokens)))
     means = {"marker": "D", "markerfacecolor": CHOSEN, "markeredgecolor": CHOSEN}
     axis.boxplot(tokens.values(), orientation="horizontal", tick_labels=list(tokens), showmeans=True, meanprops=means)
@@ -248,6 +248,7 @@ def plot_symptoms(rows: list[dict]) -> plt.Figure:
             training, held_out = curves[state]
             axis.plot(training, "o-", color=colour, markersize=3, label=f"{state}, training batches")
             axis.plot(held_out, "D", color=colour, markeredgecolor="black", label=f"{state}, held out")
+        axis.axhline(math.log(2) if "loss" in label else 0, **DASHED)
         axis.set_title(title, fontsize=10, loc="left")
         axis.set(xlabel="step", ylabel=label)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)

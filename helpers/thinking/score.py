@@ -52,10 +52,8 @@ _STATEMENTS: tuple[tuple[str, Callable[..., bool]], ...] = (  # pattern, whether
 
 
 def false_steps(thought: str) -> list[str]:
-    """The statements of a thought that can be evaluated and are false, word for word.
-
-    Reads what `make_thinking_pairs` writes: calculations of two whole numbers, comparisons of them, "25% of 80 = 20",
-    "3 days after Monday comes Thursday", lengths of months ("June has 30 days") and of units ("One week is 7 days").
+    """The statements of a `thought` that can be evaluated (those that `make_thinking_pairs` writes: calculations and
+    comparisons of two whole numbers, percentages, days of the week, months and units) and are false, word for word.
 
     >>> false_steps("Each box holds 8, so 3 * 8 = 24, and 24 + 5 = 30.")
     ['24 + 5 = 30']
@@ -87,10 +85,8 @@ def thought_table(replies: Sequence[Reply], answers: Sequence[str], tokenizer: T
 
 
 def thought_shares(table: pd.DataFrame) -> pd.DataFrame:
-    """Shares of well-formed, closed and right replies in a `table` of `thought_table`, each a row.
-
-    Columns are share, low, high (Wilson, 95 percent) and pairs (the count of replies).
-    """
+    """Rows for the well-formed, closed and right replies in a `table` of `thought_table`; columns are share, low and
+    high (Wilson, 95 percent) and pairs (the count of replies)."""
     names, n = ["well_formed", "closed", "right"], len(table)
     rows = [(table[name].mean(), *wilson_interval(int(table[name].sum()), n), n) for name in names]
     return pd.DataFrame(rows, columns=["share", "low", "high", "pairs"], index=["well-formed", *names[1:]])

@@ -1,7 +1,4 @@
-"""Word problems as thinking pairs, as many as asked: one side right in every step, the other wrong in exactly one.
-
-Their words and texts are in word_problems.yaml.
-"""
+"""Word problems (word_problems.yaml) as thinking pairs: one side right in every step, the other wrong in one."""
 
 import itertools
 import operator
@@ -54,7 +51,7 @@ def _signed(story: dict, signs: list[str]) -> list[tuple[str, str, str]]:
 def _work(story: dict, values: dict, signs: list[str], wrong: dict[int, Any]) -> dict | None:
     """Values, calculations {s1} and results {r1} of a story, or None if a result is out of bounds.
 
-    `wrong` maps the index of a step to the wrong result that it gives; the next step goes on from there.
+    `wrong` has the wrong result of a step, by its index; the next step goes on from there.
     """
     for i, (left, sign, right) in enumerate(_signed(story, signs)):
         x, y = values[left], values[right]
@@ -97,9 +94,8 @@ def _story_pair(story: dict, rng: random.Random, kind: str) -> tuple | None:
     if right is None:
         return None
     if kind in ("slip", "wrong_answer"):
-        steps = _signed(story, signs)
-        i = rng.randrange(len(steps)) if kind == "slip" else len(steps) - 1
-        wrong_result = {i: _slip(rng, right, *steps[i])}
+        i = rng.randrange(2) if kind == "slip" else 1
+        wrong_result = {i: _slip(rng, right, *_signed(story, signs)[i])}
         if kind == "wrong_answer" and isinstance(right["r2"], int) and rng.random() < 0.5:
             wrong_result = {i: right["r1"]}  # a number that the thought does name
     wrong = _work(story, wrong_values, wrong_signs, wrong_result)
@@ -158,14 +154,13 @@ def make_thinking_pairs(n: int, seed: int = 0) -> list[dict]:
     goes on from it without a second one, in the same words. So it is as long, and only the error gives it away.
     """
     # kind of error -> topic -> what makes such a pair
-    makers: dict[str, dict[str, list[Callable]]] = defaultdict(lambda: defaultdict(list))
+    makers: dict[str, dict[str, list[Callable]]] = {kind: defaultdict(list) for kind in KINDS}
     for kind in KINDS:
         for story in _TEXTS["stories"]:
             if (kind != "operation" or "signs" in story) and (kind != "fact" or "{f}" in story["thought"]):
                 makers[kind][story["topic"]].append(partial(_story_pair, story))
         if kind != "operation":
             makers[kind]["order"].append(_ranking_pair)
-
     rng = random.Random(seed)
     pairs: dict[str, dict] = {}  # by prompt; there are millions, so a repeated one is drawn again
     while len(pairs) < n:
