@@ -95,7 +95,7 @@ def to_try(config: dict[str, Any]) -> dict[str, str]:
     return {name: f" ({value:g})" if value else "" for name, value in values.items()}
 
 
-def _setting(config: dict[str, Any], train: pd.DataFrame) -> dict[str, Any]:
+def _setting(config: dict[str, Any], train: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
     """What the settings and the logged rates say: beta, the loss of knowing nothing, how much of the run is over."""
     beta, loss, steps = config.get("beta") or math.nan, config.get("loss_type"), config.get("max_steps", 0)
     loss = str(loss[0] if isinstance(loss, list) and len(loss) == 1 else loss)
@@ -104,7 +104,7 @@ def _setting(config: dict[str, Any], train: pd.DataFrame) -> dict[str, Any]:
     f = {name: config.get(name) or math.nan for name in names}
     f |= {"beta": beta, "loss": loss, "start": starts.get(loss, math.nan)}
     warming_up = train.learning_rate.diff().tail(1).max() > 0
-    over = train.step.max() / steps if steps > 0 else train.epoch.max() / f["num_train_epochs"]
+    over = rows.step.max() / steps if steps > 0 else rows.epoch.max() / f["num_train_epochs"]
     f["over"] = 0.0 if warming_up else over
     f["checkpointing"] = "on" if config.get("gradient_checkpointing") else "off"
     logged = {} if train.learning_rate.isna().all() else {"learning_rate": train.learning_rate.max()}
@@ -144,10 +144,11 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
     prefix, *others = [name for name in sets if name.startswith("eval_")] or ["eval_"]
     train, evaluated = _table(history), _table(history, prefix)
     held = evaluated[evaluated.step != 0]
+    rows, half = pd.concat([train, held]), math.ceil(len(train) / 2)
     values = [row[name] for row in history for name in row if name.endswith(curves) and not name.startswith("train_")]
     # What was not measured is NaN: every comparison with it is false, so it is never a sign.
     f: defaultdict[str, Any] = defaultdict(
-        lambda: math.nan, known.get("memory_gb", {}) | _setting(known.get("config", {}), train)
+        lambda: math.nan, known.get("memory_gb", {}) | _setting(known.get("config", {}), train, rows)
     )
     f |= {"status": known.get("status"), "findings": findings, "steps": len(train), "evaluations": len(held)}
     f |= {"train_pairs": known.get("train_pairs") or math.nan, "pairs": pairs}
@@ -157,7 +158,7 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
         surface = max(findings.get("length_leak", 0), findings.get("feature_leak", 0))
         f |= {"findings_cut": findings.get("over_max_length", 0), "surface": surface / f["train_pairs"]}
         f["cut"] = f["findings_cut"] / f["train_pairs"]
-    half, tenth = math.ceil(len(train) / 2), max(math.ceil(len(train) / 10), 2 if len(train) > 4 else 1)
+    tenth = max(math.ceil(len(train) / 10), 2 if len(train) > 4 else 1)
     f |= {"loss_end": train.loss.tail(half).mean(), "loss_half": train.loss.head(half).tail(2).mean()}
     f |= {"loss_peak": train.loss.rolling(tenth).mean().max(), "gradient": train.grad_norm.max()}
     f["margin_end"] = train["rewards/margins"].tail(half).mean()
@@ -171,11 +172,11 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
     f["noise"] = 0.5 / math.sqrt(pairs or math.inf)  # the loss of a pair varies by about half a nat
     best = held.nsmallest(1, "loss")
     f["best_at"] = f"step {best.step.mean():g}" if best.step.any() else f"epoch {best.epoch.mean():g}"
-    for name, rows in (("first", held.head(1)), ("best", held.nlargest(1, accuracy)), ("end", held.tail(1))):
-        f[f"accuracy_{name}"] = value = rows[accuracy].mean()
+    for name, one in (("first", held.head(1)), ("best", held.nlargest(1, accuracy)), ("end", held.tail(1))):
+        f[f"accuracy_{name}"] = value = one[accuracy].mean()
         if pairs and value >= 0:
             f[f"low_{name}"], f[f"high_{name}"] = wilson_interval(round(value * pairs), pairs)
-    f["early"] = held.place.min() / (pd.concat([train.place, held.place]).max() or math.nan)
+    f["early"] = held.place.min() / (rows.place.max() or math.nan)
     f |= _moves(held if len(held) > 1 else train, held.tail(1) if len(held) else train.tail(half), f)
     return f
 

@@ -363,6 +363,8 @@ def test_a_run_that_is_hardly_begun_is_not_called_still():
     known = {"config": {"beta": 0.1, "loss_type": "sigmoid", "max_steps": 100}}
     diagnosis = diagnose(run.history, **known)
     assert diagnosis.codes == [] and "less than half of the run is over" in str(diagnosis)
+    ended = [*run.history, {"step": 100, "eval_loss": 0.6931, "eval_rewards/chosen": 0.0, "eval_rewards/rejected": 0.0}]
+    assert diagnose(ended, **known).codes == ["not_moving"]  # the last row may be an evaluation
     assert diagnose(run.history, config=known["config"] | {"max_steps": 4}).codes == ["not_moving"]
     rising = [row | {"learning_rate": 1e-6 * row["step"]} for row in run.history]
     assert diagnose(rising, config={"beta": 0.1, "loss_type": "sigmoid"}).codes == []
