@@ -7,6 +7,7 @@ people: field/runs.json has their numbers with the source, and in `says` what th
 import copy
 import json
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,6 +77,41 @@ def sweep_runs() -> dict[str, dict]:
     }
 
 
+def seed_runs() -> dict[str, dict]:
+    """The seeds of 03: what it leaves on its page, and the end of each in results/seeds.json, or its whole history."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "seeds.json").read_text(encoding="utf-8"))
+    page = json.loads((ROOT / "notebooks" / "03_train.ipynb").read_text(encoding="utf-8"))
+    printed = next(
+        "".join(out["text"])
+        for cell in page["cells"]
+        if "run = train_dpo(" in "".join(cell["source"])
+        for out in cell["outputs"]
+        if "held out at step" in "".join(out.get("text", ""))
+    )
+    pattern = r"(step|held out at step) +(\d+)(?: of \d+|:) +loss (\S+) +margin (\S+) +accuracy (\S+)"
+    rows = []
+    for what, step, *numbers in re.findall(pattern, printed):
+        names = [f"{'eval_' * (what != 'step')}{name}" for name in ("loss", "rewards/margins", "rewards/accuracies")]
+        rows.append({"step": int(step)} | dict(zip(names, map(float, numbers), strict=True)))
+    histories = {"page": rows}
+    for one in results["seeds"]:
+        end = {"loss": one["loss"], "rewards/margins": one["margin"], "rewards/accuracies": one["accuracy"]}
+        end |= {f"rewards/{side}": 0.1 * one[f"{side}_change"] for side in ("chosen", "rejected")}
+        last = {"step": results["steps"]} | {f"eval_{name}": value for name, value in end.items()}
+        histories[f"seed {one['seed']}"] = one.get("history", [last])
+    config = {"beta": 0.1, "loss_type": ["sigmoid"], "num_train_epochs": 1, "max_steps": 24, "learning_rate": 2e-4}
+    return {
+        f"03, {name}, evaluated: {often}": {
+            "history": [row for row in rows if "loss" in row or row["step"] in steps],
+            "config": config,
+            "train_pairs": 192,
+            "test_pairs": 120,
+        }
+        for name, rows in histories.items()
+        for often, steps in {"end": (24,), "thirds": (8, 16, 24), "all": range(25)}.items()
+    }
+
+
 def public(run: dict) -> dict:
     """What is known of a public run besides its history."""
     config = {name: run[name] for name in ("beta", "loss_type") if run.get(name)} | run.get("config", {})
@@ -83,7 +119,7 @@ def public(run: dict) -> dict:
 
 
 # name: (source, what else `diagnose` is told, the codes wanted)
-ALL = {name: (known.pop("history"), known, []) for name, known in sweep_runs().items()}
+ALL = {name: (known.pop("history"), known, []) for name, known in (sweep_runs() | seed_runs()).items()}
 ALL |= {run["name"]: (run["history"], public(run), run["wanted"]) for run in FIELD}
 ALL |= {
     f"lab {part['machine']} {one['run']}": (recorded(part, one["run"]), {}, expected(one["case"], one["state"]))
@@ -103,7 +139,7 @@ def test_every_run_of_the_sweep_and_of_others(name):
     source, known, wanted = ALL[name]
     diagnosis = diagnose(source, **known)
     assert diagnosis.codes == wanted and len(diagnosis.notes) <= 1
-    if name.startswith("sweep"):
+    if name.startswith(("sweep", "03")):
         assert diagnosis.notes == []
     assert not any("nan" in one.evidence for one in diagnosis.findings) and all(
         one.evidence for one in diagnosis.findings
