@@ -1,21 +1,32 @@
-"""Where one training step's time goes, and the machine's matrix rate: python tools/profile_step.py
+"""Where one training step's time goes, and the machine's matrix rate: python tools/profile_step.py [--gpu FOLDER]
 
 One optimizer step (8 pairs, 4x2) of the embedded model with the settings of the CPU profile, under torch's profiler:
 seconds by kind of operator, their floating-point operations, and the rate that two large bf16 matrices reach in the
 same process. The last line is one JSON object.
+
+With --gpu, where `train_dpo` waits at 8 pairs at once, everything kept, on the model that benchmarks/gpu.py put into
+FOLDER: for one step under torch's profiler the share of the usual step in which no kernel runs, operators of the host
+by their own time, and the calls that hand kernels over; for three more steps under Python's profiler the functions
+with the most time of their own. The last line is one JSON object.
 """
 
+import cProfile
 import json
+import pstats
+import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from helpers import DPOConfig, add_lora, load_model, load_pairs  # first: Unsloth before transformers  # isort: skip
-from transformers import TrainerCallback
+from helpers import Dataset, DPOConfig, add_lora, load_model, load_pairs  # first: Unsloth before transformers  # isort: skip
+from transformers import AutoTokenizer, TrainerCallback
 
+from benchmarks import gpu
 from helpers.data.render import tokenize_pairs
 from helpers.model.logps import reference_logps, with_reference
 from helpers.run.folder import machine, versions
@@ -104,5 +115,67 @@ def main() -> None:
     )
 
 
+def covered(spans: list[tuple[float, float]]) -> float:
+    """How much of the time line the `spans` (begin, end) cover together."""
+    total, until = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total
+
+
+def on_gpu(folder: str) -> None:
+    data = Dataset.from_list(gpu.make_pairs(AutoTokenizer.from_pretrained(folder), 512))
+    last = 24  # 15 to 20 are timed, 21 is under torch's profiler, 22 to 24 under Python's
+    settings = gpu.settings_of("kept", 512) | {"output_dir": tempfile.mkdtemp(), "max_steps": last}
+    trainer, _ = gpu.our_trainer("kept", folder, data.select(range(gpu.BATCH * 22)), settings)
+    kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    by_torch, by_python, seconds = profile(activities=kinds), cProfile.Profile(), []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            torch.cuda.synchronize()
+            if 15 <= state.global_step <= 20:
+                seconds.append(time.perf_counter() - self.begin)
+            if state.global_step == 20:
+                by_torch.start()
+            if state.global_step == 21:
+                by_torch.stop()
+                by_python.enable()
+            if state.global_step == last:
+                by_python.disable()
+            self.begin = time.perf_counter()
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    on_device = torch.autograd.DeviceType.CUDA
+    kernels = [e for e in by_torch.events() if e.device_type == on_device and not e.is_user_annotation]
+    busy = covered([(kernel.time_range.start, kernel.time_range.end) for kernel in kernels]) / 1e6
+    step = statistics.median(seconds)
+    averages = [e for e in by_torch.key_averages() if e.self_cpu_time_total]
+    host = sorted(averages, key=lambda e: -e.self_cpu_time_total)[:25]
+    places = sorted(pstats.Stats(by_python).stats.items(), key=lambda item: -item[1][2])[:25]
+    found = {
+        "pairs_a_step": gpu.BATCH,
+        "step_seconds": round(step, 4),
+        "gpu_busy_seconds": round(busy, 4),
+        "gpu_idle_share": round(1 - busy / step, 3),
+        "kernels_a_step": len(kernels),
+        "microseconds_a_kernel": round(step * 1e6 / len(kernels), 1),
+        "host_operators": {e.key[:80]: [e.count, round(e.self_cpu_time_total / 1e6, 4)] for e in host},
+        "python_functions": {
+            f"{'/'.join(Path(file).parts[-3:])}:{line} {name}": [calls // 3, round(own / 3, 4)]
+            for (file, line, name), (_, calls, own, _, _) in places
+        },
+        "versions": versions(),
+        "machine": machine(),
+        "cpu": gpu.cpu(),
+    }
+    print(json.dumps(found))
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--gpu"]:
+        on_gpu(sys.argv[2])
+    else:
+        main()
