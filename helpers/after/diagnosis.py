@@ -1,12 +1,13 @@
 """Diagnosis of a training run: the symptom by name, with its numbers, its likely causes in order, and the cure.
 
 It reads a history of TRL's DPOTrainer, from wherever it is, and loads no model. `measure` turns it into a few numbers,
-`RULES` and `NOTES` compare them with the limits of symptoms.yaml, which also says what is behind each symptom.
+`RULES` compare them with the limits of symptoms.yaml, which also says what is behind each symptom.
 """
 
 import html
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import pandas as pd
 import yaml
 from transformers import Trainer, TrainingArguments
 
-from helpers.common import UserError
+from helpers.after import refused
 from helpers.data.findings import Report
 from helpers.run.folder import Run, Status, describe_config, read_info
 from helpers.run.metrics import wilson_interval
@@ -33,10 +34,8 @@ LIMITS: dict[str, float] = {name: row["limit"] for name, row in LIMIT_TABLE.item
 
 @dataclass(frozen=True)
 class Symptom:
-    """One thing that is wrong with a run; `causes` are pairs (cause, its cure), the likeliest first.
-
-    A `note` is what may be in order: usual with these settings, or undecided. It has no causes.
-    """
+    """What is wrong with a run, with pairs (cause, its cure), the likeliest first; or a `note`, which has no causes:
+    what may be in order, since it is usual with these settings, or undecided."""
 
     code: str
     what: str
@@ -45,18 +44,10 @@ class Symptom:
     test: str
     note: bool = False
 
-    @property
-    def decides(self) -> str:
-        """What `test` is for."""
-        return "The history cannot decide between these. A test:" if len(self.causes) > 1 else "To make sure:"
-
 
 class Diagnosis:
-    """The symptoms of a run. It prints as text, and as escaped HTML in a notebook.
-
-    `findings`: symptoms, what hides others first, then notes. `codes`: those of the symptoms. `notes`: the notes.
-    `unseen`: what this run's history could not show, and what would.
-    """
+    """The symptoms of a run, what hides others first, then the `notes`; `codes` are those of the symptoms. `unseen` is
+    what its history could not show, and what would. It prints as text, and as escaped HTML in a notebook."""
 
     def __init__(self, findings: list[Symptom], unseen: list[str]):
         self.findings, self.unseen = findings, unseen
@@ -71,7 +62,7 @@ class Diagnosis:
         for one in self.findings:
             lines += ["", f"{'note, ' * one.note}{one.code}: {one.what}", f"  evidence: {one.evidence}"]
             lines += [f"  cause {place}: {why}. Cure: {cure}." for place, (why, cure) in enumerate(one.causes, 1)]
-            lines += [f"  {one.decides} {one.test}"]
+            lines.append(f"  {one.test}")
         return "\n".join(lines + [f"Not judged: {text}" for text in self.unseen])
 
     __repr__ = __str__
@@ -83,48 +74,28 @@ class Diagnosis:
             causes = "".join(f"<li>{e(why)}. <b>Cure:</b> {e(cure)}.</li>" for why, cure in one.causes)
             parts.append(
                 f"<p>{'Note: ' * one.note}<code>{e(one.code)}</code> <b>{e(one.what)}</b><br>{e(one.evidence)}</p>"
-                f"<ol>{causes}</ol><p>{e(one.decides)} {e(one.test)}</p>"
+                f"<ol>{causes}</ol><p>{e(one.test)}</p>"
             )
         return "".join(parts + [f"<p>Not judged: {e(text)}</p>" for text in self.unseen])
 
 
-# ------------------------------------------------------------------------------------------------ numbers
-
-
-class _Numbers(dict):
-    """One that was not measured is NaN: every comparison with it is false, so it is never a sign."""
-
-    def __missing__(self, name: str) -> float:
-        return math.nan
-
-
-_LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "logps/chosen")
-_LOGGED += ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
-
-
 def _table(history: list[dict], prefix: str = "") -> pd.DataFrame:
-    """The rows that have a loss under this prefix, as numbers; "place" is the step, or the epoch if steps are missing.
-
-    Text such as "nan" is read as a number.
-    """
-    rows = [row | {name: row.get(prefix + name) for name in _LOGGED[2:]} for row in history if f"{prefix}loss" in row]
-    table = pd.DataFrame(rows, columns=_LOGGED).astype(float)
+    """The rows that have a loss under this prefix, as numbers; "place" is the step, or the epoch without steps."""
+    names = ["loss", "grad_norm", "learning_rate", "logps/chosen"]
+    names += [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
+    rows = [row | {name: row.get(prefix + name) for name in names} for row in history if f"{prefix}loss" in row]
+    table = pd.DataFrame(rows, columns=["step", "epoch", *names]).astype(float)  # text such as "nan" too
     return table.assign(place=table.step.fillna(table.epoch))
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else math.nan
 
 
 def to_try(config: dict[str, Any]) -> dict[str, str]:
     """Numbers to try, for the cures: phrases by name, empty where the `config` does not say what they start from."""
-    rate, micro = config.get("learning_rate"), config.get("per_device_train_batch_size")
-    factors = {"tenth": 0.1, "half": 0.5, "tenfold": 10}
-    phrases = {name: f" ({rate * factor:g})" if rate else "" for name, factor in factors.items()}
-    return phrases | {"micro_half": f" ({micro // 2})" if micro else ""}
+    rate, micro = config.get("learning_rate") or 0, config.get("per_device_train_batch_size") or 0
+    values = {"tenth": rate * 0.1, "half": rate * 0.5, "tenfold": rate * 10, "micro_half": micro // 2}
+    return {name: f" ({value:g})" if value else "" for name, value in values.items()}
 
 
-def _setting(config: dict[str, Any], train: pd.DataFrame) -> dict[str, Any]:
+def _setting(config: dict[str, Any], train: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
     """What the settings and the logged rates say: beta, the loss of knowing nothing, how much of the run is over."""
     beta, loss, steps = config.get("beta") or math.nan, config.get("loss_type"), config.get("max_steps", 0)
     loss = str(loss[0] if isinstance(loss, list) and len(loss) == 1 else loss)
@@ -132,30 +103,31 @@ def _setting(config: dict[str, Any], train: pd.DataFrame) -> dict[str, Any]:
     names = ("max_length", "num_train_epochs", "fp16", "per_device_train_batch_size")
     f = {name: config.get(name) or math.nan for name in names}
     f |= {"beta": beta, "loss": loss, "start": starts.get(loss, math.nan)}
-    f["over"] = train.step.max() / steps if steps > 0 else train.epoch.max() / f["num_train_epochs"]
-    if train.learning_rate.diff().tail(1).max() > 0:  # still in the warm-up
-        f["over"] = 0.0
+    warming_up = train.learning_rate.diff().tail(1).max() > 0
+    over = rows.step.max() / steps if steps > 0 else rows.epoch.max() / f["num_train_epochs"]
+    f["over"] = 0.0 if warming_up else over
     f["checkpointing"] = "on" if config.get("gradient_checkpointing") else "off"
     logged = {} if train.learning_rate.isna().all() else {"learning_rate": train.learning_rate.max()}
     return f | to_try(logged | config)
 
 
 def _moves(rows: pd.DataFrame, ends: pd.DataFrame, f: dict[str, Any]) -> dict[str, float]:
-    """How far both sides moved, in nats: log-ratios are TRL's rewards divided by beta. The mean of `ends`, and how
-    the first of `rows` is to the last."""
+    """How far both sides moved, in nats (log-ratios are TRL's rewards divided by beta): the mean of `ends`, and how the
+    first of `rows` is to the last."""
     last, beta = ends.mean(), f["beta"]
     chosen, rejected, logp = last["rewards/chosen"] / beta, last["rewards/rejected"] / beta, last["logps/chosen"]
     tokens = 100 if f["loss"] in PER_TOKEN and abs(logp) < 20 else 1  # of an answer, if means over tokens were logged
     found = {"chosen_end": chosen, "rejected_end": rejected, "gap": chosen - rejected, "logp_end": logp}
     still = last["rewards/chosen"] == last["rewards/rejected"] == 0  # at any beta
     found |= {"moved": 0.0 if still else max(abs(chosen), abs(rejected)) * tokens, "logp_start": logp - chosen}
-    found["chosen_fall"] = _ratio(chosen, logp - chosen)
-    found["fall_speed"] = _ratio(found["chosen_fall"], ends.step.max())
-    if "start_off" not in f and len(rows):
+    found["chosen_fall"] = chosen / (logp - chosen or math.nan)
+    found["fall_speed"] = found["chosen_fall"] / (ends.step.max() or math.nan)
+    if not f["started"] and len(rows):
         first, end = rows.iloc[0], rows.iloc[-1]
-        found |= {"first_at": _ratio(first.place, rows.place.max()), "first_chosen": first["rewards/chosen"] / beta}
-        found["flat_from"] = min(first["rewards/chosen"], first["rewards/rejected"]) / beta
-        found["flat_by"] = abs(_ratio(end["rewards/chosen"], first["rewards/chosen"]) - 1)
+        chosen, rejected = first["rewards/chosen"], first["rewards/rejected"]
+        found |= {"first_chosen": chosen / beta, "flat_from": min(chosen, rejected) / beta}
+        found["first_at"] = first.place / (rows.place.max() or math.nan)
+        found["flat_by"] = abs(end["rewards/chosen"] / (chosen or math.nan) - 1)
     return found
 
 
@@ -172,63 +144,60 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
     prefix, *others = [name for name in sets if name.startswith("eval_")] or ["eval_"]
     train, evaluated = _table(history), _table(history, prefix)
     held = evaluated[evaluated.step != 0]
+    rows, half = pd.concat([train, held]), math.ceil(len(train) / 2)
     values = [row[name] for row in history for name in row if name.endswith(curves) and not name.startswith("train_")]
-    f = _Numbers(known.get("memory_gb", {}) | _setting(known.get("config", {}), train))
+    # What was not measured is NaN: every comparison with it is false, so it is never a sign.
+    f: defaultdict[str, Any] = defaultdict(
+        lambda: math.nan, known.get("memory_gb", {}) | _setting(known.get("config", {}), train, rows)
+    )
     f |= {"status": known.get("status"), "findings": findings, "steps": len(train), "evaluations": len(held)}
     f |= {"train_pairs": known.get("train_pairs") or math.nan, "pairs": pairs}
     f["others"] = ", ".join(name.removeprefix("eval_").removesuffix("_") for name in others)
     f["not_numbers"] = sum(not math.isfinite(float(value)) for value in values)
     if findings is not None:
         surface = max(findings.get("length_leak", 0), findings.get("feature_leak", 0))
-        f |= {"findings_cut": findings.get("over_max_length", 0), "surface": _ratio(surface, f["train_pairs"])}
+        f |= {"findings_cut": findings.get("over_max_length", 0), "surface": surface / f["train_pairs"]}
         f["cut"] = f["findings_cut"] / f["train_pairs"]
-    half, tenth = math.ceil(len(train) / 2), max(math.ceil(len(train) / 10), 2 if len(train) > 4 else 1)
+    tenth = max(math.ceil(len(train) / 10), 2 if len(train) > 4 else 1)
     f |= {"loss_end": train.loss.tail(half).mean(), "loss_half": train.loss.head(half).tail(2).mean()}
     f |= {"loss_peak": train.loss.rolling(tenth).mean().max(), "gradient": train.grad_norm.max()}
     f["margin_end"] = train["rewards/margins"].tail(half).mean()
     # The loss of step 1 is taken before its update, as is an evaluation at step 0.
     start = pd.concat([evaluated[evaluated.step == 0], train[train.step <= 1]]).head(1)
-    if len(start):
-        sides = start[["rewards/chosen", "rewards/rejected"]].iloc[0] / f["beta"]
-        f |= {"start_loss": start.loss.iloc[0], "start_off": sides.abs().max()}
+    off = start[["rewards/chosen", "rewards/rejected"]].abs().max(axis=1) / f["beta"]
+    f |= {"started": len(start) > 0, "start_loss": start.loss.mean(), "start_off": off.mean()}
     f |= {"held_loss_best": held.loss.min(), "held_loss_end": held.loss.tail(1).mean()}
     f["loss_rise"], gain = f["held_loss_end"] - f["held_loss_best"], f["start"] - f["held_loss_best"]
     f["gain_lost"] = math.inf if gain <= 0 else f["loss_rise"] / gain
     f["noise"] = 0.5 / math.sqrt(pairs or math.inf)  # the loss of a pair varies by about half a nat
     best = held.nsmallest(1, "loss")
     f["best_at"] = f"step {best.step.mean():g}" if best.step.any() else f"epoch {best.epoch.mean():g}"
-    for name, rows in (("first", held.head(1)), ("best", held.nlargest(1, accuracy)), ("end", held.tail(1))):
-        f[f"accuracy_{name}"] = value = rows[accuracy].mean()
+    for name, one in (("first", held.head(1)), ("best", held.nlargest(1, accuracy)), ("end", held.tail(1))):
+        f[f"accuracy_{name}"] = value = one[accuracy].mean()
         if pairs and value >= 0:
             f[f"low_{name}"], f[f"high_{name}"] = wilson_interval(round(value * pairs), pairs)
-    f["early"] = _ratio(held.place.min(), pd.concat([train.place, held.place]).max())
+    f["early"] = held.place.min() / (rows.place.max() or math.nan)
     f |= _moves(held if len(held) > 1 else train, held.tail(1) if len(held) else train.tail(half), f)
     return f
 
 
-# ------------------------------------------------------------------------------------------------ rules
-
-
-def _leak(f: dict[str, Any]) -> bool:
+def _leaks(f: dict[str, Any]) -> bool:
     """An accuracy that the surface explains, or too good to be true, before half of the run is over."""
     explained = f["low_first"] > LIMITS["leak_explained"] and f["surface"] >= f["low_first"]
     return f["early"] <= 0.5 and f["pairs"] >= ENOUGH_PAIRS and (explained or f["low_first"] > LIMITS["leak"])
 
 
-def _falls(f: dict[str, Any]) -> bool:
-    fell = f["chosen_fall"] > LIMITS["chosen_fall"] and f["chosen_end"] > f["rejected_end"]
-    return fell and f["loss"] not in PER_TOKEN
-
-
-def _harms(f: dict[str, Any]) -> bool:
-    """A second sign: the chosen falls at once, against a beta that should hold it, or the held-out loss rises too."""
-    far = f["chosen_fall"] > LIMITS["fall_held"] and -f["chosen_end"] > LIMITS["fall_nats"]
-    return f["fall_speed"] > LIMITS["fall_speed"] or (f["beta"] >= 0.1 and far) or _rises(f, LIMITS["gain_waver"])
-
-
-def _rises(f: dict[str, Any], share: float) -> bool:
+def _rises(f: dict[str, Any], limit: str) -> bool:
     """Whether the held-out loss rose from its best by more than it wavers, and took this share of the gain back."""
-    return f["loss_rise"] > max(LIMITS["loss_rise"], f["noise"]) and f["gain_lost"] > share
+    return f["loss_rise"] > max(LIMITS["loss_rise"], f["noise"]) and f["gain_lost"] > LIMITS[limit]
+
+
+def _falls(f: dict[str, Any]) -> bool | str:
+    """A symptom if the chosen falls at once, against a beta that should hold it, or the held-out loss rises too."""
+    fell = f["chosen_fall"] > LIMITS["chosen_fall"] and f["chosen_end"] > f["rejected_end"]
+    far = f["chosen_fall"] > LIMITS["fall_held"] and -f["chosen_end"] > LIMITS["fall_nats"]
+    harms = f["fall_speed"] > LIMITS["fall_speed"] or (f["beta"] >= 0.1 and far) or _rises(f, "gain_waver")
+    return fell and f["loss"] not in PER_TOKEN and (harms or NOTE)
 
 
 # code -> whether a run has the symptom, in the order in which symptoms are named; NOTE where it is worth a note only.
@@ -241,21 +210,20 @@ RULES: dict[str, Callable[[dict[str, Any]], bool | str]] = {
         or (f["first_at"] < 0.4 and f["flat_from"] > LIMITS["flat_from"] and f["flat_by"] < LIMITS["flat_by"])
     ),
     "diverged": lambda f: f["loss_peak"] > LIMITS["loss_peak"] * f["start"] / LN2,
-    "leak": lambda f: _leak(f) or f["low_best"] > LIMITS["leak_note"] and NOTE,
+    "leak": lambda f: _leaks(f) or f["low_best"] > LIMITS["leak_note"] and NOTE,
     "below_half": lambda f: f["moved"] >= LIMITS["moved"] and f["high_end"] < 0.5 and f["accuracy_best"] < 0.5,
     "overfitting": lambda f: (
-        (_rises(f, LIMITS["gain_lost"]) and not f["loss_end"] >= f["held_loss_best"])
-        or (_rises(f, LIMITS["gain_waver"]) and NOTE)
+        (_rises(f, "gain_lost") and not f["loss_end"] >= f["held_loss_best"]) or (_rises(f, "gain_waver") and NOTE)
     ),
     "loss_zero": lambda f: f["loss"] == "sigmoid" and f["loss_half"] < LIMITS["loss_half"],
-    "chosen_falls": lambda f: _falls(f) and (_harms(f) or NOTE),
+    "chosen_falls": _falls,
     "not_moving": lambda f: f["moved"] < LIMITS["moved"] and not f["over"] < 0.5,
     "never_ends": lambda f: f["cut"] > LIMITS["cut"],
     "no_preference": lambda f: (
-        f["moved"] >= LIMITS["moved"]
-        and f["low_end"] < 0.5 <= f["high_end"]
+        f["low_end"] < 0.5 <= f["high_end"]
         and f["accuracy_end"] < LIMITS["accuracy_end"]
         and f["pairs"] >= ENOUGH_PAIRS
+        and f["moved"] >= LIMITS["moved"]
         and not f["over"] < 0.5
     ),
 }
@@ -266,15 +234,13 @@ def _named(f: dict[str, Any]) -> list[tuple[str, bool]]:
     found = {code: holds for code, rule in RULES.items() if (holds := rule(f))}
     for code in {"out_of_memory", "nan"} & set(found):  # after these no other number means anything
         return [(code, False)]
-    explained = {
-        other for code, holds in found.items() if holds is not NOTE for other in SYMPTOMS[code].get("explains", ())
-    }
+    explained = [other for code in found if found[code] is not NOTE for other in SYMPTOMS[code].get("explains", ())]
     named = [(code, holds is NOTE) for code, holds in found.items() if code not in explained]
     return sorted(named, key=lambda one: one[1])
 
 
-def _causes(code: str, f: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """The catalogue's causes without those that the run's own numbers rule out, the likelier first."""
+def _symptom(code: str, note: bool, f: dict[str, Any]) -> Symptom:
+    """In the catalogue's words, without the causes that the run's own numbers rule out, the likelier first."""
     ruled_out = {
         ("nan", 1): f["fp16"] is not True,
         ("loss_zero", 1): f["accuracy_first"] <= LIMITS["leak_note"],
@@ -291,16 +257,14 @@ def _causes(code: str, f: dict[str, Any]) -> tuple[tuple[str, str], ...]:
         ("chosen_falls", 1): f["beta"] < 0.1,
         ("overfitting", 1): f["num_train_epochs"] <= 1,
     }
-    order = sorted(range(len(SYMPTOMS[code]["causes"])), key=lambda n: not likely.get((code, n)))
-    causes = [SYMPTOMS[code]["causes"][n] for n in order if not ruled_out.get((code, n))]
-    return tuple((why, cure.format_map(f)) for why, cure in causes)
-
-
-def _symptom(code: str, note: bool, f: dict[str, Any]) -> Symptom:
-    words = SYMPTOMS[code]["note"] if note else SYMPTOMS[code]
+    known = SYMPTOMS[code]
+    words, places = (known["note"], ()) if note else (known, range(len(known["causes"])))
+    order = sorted((n for n in places if not ruled_out.get((code, n))), key=lambda n: not likely.get((code, n)))
+    causes = [(why, cure.format_map(f)) for why, cure in (known["causes"][n] for n in order)]
     # A part of the evidence whose numbers are not known is left out.
-    evidence = [text for part in SYMPTOMS[code]["evidence"] if "nan" not in (text := part.format_map(f))]
-    return Symptom(code, words["what"], "; ".join(evidence), () if note else _causes(code, f), words["test"], note)
+    evidence = [text for part in known["evidence"] if "nan" not in (text := part.format_map(f))]
+    test = f"{'The history cannot decide between these. A test:' if causes[1:] else 'To make sure:'} {words['test']}"
+    return Symptom(code, words["what"], "; ".join(evidence), tuple(causes), test, note)
 
 
 def _unseen(f: dict[str, Any]) -> list[str]:
@@ -309,7 +273,7 @@ def _unseen(f: dict[str, Any]) -> list[str]:
         return []
     missing = {
         "training": not f["steps"],
-        "start": f["steps"] and "start_off" not in f,
+        "start": f["steps"] and not f["started"],
         "evaluation": not f["evaluations"],
         "test_pairs": f["evaluations"] and not f["pairs"],
         "few": f["evaluations"] and 0 < f["pairs"] < ENOUGH_PAIRS,
@@ -322,7 +286,10 @@ def _unseen(f: dict[str, Any]) -> list[str]:
     return [UNSEEN[name].format_map(f) for name, is_missing in missing.items() if is_missing]
 
 
-# ------------------------------------------------------------------------------------------------ sources
+def of_run(run: Run) -> dict[str, Any]:
+    """What `measure` needs of a `run`."""
+    names = ("config", "train_pairs", "test_pairs", "status", "memory_gb")
+    return {name: run.info[name] for name in names} | {"history": run.history, "findings": run.info.data.findings}
 
 
 def _of_folder(folder: Path) -> dict[str, Any]:
@@ -331,23 +298,13 @@ def _of_folder(folder: Path) -> dict[str, Any]:
         return of_run(Run(folder, info, [], {}, None) if info.status == Status.OUT_OF_MEMORY else Run.load(folder))
     states = [*folder.glob("trainer_state.json"), *folder.glob("checkpoint-*/trainer_state.json")]
     if not states:
-        raise UserError(
-            f"{folder.name} holds no run.json of ours and no trainer_state.json of TRL's, in itself or in a "
-            "checkpoint-*. Pass such a folder, or trainer.state.log_history."
-        )
+        raise refused("no_history", folder=folder.name)
     try:
         read = [json.loads(path.read_text(encoding="utf-8")) for path in states]
         state = max(read, key=lambda state: state["global_step"])
         return {"history": state["log_history"], "config": {"max_steps": state["max_steps"]}}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"trainer_state.json in {folder.name} cannot be read ({error!r}). Save it again.") from error
-
-
-def of_run(run: Run) -> dict[str, Any]:
-    """What `measure` needs of a `run`."""
-    info = run.info
-    known = {name: info[name] for name in ("config", "train_pairs", "test_pairs", "status", "memory_gb")}
-    return known | {"history": run.history, "findings": info.data.findings}
+        raise refused("state", folder=folder.name, error=error) from error
 
 
 def _of_source(source: Any) -> dict[str, Any]:
@@ -361,7 +318,7 @@ def _of_source(source: Any) -> dict[str, Any]:
         sizes = {name: len(rows) for name, rows in sets.items() if hasattr(rows, "column_names")}
         return {"history": source.state.log_history, "config": config} | sizes
     if not isinstance(source, list) or not all(isinstance(row, dict) for row in source):
-        raise UserError("A history is a list of dicts, as trainer.state.log_history has them.")
+        raise refused("not_a_history")
     return {"history": source}
 
 
@@ -373,7 +330,7 @@ def diagnose(
     test_pairs: int | None = None,
     report: Report | None = None,
 ) -> Diagnosis:
-    """What is wrong with a training run, from its history and data report alone.
+    """What is wrong with a training run, from its history alone; what stays unknown is named as not judged.
 
     Args:
         source: a Run or its folder, also of one that ran out of memory; a trainer; its `state.log_history`; or TRL's
@@ -382,10 +339,7 @@ def diagnose(
         train_pairs, test_pairs: how many pairs, where the source does not say.
         report: of `check_pairs` for the training pairs.
 
-    What stays unknown is named as not judged, never assumed.
-
-    Raises:
-        UserError: no such folder, an unfinished run, or no history.
+    Raises UserError if there is no such folder, an unfinished run, or no history.
     """
     known = _of_source(source)
     settings = describe_config(config) if isinstance(config, TrainingArguments) else config or {}

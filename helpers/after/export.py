@@ -1,8 +1,4 @@
-"""Handing a finished run over: its adapter, the merged model, a GGUF file, or the run itself for more GPUs.
-
-`export_run` writes a folder that is whole or not there. It hands over what was trained and measured: a 4-bit base is
-de-quantised, not replaced by its 16-bit original.
-"""
+"""Handing a finished run over: its adapter, the merged model, a GGUF file, or the run itself for more GPUs."""
 
 import json
 import shutil
@@ -20,8 +16,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
+from helpers.after import refused
 from helpers.after.inspection import load_policy
-from helpers.common import UserError, setting
+from helpers.common import setting
 from helpers.data.check import check_pairs
 from helpers.data.render import template_options
 from helpers.model.embedded import EMBEDDED_HUB_NAME
@@ -44,12 +41,11 @@ def export_run(
     hub: str | None = None,
     replace: bool = False,
 ) -> Path:
-    """Write what a finished run hands over into `folder`, with a model card; returns `folder`.
+    """Write what a finished `run` hands over into `folder`, which appears whole or not at all; returns `folder`.
 
-    It appears whole or not at all, and holds no path of this machine and no token.
+    It holds a model card, no path of this machine and no token.
 
     Args:
-        run: a finished run, as `train_dpo` or `Run.load` gives it.
         to: "adapter": the LoRA weights and the tokenizer (tens of MB), for PEFT or vLLM on top of the base model.
             "merged": an ordinary model in float16, which needs neither PEFT nor this project. The card says how much
             of the update the rounding keeps; below 90% it is printed too. A 4-bit base is de-quantised, not replaced
@@ -59,23 +55,21 @@ def export_run(
             "trl": the same with TRL's script, for those without this package; on GPUs several times slower.
         train, test: for the last two: the pairs that were given to `train_dpo`, compared with the run's by their hash.
         hub: a repository on the hub (OWNER/NAME) to which the folder is also uploaded; a new one is made private.
-        replace: write even if `folder` exists. An old export is removed; a folder that holds anything else (your
-            notes, what was trained there) is kept next to the new one as `NAME.old-1` and so on.
+        replace: write even if `folder` exists. An old export is removed; a folder that holds anything else (your notes,
+            what was trained there) is kept next to the new one as `NAME.old-1` and so on.
 
-    Raises:
-        UserError: another `to`, a folder that exists, a base model that is not here, no converter, other pairs than
-            the run's, a run that a script can't repeat, no token or a refusal by the hub, no room on the disk.
+    Raises UserError for another `to`, a folder that exists, a base model or a converter that is not here, other pairs,
+    a run that a script can't repeat, no token, a refusal by the hub, no room on the disk.
     """
     folder, scripts = Path(folder), to in ("torchrun", "trl")
     if to not in _WRITERS:
-        raise UserError(f"export_run knows no form {to!r}. Take one of {', '.join(map(repr, _WRITERS))}.")
+        raise refused("form", to=to, forms=", ".join(map(repr, _WRITERS)))
     if folder.exists() and not replace:
-        raise UserError(f"{folder.name} exists already. Take another folder, or pass replace=True.")
-    if hub is not None:
-        if scripts:
-            raise UserError(f'hub= uploads models; the form "{to}" holds your pairs. Copy its folder by other means.')
-        if setting("HF_TOKEN") is None:
-            raise UserError(f"Uploading to {hub} needs HF_TOKEN in .env: a token that may write, from the hub's pages.")
+        raise refused("exists", folder=folder.name)
+    if hub is not None and scripts:
+        raise refused("hub_of_pairs", to=to)
+    if hub is not None and setting("HF_TOKEN") is None:
+        raise refused("token", hub=hub)
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
     try:
@@ -87,15 +81,10 @@ def export_run(
             (part / "README.md").write_text(model_card(run, to, kept), encoding="utf-8")
         if folder.exists():
             old, new = ({path.relative_to(root) for path in root.rglob("*")} for root in (folder, part))
-            if old <= new:
-                shutil.rmtree(folder)
-            else:
-                set_aside(folder)
+            (shutil.rmtree if old <= new else set_aside)(folder)
         part.rename(folder)
     except OSError as error:
-        raise UserError(
-            f"{folder.name} could not be written ({error.strerror or error}). Nothing was changed."
-        ) from error
+        raise refused("disk", folder=folder.name, error=error.strerror or error) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     if hub is not None:
@@ -110,26 +99,24 @@ def _upload(folder: Path, name: str) -> None:
         hub.upload_folder(repo_id=name, folder_path=folder)
     except (HfHubHTTPError, OSError, ValueError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        raise UserError(
-            f"The hub did not take {name} ({type(error).__name__}{f', status {status}' if status else ''}). Check the "
-            f"name (OWNER/NAME), and that HF_TOKEN may write there. The export itself is complete in {folder.name}."
-        ) from None  # the library's text may quote the request
-
-
-def base_of(run: Run) -> str:
-    """Where the base model of `run` is: the embedded one's folder, that of DPO_MODEL, or a name on the hub."""
-    return adapter_base(str(run.adapter)) or run.info.model
+        said = f"{type(error).__name__}{f', status {status}' if status else ''}"
+        raise refused("hub", name=name, error=said, folder=folder.name) from None  # its text may quote the request
 
 
 def _write_adapter(run: Run, part: Path) -> None:
     shutil.copytree(run.adapter, part, dirs_exist_ok=True)
 
 
+def _base_of(run: Run) -> str:
+    """Where its base model is: the embedded one's folder, that of DPO_MODEL, or a name on the hub."""
+    return adapter_base(str(run.adapter)) or run.info.model
+
+
 def kept_update(model: PeftModel, dtype: torch.dtype = torch.float16) -> float:
     """How much of an adapter's update is left when the merged weights of `model` are rounded to `dtype`.
 
-    For the weights W and their updates D, the part of the rounded change that lies along D: (round(W + D) - W)·D / D·D,
-    over all layers. 1 if nothing is lost, 0 if every weight rounds back to what it was.
+    For weights W and updates D of all layers, the part of the rounded change that lies along D: (round(W + D) - W)·D /
+    D·D. 1 if nothing is lost, 0 if every weight rounds back to what it was.
     """
     # Imported here: PEFT may move them, and the other exports do without.
     from peft.tuners.lora import LoraLayer
@@ -148,30 +135,19 @@ def kept_update(model: PeftModel, dtype: torch.dtype = torch.float16) -> float:
 
 
 def merged_model(run: Run) -> tuple[PreTrainedModel, float]:
-    """(model, kept): the base model of `run` in float16, the adapter added into its weights, for plain transformers.
+    """(model, kept): the base model of `run` in float16, the adapter added into its weights, and `kept_update` of it.
 
     float16, not bfloat16, in which most base models are stored: an update is small compared with its weight, and
-    bfloat16's coarser steps (8 significant bits, not 11) would round much of it away. `kept` is the share that float16
-    keeps (`kept_update`). A 4-bit base is loaded as it was trained on and de-quantised before the adapter is added:
-    added to 4-bit weights, the adapter would be rounded to 4 bits too.
+    bfloat16's coarser steps (8 significant bits, not 11) would round much of it away. A 4-bit base is loaded as it was
+    trained on and de-quantised first: added to 4-bit weights, the adapter would be rounded to 4 bits too.
     """
-    base, four_bit = base_of(run), None
+    base, four_bit = _base_of(run), None
     if PROFILES[run.info.profile].load_in_4bit:  # as Unsloth loads it; a model that is stored in 4-bit keeps its own
-        four_bit = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float16,
-        )
+        nf4 = {"quant_type": "nf4", "use_double_quant": True, "compute_dtype": torch.float16}
+        four_bit = BitsAndBytesConfig(load_in_4bit=True, **{f"bnb_4bit_{name}": value for name, value in nf4.items()})
+    safe = {"token": setting("HF_TOKEN"), "use_safetensors": True, "trust_remote_code": False}  # as load_model does
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base,
-            dtype=torch.float16,
-            token=setting("HF_TOKEN"),
-            use_safetensors=True,  # as load_model does
-            trust_remote_code=False,
-            quantization_config=four_bit,
-        )
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16, quantization_config=four_bit, **safe)
     except (OSError, ValueError) as error:
         if Path(base).exists():
             raise
@@ -183,10 +159,7 @@ def merged_model(run: Run) -> tuple[PreTrainedModel, float]:
     try:
         return model.merge_and_unload(safe_merge=True), kept
     except ValueError as error:
-        raise UserError(
-            "The merged weights would hold values that are no numbers. Either the run diverged, which diagnose(run) "
-            f"shows, or a weight does not fit into float16 ({error})."
-        ) from error
+        raise refused("no_numbers", error=error) from error
 
 
 def _write_merged(run: Run, part: Path) -> float:
@@ -212,19 +185,14 @@ def _write_gguf(run: Run, part: Path) -> float:
     folder, names = converter_places()
     converter = next((folder / name for name in names if (folder / name).is_file()), None)
     if converter is None:
-        raise UserError(
-            "A GGUF file is made by llama.cpp's converter, which is not here, and nothing is downloaded unasked. Get "
-            "it yourself: `git clone https://github.com/ggml-org/llama.cpp ~/.unsloth/llama.cpp` (or set "
-            'UNSLOTH_LLAMA_CPP_PATH to a copy that you have), then call export_run(..., "gguf", ...) again. By hand: '
-            '`python convert_hf_to_gguf.py MERGED --outtype q8_0`, where MERGED is what the form "merged" wrote.'
-        )
+        raise refused("no_converter")
     merged = part / "merged"
     kept = _write_merged(run, merged)
     command = [sys.executable, converter, merged, "--outfile", part / "model-q8_0.gguf", "--outtype", "q8_0"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise UserError(f"llama.cpp's converter failed ({' '.join(last)}). A newer copy of it may know this model.")
+        raise refused("converter", last=" ".join(last))
     shutil.rmtree(merged)
     return kept
 
@@ -232,17 +200,14 @@ def _write_gguf(run: Run, part: Path) -> float:
 def _write_pairs(run: Run, part: Path, train: Dataset | None, test: Dataset | None) -> None:
     """Write the pairs as the run trained on them. Raises UserError if they are others."""
     if train is None or test is None:
-        raise UserError("This form needs train= and test=, the pairs that train_dpo was given.")
-    tokenizer, longest = load_tokenizer(base_of(run)), run.info.config["max_length"]
+        raise refused("no_pairs")
+    tokenizer, longest = load_tokenizer(_base_of(run)), run.info.config["max_length"]
     (part / "data").mkdir()
     for name, given, other in (("train", train, test), ("test", test, None)):
         report = check_pairs(given, tokenizer, longest, test=other, **run.info.prompts_rule)
         if report.hash != getattr(run.info.data, name):
-            raise UserError(
-                f"{name}= is not what the run {run.folder.name} was given: {len(report.pairs)} pairs here, "
-                f"{run.info[f'{name}_pairs']} there, and other tokens. Pass the same pairs in the same order; "
-                "if they are, then the run used another chat template than its base model has, which no script would."
-            )
+            counts = {"here": len(report.pairs), "there": run.info[f"{name}_pairs"]}
+            raise refused("other_pairs", name=name, run=run.folder.name, **counts)
         (part / "data" / f"{name}.jsonl").write_text(_json_lines(report.pairs), encoding="utf-8")
 
 
@@ -261,69 +226,57 @@ def _json_lines(pairs: Dataset) -> str:
     return "".join(json.dumps({name: row[name] for name in used}, ensure_ascii=False) + "\n" for row in rows)
 
 
+def _write_torchrun(run: Run, part: Path) -> None:
+    info, config = run.info, run.info.config
+    if info.reference != POLICY_AT_START:
+        raise refused("no_script")
+    lora = _lora(run)
+    if run.reference is not None:
+        shutil.copytree(run.reference, part / "reference")
+    elif lora["lora_alpha"] != lora["r"] or set(lora["target_modules"]) != set(LORA_TARGETS):
+        raise refused("other_lora")
+    own = {"model": EMBEDDED if info.model == EMBEDDED_HUB_NAME else info.model, "lora_rank": lora["r"]}
+    names = changed_settings(config).keys() | dpo_settings().keys() | RUN_SETTINGS.keys()
+    settings = {name: config[name] for name in sorted(names - {"report_to"}) if config[name] is not None}
+    _write_script(run, part, "torchrun", own | {"folder": "run"} | info.prompts_rule | settings)
+
+
+def _write_trl(run: Run, part: Path) -> None:
+    info, config = run.info, run.info.config
+    if run.reference is not None or info.reference != POLICY_AT_START:
+        raise refused("trl_reference")
+    lora = _lora(run)
+    settings = changed_settings(config) | {
+        "model_name_or_path": info.model,
+        "dtype": "bfloat16" if config["bf16"] else "float16" if config["fp16"] else "float32",
+        "precompute_ref_log_probs": True,  # the reference's forward once, as in the run, and not in each step
+    }
+    settings |= {"use_peft": True, "lora_r": lora["r"], "lora_target_modules": sorted(lora["target_modules"])}
+    settings |= {name: lora[name] for name in ("lora_alpha", "lora_dropout")}
+    more = f", on a CPU also unsloth=={info.versions['unsloth']}"
+    if PROFILES[info.profile].load_in_4bit:
+        # On a large card the run may have needed no checkpointing; TRL alone needs more memory than Unsloth.
+        settings |= {"load_in_4bit": True, "use_bnb_nested_quant": True, "gradient_checkpointing": True}
+        more = " and bitsandbytes"
+    shutil.copy(TEMPLATES / "fsdp.yaml", part)
+    rounded = " from the hub, whose weights were never rounded to 4 bits and\n  differ a little from the run's"
+    note = rounded if info.model == EMBEDDED_HUB_NAME else ""
+    _write_script(run, part, "trl", dict(sorted(settings.items())), more=more, model_note=note)
+
+
 def _lora(run: Run) -> dict[str, Any]:
     return json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
 
 
-def _write_torchrun(run: Run, part: Path) -> None:
-    if run.info.reference != POLICY_AT_START:
-        raise UserError(
-            "This run was given a reference model, which its folder does not hold: a script can't repeat it."
-        )
-    config, lora = run.info.config, _lora(run)
-    if run.reference is not None:
-        shutil.copytree(run.reference, part / "reference")
-    elif lora["lora_alpha"] != lora["r"] or set(lora["target_modules"]) != set(LORA_TARGETS):
-        raise UserError("This run's adapter was not made by add_lora, which is what the script would call.")
-    own = {"model": EMBEDDED if run.info.model == EMBEDDED_HUB_NAME else run.info.model, "lora_rank": lora["r"]}
-    names = changed_settings(config).keys() | dpo_settings().keys() | RUN_SETTINGS.keys()
-    settings = {name: config[name] for name in sorted(names - {"report_to"}) if config[name] is not None}
-    text = yaml.safe_dump(own | {"folder": "run"} | run.info.prompts_rule | settings, sort_keys=False)
-    (part / "settings.yaml").write_text(text, encoding="utf-8")
-    _write_script(part, "torchrun", run=run, batch=pairs_a_step(config))
-
-
-def _write_trl(run: Run, part: Path) -> None:
-    if run.reference is not None or run.info.reference != POLICY_AT_START:
-        raise UserError(
-            "This run's reference is not its base model (it started from a trained adapter, or was given a reference "
-            "model). TRL's script starts every adapter afresh on a base, so it can't repeat the run. Merge the "
-            "trained adapter into its base first, train from the merged model, and export that run."
-        )
-    config, lora = run.info.config, _lora(run)
-    settings = changed_settings(config) | {
-        "model_name_or_path": run.info.model,
-        "dtype": "bfloat16" if config["bf16"] else "float16" if config["fp16"] else "float32",
-        "use_peft": True,
-        "lora_r": lora["r"],
-        "lora_alpha": lora["lora_alpha"],
-        "lora_dropout": lora["lora_dropout"],
-        "lora_target_modules": sorted(lora["target_modules"]),
-        "precompute_ref_log_probs": True,  # the reference's forward once, as in the run, and not in each step
-    }
-    more = f", on a CPU also unsloth=={run.info.versions['unsloth']}"
-    if PROFILES[run.info.profile].load_in_4bit:
-        # On a large card the run may have needed no checkpointing; TRL alone needs more memory than Unsloth.
-        settings |= {"load_in_4bit": True, "use_bnb_nested_quant": True, "gradient_checkpointing": True}
-        more = " and bitsandbytes"
-    (part / "dpo.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    shutil.copy(TEMPLATES / "fsdp.yaml", part)
-    rounded = " from the hub, whose weights were never rounded to 4 bits and\n  differ a little from the run's"
-    note = rounded if run.info.model == EMBEDDED_HUB_NAME else ""
-    _write_script(part, "trl", run=run, batch=pairs_a_step(config), more=more, model_note=note)
-
-
-def _write_script(part: Path, form: str, **values: Any) -> None:
-    """Put the script of this `form` into the folder, and a README with these `values`."""
+def _write_script(run: Run, part: Path, form: str, settings: dict[str, Any], **values: str) -> None:
+    """Put the script of this `form` and its settings into the folder, and a README with these `values`."""
     shutil.copy(Path(__file__).with_name(f"{form}_script.py"), part / "train.py")
     readme = (TEMPLATES / f"{form}_export.md").read_text(encoding="utf-8")
-    (part / "README.md").write_text(readme.format(**values), encoding="utf-8")
+    readme = readme.format(run=run, batch=pairs_a_step(run.info.config), **values)
+    (part / "README.md").write_text(readme, encoding="utf-8")
+    name = {"trl": "dpo.yaml", "torchrun": "settings.yaml"}[form]
+    (part / name).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
-_WRITERS: dict[str, Callable] = {
-    "adapter": _write_adapter,
-    "merged": _write_merged,
-    "gguf": _write_gguf,
-    "torchrun": _write_torchrun,
-    "trl": _write_trl,
-}
+_WRITERS: dict[str, Callable[[Run, Path], float | None]] = {"adapter": _write_adapter, "merged": _write_merged}
+_WRITERS |= {"gguf": _write_gguf, "torchrun": _write_torchrun, "trl": _write_trl}

@@ -1,7 +1,7 @@
 """Inspection: what a run changed, in its replies, in the rewards of pairs, and token by token.
 
-All three functions take a run, its folder, or what `open_run` gave, which loads the model once for many calls; they
-raise the UserError of `open_run`. Text of data sets and models in their tables is made safe to show by `visible`.
+All three functions take a run, its folder, or what `open_run` gave, which loads the model once for many calls, and
+raise the UserError of `open_run`. Texts in their tables are safe to show (`visible`).
 """
 
 import contextlib
@@ -19,18 +19,18 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
-from helpers.common import UserError, visible
-from helpers.data.render import Prompt, Renderer, tokenize_pairs, turns_of
+from helpers.after import refused
+from helpers.common import visible
+from helpers.data.render import BOTH, Prompt, Renderer, tokenize_pairs, turns_of
+from helpers.model import Model, Tokenizer
 from helpers.model.fingerprint import base_hash, fingerprint, hash_tensors
 from helpers.model.generate import generate_replies, repetition
 from helpers.model.load import load_model, not_found
 from helpers.model.logps import pair_logps
 from helpers.run.folder import LORA_SCALE, POLICY_AT_START, Run
 from helpers.run.metrics import held_out_table
-
-Model = PreTrainedModel | PeftModel
 
 
 def _conversation(prompt: Prompt) -> str:
@@ -44,7 +44,7 @@ class OpenRun:
 
     run: Run
     model: PeftModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     ref_model: Model | None = None
 
     def __post_init__(self) -> None:
@@ -52,21 +52,17 @@ class OpenRun:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[Model]:
-        """The reference of the training, for a `with` block in which the policy must not be used.
+        """The model that was passed to the training, the adapter that it started from, or the base model.
 
-        It is the model that was passed, the adapter that the run started from, or the base model.
+        For a `with` block in which the policy must not be used.
         """
-        if self.ref_model is not None:
-            yield self.ref_model
-        elif self.run.reference is None:
-            with self.model.disable_adapter():
-                yield self.model
-        else:
-            self.model.set_adapter("reference")
-            try:
-                yield self.model
-            finally:
-                self.model.set_adapter("default")
+        with contextlib.ExitStack() as after:
+            if self.ref_model is None and self.run.reference is None:
+                after.enter_context(self.model.disable_adapter())
+            elif self.ref_model is None:
+                after.callback(self.model.set_adapter, "default")
+                self.model.set_adapter("reference")
+            yield self.ref_model or self.model
 
     def both(self, ask: Callable[[Model], Any]) -> dict[str, Any]:
         """What `ask` gives for the "reference" and for the "policy"."""
@@ -79,35 +75,28 @@ def _check_adapter(folder: Path, expected: str | None, scale: dict | None) -> No
     """Raise UserError unless `folder` holds the adapter with the hash `expected`, as a safetensors file."""
     name = f"{folder.parent.name}/{folder.name}"
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    if not weights.is_file() and weights.with_suffix(".bin").is_file():
-        code = "a format that can run code when it is read. Only safetensors are loaded here."
-        raise UserError(f"{name} holds adapter_model.bin, {code}")
     try:
         found, settings = hash_tensors(load_file(weights)), json.loads(config.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        missing = config.name if weights.is_file() else weights.name
-        raise UserError(f"{name} holds no {missing}. Copy the run folder again, or train it again.") from error
+        missing, pickled = config if weights.is_file() else weights, weights.with_suffix(".bin").is_file()
+        code = "pickled" if pickled and missing == weights else "incomplete"
+        raise refused(code, name=name, missing=missing.name) from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"The adapter in {name} is damaged ({error}). Copy it or train the run again.") from error
+        raise refused("damaged", name=name, error=error) from error
     if found != expected or {key: settings.get(key) for key in LORA_SCALE} != scale:
-        raise UserError(
-            f"The adapter in {name} is not the one that run.json describes: one of the two was changed after "
-            "training. Restore it, or train the run again."
-        )
+        raise refused("other_adapter", name=name)
 
 
 def _check_reference(run: Run, ref_model: Model | None) -> None:
     passed = run.info.reference != POLICY_AT_START
-    what = None
     if passed and ref_model is None:
-        what = "a model that was passed to train_dpo. Pass it here too: open_run(run, ref_model=...)."
-    elif ref_model is not None and fingerprint(ref_model) != run.info.reference:
-        what = f"{'another model than' if passed else 'no model that was passed, so not'} the ref_model given here."
-    if what:
-        raise UserError(f"The reference of the run in {run.folder.name} is {what}")
+        raise refused("reference_needed", run=run.folder.name)
+    if ref_model is not None and fingerprint(ref_model) != run.info.reference:
+        what = "another model than" if passed else "no model that was passed, so not"
+        raise refused("other_reference", run=run.folder.name, what=what)
 
 
-def load_policy(run: Run) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def load_policy(run: Run) -> tuple[PeftModel, Tokenizer]:
     """(policy, tokenizer) of a run whose files were checked. Raises UserError if its base model is not here."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(run.adapter, trust_remote_code=False)
@@ -116,32 +105,22 @@ def load_policy(run: Run) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     model, _ = load_model(str(run.adapter), chat_template=tokenizer.chat_template)
     in_32_bits = not getattr(model, "is_loaded_in_4bit", False)  # as a run may have been trained
     if run.info.base != base_hash(model) and not (in_32_bits and run.info.base == base_hash(model.float())):
-        raise UserError(
-            f"The base model loaded here is not the one under the run in {run.folder.name}: {run.info.model} has "
-            "other weights, or they are loaded in another precision (16, 32 or 4 bits) than in training."
-        )
+        raise refused("other_base", run=run.folder.name, model=run.info.model)
     return model, tokenizer
 
 
 def open_run(run: Run | str | Path, *, ref_model: Model | None = None) -> OpenRun:
-    """Load a run's policy and reference, after a check that they are what the run left.
+    """Load policy and reference of a `run`, or of its folder, after a check that they are what the run left.
 
-    On a CPU both calculate in 32 bits. In the 16 bits of training, rounding changes the log-ratio of a token by a good
-    part of what training changes.
-
-    Args:
-        run: a run, or its folder.
-        ref_model: the reference, for a run whose train_dpo had a `ref_model`.
-
-    Raises:
-        UserError: the folder is no finished run, or was edited; the adapter is missing or no safetensors file; the
-            base model is not here, is another one, or comes with code (which is never run).
+    On a CPU both calculate in 32 bits: in the 16 bits of training, rounding changes the log-ratio of a token by a good
+    part of what training changes. `ref_model` is the reference, for a run whose train_dpo had a `ref_model`. Raises
+    UserError if the folder is no finished run, or was edited; if the adapter is missing or no safetensors file; if the
+    base model is not here, is another one, or comes with code (which is never run).
     """
     run = run if isinstance(run, Run) else Run.load(run)
-    scales = run.info.lora
-    _check_adapter(run.adapter, run.info.end, scales.get("adapter"))
-    if "reference" in scales:
-        _check_adapter(run.folder / "reference", run.info.start, scales["reference"])
+    _check_adapter(run.adapter, run.info.end, run.info.lora.get("adapter"))
+    if "reference" in run.info.lora:
+        _check_adapter(run.folder / "reference", run.info.start, run.info.lora["reference"])
     _check_reference(run, ref_model)
     model, tokenizer = load_policy(run)
     if run.reference is not None:
@@ -153,24 +132,23 @@ def open_run(run: Run | str | Path, *, ref_model: Model | None = None) -> OpenRu
     return OpenRun(run, model.eval(), tokenizer, ref_model)
 
 
-def _opened(run: OpenRun | Run | str | Path) -> OpenRun:
+AnyRun = OpenRun | Run | str | Path
+
+
+def _opened(run: AnyRun) -> OpenRun:
     return run if isinstance(run, OpenRun) else open_run(run)
 
 
 def compare_generations(
-    run: OpenRun | Run | str | Path, prompts: Sequence[Prompt], *, max_new_tokens: int = 80, **options: Any
+    run: AnyRun, prompts: Sequence[Prompt], *, max_new_tokens: int = 80, **options: Any
 ) -> pd.DataFrame:
     """Replies of reference and policy to the same prompts, side by side: a row for each prompt.
 
-    Columns: prompt, reference and policy (texts), and for both models the tokens of the reply, whether it ended before
-    `max_new_tokens`, and the share of its 4-grams that repeat an earlier one.
-
-    Args:
-        run: a run, its folder, or what `open_run` gave.
-        prompts: questions (str), conversations, or rows of pairs, whose `tools` and `chat_template_kwargs` count. For
-            the others the chat template gets what all training prompts had in common (`run.info.template`).
-        max_new_tokens: where a reply is cut.
-        options: of `generate_replies`; greedy by default, temperature, top_p and seed to sample.
+    Columns: prompt, reference and policy (texts), and for both models of `run` the tokens of the reply, whether it
+    ended before `max_new_tokens`, and the share of its 4-grams that repeat an earlier one. `prompts` are questions
+    (str), conversations, or rows of pairs, whose `tools` and `chat_template_kwargs` count; for the others the chat
+    template gets what all training prompts had in common (`run.info.template`). `options` are those of
+    `generate_replies`: greedy, or temperature, top_p and seed to sample.
     """
     opened = _opened(run)
     options = opened.run.info.template | options | {"max_new_tokens": max_new_tokens}
@@ -184,12 +162,12 @@ def compare_generations(
     return pd.DataFrame(columns)
 
 
-def implicit_rewards(run: OpenRun | Run | str | Path, pairs: Dataset) -> pd.DataFrame:
+def implicit_rewards(run: AnyRun, pairs: Dataset) -> pd.DataFrame:
     """Implicit rewards of `pairs`: beta times the log-ratio (Rafailov et al. 2023, section 4, after eq. 7).
 
-    `run` is a run, its folder, or what `open_run` gave. Completions that pass its `max_length` are cut as in training.
-    One row a pair, in their order: the columns of `Run.held_out` (log-probs in nats under reference and policy,
-    tokens, log_ratio_gap), chosen_reward, rejected_reward, margin (their difference), and the texts.
+    Completions that pass the `max_length` of `run` are cut as in training. One row a pair, in their order: the columns
+    of `Run.held_out` (log-probs in nats under reference and policy, tokens, log_ratio_gap), chosen_reward,
+    rejected_reward, margin (their difference), and the texts.
     """
     opened = _opened(run)
     ids = tokenize_pairs(pairs, opened.tokenizer)
@@ -197,25 +175,23 @@ def implicit_rewards(run: OpenRun | Run | str | Path, pairs: Dataset) -> pd.Data
     table = held_out_table(pairs, **logps)
     for name in {"origin", "topic", "flaw"} & set(table.columns):
         table[name] = [visible(str(value)) for value in table[name]]
-    for side in ("chosen", "rejected"):
+    for side in BOTH:
         table[f"{side}_reward"] = opened.beta * (table[f"{side}_policy"] - table[f"{side}_reference"])
     table["margin"] = table.chosen_reward - table.rejected_reward
-    for name in ("prompt", "chosen", "rejected"):
+    for name in ("prompt", *BOTH):
         table[name] = [_conversation(messages) for messages in pairs[name]]
     return table
 
 
 def _token_logps(model: Model, prompt: list[int], completion: list[int]) -> torch.Tensor:
     """Log-probs of the completion's tokens in nats, shape (tokens,): the plain definition, one softmax a token."""
-    if not completion:  # the prompt fills max_length
-        return torch.zeros(0, dtype=torch.float64)
     ids = torch.tensor([prompt + completion], device=model.device)
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
     return logits.float().log_softmax(dim=-1).gather(1, ids[0, len(prompt) :, None])[:, 0].double().cpu()
 
 
-def _token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _token_texts(ids: list[int], tokenizer: Tokenizer) -> list[str]:
     """What each token adds to the text; a character of several tokens comes with its last one."""
     shown = [tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
     for end in range(1, len(ids)):
@@ -229,27 +205,25 @@ def _side_rewards(opened: OpenRun, side: str, prompt: list[int], completion: lis
     texts, special = _token_texts(ids, tokenizer), [token in tokenizer.all_special_ids for token in ids]
     # A word starts at a space, and around a special token.
     starts = [i > 0 and (text[:1].isspace() or special[i] or special[i - 1]) for i, text in enumerate(texts)]
-    table = pd.DataFrame({"side": side, "word": pd.Series(starts, dtype=int).cumsum()})
-    table["token"], table["id"] = [visible(text) for text in texts], ids
-    table["eos"] = [token == tokenizer.eos_token_id for token in ids]
+    words = {"side": side, "word": pd.Series(starts, dtype=int).cumsum(), "token": list(map(visible, texts)), "id": ids}
+    table = pd.DataFrame(words | {"eos": [token == tokenizer.eos_token_id for token in ids]})
     table = table.assign(**opened.both(lambda model: _token_logps(model, prompt, ids).numpy()))
-    table["log_ratio"] = table.policy - table.reference
-    return table.assign(reward=opened.beta * table.log_ratio)
+    return table.assign(log_ratio=table.policy - table.reference, reward=opened.beta * (table.policy - table.reference))
 
 
-def token_rewards(run: OpenRun | Run | str | Path, pair: dict) -> pd.DataFrame:
-    """How much each token adds to the implicit rewards of `pair`, a row as `load_pairs` gives them.
+def token_rewards(run: AnyRun, pair: dict) -> pd.DataFrame:
+    """How much each token adds to the implicit rewards of `pair`, a row as `load_pairs` gives them, in this `run`.
 
-    `run` is a run, its folder, or what `open_run` gave. A log-prob of a text is the sum of its tokens' log-probs, so a
-    reward is a sum too (Rafailov et al. 2024, arXiv:2404.12358). The sums equal the rewards of `implicit_rewards` up to
-    rounding: log-ratios within 0.001 nats on a CPU, within some tenths in 16 bits or 4. One row a token: side
-    ("chosen", "rejected"), word (its number, from 0), token (its text), id, eos (whether it ends the turn), reference
-    and policy (log-probs in nats), log_ratio (nats), reward. Raises UserError if the chat template refuses the pair.
+    A log-prob of a text is the sum of its tokens' log-probs, so a reward is a sum too (Rafailov et al. 2024,
+    arXiv:2404.12358): that of `implicit_rewards`, with log-ratios within 0.001 nats on a CPU, some tenths in 16 bits or
+    4. One row a token: side ("chosen", "rejected"), word (its number, from 0), token (its text), id, eos (whether it
+    ends the turn), reference and policy (log-probs in nats), log_ratio (nats), reward. Raises UserError if the chat
+    template refuses the pair.
     """
     opened = _opened(run)
     # Not as a Dataset, which would give each tool of the row the keys of the others.
     (row,) = Renderer(opened.tokenizer)([pair])
     if row["refused"]:
-        raise UserError("The chat template refuses this pair. check_pairs says why such rows are errors.")
-    tables = [_side_rewards(opened, side, row["prompt_ids"], row[f"{side}_ids"]) for side in ("chosen", "rejected")]
+        raise refused("template")
+    tables = [_side_rewards(opened, side, row["prompt_ids"], row[f"{side}_ids"]) for side in BOTH]
     return pd.concat(tables, ignore_index=True)

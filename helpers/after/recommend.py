@@ -20,8 +20,8 @@ class Recommendation(NamedTuple):
 def compare_accuracy(sweep: Sweep, beta: float, other: float, comparisons: int = 1) -> tuple[float, float, float]:
     """Held-out accuracy of `beta` minus that of `other`, and the ends of its interval (95 percent for all comparisons).
 
-    Both saw the same pairs, so they are compared pair by pair, each averaged over its seeds: what makes a pair hard
-    for both cancels out. The level is divided among the comparisons (Bonferroni).
+    They are compared pair by pair of the `sweep`, each averaged over its seeds: what makes a pair hard for both cancels
+    out. The level is divided among the comparisons (Bonferroni).
     """
     right = (sweep.gaps > 0).T.groupby(level=0).mean().T  # share of seeds, a row for each pair, a column for each beta
     difference = right[beta] - right[other]
@@ -47,20 +47,16 @@ def recommend(sweep: Sweep) -> Recommendation:
     compared = {beta: compare_accuracy(sweep, beta, home, len(others)) for beta in others}
     better = [beta for beta, (_, low, _) in compared.items() if low > 0]
     beta = max(better, key=lambda beta: accuracy[beta], default=home)
+    unseen = max((high - low) / 2 for _, low, high in compared.values())
+    lines = [
+        f"No beta is measured to be more accurate than {home:g}; keep {home:g}. Accuracies run from "
+        f"{accuracy.min():.3f} to {accuracy.max():.3f} ({basis}); a difference below about "
+        f"{unseen:.2f} could not be seen."
+    ]
     if better:
         size, low, high = compared[beta]
-        reason = (
-            f"Take {beta:g}: accuracy {accuracy[beta]:.3f} against {accuracy[home]:.3f} of {home:g}, a "
-            f"difference of {size:.3f} (interval {low:.3f} to {high:.3f}; {basis})."
-        )
-    else:
-        unseen = max((high - low) / 2 for _, low, high in compared.values())
-        reason = (
-            f"No beta is measured to be more accurate than {home:g}; keep {home:g}. Accuracies run from "
-            f"{accuracy.min():.3f} to {accuracy.max():.3f} ({basis}); a difference below about "
-            f"{unseen:.2f} could not be seen."
-        )
-    lines = [reason]
+        against = f"accuracy {accuracy[beta]:.3f} against {accuracy[home]:.3f} of {home:g}"
+        lines = [f"Take {beta:g}: {against}, a difference of {size:.3f} (interval {low:.3f} to {high:.3f}; {basis})."]
     if worse := [f"{beta:g}" for beta, (_, _, high) in compared.items() if high < 0]:
         lines.append(f"Less accurate than {home:g}: {', '.join(worse)}.")
     if "kl" in table:

@@ -35,8 +35,7 @@ def share(batch: int, largest: int, processes: int) -> tuple[int, int]:
 
 def last_checkpoint(output: Path) -> str | None:
     """The newest checkpoint in `output` whose last file is whole; one that was cut short is skipped."""
-    found = {int(path.name.rpartition("-")[2]): path for path in output.glob("checkpoint-*")}
-    for _, folder in sorted(found.items(), reverse=True):
+    for folder in sorted(output.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
         with contextlib.suppress(OSError, ValueError):
             json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
             return str(folder)
@@ -63,11 +62,9 @@ def main() -> None:
     if "/" not in model.model_name_or_path and not Path(model.model_name_or_path).is_dir():
         raise SystemExit(f"The run was on {model.model_name_or_path}: add --model_name_or_path FOLDER.")
     if training.process_index == 0:
-        print(
-            f"{processes} process{'es' if processes > 1 else ''}, {batch} pairs a step: {size} in a forward, "
-            f"{pieces} forwards each; " + (f"resuming from {Path(start).name}" if start else "from the start"),
-            flush=True,
-        )
+        shared = f"{batch} pairs a step: {size} in a forward, {pieces} forwards each"
+        begins = f"resuming from {Path(start).name}" if start else "from the start"
+        print(f"{processes} process{'es' if processes > 1 else ''}, {shared}; {begins}", flush=True)
     dpo.main(script, training, model, data)
 
 

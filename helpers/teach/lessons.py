@@ -1,6 +1,5 @@
 """What notebooks show of benchmarks/diagnosis.py: each symptom sick and cured, and common advice, tried."""
 
-import collections
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from helpers.after.diagnosis import SYMPTOMS, measure, of_run, to_try
 from helpers.run.folder import Run, RunInfo
 
 _TABLES: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
-SHOWN, ADVICE = _TABLES["shown"], _TABLES["advice"]
+SHOWN, DRAWN, ADVICE = (_TABLES[name] for name in ("shown", "drawn", "advice"))
 
 
 def recorded(part: dict, name: str) -> Run:
@@ -23,19 +22,15 @@ def recorded(part: dict, name: str) -> Run:
     return Run(Path(name), RunInfo.from_json(info, name), run["history"], run["metrics"], None)
 
 
-def before_and_after(results: list[dict], case: str, number: str) -> pd.DataFrame:
-    """One number in all runs of a case (a symptom's code, or a piece of advice): columns sick and cured, a row a seed.
+def _runs(results: list[dict], case: str) -> list[tuple[dict, Run]]:
+    """What was tried in a case (a symptom's code, or a piece of advice), with its run; the first seed first."""
+    return [(one, recorded(part, one["run"])) for part in results for one in part["cases"] if one["case"] == case]
 
-    `number` is one of `measure`, of the metrics, or of `RunInfo.memory_gb`.
-    """
-    rows: dict[tuple, dict[str, float]] = collections.defaultdict(dict)
-    for place, part in enumerate(results):
-        for one in part["cases"]:
-            if one["case"] == case:
-                run = recorded(part, one["run"])
-                numbers = run.metrics | run.info.memory_gb | measure(of_run(run))
-                rows[place, one["seed"]][one["state"]] = numbers[number]
-    return pd.DataFrame.from_dict(rows, orient="index")
+
+def _before_and_after(runs: list[tuple[dict, Run]], number: str) -> pd.DataFrame:
+    """One number of `measure`, the metrics or `RunInfo.memory_gb`: columns sick and cured, a row for each seed."""
+    values = [(one["state"], (run.metrics | run.info.memory_gb | measure(of_run(run)))[number]) for one, run in runs]
+    return pd.DataFrame({name: [one for state, one in values if state == name] for name in ("sick", "cured")})
 
 
 def _spread(values: pd.Series) -> str:
@@ -44,39 +39,49 @@ def _spread(values: pd.Series) -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
+def _by_step(run: Run, name: str) -> pd.Series:
+    """A number of the history by step; rewards as log-ratios in nats, which can be compared across betas."""
+    table = pd.DataFrame(run.history).set_index("step").reindex(columns=[name])[name].dropna()
+    return table / run.info.config["beta"] if "rewards/" in name else table
+
+
 def guide(results: list[dict]) -> list[dict[str, Any]]:
     """The rows of `symptom_table`: each symptom as benchmarks/diagnosis.py made and cured it.
 
     `results` are what calls of it printed, on one machine or on several. A row has cells by the name of their column;
-    also "curve", the name of a series or None, and "histories" of the "sick" and the "cured" run.
+    one that `plot_symptoms` draws also has a "figure": title, label, and by state the curves of training and held out.
     """
     rows = []
-    for code, (number, label, curve) in SHOWN.items():
-        values = before_and_after(results, code, number)
-        runs = [(part, one) for part in results for one in part["cases"] if one["case"] == code]
-        first = {one["state"]: part["runs"][one["run"]]["history"] for part, one in reversed(runs)}
-        row = {"symptom": f"{code}: {SYMPTOMS[code]['what']}", "made by": runs[0][1]["fault"]}
+    for code, (number, label) in SHOWN.items():
+        runs = _runs(results, code)
+        values = _before_and_after(runs, number)
+        row = {"symptom": f"{code}: {SYMPTOMS[code]['what']}", "made by": runs[0][0]["fault"]}
         row |= {"try first": SYMPTOMS[code]["causes"][0][1].format_map(to_try({})), "measured": label}
         row |= {state: _spread(values[state]) for state in ("sick", "cured")}
-        rows.append(row | {"seeds": len(values), "curve": curve, "histories": first})
+        if code in DRAWN:
+            name, *texts = DRAWN[code]
+            first = {one["state"]: run for one, run in reversed(runs)}
+            curves = {state: (_by_step(run, name), _by_step(run, f"eval_{name}")) for state, run in first.items()}
+            row["figure"] = *texts, curves
+        rows.append(row | {"seeds": len(values)})
     return rows
 
 
 def advice(results: list[dict]) -> pd.DataFrame:
     """Common advice as benchmarks/diagnosis.py tried it: does its number change in the direction that it promises?
 
-    One row for each piece of advice, with its number without and with it, and the verdict: "held", "did not hold" or
-    "differs between seeds".
+    One row for each piece of advice in `results`, with its number without and with it, and the verdict: "held", "did
+    not hold" or "differs between seeds".
     """
     rows = []
     for name, (number, label, direction) in ADVICE.items():
-        values = before_and_after(results, name, number)
+        runs = _runs(results, name)
+        values, start, end = (_before_and_after(runs, one) for one in (number, "logp_start", "logp_end"))
         change = (values["sick"] - values["cured"]) * direction
         verdict = "held" if (change > 0).all() else "did not hold" if (change <= 0).all() else "differs between seeds"
-        fall = before_and_after(results, name, "chosen_fall").mean()
-        tried = next(one["fault"] for part in results for one in part["cases"] if one["case"] == name)
-        row = {"advice": name, "tried": tried, "should go": f"{label}: {'up' if direction > 0 else 'down'}"}
-        row |= {"without": _spread(values["cured"]), "with": _spread(values["sick"]), "verdict": verdict}
-        row["chosen lost: without, with"] = f"{fall['cured']:.0%}, {fall['sick']:.0%}"
-        rows.append(row | {"seeds": len(values)})
+        row = {"advice": name, "tried": runs[0][0]["fault"]}
+        row |= {"should go": f"{label}: {'up' if direction > 0 else 'down'}", "verdict": verdict}
+        row |= {"without": _spread(values["cured"]), "with": _spread(values["sick"])}
+        fell = f"from {start['cured'].mean():.0f} to {end['cured'].mean():.0f}, with it to {end['sick'].mean():.0f}"
+        rows.append(row | {"log-prob of a chosen answer, nats": fell, "seeds": len(values)})
     return pd.DataFrame(rows)

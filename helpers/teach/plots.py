@@ -1,10 +1,7 @@
-"""Figures from plain numbers: each answers one question, with its axes named.
-
-The functions take lists and tables, load nothing and print nothing. They return a figure, which a cell shows as its
-value.
-"""
+"""Figures from plain numbers: each answers one question, with its axes named, and is returned as a cell's value."""
 
 import html
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,22 +17,21 @@ DASHED = {"color": "grey", "linestyle": "--", "linewidth": 1}  # a line to compa
 
 
 def _subplots(*shape: int, **options: Any) -> tuple[plt.Figure, Any]:
-    """A figure and its axes, as `plt.subplots` makes them. Closed at once: a cell shows it only as its value."""
+    """As `plt.subplots`, but closed at once: a cell shows the figure only as its value."""
     figure, axes = plt.subplots(*shape, layout="constrained", **options)
     plt.close(figure)
     return figure, axes
 
 
-def _label(axis: plt.Axes, xlabel: str, ylabel: str | None = None, title: str | None = None, legend: str = "") -> None:
+def _label(axis: plt.Axes, xlabel: str, ylabel: str = "", title: str = "", legend: str | None = None) -> None:
     """Name both axes, and show the legend under the heading `legend`."""
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    axis.legend(title=legend or None, fontsize=8)
+    axis.legend(title=legend, fontsize=8)
 
 
-def _series(history: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of `name` in the rows of the history that have it."""
-    rows = [(row["step"], float(row[name])) for row in history if name in row]
-    return [step for step, _ in rows], [value for _, value in rows]
+def _series(history: list[dict], name: str) -> pd.Series:
+    """Values of `name` by step in the rows of the history that have it."""
+    return pd.Series({row["step"]: float(row[name]) for row in history if name in row}, dtype=float)
 
 
 def _by_beta(table: pd.DataFrame) -> Iterator[tuple[str, tuple, pd.DataFrame]]:
@@ -47,16 +43,13 @@ def _by_beta(table: pd.DataFrame) -> Iterator[tuple[str, tuple, pd.DataFrame]]:
 
 def _histograms(axis: plt.Axes, *parts: tuple[Sequence[float], str, dict], start: float = math.inf) -> None:
     """Histograms of (values, label, style) over one another, with the same bins from the least value or `start`."""
-    span = min(start, *(min(values) for values, *_ in parts)), max(max(values) for values, *_ in parts)
+    every = [start, *itertools.chain(*(values for values, *_ in parts))]
     for values, label, style in parts:
-        axis.hist(values, 30, range=span, label=label, **style)
+        axis.hist(values, 30, range=(min(every), max(every[1:])), label=label, **style)
 
 
 def plot_training(history: list[dict]) -> plt.Figure:
-    """Loss, margin and preference accuracy by step: is it learning, and on pairs that it has not seen?
-
-    `history` is that of a Run; its evaluations, if any, are drawn as held-out points.
-    """
+    """Loss, margin and preference accuracy by step of a Run's `history`: does it learn, and for pairs held out too?"""
     figure, axes = _subplots(1, 3, figsize=(12, 3.4))
     parts = (
         ("loss", "loss", "loss (nats)", math.log(2), "ln 2: nothing learned"),
@@ -64,10 +57,9 @@ def plot_training(history: list[dict]) -> plt.Figure:
         ("rewards/accuracies", "accuracy", "share of pairs with margin > 0", 0.5, "a coin"),
     )
     for axis, (name, title, label, line, meaning) in zip(axes, parts, strict=True):
-        axis.plot(*_series(history, name), color=CHOSEN, marker="o", markersize=3, label="training batches")
-        steps, values = _series(history, f"eval_{name}")
-        if steps:
-            axis.plot(steps, values, color="black", linestyle="none", marker="D", label="held out")
+        axis.plot(_series(history, name), color=CHOSEN, marker="o", markersize=3, label="training batches")
+        if len(held_out := _series(history, f"eval_{name}")):
+            axis.plot(held_out, "D", color="black", label="held out")
         axis.axhline(line, **DASHED, label=meaning)
         _label(axis, "step", label, title)
     return figure
@@ -76,11 +68,9 @@ def plot_training(history: list[dict]) -> plt.Figure:
 def plot_log_ratios(table: pd.DataFrame) -> plt.Figure:
     """Log-ratio of both sides for each pair of `Run.held_out`: which side moved, and which way?"""
     figure, axis = _subplots(figsize=(7, 3.4))
-    parts = []
-    for side, style in (("chosen", OF_CHOSEN), ("rejected", OF_REJECTED)):
-        ratios = table[f"{side}_policy"] - table[f"{side}_reference"]
-        parts.append((ratios, f"{side}, mean {ratios.mean():+.2f}", style))
-    _histograms(axis, *parts)
+    chosen, rejected = (table[f"{side}_policy"] - table[f"{side}_reference"] for side in ("chosen", "rejected"))
+    styles = {f"chosen, mean {chosen.mean():+.2f}": OF_CHOSEN, f"rejected, mean {rejected.mean():+.2f}": OF_REJECTED}
+    _histograms(axis, *zip((chosen, rejected), *zip(*styles.items(), strict=True), strict=True))
     axis.axvline(0, **DASHED)
     _label(axis, "log policy - log reference (nats)", "held-out pairs")
     return figure
@@ -98,11 +88,7 @@ def plot_lengths(chosen: list[int], rejected: list[int]) -> plt.Figure:
 
 
 def plot_shares(shares: pd.DataFrame, *, label: str) -> plt.Figure:
-    """A share for each row with its interval: which groups differ by more than chance?
-
-    `shares` has group names as its index, and columns share, low, high (0 to 1) and pairs (count); `label` says of
-    what they are shares.
-    """
+    """A share for each row with its interval, as from `accuracy_by`: which groups differ by more than chance?"""
     return plot_compared({"95% interval": shares}, label=label, baseline=0.5)
 
 
@@ -144,26 +130,23 @@ _LINE, _LEAST = 88, 5
 def plot_token_rewards(tokens: pd.DataFrame) -> plt.Figure:
     """Heat map over the words of `token_rewards`: which of them does the policy like more than its reference?
 
-    Purple words have become likelier, orange ones less likely. The number below a word says the same, for readers who
-    print in grey or cannot tell the two colours apart. Text is drawn as it is, never read as a formula.
+    Purple words have become likelier, orange ones less likely; the number below a word says the same without colour.
     """
     words = tokens.groupby(["side", "word"], sort=False).agg(text=("token", "".join), ratio=("log_ratio", "sum"))
     limit = max(words.ratio.abs().max(), 1e-9)
-    places: dict[str, list] = {}  # side: (line, column, width, text, ratio) of each word
-    line, column = 0, 0
-    for (side, _), text, ratio in words.itertuples():
-        text = text.strip()
-        text = text if len(text) <= _LINE else f"{text[: _LINE - 3]}..."
-        width = max(len(text), _LEAST)
-        if side not in places:
-            line, column = 0, 0
-        elif column + width > _LINE:
-            line, column = line + 1, 0
-        places.setdefault(side, []).append((line, column, width, text, ratio))
-        column += width + 1
+    places: dict[Any, list] = {}  # side: (line, column, width, text, ratio) of each word
+    for side, group in words.groupby(level="side", sort=False):
+        line, column, places[side] = 0, 0, []
+        for text, ratio in group.itertuples(index=False):
+            text = text.strip() if len(text.strip()) <= _LINE else f"{text.strip()[: _LINE - 3]}..."
+            width = max(len(text), _LEAST)
+            if column + width > _LINE and column:
+                line, column = line + 1, 0
+            places[side].append((line, column, width, text, ratio))
+            column += width + 1
     lines = [group[-1][0] + 1 for group in places.values()]
-    size = (11, 0.5 * sum(lines) + 0.6 * len(lines))
-    figure, axes = _subplots(len(places), figsize=size, squeeze=False, height_ratios=lines)
+    size = {"figsize": (11, 0.5 * sum(lines) + 0.6 * len(lines)), "height_ratios": lines}
+    figure, axes = _subplots(len(places), squeeze=False, **size)
     colours = plt.get_cmap("PuOr")
     for axis, (side, group) in zip(axes[:, 0], places.items(), strict=True):
         for line, column, width, text, ratio in group:
@@ -195,8 +178,7 @@ def plot_frontier(table: pd.DataFrame) -> plt.Figure:
 def plot_gaps_and_margins(history: pd.DataFrame) -> plt.Figure:
     """Log-ratio gap and margin by step, a line for each beta: only one of the two can be compared.
 
-    `history` is that of a Sweep; seeds are averaged. A point of a line is the mean over the batches since the point
-    before. Diamonds are held-out pairs, if they were scored during training.
+    `history` is that of a Sweep; seeds are averaged, as are batches between two points. Diamonds are held-out pairs.
     """
     figure, axes = _subplots(1, 2, figsize=(11, 3.8))
     parts = (
@@ -227,8 +209,8 @@ def plot_changes(table: pd.DataFrame) -> plt.Figure:
 def plot_compared(shares: dict[str, pd.DataFrame], *, label: str, baseline: float | None = None) -> plt.Figure:
     """The same shares for several models, side by side: where do they differ by more than chance?
 
-    `shares` has for each model a table as `plot_shares` takes it, with the same index. A point whose low and high are
-    missing (NaN) gets no interval. `baseline` is where a coin would be, if there is one.
+    `shares` has for each model a table with group names as its index and columns share, low, high (0 to 1; NaN for no
+    interval) and pairs (count). `label` says of what they are shares, `baseline` where a coin would be.
     """
     rows = next(iter(shares.values()))
     figure, axis = _subplots(figsize=(8, 0.8 + 0.22 * len(rows) * max(len(shares), 2)))
@@ -249,7 +231,7 @@ def plot_compared(shares: dict[str, pd.DataFrame], *, label: str, baseline: floa
 
 
 def plot_thought_lengths(tokens: dict[str, list[int]]) -> plt.Figure:
-    """How many tokens the thoughts of each model have: quartiles as a box, the mean as a diamond."""
+    """How many `tokens` the thoughts of each model have: quartiles as a box, the mean as a diamond."""
     figure, axis = _subplots(figsize=(8, 0.8 + 0.5 * len(tokens)))
     means = {"marker": "D", "markerfacecolor": CHOSEN, "markeredgecolor": CHOSEN}
     axis.boxplot(tokens.values(), orientation="horizontal", tick_labels=list(tokens), showmeans=True, meanprops=means)
@@ -259,28 +241,23 @@ def plot_thought_lengths(tokens: dict[str, list[int]]) -> plt.Figure:
 
 
 def plot_symptoms(rows: list[dict]) -> plt.Figure:
-    """How does each symptom of `guide` look, next to the cured run? Symptoms that no curve shows are left out."""
-    drawn = [row for row in rows if row["curve"]]
-    height = math.ceil(len(drawn) / 3)
-    figure, axes = _subplots(height, 3, figsize=(9, 1.9 * height), squeeze=False)
-    for axis in axes.flat[len(drawn) :]:
-        axis.axis("off")
-    for axis, row in zip(axes.flat, drawn, strict=False):
-        for state, colour, marker in (("sick", REJECTED, "o"), ("cured", CHOSEN, "D")):
-            points = _series(row["histories"][state], row["curve"])
-            axis.plot(*points, color=colour, marker=marker, markersize=2.5, linewidth=1.2, label=state)
-        label = row["curve"].replace("eval_", "held-out ").replace("rewards/accuracies", "accuracy").replace("s/", " ")
-        axis.set_title(row["symptom"].partition(":")[0], fontsize=9)
-        axis.set_xlabel("step", fontsize=8)
-        axis.set_ylabel(label, fontsize=8)
-        axis.tick_params(labelsize=7)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8)
+    """How do four symptoms of `guide` look, each next to the cured run? Held-out points are few: no line joins them."""
+    figure, axes = _subplots(2, 2, figsize=(9, 6))
+    for axis, (title, label, curves) in zip(axes.flat, (row["figure"] for row in rows if "figure" in row), strict=True):
+        for state, colour in (("sick", REJECTED), ("cured", CHOSEN)):
+            training, held_out = curves[state]
+            axis.plot(training, "o-", color=colour, markersize=3, label=f"{state}, training batches")
+            axis.plot(held_out, "D", color=colour, markeredgecolor="black", label=f"{state}, held out")
+        axis.axhline(math.log(2) if "loss" in label else 0, **DASHED)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set(xlabel="step", ylabel=label)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
 def symptom_table(rows: list[dict]) -> HTML:
     """The words and numbers of each symptom of `guide`, in full width."""
-    names = [name for name in rows[0] if name not in ("curve", "histories")]
+    names = [name for name in rows[0] if name != "figure"]
     head = "".join(f'<th style="text-align:left">{html.escape(name)}</th>' for name in names)
     cells = [[f'<td style="text-align:left">{html.escape(str(row[name]))}</td>' for name in names] for row in rows]
     return HTML(f"<table><tr>{head}</tr><tr>{'</tr><tr>'.join(map(''.join, cells))}</tr></table>")

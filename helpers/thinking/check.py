@@ -11,9 +11,9 @@ from jinja2 import TemplateError
 
 from helpers.common import UserError
 from helpers.data.findings import Finding
-from helpers.data.render import encode, render, template_options
+from helpers.data.render import BOTH, encode, render, template_options
 from helpers.model import Tokenizer
-from helpers.thinking.tags import CLOSE, OPEN, OPEN_AT_END, has_tag, split_thinking, think_boundary
+from helpers.thinking.tags import ANY_TAG, CLOSE, OPEN, OPEN_AT_END, split_thinking, think_boundary
 
 _FOUND: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("findings.yaml").read_text("utf-8"))
 _CODES = {"spelling": "think_spelling", "text before": "thought_late"}  # of `Thinking.problems`, if not thought_...
@@ -28,49 +28,36 @@ def _codes(content: str, tokenizer: Tokenizer, opened: bool) -> tuple[set[str], 
 def _prompt_codes(prompt: str | list[dict], tokenizer: Tokenizer) -> set[str]:
     """What is wrong in the turns before the reply. Earlier thoughts that are whole are left to the template."""
     if isinstance(prompt, str):  # rendered already: it may end in an open thought, or in an empty one
-        return {"think_in_prompt"} if has_tag(re.sub(rf"{OPEN}\s*(?:{CLOSE}\s*)?$", "", prompt)) else set()
-    codes = set()
-    for turn in prompt:
-        if turn["role"] == "assistant":
-            codes |= _codes(turn["content"], tokenizer, opened=False)[0]
-        elif has_tag(turn["content"]):
-            codes.add("think_in_prompt")
-    return codes
+        prompt = [{"role": "user", "content": re.sub(rf"{OPEN}\s*(?:{CLOSE}\s*)?$", "", prompt)}]
+    replies = [turn["content"] for turn in prompt if turn["role"] == "assistant"]
+    codes = set().union(*(_codes(reply, tokenizer, opened=False)[0] for reply in replies))
+    asked = any(ANY_TAG.search(turn["content"]) for turn in prompt if turn["role"] != "assistant")
+    return codes | ({"think_in_prompt"} if asked else set())
 
 
 def check_thinking(pairs: Iterable[dict], tokenizer: Tokenizer, max_length: int | None = None) -> list[Finding]:
-    """What is wrong with the thoughts of these pairs, for a report of `check_pairs`: `report.add(check_thinking(...))`.
+    """What is wrong with the thoughts of `pairs`, for a report of `check_pairs`: `report.add(check_thinking(...))`.
 
-    It looks at each message as it is written, and if that is in order, at what the chat template makes of it.
-
-    Args:
-        pairs: rows as `render_thinking` and `load_pairs` give them; or prompt, chosen and rejected as the text that
-            the trainer gets, with the chat template applied.
-        tokenizer: of the model that they are for.
-        max_length: tokens of prompt + completion that the trainer keeps.
-
-    Raises:
-        UserError: rows without the columns prompt, chosen and rejected.
+    It looks at each message as it is written, and if that is in order, at what the chat template of the model's
+    `tokenizer` makes of it. `pairs` are rows as `render_thinking` and `load_pairs` give them; or prompt, chosen and
+    rejected as the text that the trainer gets, with the chat template applied (else UserError). `max_length`: tokens of
+    prompt + completion that the trainer keeps.
     """
     boundary = think_boundary(tokenizer)
     tags_are_text = boundary.kind == "ordinary" and not boundary.one_token
     found: dict[str, dict[int, str]] = defaultdict(dict)  # code -> position of the row -> how to name it
     rows = list(pairs)
     for position, row in enumerate(rows):
-        if not {"prompt", "chosen", "rejected"} <= set(row):
+        if not {"prompt", *BOTH} <= set(row):
             raise UserError(f"Row {position + 1} has no prompt, chosen and rejected. Call render_thinking first.")
         name = row.get("origin") or f"row {position + 1}"
         for code in _prompt_codes(row["prompt"], tokenizer):
             found[code][position] = f"{name} (prompt)"
-        thinks = set()
-        for side in ("chosen", "rejected"):
-            codes, side_thinks = _side_codes(row, side, tokenizer, max_length)
-            thinks.add(side_thinks)
-            if tags_are_text and (side_thinks or codes):
-                codes.add("tags_are_text")
-            for code in codes:
+        sides = {side: _side_codes(row, side, tokenizer, max_length) for side in BOTH}
+        for side, (codes, thinks) in sides.items():
+            for code in codes | ({"tags_are_text"} if tags_are_text and (thinks or codes) else set()):
                 found[code].setdefault(position, f"{name} ({side})")
-        if len(thinks) == 2:
+        if sides["chosen"][1] != sides["rejected"][1]:
             found["thought_one_sided"][position] = name
     if len(found["thought_one_sided"]) <= len(rows) / 2:
         del found["thought_one_sided"]

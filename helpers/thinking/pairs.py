@@ -17,17 +17,14 @@ from helpers.model import Tokenizer
 from helpers.thinking.tags import CLOSE, OPEN, think_boundary
 
 BUNDLED_THINKING = BUNDLED_PAIRS.with_name("thinking_pairs.jsonl")
-THINKING_FIELDS = ("prompt", "chosen_thought", "chosen_answer", "rejected_thought", "rejected_answer")
-THINKING_FIELDS += ("flaw", "topic", "answer")
+THINKING_FIELDS = "prompt chosen_thought chosen_answer rejected_thought rejected_answer flaw topic answer".split()
 
 
 def load_thinking_pairs(path: str | Path = BUNDLED_THINKING) -> list[dict]:
     """Thinking pairs from the JSONL file at `path`, by default the 72 of this project; `origin` is file and line.
 
-    A language model wrote those for this project and twice read them through critically; no person has.
-
-    Raises:
-        UserError: no such file, a line that is no JSON object, a field that is missing or no text.
+    A language model wrote those for this project and twice read them through critically; no person has. Raises
+    UserError if there is no such file, or a line is no JSON object, or lacks a field.
     """
     pairs = []
     for origin, row in open_source(path, "train").rows():
@@ -50,14 +47,9 @@ def render_thinking(pairs: Iterable[dict], tokenizer: Tokenizer, enable_thinking
 
     Prompt + completion then carries exactly one `<think>...</think>`, and the prompt stays a token prefix. With
     `enable_thinking=False` the prompt of a hybrid model holds the (empty) thought: only the answers are left. Earlier
-    turns of a prompt are left to the template, which treats them as it does at inference.
-
-    Args:
-        pairs, tokenizer: as `load_thinking_pairs` gives them, and of the model that they are for.
-        enable_thinking: only for a hybrid model; False puts an empty thought into its prompt.
-
-    Raises:
-        UserError: `enable_thinking` for a model whose template has no such switch.
+    turns of a prompt are left to the template, which treats them as it does at inference. `pairs` are as
+    `load_thinking_pairs` gives them, `tokenizer` is that of the model. Raises UserError if `enable_thinking` is given
+    for a model whose template has no such switch.
     """
     boundary = think_boundary(tokenizer, enable_thinking)
     if enable_thinking is not None and boundary.kind != "hybrid":

@@ -9,15 +9,14 @@ from helpers.model import Tokenizer
 from helpers.model.generate import Reply
 from helpers.run.metrics import wilson_interval
 from helpers.thinking.tags import split_thinking
-from helpers.thinking.word_problems import DAYS, MONTHS, NAMES, UNITS, step_result
+from helpers.thinking.word_problems import DAYS, MONTHS, NAMES, STEPS, UNITS
 
 
 def is_right(answer: str | None, expected: str) -> bool:
-    """Whether `answer` says what is `expected`, the field `answer` of a pair.
+    """Whether `answer` says what is `expected`, the field `answer` of a pair; None (an open thought) does not.
 
-    If that is a number, it must be the last number of the answer. One of NAMES or DAYS must be the only one named. A
-    date such as "May 7" must occur, in either order, and so must other words. None (a thought that never closed) is
-    not right.
+    A number must be the last one of the answer. One of NAMES or DAYS must be the only one named. A date such as "May 7"
+    must occur, in either order, and so must other words.
 
     >>> is_right("That leaves 1,200 of them.", "1200"), is_right("Ben, or else Ada.", "Ben")
     (True, False)
@@ -40,12 +39,12 @@ _UNIT_SIZES = {(big, small): size for size, units in UNITS.items() for big, smal
 _STATEMENTS: tuple[tuple[str, Callable[..., bool]], ...] = (  # pattern, whether the statement found is true
     (
         r"(?<![\d.])(?<![-+*/] )(\d+) ([-+*/]) (\d+) = (\d+)(?![\d.]*\d)",
-        lambda x, sign, y, result: result * y == x if sign == "/" else step_result(x, sign, y) == result,
+        lambda x, sign, y, result: result * y == x if sign == "/" else STEPS[sign](x, y) == result,
     ),
     (r"(\d+)% of (\d+) = (\d+)", lambda percent, of, result: percent * of == 100 * result),
     (r"(\d+) < (\d+)", lambda x, y: x < y),
     (r"(\d+) > (\d+)", lambda x, y: x > y),
-    (rf"(\d+) days after ({'|'.join(DAYS)}) comes (\w+)", lambda n, day, end: step_result(n, "days after", day) == end),
+    (rf"(\d+) days after ({'|'.join(DAYS)}) comes (\w+)", lambda n, day, end: STEPS["days after"](n, day) == end),
     (rf"({'|'.join(MONTHS)}) has (\d+) days", lambda month, days: MONTHS[month] == days),
     (r"One (\w+) is (\d+) (\w+)", lambda big, size, small: _UNIT_SIZES.get((big, small), size) == size),
     (r"In a (race|game of points) the (smallest|largest) number wins", lambda a, b: (a == "race") == (b == "smallest")),
@@ -53,10 +52,8 @@ _STATEMENTS: tuple[tuple[str, Callable[..., bool]], ...] = (  # pattern, whether
 
 
 def false_steps(thought: str) -> list[str]:
-    """The statements of a thought that can be evaluated and are false, word for word.
-
-    Reads what `make_thinking_pairs` writes: calculations of two whole numbers, comparisons of them, "25% of 80 = 20",
-    "3 days after Monday comes Thursday", lengths of months ("June has 30 days") and of units ("One week is 7 days").
+    """The statements of a `thought` that can be evaluated (those that `make_thinking_pairs` writes: calculations and
+    comparisons of two whole numbers, percentages, days of the week, months and units) and are false, word for word.
 
     >>> false_steps("Each box holds 8, so 3 * 8 = 24, and 24 + 5 = 30.")
     ['24 + 5 = 30']
@@ -70,21 +67,17 @@ def false_steps(thought: str) -> list[str]:
 
 
 def thought_table(replies: Sequence[Reply], answers: Sequence[str], tokenizer: Tokenizer) -> pd.DataFrame:
-    """What a program can say of the thoughts in these replies; the means of the columns describe the model.
+    """What a program can say of the thoughts in `replies` (`generate_replies`); the column means describe the model.
 
     One row for each reply: well_formed (one whole thought, then the answer, no other tag), closed (a thought ends and
-    an answer follows, whatever else is wrong), right (see `is_right`; an answer without a thought counts too),
-    false_steps (how many), thought_tokens (0 without a thought) and cut (it reached max_new_tokens before its end).
-
-    Args:
-        replies, tokenizer: as `generate_replies` gives them, and of the model that replied.
-        answers: what each answer must say (the field `answer` of a pair), in the order of `replies`.
+    an answer follows, whatever else is wrong), right (it says what `answers` has for it, see `is_right`; an answer
+    without a thought counts too), false_steps (how many), thought_tokens (by the model's `tokenizer`, 0 without a
+    thought) and cut (it reached max_new_tokens before its end).
     """
     rows = []
     for reply, answer in zip(replies, answers, strict=True):
         found = split_thinking(reply.ids, tokenizer)
-        thought = found.thought or ""
-        closed = found.thought is not None and found.answer is not None
+        thought, closed = found.thought or "", None not in (found.thought, found.answer)
         tokens = len(tokenizer.encode(thought, add_special_tokens=False))
         right, false = is_right(found.answer, answer), len(false_steps(thought))
         rows.append((found.well_formed, closed, right, false, tokens, not reply.ended))
@@ -92,10 +85,8 @@ def thought_table(replies: Sequence[Reply], answers: Sequence[str], tokenizer: T
 
 
 def thought_shares(table: pd.DataFrame) -> pd.DataFrame:
-    """Shares of well-formed, closed and right replies in a `table` of `thought_table`, each a row.
-
-    Columns are share, low, high (Wilson, 95 percent) and pairs (the count of replies).
-    """
+    """Rows for the well-formed, closed and right replies in a `table` of `thought_table`; columns are share, low and
+    high (Wilson, 95 percent) and pairs (the count of replies)."""
     names, n = ["well_formed", "closed", "right"], len(table)
     rows = [(table[name].mean(), *wilson_interval(int(table[name].sum()), n), n) for name in names]
     return pd.DataFrame(rows, columns=["share", "low", "high", "pairs"], index=["well-formed", *names[1:]])

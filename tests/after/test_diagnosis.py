@@ -7,6 +7,7 @@ people: field/runs.json has their numbers with the source, and in `says` what th
 import copy
 import json
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from benchmarks.diagnosis import CASES, Bench
 from helpers import DPOConfig, DPOTrainer, UserError, diagnose, load_pairs
 from helpers.after.diagnosis import LIMIT_TABLE, LIMITS, RULES, SYMPTOMS, Diagnosis, Symptom, measure, of_run
 from helpers.run.folder import Run, Status, write_info
-from helpers.teach.lessons import SHOWN, advice, guide, recorded
+from helpers.teach.lessons import DRAWN, SHOWN, advice, guide, recorded
 from helpers.teach.plots import plot_symptoms, symptom_table
 
 ROOT = Path(__file__).parent.parent.parent
@@ -76,6 +77,41 @@ def sweep_runs() -> dict[str, dict]:
     }
 
 
+def seed_runs() -> dict[str, dict]:
+    """The seeds of 03: what it leaves on its page, and the end of each in results/seeds.json, or its whole history."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "seeds.json").read_text(encoding="utf-8"))
+    page = json.loads((ROOT / "notebooks" / "03_train.ipynb").read_text(encoding="utf-8"))
+    printed = next(
+        "".join(out["text"])
+        for cell in page["cells"]
+        if "run = train_dpo(" in "".join(cell["source"])
+        for out in cell["outputs"]
+        if "held out at step" in "".join(out.get("text", ""))
+    )
+    pattern = r"(step|held out at step) +(\d+)(?: of \d+|:) +loss (\S+) +margin (\S+) +accuracy (\S+)"
+    rows = []
+    for what, step, *numbers in re.findall(pattern, printed):
+        names = [f"{'eval_' * (what != 'step')}{name}" for name in ("loss", "rewards/margins", "rewards/accuracies")]
+        rows.append({"step": int(step)} | dict(zip(names, map(float, numbers), strict=True)))
+    histories = {"page": rows}
+    for one in results["seeds"]:
+        end = {"loss": one["loss"], "rewards/margins": one["margin"], "rewards/accuracies": one["accuracy"]}
+        end |= {f"rewards/{side}": 0.1 * one[f"{side}_change"] for side in ("chosen", "rejected")}
+        last = {"step": results["steps"]} | {f"eval_{name}": value for name, value in end.items()}
+        histories[f"seed {one['seed']}"] = one.get("history", [last])
+    config = {"beta": 0.1, "loss_type": ["sigmoid"], "num_train_epochs": 1, "max_steps": 24, "learning_rate": 2e-4}
+    return {
+        f"03, {name}, evaluated: {often}": {
+            "history": [row for row in rows if "loss" in row or row["step"] in steps],
+            "config": config,
+            "train_pairs": 192,
+            "test_pairs": 120,
+        }
+        for name, rows in histories.items()
+        for often, steps in {"end": (24,), "thirds": (8, 16, 24), "all": range(25)}.items()
+    }
+
+
 def public(run: dict) -> dict:
     """What is known of a public run besides its history."""
     config = {name: run[name] for name in ("beta", "loss_type") if run.get(name)} | run.get("config", {})
@@ -83,7 +119,7 @@ def public(run: dict) -> dict:
 
 
 # name: (source, what else `diagnose` is told, the codes wanted)
-ALL = {name: (known.pop("history"), known, []) for name, known in sweep_runs().items()}
+ALL = {name: (known.pop("history"), known, []) for name, known in (sweep_runs() | seed_runs()).items()}
 ALL |= {run["name"]: (run["history"], public(run), run["wanted"]) for run in FIELD}
 ALL |= {
     f"lab {part['machine']} {one['run']}": (recorded(part, one["run"]), {}, expected(one["case"], one["state"]))
@@ -103,7 +139,7 @@ def test_every_run_of_the_sweep_and_of_others(name):
     source, known, wanted = ALL[name]
     diagnosis = diagnose(source, **known)
     assert diagnosis.codes == wanted and len(diagnosis.notes) <= 1
-    if name.startswith("sweep"):
+    if name.startswith(("sweep", "03")):
         assert diagnosis.notes == []
     assert not any("nan" in one.evidence for one in diagnosis.findings) and all(
         one.evidence for one in diagnosis.findings
@@ -363,6 +399,8 @@ def test_a_run_that_is_hardly_begun_is_not_called_still():
     known = {"config": {"beta": 0.1, "loss_type": "sigmoid", "max_steps": 100}}
     diagnosis = diagnose(run.history, **known)
     assert diagnosis.codes == [] and "less than half of the run is over" in str(diagnosis)
+    ended = [*run.history, {"step": 100, "eval_loss": 0.6931, "eval_rewards/chosen": 0.0, "eval_rewards/rejected": 0.0}]
+    assert diagnose(ended, **known).codes == ["not_moving"]  # the last row may be an evaluation
     assert diagnose(run.history, config=known["config"] | {"max_steps": 4}).codes == ["not_moving"]
     rising = [row | {"learning_rate": 1e-6 * row["step"]} for row in run.history]
     assert diagnose(rising, config={"beta": 0.1, "loss_type": "sigmoid"}).codes == []
@@ -453,9 +491,13 @@ def test_tables_of_the_guide():
     rows[0]["symptom"] = "<script>"
     page = symptom_table(rows).data
     assert page.count("<tr>") == len(rows) + 1 and "<script>" not in page
-    drawn = [axis for axis in plot_symptoms(rows).axes if axis.lines]
-    assert len(drawn) == sum(curve is not None for _, _, curve in SHOWN.values())
-    assert all(len(line.get_xdata()) > 1 for axis in drawn for line in axis.lines)
+    assert "%" not in page and "text-align:left" in page
+    drawn = plot_symptoms(rows).axes
+    assert len(drawn) == len(DRAWN) == 4 and all(axis.get_title("left") and axis.get_ylabel() for axis in drawn)
+    lines = [line for axis in drawn for line in axis.lines if line.get_linestyle() != "--"]
+    assert all(len(line.get_xdata()) > 3 for line in lines if line.get_linestyle() != "None")
+    assert sum(len(line.get_xdata()) == 2 for line in lines) == 16 - 8  # held-out points, which no line joins
+
     table = advice(RESULTS)
     assert len(table) == 4 and set(table.verdict) <= {"held", "did not hold", "differs between seeds"}
 
