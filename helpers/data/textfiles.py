@@ -12,30 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
 from helpers.common import UserError
-from helpers.data.messages import valid_text
+from helpers.data.layouts import HALF_EMOJI, QUESTIONS, asked, plain_value
 from helpers.data.preferences import LeftOut
 
-UNEVEN = "more or fewer fields than the first line has"
 NO_SPACE = re.compile(r"[^ \t\r\n\ufeff]")
 DOUBLED = re.compile(r'(?:^|\t)"[^\t]*""[^\t]*"(?:\t|[\r\n]*$)')  # a mark between tabs that is doubled in its field
-HALF_EMOJI = re.compile(r"\\u[dD][89a-fA-F]")  # or a whole one
-
-
-def plain_value(value: Any) -> Any:
-    """The same value as a table can hold it: arrays as lists, NaN as None, half an emoji as U+FFFD."""
-    if isinstance(value, str):
-        return valid_text(value)
-    if isinstance(value, dict):
-        return {str(plain_value(key)): plain_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_value(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return plain_value(value.tolist())
-    return None if pd.api.types.is_scalar(value) and pd.isna(value) else value
 
 
 def open_bytes(path: Path) -> gzip.GzipFile | io.BufferedReader:
@@ -54,15 +36,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=lambda name: plain_value(float(name)))
 
 
-# Where a JSON text goes wrong -> what to do about it.
-HINTS = {
-    ",": "Take out that comma: objects that stand one a line have none between them.",
-    "{": "A second object begins there. Put it on a line of its own.",
-    "'": "JSON has double quotes. Write the rows with json.dumps.",
-    **dict.fromkeys("]}", "If a comma stands before it, take that out."),
-}
-
-
 def _values(text: str, name: str, only: int = 0) -> Iterator[tuple[int, Any]]:
     """The line that each value of a JSON text starts on, and the value; `only`: the number of the one line it is."""
     line, start, end = only or 1, 0, 0
@@ -73,12 +46,16 @@ def _values(text: str, name: str, only: int = 0) -> Iterator[tuple[int, Any]]:
                 raise json.JSONDecodeError("Extra data", text, start)
             value, end = DECODER.raw_decode(text, start)
         except json.JSONDecodeError as error:
-            place = f"{name}, line {only or error.lineno}, column {error.colno}"
-            advice = HINTS.get(text[error.pos : error.pos + 1], "Mend that line, or take it out.")
-            raise UserError(f"{place}: not valid JSON ({error.msg}). {advice}") from None
+            place, hints = f"{name}, line {only or error.lineno}, column {error.colno}", QUESTIONS["JSON"]
+            raise asked(
+                "invalid JSON",
+                place=place,
+                error=error.msg,
+                advice=hints.get(text[error.pos : error.pos + 1], hints["line"]),
+            ) from None
         except (ValueError, RecursionError) as error:
             place = f"{name}, line {line}" if text[start] == "{" else name
-            raise UserError(f"{place}: not valid JSON ({error}). Mend it, or take it out.") from None
+            raise asked("invalid JSON", place=place, error=error, advice="Mend it, or take it out.") from None
         yield line, plain_value(value) if HALF_EMOJI.search(text, start, end) else value
 
 
@@ -94,13 +71,10 @@ def json_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
             for number, text in itertools.chain(head, lines):
                 yield from ((f"{name}:{line}", value) for line, value in _values(text, name, number))
             return
-    with open_bytes(path) as file:
-        values = list(_values(file.read().decode("utf-8", "replace"), name))
+        file.seek(0)
+        values = [(f"{name}:{line}", value) for line, value in _values(file.read().decode("utf-8", "replace"), name)]
     rows = rows_in(values[0][1], name) if len(values) == 1 else None
-    if rows is None:
-        yield from ((f"{name}:{line}", value) for line, value in values)
-    else:
-        yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
+    yield from values if rows is None else ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _is_json(line: str) -> bool:
@@ -131,10 +105,8 @@ def rows_in(whole: Any, name: str) -> list | None:
         return values if rows is None else rows
     if len(lists) == len(values):
         sizes = ", ".join(f"{key!r} ({len(value)})" for key, value in lists.items())
-        if len(tables) == len(lists):
-            raise UserError(f"{name} holds several lists of rows: {sizes}. Save the one to read as a file of its own.")
-        if len(set(map(len, lists.values()))) > 1:
-            raise UserError(f"{name}: the columns are of unequal length: {sizes}.")
+        if len(tables) == len(lists) or len(set(map(len, values))) > 1:
+            raise asked("several lists" if len(tables) == len(lists) else "unequal columns", name=name, sizes=sizes)
         return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
     if not all(isinstance(value, dict) for value in values):
         return None
@@ -158,10 +130,8 @@ def _fields(path: Path, name: str, skip: int, form: dict[str, Any]) -> Iterator[
                 yield f"{name}:{start}", fields
             start = skip + reader.line_num + 1
     except csv.Error as error:
-        raise UserError(
-            f"{name}, line {skip + reader.line_num}: not valid CSV ({error}). A field that holds a quote, a line break "
-            f"or {form['delimiter']!r} must stand in double quotes, and a quote in it must be doubled."
-        ) from None
+        line = skip + reader.line_num
+        raise asked("invalid CSV", name=name, line=line, error=error, mark=form["delimiter"]) from None
 
 
 def _count(rows: Iterator[tuple[str, list[str]]]) -> tuple[int, int]:
@@ -196,17 +166,11 @@ def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
             raise
         quoted, quoted_other = -1, 0
     if whole > quoted >= 0 and (not other if usual else other and not quoted_other):
-        raise UserError(
-            f"{name} can be read in two ways: as {quoted} rows with quotes around fields, or as {whole} rows, one a "
-            "line, with quotes as text. Save it as JSONL, which has only one reading."
-        )
+        raise asked("two ways", name=name, quoted=quoted, whole=whole)
     doubled = quoted == whole and (not tsv or any(map(DOUBLED.search, _open_text(path, skip))))
     form, whole, other = (quotes, quoted, quoted_other) if usual or quoted > whole or doubled else (text, whole, other)
     if other and not whole:
-        raise UserError(
-            f"{name}: no row has as many fields as line {skip + 1}, which should hold the names of the columns and "
-            f"holds {', '.join(map(repr, next(csv.reader([head], **form)))):.200}."
-        )
+        raise asked("no names", name=name, line=skip + 1, held=", ".join(map(repr, next(csv.reader([head], **form)))))
     return skip, form
 
 
@@ -220,5 +184,5 @@ def csv_rows(path: Path, name: str, skip: int, form: dict[str, Any]) -> Iterator
     if twice:
         raise UserError(f"{name}: two columns of the first line have the same name, {twice[0]!r}. Rename one.")
     for origin, fields in rows:
-        even = len(fields) == len(names)
-        yield origin, dict(zip(names, fields, strict=True)) if even else LeftOut(UNEVEN)
+        row = dict(zip(names, fields, strict=False))
+        yield origin, row if len(fields) == len(names) else LeftOut("more or fewer fields than the first line has")
