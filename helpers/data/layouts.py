@@ -29,11 +29,9 @@ TOLD_BY = ("preference", "scores", "one_hot", "votes", *RANKED)  # of what tells
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where one kind of source keeps things; formats.yaml says what each field means.
-
-    `prompt` has several columns if they are to be joined. `answers` are chosen and rejected, or the two to judge, or
-    the list of ranked ones. `by` is what tells the better one, of a `kind` in TOLD_BY; "" if the first is the better.
-    """
+    """Where one kind of source keeps things; formats.yaml says what each field means. `prompt` has several columns if
+    they are to be joined. `answers` are chosen and rejected, or the two to judge, or the list of ranked ones. `by` is
+    what tells the better one, of a `kind` in TOLD_BY; "" if the first is the better."""
 
     name: str = ""
     prompt: tuple[str, ...] = ()
@@ -205,10 +203,8 @@ def check_arguments(columns: Any, wins: Any, scores: Any, ranked: Any, first_win
 
 
 def find_layout(names: tuple[str, ...], columns: dict[str, list[str]], scores: tuple[str, ...]) -> Layout | None:
-    """The layout that these column names make, or None; `columns`, by role, and `scores` go first.
-
-    Raises UserError, without the source's name, if the names can be read in two ways or hold no pairs by their kind.
-    """
+    """The layout that these column names make, or None; `columns`, by role, and `scores` go first. Raises UserError,
+    without the source's name, if the names can be read in two ways or hold no pairs by their kind."""
     if columns.keys() <= {"prompt", "system"} and not scores and not {"chosen", "rejected"} <= set(names):
         for entry in FORMATS:
             if set(entry["columns"]) <= set(names) and not set(entry.get("without", ())) & set(names):

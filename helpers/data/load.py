@@ -17,19 +17,14 @@ from trl.data_utils import extract_prompt
 from helpers.common import PROJECT, UserError, setting
 from helpers.data import CODE, layouts, messages
 from helpers.data.layouts import RANKED, Layout, asked, listed, lookup, opened
+from helpers.data.messages import WORDS
 from helpers.data.preferences import Judge, LeftOut, is_missing, number_of
 from helpers.data.report import LoadReport, load_report
 from helpers.data.sources import LIBRARY_ERRORS, Source, open_source, printable, reason_of
 from helpers.session import quiet_progress
 
-MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 BUNDLED_PAIRS = Path(__file__).parent / "bundled" / "pairs.jsonl"
 SIDES = ("prompt", "chosen", "rejected")
-# Columns that DPOTrainer reads by name. A source's own column of that name is kept as "source_...".
-RESERVED = set(
-    "prompt chosen rejected origin left_out messages completion image images "
-    "prompt_ids chosen_ids rejected_ids ref_chosen_logps ref_rejected_logps".split()
-)
 
 
 def _prompt(row: dict[str, Any], layout: Layout) -> Any:
@@ -75,10 +70,8 @@ def _elsewhere(row: dict[str, Any], names: set[str]) -> bool:
 
 
 def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[str, Any]:
-    """One row in the one form, without its origin; `better` and `worse` lead to its answers.
-
-    Raises LeftOut with the reason if it is no pair.
-    """
+    """One row in the one form, without its origin; `better` and `worse` lead to its answers. Raises LeftOut with the
+    reason if it is no pair."""
     where = " + ".join(layout.prompt)
     prompt, *sides = _prompt(row, layout), lookup(row, better), lookup(row, worse)
     texts = [side for side in sides if isinstance(side, str)]
@@ -121,10 +114,8 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
 
 
 def _with_own(own: list[dict[str, Any]], shared: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    """The beginning that two whole dialogues share, with the system turn of the row's own prompt.
-
-    Raises LeftOut if the row's prompt says something else.
-    """
+    """The beginning that two whole dialogues share, with the system turn of the row's own prompt. Raises LeftOut if the
+    row's prompt says something else."""
     system = [turn for turn in own if turn["role"] == "system"]
     for turn in own if shared else ():
         text = " ".join(turn["content"].split())
@@ -200,8 +191,8 @@ class _Reader:
             raise UserError(f"{source.name}: {error}") from None
         taken = {""}.union(*(layout.columns(self.kinds) for layout in self.judges))
         others = {name: kinds for name, kinds in self.kinds.items() if kinds and name not in taken}
-        kept = {name: f"source_{name}" for name in others if name in RESERVED or (name == "tools" and not self.tools)}
-        self.kept = dict(zip(others, others, strict=True)) | kept  # the other columns, and what they are called here
+        ours = {*WORDS["reserved"], *(() if self.tools else ("tools",))}
+        self.kept = {name: f"source_{name}" if name in ours else name for name in others}  # what they are called here
         # A struct would give every row the keys of all, as None.
         typed = dict(source.features or {}) | dict.fromkeys(("tools", "chat_template_kwargs"), Json())
         extras = {self.kept[name]: typed.get(name) or _column_feature(kinds) for name, kinds in others.items()}
@@ -294,7 +285,7 @@ class _Reader:
         layout = self._layout(row)
         if layout is None:
             raise LeftOut("no chosen and rejected, nor two answers with a preference")
-        if media := next((name for name in MEDIA if row.get(name)), None):
+        if media := next((name for name in WORDS["media"] if row.get(name)), None):
             raise LeftOut(f"the row has {media}; only text is trained here")
         if layout.kind in RANKED:
             pairs = _ranked(row, layout, self.given["ranked"] == "all")
@@ -332,9 +323,7 @@ def _used(line: str, row: dict[str, Any]) -> str:
 
 def _take_out(table: Dataset, reader: _Reader, reading: list[str], bundled: bool) -> Dataset:
     """The pairs of a table that `_Reader.rows` made; the rows left out go into the report. Prints what is not plain.
-
-    Raises UserError if no pair remains.
-    """
+    Raises UserError if no pair remains."""
     places = defaultdict(list)  # of each reason; "" for pairs
     for place, reason in enumerate(table["left_out"][:]):
         places[reason].append(place)
@@ -364,9 +353,7 @@ def load_pairs(
     ranked: Literal["ends", "all"] = "ends",
     first_wins: Any = None,
 ) -> Dataset:
-    r"""Preference pairs in one form, whatever they come in.
-
-    A row of the source may hold
+    r"""Preference pairs in one form, whatever they come in. A row of the source may hold
 
     1. prompt, chosen, rejected as texts, or as lists of {role, content} with or without a system turn;
     2. chosen and rejected as whole dialogues that share a beginning, as lists or written "\n\nHuman: ...
@@ -377,12 +364,10 @@ def load_pairs(
     5. one of these public formats, which are known by their columns:
     {formats}
 
-    What was read is printed, unless it is the three plain columns: which columns were taken for what, what each
-    value of the preference was taken for, and which columns of text were not read. A row that is no pair is left out
-    and counted: rows read = rows that became pairs + rows left out. `load_report(pairs)` has all of it.
-
-    Bytes that are no UTF-8 become U+FFFD, which `check_pairs` reports. A message keeps its role, its text, calls of
-    tools and a `reasoning_content`.
+    What was read is printed, unless it is the three plain columns: the columns, what each value of the preference was
+    taken for, which columns of text were not read. A row that is no pair is left out and counted: rows read = rows that
+    became pairs + rows left out. `load_report(pairs)` has all of it. Bytes that are no UTF-8 become U+FFFD, which
+    `check_pairs` reports. A message keeps its role, its text, calls of tools and a `reasoning_content`.
 
     Args:
         source: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow; also gzipped), a folder or a pattern of such files, a
@@ -400,9 +385,9 @@ def load_pairs(
         first_wins: the short form of `wins` for a column of two values: the one that means the first answer.
 
     Returns:
-        A Dataset with `prompt` (a list of {role, content}; a system turn may come first, a user turn is last),
-        `chosen` and `rejected` (the same; both begin and end with an assistant turn), `origin` ("pairs.jsonl:12" is a
-        line, "pairs.parquet row 12" a row, from 1) and the source's other columns as they were.
+        A Dataset with `prompt` (a list of {role, content}; a system turn may come first, a user turn is last), `chosen`
+        and `rejected` (the same; both begin and end with an assistant turn), `origin` ("pairs.jsonl:12" is a line,
+        "pairs.parquet row 12" a row, from 1) and the source's other columns as they were.
 
     Raises:
         UserError: a source that can't be read, holds no pair, or can be read in two ways; it names file, line and

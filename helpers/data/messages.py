@@ -9,31 +9,16 @@ from typing import Any
 from datasets import Json, List, Value
 
 from helpers.common import visible
+from helpers.data import tables
 from helpers.data.layouts import opened
 from helpers.data.preferences import LeftOut, is_missing
 from helpers.data.render import template_options
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 WHOLE_MESSAGES = List(Json())  # if any message has more than a role and a text
-SPELLINGS = {
-    "user": "user human prompter",
-    "assistant": "assistant gpt bot model chatbot function_call",
-    "system": "system developer",
-    "tool": "tool function observation",
-}
-ROLES = {spelling: role for role, spellings in SPELLINGS.items() for spelling in spellings.split()}
-# Arguments of `apply_chat_template` that are no variables of a template. A row that sets one would break rendering,
-# or bring a template of its own.
-NOT_TEMPLATE_VARIABLES = set(
-    "conversation chat_template tools documents add_generation_prompt continue_final_message tokenize padding "
-    "truncation max_length return_tensors return_dict tokenizer_kwargs return_assistant_tokens_mask".split()
-)
-# What a message may have besides role and content -> its name in chat templates. check_pairs asks whether the
-# tokenizer's template shows it.
-KEPT = {name: name for name in ("tool_calls", "tool_call_id", "reasoning_content")}
-KEPT |= {"reasoning": "reasoning_content", "thinking": "reasoning_content", "function_call": "tool_calls"}
-VALUE_KINDS = {str: "a text", list: "a list", dict: "an object", bool: "a truth value", int: "a number"}
-VALUE_KINDS |= {float: "a number", type(None): "nothing"}
+(WORDS,) = tables("words.yaml")
+ROLES = {spelling: role for role, spellings in WORDS["roles"].items() for spelling in spellings}
+KEPT = WORDS["kept"]
 # Dialogues in one text, the most certain spelling first: Anthropic's, one with a line for each turn, one in a single
 # line with or without Vicuna's opening sentence.
 TURNS = (
@@ -100,15 +85,13 @@ def has_more(value: Any) -> bool:
     """Whether messages in a cell have more than a role and a text."""
     if isinstance(value, str):
         return value.lstrip()[:1] in ("{", "[") and any(f'"{name}"' in value for name in KEPT)
-    items = value if isinstance(value, list) else [value]
-    return any(
-        isinstance(item, dict) and (any(map(item.get, KEPT)) or item.get("from") == "function_call") for item in items
-    )
+    items = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
+    return any(any(map(item.get, KEPT)) or item.get("from") == "function_call" for item in items)
 
 
 def kind_of(value: Any) -> str:
     """What `value` is, in words."""
-    return VALUE_KINDS.get(type(value), f"a {type(value).__name__}")
+    return WORDS["kinds"].get(name := type(value).__name__, f"a {name}")
 
 
 def dialogue_turns(text: str) -> list[dict[str, Any]] | None:
@@ -163,10 +146,6 @@ def to_messages(value: Any, column: str, role: str, dialogue: bool) -> list[dict
     return [_to_message(turn, column) for message in value for turn in _turns(message)]
 
 
-# What may follow what. A call of a tool is answered by the tool, which the assistant answers.
-AFTER = {"": "user", "user": "assistant", "assistant": "user", "calls": "tool", "tool": "tool assistant"}
-
-
 def check_roles(prompt: list[dict], chosen: list[dict], rejected: list[dict]) -> None:
     """Raise LeftOut unless user and assistant take turns, and the prompt ends with a question."""
     sides = {"chosen": chosen, "rejected": rejected}
@@ -183,7 +162,7 @@ def check_roles(prompt: list[dict], chosen: list[dict], rejected: list[dict]) ->
     for name, side in sides.items():
         before = ""
         for turn in prompt[prompt[0]["role"] == "system" :] + side:
-            if turn["role"] not in AFTER[before].split():
+            if turn["role"] not in WORDS["after"][before]:
                 raise LeftOut(f"unbalanced roles: user and assistant do not take turns in prompt and {name}")
             before = "calls" if turn.get("tool_calls") else turn["role"]
 
@@ -194,7 +173,7 @@ def read_template_kwargs(value: Any) -> dict[str, Any]:
     if not isinstance(value or {}, dict):
         what = "no JSON" if isinstance(value, str) else f"{kind_of(value)}, not an object"
         raise LeftOut(f"chat_template_kwargs is {what}")
-    if wrong := NOT_TEMPLATE_VARIABLES & set(value or {}):
+    if wrong := set(value or {}).intersection(WORDS["no variables"]):
         raise LeftOut(f"chat_template_kwargs sets {', '.join(sorted(wrong))}, which a row may not")
     return template_options({"chat_template_kwargs": value})
 

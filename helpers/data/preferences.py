@@ -130,8 +130,10 @@ def _by_rule(rule: str) -> Rule:
         raise asked("no rule", rule=rule)
 
     def of(value: Any) -> str | None:
-        number, found = number_of(value), set()
-        for sign, low, high, meaning in (term.groups() for term in terms if term and number is not None):
+        if (number := number_of(value)) is None:
+            return UNKNOWN
+        found = set()
+        for sign, low, high, meaning in (term.groups() for term in terms if term):
             ends = sorted((float(low), float(high or low)))
             if SIGNS[sign](number, ends[0]) if sign else ends[0] <= number <= ends[1]:
                 found.add(None if meaning.lower() == "none" else meaning.lower())
@@ -169,11 +171,8 @@ class Judge:
 
     def _named(self, value: Any, row: dict[str, Any]) -> str | None:
         """The side that a text names by its content: the model that wrote the answer, or the answer itself."""
-        for a, b in self.models:
-            a, b = lookup(row, a), lookup(row, b)
-            if value in (a, b) and a != b:
-                return "first" if value == a else "second"
-        return None
+        pairs = ((lookup(row, a), lookup(row, b)) for a, b in self.models)
+        return next(("first" if value == a else "second" for a, b in pairs if value in (a, b) and a != b), None)
 
     def _of_preference(self, value: Any, row: dict[str, Any]) -> str | None:
         if is_missing(value):

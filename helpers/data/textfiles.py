@@ -47,12 +47,8 @@ def _values(text: str, name: str, only: int = 0) -> Iterator[tuple[int, Any]]:
             value, end = DECODER.raw_decode(text, start)
         except json.JSONDecodeError as error:
             place, hints = f"{name}, line {only or error.lineno}, column {error.colno}", QUESTIONS["JSON"]
-            raise asked(
-                "invalid JSON",
-                place=place,
-                error=error.msg,
-                advice=hints.get(text[error.pos : error.pos + 1], hints["line"]),
-            ) from None
+            advice = hints.get(text[error.pos : error.pos + 1], hints["line"])
+            raise asked("invalid JSON", place=place, error=error.msg, advice=advice) from None
         except (ValueError, RecursionError) as error:
             place = f"{name}, line {line}" if text[start] == "{" else name
             raise asked("invalid JSON", place=place, error=error, advice="Mend it, or take it out.") from None
@@ -85,16 +81,14 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
-
-
 def rows_in(whole: Any, name: str) -> list | None:
     """The rows that one value holds: a list, a dictionary of columns, of rows, or of one list; None if it is a row."""
     if isinstance(whole, list | tuple):
         return list(whole)
     values = list(whole.values()) if isinstance(whole, dict) else []
-    if not values or any(_is_message(v[0] if isinstance(v, list) and v else v) for v in values):
+    firsts = [value[0] if isinstance(value, list) and value else value for value in values]
+    keys = [first.keys() for first in firsts if isinstance(first, dict)]
+    if not values or any({"role", "content"} <= one or {"from", "value"} <= one for one in keys):  # of messages
         return None
     lists = {key: value for key, value in whole.items() if isinstance(value, list)}
     tables = [value for value in lists.values() if value and all(isinstance(item, dict) for item in value)]
@@ -110,8 +104,8 @@ def rows_in(whole: Any, name: str) -> list | None:
         return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
     if not all(isinstance(value, dict) for value in values):
         return None
-    keys = {tuple(value) for value in values}
-    if len(keys) == 1 and all(str(key).isdigit() for key in keys.pop()):  # by pandas: column -> row number -> value
+    numbers = [str(key) for key in values[0]]  # by pandas: column -> row number -> value
+    if all(map(str.isdigit, numbers)) and all(list(map(str, value)) == numbers for value in values):
         return rows_in({key: list(value.values()) for key, value in whole.items()}, name)
     return values
 
@@ -141,12 +135,10 @@ def _count(rows: Iterator[tuple[str, list[str]]]) -> tuple[int, int]:
 
 
 def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
-    """How many lines stand before the names, and the arguments of `csv.reader`.
-
-    Text between tabs has no quotes by its standard, but pandas and Excel write them. So that no row swallows others,
-    the reading with more whole rows counts. If both have as many, marks around a field are quotes only if they are
-    around the names too, if those inside are doubled, or if the file is called .csv.
-    """
+    """How many lines stand before the names, and the arguments of `csv.reader`. Text between tabs has no quotes by its
+    standard, but pandas and Excel write them. So that no row swallows others, the reading with more whole rows counts.
+    If both have as many, marks around a field are quotes only if they are around the names too, if those inside are
+    doubled, or if the file is called .csv."""
     csv.field_size_limit(sys.maxsize)
     skip, head = next(((number, line) for number, line in enumerate(_open_text(path, 0)) if line.strip()), (0, ""))
     named = re.fullmatch(r'"?sep=(.)"?\s*', head)  # Excel's first line
