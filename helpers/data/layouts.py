@@ -22,6 +22,7 @@ from helpers.data import tables
 ROLES_OF_COLUMNS = ("prompt", "system", "chosen", "rejected", "a", "b", "preference")
 HALF_EMOJI = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON, or a whole one
 ANSWER = re.compile(r"((?:response|answer|completion|output|reply|candidate|conversation)s?[_ -]?)(a|b|0|1|2)", re.I)
+YES_NO = re.compile(r"(?:is_|.+_is_|is_.+_)better", re.I)  # such a column's "yes" is never taken for an answer
 SHOWN_NAMES = 20
 RANKED = ("score", "rank")
 TOLD_BY = ("preference", "scores", "one_hot", "votes", *RANKED)  # of what tells the better answer
@@ -231,7 +232,8 @@ def _answers(names: tuple[str, ...], columns: dict[str, list[str]], scores: tupl
             return answers, {}
     two = [] if {"a", "b"} <= set(columns) else _two_answers(names)
     answers = [columns.get(role, [name])[0] for role, name in zip("ab", two or ("", ""), strict=True)]
-    found = [name for name in _found(names, columns, "preference") if name not in answers]
+    found = _found(names, columns, "preference") or [name for name in names if YES_NO.fullmatch(name)]
+    found = [name for name in found if name not in answers]
     if not set(answers) <= set(names) or not (scores or found):
         return [], {}
     if len(found) > 1 and not scores:

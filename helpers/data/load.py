@@ -84,6 +84,9 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
         prompt, sides = None, [_arena(lists[0], side) for side in lists[1:]]
     # "Human: ..." is markup if the prompt is written in it, or if the whole text begins with such a prompt.
     marked = isinstance(prompt, str) and messages.dialogue_turns(prompt) is not None
+    both = all(isinstance(side, str) and messages.ASSISTANT_MARK.match(side) for side in sides)
+    if both and not marked and isinstance(prompt, str) and messages.dialogue_turns(f"{prompt}\nAssistant:"):
+        prompt, marked = f"{prompt}\nAssistant:", True
     whole = all(isinstance(side, str) and side.startswith("\n\nHuman:") for side in sides)
     dialogue = not layout.prompt or whole or (marked and isinstance(sides[0], str) and sides[0].startswith(prompt))
     if marked and not dialogue:
@@ -262,7 +265,7 @@ class _Reader:
     def reading(self) -> list[str]:
         """How the columns were read, a line for each layout and each preference; nothing for the three plain ones."""
         told = set(layouts.USUAL["preference"])  # one beside chosen and rejected might say that they are exchanged
-        texts = [name for name in self.kept if str in self.kinds[name] or name.lower() in told]
+        texts = [name for name in self.kept if {str, bool} & self.kinds[name] or name.lower() in told]
         texts = [name for name in texts if name != "origin" and (name != "tools" or not self.tools)]
         lines = []
         for layout, judge in self.judges.items():

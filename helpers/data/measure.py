@@ -26,7 +26,7 @@ HIDDEN = ("tool_calls", "reasoning_content")  # what a chat template may leave o
 BIT = {code: 1 << place for place, code in enumerate((*WHAT, *HIDDEN))}  # each mark of a row is one bit
 LEFTOVER = re.compile(
     r"<[|｜][A-Za-z_▁]{1,30}[|｜]>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>|<extra_id_\d>"
-    r"|(?:^|\n)#{2,3} ?(?:Instruction|Response|Human|Assistant):|(?:^\s*|\n)(?:Human|Assistant|USER|ASSISTANT): ?"
+    r"|(?:^|\n)#{2,3} ?(?:Instruction|Response|Human|Assistant):|(?:^\s*|\n)(?:(?i:Human|Assistant|Prompter)|USER): ?"
 )
 LATIN1_OF_UTF8 = re.compile("Ã[\u0080-\u00bf]|â€|Â[\u00a0-\u00bf]")
 THOUGHT = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from helpers.common import UserError, visible
-from helpers.data.layouts import QUESTIONS, RANKED, USUAL, VERDICTS, Layout, asked, lookup, opened, shortened
+from helpers.data.layouts import QUESTIONS, RANKED, USUAL, VERDICTS, YES_NO, Layout, asked, lookup, opened, shortened
 
 MEANINGS = ("first", "second", "tie", None)
 UNKNOWN = "not certain"
@@ -162,7 +162,7 @@ class Judge:
             self.rule = _by_rule(wins)
         elif wins is not None:
             self.rule = _by_table(wins.items() if isinstance(wins, dict) else wins)
-        elif WORSE.search(layout.by[0]):
+        elif WORSE.search(layout.by[0]) or YES_NO.fullmatch(layout.by[0]):
             self.rule, self.models = lambda _: UNKNOWN, []
         else:
             self.rule = _by_words(a, b, layout.by[0])

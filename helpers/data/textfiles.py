@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from helpers.common import UserError
-from helpers.data.layouts import HALF_EMOJI, QUESTIONS, asked, plain_value
+from helpers.data.layouts import HALF_EMOJI, QUESTIONS, asked, find_layout, plain_value
 from helpers.data.preferences import LeftOut
 
+JSONL = re.compile(r"\.(?:jsonl|ndjson)\b", re.I)
 NO_SPACE = re.compile(r"[^ \t\r\n\ufeff]")
 DOUBLED = re.compile(r'(?:^|\t)"[^\t]*""[^\t]*"(?:\t|[\r\n]*$)')  # a mark between tabs that is doubled in its field
 
@@ -81,6 +82,13 @@ def _is_json(line: str) -> bool:
     return True
 
 
+def _makes_pair(names: tuple[str, ...]) -> bool:
+    try:
+        return find_layout(names, {}, ()) is not None
+    except UserError:  # a question about a pair
+        return True
+
+
 def rows_in(whole: Any, name: str) -> list | None:
     """The rows that one value holds: a list, a dictionary of columns, of rows, or of one list; None if it is a row."""
     if isinstance(whole, list | tuple):
@@ -92,8 +100,11 @@ def rows_in(whole: Any, name: str) -> list | None:
         return None
     lists = {key: value for key, value in whole.items() if isinstance(value, list)}
     tables = [value for value in lists.values() if value and all(isinstance(item, dict) for item in value)]
-    if len(lists) == 1 and (tables or len(values) == 1):  # {"version": 1, "data": [...]}
-        return next(iter(lists.values()))
+    if len(lists) == 1 and (
+        tables or len(values) == 1
+    ):  # {"version": 1, "data": [...]}, if it is not a row with a list
+        line = len(values) > 1 and JSONL.search(name) and not _makes_pair(tuple(tables[0][0]))
+        return None if line or _makes_pair(tuple(whole)) else next(iter(lists.values()))
     if len(values) == 1 and isinstance(values[0], dict):  # {"data": {...}}
         rows = rows_in(values[0], name)
         return values if rows is None else rows
