@@ -190,10 +190,10 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Datase
 
     def ids(batch: dict[str, list], places: list[int]) -> dict[str, list]:
         rendered = renderer(rows := rows_of(batch))
-        refused = [place for place, one in enumerate(rendered) if one["refused"]]
-        if refused:
-            origin = rows[refused[0]].get("origin", f"row {places[refused[0]] + 1}")
-            raise UserError(f"{origin}: the chat template refuses this row. check_pairs names all such rows.")
+        for place, row, one in zip(places, rows, rendered, strict=True):
+            if one["refused"]:
+                origin = row.get("origin", f"row {place + 1}")
+                raise UserError(f"{origin}: the chat template refuses this row. check_pairs names all such rows.")
         return {name: [one[name] for one in rendered] for name in IDS}
 
     # Not kept on disk, where nobody would find it again.

@@ -141,14 +141,8 @@ def _from_file(path: Path, name: str) -> Source:
 
 
 def open_source(source: Any, split: str) -> Source:
-    """Where the rows of `source` come from.
-
-    Args:
-        source, split: as in `load_pairs`.
-
-    Raises:
-        UserError: it is not there, or nothing that pairs can be read from.
-    """
+    """Where the rows of `source` come from; `source` and `split` are as in `load_pairs`. Raises UserError if it is not
+    there, or nothing that pairs can be read from."""
     if isinstance(source, Dataset | DatasetDict):
         return _from_dataset(source, "dataset", split)
     if isinstance(source, IterableDataset | IterableDatasetDict):
