@@ -1,7 +1,15 @@
 """From a file or a list to pairs that can be trusted: read, split, rendered, checked."""
 
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 # The source of this wing and its tables as they were imported: part of the key under which its results are kept on
 # disk, so that what another version has read or measured is not taken.
 CODE = "".join(path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.[py]*")))
+
+
+def tables(name: str) -> list[Any]:
+    """The documents of a YAML file of this wing."""
+    return list(yaml.safe_load_all(Path(__file__).with_name(name).read_text("utf-8")))

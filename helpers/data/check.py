@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from helpers.common import UserError
 from helpers.data.findings import FINDINGS, WHAT, WORST, Finding, Report
+from helpers.data.layouts import asked
 from helpers.data.measure import BIT, FEATURES, HIDDEN, MEASURES, from_turn, measure_table
 from helpers.data.render import BOTH, IDS, is_hybrid, mapped, rows_of, template_options, thinking_off
 from helpers.data.report import load_report
@@ -29,10 +30,8 @@ SCORE = re.compile("score|rating|reward")  # of a column: what a judge gave to a
 
 
 def _accuracy(chosen: np.ndarray, rejected: np.ndarray) -> tuple[float, bool]:
-    """How often "the side with more of it is chosen" is right, ties counted half, and whether that is a leak.
-
-    The spread of a coin's accuracy over n pairs, m of which the feature decides, is sqrt(m) / 2n.
-    """
+    """How often "the side with more of it is chosen" is right, ties counted half, and whether that is a leak. The
+    spread of a coin's accuracy over n pairs, m of which the feature decides, is sqrt(m) / 2n."""
     more, less, size = int((chosen > rejected).sum()), int((chosen < rejected).sum()), len(chosen)
     spread = np.sqrt(more + less) / (2 * size)
     accuracy = 0.5 + (more - less) / (2 * size)
@@ -40,10 +39,8 @@ def _accuracy(chosen: np.ndarray, rejected: np.ndarray) -> tuple[float, bool]:
 
 
 class _Judge:
-    """Turns measures into findings.
-
-    The measures, `where` (a mask or positions) and `worst` are of the `pairs` that remain, at `kept` of those `given`.
-    """
+    """Turns measures into findings. The measures, `where` (a mask or positions) and `worst` are of the `pairs` that
+    remain, at `kept` of those `given`."""
 
     def __init__(self, given: Dataset, pairs: Dataset, kept: np.ndarray, measures: dict[str, np.ndarray]):
         self.given, self.pairs, self.kept, self.measures = given, pairs, kept, measures
@@ -63,9 +60,11 @@ class _Judge:
             named = [f"row {row + 1}" for row in rows[:WORST]]
             if "origin" in self.given.column_names:
                 named = self.given.select(rows[:WORST])["origin"][:]
-            severity, why, cure = FINDINGS[code]
-            finding = Finding(code, severity, len(rows), what, why, cure, tuple(rows.tolist()), tuple(named))
-            self.findings.append(finding)
+            self._found(code, len(rows), what, rows.tolist(), named)
+
+    def _found(self, code: str, count: int, what: str, rows: list[int], origins: list[str]) -> None:
+        severity, why, cure = FINDINGS[code]
+        self.findings.append(Finding(code, severity, count, what, why, cure, tuple(rows), tuple(origins)))
 
     def marks(self) -> None:
         hidden = {key: ("not_rendered", f"{key} that the chat template leaves out") for key in HIDDEN}
@@ -151,9 +150,7 @@ class _Judge:
         if loaded and loaded.left_out:
             reasons = "; ".join(f"{rows['count']} {reason}" for reason, rows in loaded.left_out.items())
             named = [origin for rows in loaded.left_out.values() for origin in rows["origins"]][:WORST]
-            severity, why, cure = FINDINGS["left_out"]
-            what, count = f"left out when read: {reasons}", loaded.rows - loaded.pairs
-            self.findings.append(Finding("left_out", severity, count, what, why, cure, origins=tuple(named)))
+            self._found("left_out", loaded.rows - loaded.pairs, f"left out when read: {reasons}", [], named)
 
 
 def check_pairs(
@@ -166,9 +163,9 @@ def check_pairs(
 ) -> Report:
     """What is wrong with these pairs for this tokenizer; nothing is trained.
 
-    Every pair is rendered with the chat template and tokenised as TRL's DPOTrainer would do it. The report keeps the
-    ids: they are what `train_dpo` trains on. Errors are what spoils training; `report.raise_for_errors()` stops on
-    them. Warnings are for the reader. Checking pairs from a file a second time reads the measures from datasets' cache.
+    Every pair is rendered and tokenised as TRL's DPOTrainer would do it, and the report keeps the ids that `train_dpo`
+    trains on. Errors are what spoils training (`report.raise_for_errors()`); warnings are for the reader. datasets
+    keeps the measures of pairs from a file.
 
     Args:
         pairs: in the form that `load_pairs` gives.
@@ -189,10 +186,7 @@ def check_pairs(
     long = tokens > max_prompt_length
     dropped = long & (begins == 0) & (on_long_prompt != "keep")
     if dropped.all():
-        raise UserError(
-            f"Every prompt has more than {max_prompt_length} tokens and none can be shortened by whole turns: raise "
-            'max_prompt_length, or pass on_long_prompt="keep".'
-        )
+        raise asked("all long", most=max_prompt_length)
     kept, counts = np.flatnonzero(~dropped), {"shortened": int((begins > 0).sum()), "left_out": int(dropped.sum())}
     table = table.select(kept)
     columns = table.select_columns(list(MEASURES)).with_format("arrow")[:]
@@ -224,17 +218,15 @@ def _as_trained(pairs: Dataset, begins: np.ndarray, hybrid: bool) -> Dataset:
         rows = rows_of(batch)
         result = {**batch, "prompt": [from_turn(row["prompt"], begins[n]) for row, n in zip(rows, places, strict=True)]}
         if hybrid:
-            options = [thinking_off(row, hybrid) | template_options(row) for row in rows]
-            result["chat_template_kwargs"] = [{k: v for k, v in own.items() if k != "tools"} for own in options]
+            options = [thinking_off(row, hybrid) | template_options(row | {"tools": None}) for row in rows]
+            result["chat_template_kwargs"] = options
         return result
 
     features = pairs.features | ({"chat_template_kwargs": Json()} if hybrid else {})
     return mapped(pairs, changed, Features(features), with_indices=True, desc="Writing pairs")
 
 
-def _check_arguments(
-    pairs: Dataset, test: Dataset | None, tokenizer: PreTrainedTokenizerBase, on_long_prompt: str
-) -> None:
+def _check_arguments(pairs: Dataset, test: Dataset | None, tokenizer: Any, on_long_prompt: str) -> None:
     for name, data in {"pairs": pairs, "test": pairs if test is None else test}.items():
         table = isinstance(data, Dataset) and {"prompt", *BOTH} <= set(data.features) and len(data)
         if not (table and isinstance(data[0]["prompt"], list)):

@@ -7,21 +7,21 @@ import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import yaml
 from datasets import Dataset
 
 from helpers.common import UserError, visible
+from helpers.data import tables
+from helpers.data.layouts import QUESTIONS
 from helpers.data.render import data_hash, shared_options
 
 Severity = Literal["error", "warning"]
 WORST = 5  # rows that a finding names
 SHOWN_CHARACTERS = 200  # characters of a text that a report shows
-_CATALOGUE: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("findings.yaml").read_text("utf-8"))
+_CATALOGUE: dict[str, dict[str, Any]] = tables("findings.yaml")[0]
 # code: (severity, why it matters, what to do)
 FINDINGS: dict[str, tuple[Severity, str, str]] = {
     code: (one["severity"], one["why"], one["cure"]) for code, one in _CATALOGUE.items()
@@ -105,11 +105,8 @@ class Report:
                 f"- {visible(error.what, SHOWN_CHARACTERS)}: {error.count} ({_worst_rows(error)}). {error.cure}"
                 for error in self.errors
             ]
-            raise UserError(
-                "These pairs have errors that would spoil training:\n" + "\n".join(lines) + "\nMend the data, or go on "
-                "with check_pairs(...).clean in its place, which leaves the rows with errors out "
-                f"({len(self.clean)} of {self.checked} pairs remain)."
-            )
+            cure = QUESTIONS["errors"].format(clean=len(self.clean), checked=self.checked)
+            raise UserError("\n".join(["These pairs have errors that would spoil training:", *lines, cure]))
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each finding: severity, code, count, what, rows (the worst), why, cure."""

@@ -6,25 +6,23 @@ two columns could hold the same thing, the reader is asked.
 
 import contextlib
 import functools
-import itertools
 import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
+import numpy as np
+import pandas as pd
 
 from helpers.common import UserError, visible
+from helpers.data import tables
 
-
-def _tables(name: str) -> list[Any]:
-    return list(yaml.safe_load_all(Path(__file__).with_name(name).read_text(encoding="utf-8")))
-
-
-(USUAL, VERDICTS, FORMATS), (QUESTIONS,) = _tables("formats.yaml"), _tables("questions.yaml")
+(USUAL, VERDICTS, FORMATS), (QUESTIONS,) = tables("formats.yaml"), tables("questions.yaml")
+ROLES_OF_COLUMNS = ("prompt", "system", "chosen", "rejected", "a", "b", "preference")
+HALF_EMOJI = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON, or a whole one
 ANSWER = re.compile(r"((?:response|answer|completion|output|reply|candidate|conversation)s?[_ -]?)(a|b|0|1|2)", re.I)
+YES_NO = re.compile(r"(?:is_|.+_is_|is_.+_)better", re.I)  # such a column's "yes" is never taken for an answer
 SHOWN_NAMES = 20
 RANKED = ("score", "rank")
 TOLD_BY = ("preference", "scores", "one_hot", "votes", *RANKED)  # of what tells the better answer
@@ -32,11 +30,9 @@ TOLD_BY = ("preference", "scores", "one_hot", "votes", *RANKED)  # of what tells
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where one kind of source keeps things; formats.yaml says what each field means.
-
-    `prompt` has several columns if they are to be joined. `answers` are chosen and rejected, or the two to judge, or
-    the list of ranked ones. `by` is what tells the better one, of a `kind` in TOLD_BY; "" if the first is the better.
-    """
+    """Where one kind of source keeps things; formats.yaml says what each field means. `prompt` has several columns if
+    they are to be joined. `answers` are chosen and rejected, or the two to judge, or the list of ranked ones. `by` is
+    what tells the better one, of a `kind` in TOLD_BY; "" if the first is the better."""
 
     name: str = ""
     prompt: tuple[str, ...] = ()
@@ -52,8 +48,7 @@ class Layout:
 
     def columns(self, names: Iterable[str]) -> set[str]:
         """The columns, of these names, that are read."""
-        inside = () if self.kind in RANKED else (self.status, self.tools)
-        paths = (*self.prompt, self.system, self.history, *self.answers, *self.by, *inside)
+        paths = (*self.prompt, self.system, self.history, self.status, self.tools, *self.answers, *self.by)
         return {_root(option, names) for path in paths for option in path.split(" | ")}
 
     def __str__(self) -> str:
@@ -68,9 +63,9 @@ class Layout:
 _one_of_each = functools.cache(Layout)  # so that equal layouts are one object, which is fast to look up
 
 
-def asked(name: str, **values: Any) -> UserError:
+def asked(what: str, /, **values: Any) -> UserError:
     """The error with this text of questions.yaml."""
-    return UserError(QUESTIONS[name].format(**values))
+    return UserError(QUESTIONS[what].format(**values))
 
 
 def shortened(texts: list[str], most: int) -> str:
@@ -78,16 +73,29 @@ def shortened(texts: list[str], most: int) -> str:
     return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
-def listed(names: list[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """Column names for a message, at most SHOWN_NAMES of them."""
     return shortened([repr(visible(str(name), 40)) for name in names], SHOWN_NAMES)
+
+
+def plain_value(value: Any) -> Any:
+    """The same value as a table can hold it: arrays as lists, NaN as None, half an emoji as U+FFFD."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {str(plain_value(key)): plain_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_value(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return plain_value(value.tolist())
+    return None if pd.api.types.is_scalar(value) and pd.isna(value) else value
 
 
 def opened(value: Any) -> Any:
     """What a cell holds as JSON; the cell itself if it is no text, or no JSON object or list."""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):  # a cell of a CSV file
         with contextlib.suppress(ValueError):
-            return json.loads(value)
+            return plain_value(json.loads(value)) if HALF_EMOJI.search(value) else json.loads(value)
     return value
 
 
@@ -121,17 +129,19 @@ def lookup(row: dict[str, Any], path: str) -> Any:
 def _made(names: tuple[str, ...], entry: dict[str, Any]) -> Layout:
     """The layout of an entry as in formats.yaml; of a path's options, those in the first column that is there."""
 
-    def there(path: str) -> str:
-        roots = {option: _root(option, names) for option in path.split(" | ")}
-        first = next(filter(None, roots.values()), None)
-        return " | ".join(option for option, root in roots.items() if root == first)
+    def there(role: str) -> tuple[str, ...]:
+        paths = []
+        for path in entry.get(role, ()):
+            roots = {option: _root(option, names) for option in path.split(" | ")}
+            first = next(filter(None, roots.values()), None)
+            paths.append(" | ".join(option for option, root in roots.items() if root == first))
+        return tuple(filter(None, paths))
 
-    kind = next((kind for kind in TOLD_BY if kind in entry), "")
-    wins = entry.get("wins")
+    kind, wins = next((kind for kind in TOLD_BY if kind in entry), ""), entry.get("wins")
     return _one_of_each(
         **{key: entry[key] for key in ("name", "tools", "text", "status") if key in entry},
-        **{key: "".join(map(there, entry.get(key, ()))) for key in ("system", "history")},
-        **{key: tuple(filter(None, map(there, entry.get(key, ())))) for key in ("prompt", "answers")},
+        **{key: "".join(there(key)) for key in ("system", "history")},
+        **{key: there(key) for key in ("prompt", "answers")},
         kind=kind,
         by=tuple(entry.get(kind, ())),
         wins=tuple(wins.items()) if isinstance(wins, dict) else wins,
@@ -171,16 +181,15 @@ def _two_answers(names: tuple[str, ...]) -> list[str]:
 
 def check_arguments(columns: Any, wins: Any, scores: Any, ranked: Any, first_wins: Any) -> dict[str, list[str]]:
     """The columns of each role. Raises UserError for arguments of `load_pairs` that can't be meant."""
-    roles = ("prompt", "system", "chosen", "rejected", "a", "b", "preference")
-    if not isinstance(columns, dict) or set(columns) - set(roles):
-        wrong = [name for name in columns if name not in roles] if isinstance(columns, dict) else [columns]
+    if not isinstance(columns, dict) or set(columns) - set(ROLES_OF_COLUMNS):
+        wrong = [name for name in columns if name not in ROLES_OF_COLUMNS] if isinstance(columns, dict) else [columns]
         raise asked("roles", names=listed(wrong))
-    several = isinstance(columns.get("prompt"), list | tuple)
-    by_role = {role: list(name) if several and role == "prompt" else [name] for role, name in columns.items()}
-    names = list(itertools.chain.from_iterable(by_role.values()))
+    several = {"prompt"} if isinstance(columns.get("prompt"), list | tuple) else ()
+    by_role = {role: list(name) if role in several else [name] for role, name in columns.items()}
+    names = sum(by_role.values(), [])
     twice = [name for name in names if names.count(name) > 1]
-    given = {"wins=": wins, "first_wins=": first_wins, "scores=": scores}
-    said = [name for name, value in given.items() if value is not None]
+    told = (("wins=", wins), ("first_wins=", first_wins), ("scores=", scores))
+    said = [name for name, value in told if value is not None]
     wrong = {
         "no column names": not all(isinstance(name, str) for name in names),
         "column twice": twice,
@@ -195,10 +204,8 @@ def check_arguments(columns: Any, wins: Any, scores: Any, ranked: Any, first_win
 
 
 def find_layout(names: tuple[str, ...], columns: dict[str, list[str]], scores: tuple[str, ...]) -> Layout | None:
-    """The layout that these column names make, or None; `columns`, by role, and `scores` go first.
-
-    Raises UserError, without the source's name, if the names can be read in two ways or hold no pairs by their kind.
-    """
+    """The layout that these column names make, or None; `columns`, by role, and `scores` go first. Raises UserError,
+    without the source's name, if the names can be read in two ways or hold no pairs by their kind."""
     if columns.keys() <= {"prompt", "system"} and not scores and not {"chosen", "rejected"} <= set(names):
         for entry in FORMATS:
             if set(entry["columns"]) <= set(names) and not set(entry.get("without", ())) & set(names):
@@ -208,8 +215,7 @@ def find_layout(names: tuple[str, ...], columns: dict[str, list[str]], scores: t
     answers, by = _answers(names, columns, scores)
     if not answers:
         return None
-    taken = list(itertools.chain.from_iterable(columns.values()))
-    prompt = columns["prompt"] if "prompt" in columns else _prompt_columns(names, taken)
+    prompt = columns["prompt"] if "prompt" in columns else _prompt_columns(names, sum(columns.values(), []))
     system, history = _found(names, columns, "system")[:1], ["history"] if "history" not in prompt else []
     return _made(names, {"prompt": prompt, "system": system, "history": history, "answers": answers, **by})
 
@@ -226,7 +232,8 @@ def _answers(names: tuple[str, ...], columns: dict[str, list[str]], scores: tupl
             return answers, {}
     two = [] if {"a", "b"} <= set(columns) else _two_answers(names)
     answers = [columns.get(role, [name])[0] for role, name in zip("ab", two or ("", ""), strict=True)]
-    found = [name for name in _found(names, columns, "preference") if name not in answers]
+    found = _found(names, columns, "preference") or [name for name in names if YES_NO.fullmatch(name)]
+    found = [name for name in found if name not in answers]
     if not set(answers) <= set(names) or not (scores or found):
         return [], {}
     if len(found) > 1 and not scores:

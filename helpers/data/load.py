@@ -17,41 +17,35 @@ from trl.data_utils import extract_prompt
 from helpers.common import PROJECT, UserError, setting
 from helpers.data import CODE, layouts, messages
 from helpers.data.layouts import RANKED, Layout, asked, listed, lookup, opened
+from helpers.data.messages import WORDS
 from helpers.data.preferences import Judge, LeftOut, is_missing, number_of
 from helpers.data.report import LoadReport, load_report
 from helpers.data.sources import LIBRARY_ERRORS, Source, open_source, printable, reason_of
 from helpers.session import quiet_progress
 
-MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 BUNDLED_PAIRS = Path(__file__).parent / "bundled" / "pairs.jsonl"
 SIDES = ("prompt", "chosen", "rejected")
-# Columns that DPOTrainer reads by name. A source's own column of that name is kept as "source_...".
-RESERVED = set(
-    "prompt chosen rejected origin left_out messages completion image images "
-    "prompt_ids chosen_ids rejected_ids ref_chosen_logps ref_rejected_logps".split()
-)
 
 
 def _prompt(row: dict[str, Any], layout: Layout) -> Any:
-    values = {name: lookup(row, name) for name in layout.prompt}
+    values = [lookup(row, name) for name in layout.prompt]
     if len(values) < 2:
-        return next(iter(values.values()), None)
-    texts = {name: "" if is_missing(value) else value for name, value in values.items()}
-    for name, text in texts.items():
+        return values[0] if values else None
+    texts = ["" if is_missing(value) else value for value in values]
+    for name, text in zip(layout.prompt, texts, strict=True):
         if not isinstance(text, str):
             raise LeftOut(f"{name} is no text, so it can't be joined with {' + '.join(layout.prompt)}")
-    return "\n".join(filter(None, texts.values()))
+    return "\n".join(filter(None, texts))
 
 
 def _earlier(row: dict[str, Any], layout: Layout) -> list[dict[str, Any]]:
     """The system turn and the earlier turns that have columns of their own."""
     system, history = lookup(row, layout.system), opened(lookup(row, layout.history))
-    nothing = is_missing(system) or (isinstance(system, str) and not system.strip())
+    nothing = is_missing(system.strip() if isinstance(system, str) else system)
     turns = [] if nothing else messages.to_messages(system, layout.system, "system", False)
-    history = [] if is_missing(history) else history
-    if not isinstance(history, list):
+    if not isinstance(history, list) and not is_missing(history):
         raise LeftOut(f"{layout.history} is {messages.kind_of(history)}, not a list of turns")
-    for entry in history:
+    for entry in [] if is_missing(history) else history:
         if not isinstance(entry, list):
             turns += messages.to_messages([entry], layout.history, "user", False)
         elif [type(text) for text in entry] == [str, str]:  # LLaMA-Factory: [question, answer]
@@ -65,10 +59,7 @@ def _arena(prompt: list[str | None], side: list[str | None]) -> list[dict[str, A
     if len(prompt) != len(side) or None in (*prompt, *side):
         raise LeftOut("the lists of questions and answers have different lengths or a turn without text")
     texts = itertools.chain.from_iterable(zip(prompt, side, strict=True))
-    roles = itertools.cycle(("user", "assistant"))
-    return [
-        {"role": role, "content": messages.valid_text(text or "")} for role, text in zip(roles, texts, strict=False)
-    ]
+    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
 
 
 def _elsewhere(row: dict[str, Any], names: set[str]) -> bool:
@@ -79,35 +70,29 @@ def _elsewhere(row: dict[str, Any], names: set[str]) -> bool:
 
 
 def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[str, Any]:
-    """One row in the one form, without its origin; `better` and `worse` lead to its answers.
-
-    Raises LeftOut with the reason if it is no pair.
-    """
-    prompt, chosen, rejected = _prompt(row, layout), lookup(row, better), lookup(row, worse)
+    """One row in the one form, without its origin; `better` and `worse` lead to its answers. Raises LeftOut with the
+    reason if it is no pair."""
     where = " + ".join(layout.prompt)
-    if (
-        not layout.kind
-        and isinstance(chosen, str)
-        and isinstance(rejected, str)
-        and _elsewhere(row, {chosen, rejected})
-    ):
-        raise LeftOut(f"{better} and {worse} name answers in other columns ({chosen}, {rejected})")
-    lists = [texts for texts in map(messages.texts_of, (prompt, chosen, rejected)) if texts]
+    prompt, *sides = _prompt(row, layout), lookup(row, better), lookup(row, worse)
+    texts = [side for side in sides if isinstance(side, str)]
+    if not layout.kind and len(texts) == 2 and _elsewhere(row, set(texts)):
+        raise LeftOut(f"{better} and {worse} name answers in other columns ({', '.join(texts)})")
+    lists = [found for found in map(messages.texts_of, (prompt, *sides)) if found]
     if len(lists) == 3:
         if not layout.name and max(map(len, lists)) > 1:
             raise LeftOut(f"{where}, {better} and {worse} are lists of texts, and nothing tells whose turns these are")
-        prompt, chosen, rejected = None, _arena(lists[0], lists[1]), _arena(lists[0], lists[2])
+        prompt, sides = None, [_arena(lists[0], side) for side in lists[1:]]
     # "Human: ..." is markup if the prompt is written in it, or if the whole text begins with such a prompt.
     marked = isinstance(prompt, str) and messages.dialogue_turns(prompt) is not None
-    whole = all(isinstance(side, str) and side.startswith("\n\nHuman:") for side in (chosen, rejected))
-    dialogue = not layout.prompt or whole or (marked and isinstance(chosen, str) and chosen.startswith(prompt))
+    both = all(isinstance(side, str) and messages.ASSISTANT_MARK.match(side) for side in sides)
+    if both and not marked and isinstance(prompt, str) and messages.dialogue_turns(f"{prompt}\nAssistant:"):
+        prompt, marked = f"{prompt}\nAssistant:", True
+    whole = all(isinstance(side, str) and side.startswith("\n\nHuman:") for side in sides)
+    dialogue = not layout.prompt or whole or (marked and isinstance(sides[0], str) and sides[0].startswith(prompt))
     if marked and not dialogue:
-        texts = (
-            messages.ASSISTANT_MARK.sub("", side) if isinstance(side, str) else side for side in (chosen, rejected)
-        )
-        chosen, rejected = texts
-    chosen = messages.to_messages(chosen, better, "assistant", dialogue)
-    rejected = messages.to_messages(rejected, worse, "assistant", dialogue)
+        sides = [messages.ASSISTANT_MARK.sub("", side) if isinstance(side, str) else side for side in sides]
+    chosen = messages.to_messages(sides[0], better, "assistant", dialogue)
+    rejected = messages.to_messages(sides[1], worse, "assistant", dialogue)
     own = [] if is_missing(prompt) and prompt != "" else messages.to_messages(prompt, where, "user", marked)
     if marked and own[-1] == {"role": "assistant", "content": ""}:
         own.pop()
@@ -132,10 +117,8 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
 
 
 def _with_own(own: list[dict[str, Any]], shared: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    """The beginning that two whole dialogues share, with the system turn of the row's own prompt.
-
-    Raises LeftOut if the row's prompt says something else.
-    """
+    """The beginning that two whole dialogues share, with the system turn of the row's own prompt. Raises LeftOut if the
+    row's prompt says something else."""
     system = [turn for turn in own if turn["role"] == "system"]
     for turn in own if shared else ():
         text = " ".join(turn["content"].split())
@@ -209,15 +192,17 @@ class _Reader:
                 judge.settle()
         except UserError as error:
             raise UserError(f"{source.name}: {error}") from None
-        taken = frozenset({""}).union(*(layout.columns(self.kinds) for layout in self.judges))
-        typed = source.features or {}
-        self.extras: dict[str, Any] = {
-            name: typed.get(name) or _column_feature(kinds)
-            for name, kinds in self.kinds.items()
-            if kinds and name not in taken
-        }
-        for name in {"tools", "chat_template_kwargs"} & self.extras.keys():
-            self.extras[name] = Json()  # a struct would give every row the keys of all, as None
+        taken = {""}.union(*(layout.columns(self.kinds) for layout in self.judges))
+        others = {name: kinds for name, kinds in self.kinds.items() if kinds and name not in taken}
+        ours = {*WORDS["reserved"], *(() if self.tools else ("tools",))}
+        self.kept = {name: f"source_{name}" if name in ours else name for name in others}  # what they are called here
+        # A struct would give every row the keys of all, as None.
+        typed = dict(source.features or {}) | dict.fromkeys(("tools", "chat_template_kwargs"), Json())
+        extras = {self.kept[name]: typed.get(name) or _column_feature(kinds) for name, kinds in others.items()}
+        self.calls = "tools" in extras or any(layout.tools for layout in self.judges)
+        extras |= {"tools": Json()} if self.calls else {}
+        sides = dict.fromkeys(SIDES, messages.WHOLE_MESSAGES if self.whole else messages.MESSAGES)
+        self.features = Features({**sides, "origin": Value("string"), **extras, "left_out": Value("string")})
 
     def _look(self) -> UserError | None:
         """See every row. Returns the first question about a row's columns."""
@@ -263,12 +248,12 @@ class _Reader:
             if self.given[name] is not None and not kinds & {layout.kind for layout in self.judges}:
                 raise asked("nothing to judge", read="; ".join(map(str, self.judges)))
         # One place of the prompt for all rows with these answers: an empty one is never filled from another column.
-        prompts: dict[tuple[str, ...], set[str]] = {}
+        prompts: dict[tuple[str, ...], set[str]] = defaultdict(set)
         for layout in self.judges:
-            prompts.setdefault(layout.answers, set()).add(" + ".join(layout.prompt))
+            prompts[layout.answers] |= {" + ".join(layout.prompt)} - {""}
         for places in prompts.values():
-            if len(places - {""}) > 1:
-                raise asked("prompt elsewhere", names=listed(sorted(places - {""})))
+            if len(places) > 1:
+                raise asked("prompt elsewhere", names=listed(sorted(places)))
 
     def _layout(self, row: dict[str, Any]) -> Layout | None:
         """By the columns of the row; if its answers are in none of these, by those that hold something."""
@@ -277,21 +262,10 @@ class _Reader:
             return self.layout_of(tuple(name for name, value in row.items() if value is not None)) or layout
         return layout
 
-    def _used(self, line: str, row: dict[str, Any]) -> str:
-        """The line with one name for each path of formats.yaml: of its options, the one that this row has."""
-        answers = [item for value in row.values() if isinstance(value, list) for item in value[:1]]
-        rows = [row, *(item for item in answers if isinstance(item, dict))]
-
-        def used(found: re.Match) -> str:
-            options = found[0].split(" | ")
-            return next((option for option in options for one in rows if lookup(one, option) is not None), options[0])
-
-        return re.sub(r"[^\s,;|]+(?: \| [^\s,;|]+)+", used, line).replace(".*", "")
-
     def reading(self) -> list[str]:
         """How the columns were read, a line for each layout and each preference; nothing for the three plain ones."""
         told = set(layouts.USUAL["preference"])  # one beside chosen and rejected might say that they are exchanged
-        texts = [name for name in self.extras if str in self.kinds[name] or name.lower() in told]
+        texts = [name for name in self.kept if {str, bool} & self.kinds[name] or name.lower() in told]
         texts = [name for name in texts if name != "origin" and (name != "tools" or not self.tools)]
         lines = []
         for layout, judge in self.judges.items():
@@ -299,21 +273,11 @@ class _Reader:
                 continue
             name = f", read as {layout.name}" if layout.name else ""
             read = [f"{layout}", *([judge.reading()] if judge.judges else [])]
-            read = [self._used(line, judge.sample) for line in read] if layout.name else read
+            read = [_used(line, judge.sample) for line in read] if layout.name else read
             lines += [f"{self.source.name}: {judge.count} row{'s' * (judge.count != 1)}{name}. {read[0]}", *read[1:]]
         if self.quoted:
             lines.append(layouts.QUESTIONS["quotes"].format(name=self.source.name, count=self.quoted))
         return [*lines, f"not read: {listed(texts)}"] if texts else lines
-
-    def features(self) -> Features:
-        """The columns of `rows()`."""
-        sides = dict.fromkeys(SIDES, messages.WHOLE_MESSAGES if self.whole else messages.MESSAGES)
-        extras = {self._kept_name(name): feature for name, feature in self.extras.items()}
-        tools = {"tools": Json()} if any(layout.tools for layout in self.judges) else {}
-        return Features({**sides, "origin": Value("string"), **extras, **tools, "left_out": Value("string")})
-
-    def _kept_name(self, name: str) -> str:
-        return f"source_{name}" if name in RESERVED or (name == "tools" and not self.tools) else name
 
     def _row(self, row: Any) -> list[dict[str, Any]]:
         """The pairs of a row, without their origin. Raises LeftOut with the reason if it is none."""
@@ -324,22 +288,22 @@ class _Reader:
         layout = self._layout(row)
         if layout is None:
             raise LeftOut("no chosen and rejected, nor two answers with a preference")
-        if media := next((name for name in MEDIA if row.get(name)), None):
+        if media := next((name for name in WORDS["media"] if row.get(name)), None):
             raise LeftOut(f"the row has {media}; only text is trained here")
         if layout.kind in RANKED:
             pairs = _ranked(row, layout, self.given["ranked"] == "all")
         else:
             pairs = [_pair(row, layout, *self.judges[layout].order(row))]
-        extras = {self._kept_name(name): row.get(name) for name in self.extras}
+        extras = {here: row.get(name) for name, here in self.kept.items()}
         if "chat_template_kwargs" in extras:
             extras["chat_template_kwargs"] = messages.read_template_kwargs(extras["chat_template_kwargs"])
-        if layout.tools or "tools" in extras:
+        if self.calls:
             extras["tools"] = opened(lookup(row, layout.tools or "tools")) or None
         return [{**extras, **pair} for pair in pairs]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every row of the source: its pairs, or one with the reason why it is left out."""
-        nothing = dict.fromkeys(self.features()) | dict.fromkeys(SIDES, [])
+        nothing = dict.fromkeys(self.features) | dict.fromkeys(SIDES, [])
         for origin, row in self.source.rows():
             try:
                 for pair in self._row(row):
@@ -348,14 +312,25 @@ class _Reader:
                 yield {**nothing, "origin": origin, "left_out": str(reason)}
 
 
+def _used(line: str, row: dict[str, Any]) -> str:
+    """The line with one name for each path of formats.yaml: of its options, the one that this row has."""
+    answers = [item for value in row.values() if isinstance(value, list) for item in value[:1]]
+    rows = [row, *(item for item in answers if isinstance(item, dict))]
+
+    def used(found: re.Match) -> str:
+        options = found[0].split(" | ")
+        return next((option for option in options for one in rows if lookup(one, option) is not None), options[0])
+
+    return re.sub(r"[^\s,;|]+(?: \| [^\s,;|]+)+", used, line).replace(".*", "")
+
+
 def _take_out(table: Dataset, reader: _Reader, reading: list[str], bundled: bool) -> Dataset:
     """The pairs of a table that `_Reader.rows` made; the rows left out go into the report. Prints what is not plain.
-
-    Raises UserError if no pair remains.
-    """
-    kept, places = [], defaultdict(list)  # of each reason
+    Raises UserError if no pair remains."""
+    places = defaultdict(list)  # of each reason; "" for pairs
     for place, reason in enumerate(table["left_out"][:]):
-        (places[reason] if reason else kept).append(place)
+        places[reason].append(place)
+    kept = places.pop("", [])
     first = {reason: table.select(rows[:5])["origin"][:] for reason, rows in places.items()}
     left_out = {reason: {"count": len(rows), "origins": first[reason]} for reason, rows in places.items()}
     report = LoadReport(reader.count, len(kept), left_out, bundled, reading)
@@ -381,9 +356,7 @@ def load_pairs(
     ranked: Literal["ends", "all"] = "ends",
     first_wins: Any = None,
 ) -> Dataset:
-    r"""Preference pairs in one form, whatever they come in.
-
-    A row of the source may hold
+    r"""Preference pairs in one form, whatever they come in. A row of the source may hold
 
     1. prompt, chosen, rejected as texts, or as lists of {role, content} with or without a system turn;
     2. chosen and rejected as whole dialogues that share a beginning, as lists or written "\n\nHuman: ...
@@ -394,12 +367,10 @@ def load_pairs(
     5. one of these public formats, which are known by their columns:
     {formats}
 
-    What was read is printed, unless it is the three plain columns: which columns were taken for what, what each
-    value of the preference was taken for, and which columns of text were not read. A row that is no pair is left out
-    and counted: rows read = rows that became pairs + rows left out. `load_report(pairs)` has all of it.
-
-    Bytes that are no UTF-8 become U+FFFD, which `check_pairs` reports. A message keeps its role, its text, calls of
-    tools and a `reasoning_content`.
+    What was read is printed, unless it is the three plain columns: the columns, what each value of the preference was
+    taken for, which columns of text were not read. A row that is no pair is left out and counted: rows read = rows that
+    became pairs + rows left out. `load_report(pairs)` has all of it. Bytes that are no UTF-8 become U+FFFD, which
+    `check_pairs` reports. A message keeps its role, its text, calls of tools and a `reasoning_content`.
 
     Args:
         source: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow; also gzipped), a folder or a pattern of such files, a
@@ -417,9 +388,9 @@ def load_pairs(
         first_wins: the short form of `wins` for a column of two values: the one that means the first answer.
 
     Returns:
-        A Dataset with `prompt` (a list of {role, content}; a system turn may come first, a user turn is last),
-        `chosen` and `rejected` (the same; both begin and end with an assistant turn), `origin` ("pairs.jsonl:12" is a
-        line, "pairs.parquet row 12" a row, from 1) and the source's other columns as they were.
+        A Dataset with `prompt` (a list of {role, content}; a system turn may come first, a user turn is last), `chosen`
+        and `rejected` (the same; both begin and end with an assistant turn), `origin` ("pairs.jsonl:12" is a line,
+        "pairs.parquet row 12" a row, from 1) and the source's other columns as they were.
 
     Raises:
         UserError: a source that can't be read, holds no pair, or can be read in two ways; it names file, line and
@@ -440,11 +411,11 @@ def load_pairs(
         reader = _Reader(found, given)
         with quiet_progress(reader.count):
             if found.key is None:
-                table = Dataset.from_list(list(reader.rows()), features=reader.features())
+                table = Dataset.from_list(list(reader.rows()), features=reader.features)
             else:
                 # Kept on disk by datasets under the name of the content and of all that reading depends on.
                 key = xxhash.xxh3_128(repr((found.key, name, sorted(given.items()), CODE)).encode()).hexdigest()
-                table = Dataset.from_generator(reader.rows, features=reader.features(), fingerprint=key)
+                table = Dataset.from_generator(reader.rows, features=reader.features, fingerprint=key)
     except UserError:
         raise
     except LIBRARY_ERRORS as error:

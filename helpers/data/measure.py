@@ -26,15 +26,15 @@ HIDDEN = ("tool_calls", "reasoning_content")  # what a chat template may leave o
 BIT = {code: 1 << place for place, code in enumerate((*WHAT, *HIDDEN))}  # each mark of a row is one bit
 LEFTOVER = re.compile(
     r"<[|｜][A-Za-z_▁]{1,30}[|｜]>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>|<extra_id_\d>"
-    r"|(?:^|\n)#{2,3} ?(?:Instruction|Response|Human|Assistant):|(?:^\s*|\n)(?:Human|Assistant|USER|ASSISTANT): ?"
+    r"|(?:^|\n)#{2,3} ?(?:Instruction|Response|Human|Assistant):|(?:^\s*|\n)(?:(?i:Human|Assistant|Prompter)|USER): ?"
 )
 LATIN1_OF_UTF8 = re.compile("Ã[\u0080-\u00bf]|â€|Â[\u00a0-\u00bf]")
 THOUGHT = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
 # What one look at a completion tells; the start of the text and its length are measured apart.
 FEATURES: dict[str, Callable[[str, str], bool]] = {
     "has a think block": lambda text, answer: "<think>" in text,
-    "has a list": lambda text, answer: bool(LIST.search(answer)),
-    "has a digit": lambda text, answer: bool(DIGIT.search(answer)),
+    "has a list": lambda text, answer: re.search(r"(?m)^\s*(?:[-*\u2022]|\d{1,3}[.)])\s", answer) is not None,
+    "has a digit": lambda text, answer: re.search(r"\d", answer) is not None,
     "has code": lambda text, answer: "`" in answer,
     "has bold or a heading": lambda text, answer: "**" in answer or answer.startswith("#") or "\n#" in answer,
     "has more than one line": lambda text, answer: "\n" in answer,
@@ -42,19 +42,15 @@ FEATURES: dict[str, Callable[[str, str], bool]] = {
     "has an exclamation mark": lambda text, answer: "!" in answer,
     "ends in mid-sentence": lambda text, answer: answer[-1:].isalnum() or answer[-1:] in (",", ";"),
 }
-LIST = re.compile(r"^\s*(?:[-*\u2022]|\d{1,3}[.)])\s", re.MULTILINE)
-DIGIT = re.compile(r"\d")
 
 
 class Measure:
     """Measures batches of pairs for one tokenizer; prompts of more than `limit` tokens lose turns, if there is one."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, limit: int | None = None):
-        self.tokenizer, self.limit = tokenizer, limit
-        self.renderer = Renderer(tokenizer)
-        self._is_blank = functools.cache(
-            lambda token: not tokenizer.decode([token], clean_up_tokenization_spaces=False).strip()
-        )
+        self.tokenizer, self.limit, self.renderer = tokenizer, limit, Renderer(tokenizer)
+        decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+        self._is_blank = functools.cache(lambda token: not decode([token]).strip())
         probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
         whole = self.renderer.text(probe, {}) or ""
         special = [token for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
@@ -157,8 +153,7 @@ def from_turn(prompt: list[dict], begin: int) -> list[dict]:
 
 
 def _has_leftover(text: str) -> bool:
-    """Asked after plain signs of it, which is far faster."""
-    signs = "<" in text or "[" in text or "##" in text or "\n" in text or ":" in text[:12]
+    signs = "<" in text or "[" in text or "##" in text or "\n" in text or ":" in text[:12]  # asking these is far faster
     return signs and LEFTOVER.search(text) is not None
 
 

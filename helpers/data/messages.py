@@ -9,47 +9,30 @@ from typing import Any
 from datasets import Json, List, Value
 
 from helpers.common import visible
+from helpers.data import tables
 from helpers.data.layouts import opened
 from helpers.data.preferences import LeftOut, is_missing
 from helpers.data.render import template_options
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 WHOLE_MESSAGES = List(Json())  # if any message has more than a role and a text
-ROLES = dict.fromkeys(("user", "human", "prompter"), "user")
-ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "model", "chatbot", "function_call"), "assistant")
-ROLES |= dict.fromkeys(("system", "developer"), "system") | dict.fromkeys(("tool", "function", "observation"), "tool")
-# Arguments of `apply_chat_template` that are no variables of a template. A row that sets one would break rendering,
-# or bring a template of its own.
-NOT_TEMPLATE_VARIABLES = set(
-    "conversation chat_template tools documents add_generation_prompt continue_final_message tokenize padding "
-    "truncation max_length return_tensors return_dict tokenizer_kwargs return_assistant_tokens_mask".split()
-)
-# What a message may have besides role and content -> its name in chat templates. check_pairs asks whether the
-# tokenizer's template shows it.
-KEPT = {name: name for name in ("tool_calls", "tool_call_id", "reasoning_content")}
-KEPT |= {"reasoning": "reasoning_content", "thinking": "reasoning_content", "function_call": "tool_calls"}
-VALUE_KINDS = {str: "a text", list: "a list", dict: "an object", bool: "a truth value"} | dict.fromkeys(
-    (int, float), "a number"
-)
+(WORDS,) = tables("words.yaml")
+ROLES = {spelling: role for role, spellings in WORDS["roles"].items() for spelling in spellings}
+KEPT = WORDS["kept"]
 # Dialogues in one text, the most certain spelling first: Anthropic's, one with a line for each turn, one in a single
 # line with or without Vicuna's opening sentence.
 TURNS = (
     re.compile(r"(?:^|\n\n)(Human|Assistant|System): ?"),
-    re.compile(r"(?:^|\n)(Human|Assistant|System|User|USER|ASSISTANT): ?"),
+    re.compile(r"(?:^|\n)(Human|Assistant|System|User|Prompter): ?", re.IGNORECASE),
     re.compile(r"(?:^|(?<=\s)|(?<=</s>))(Human|Assistant|User|USER|ASSISTANT): ?"),
     re.compile(r"(?:^|\n)<extra_id_1>(User|Assistant)\n"),  # HelpSteer2's; the first turn of a user has none
 )
-ANY_MARK = re.compile("Human|Assistant|ASSISTANT|User|USER")
+MARKS = ("human:", "assistant:", "user:", "prompter:", "<extra_id_1>")  # asked first, which is far faster
 OPENING = re.compile(r"A chat between .{0,400}", re.DOTALL)
-ASSISTANT_MARK = re.compile(r"\A\s*(?:Assistant|ASSISTANT): ?")
+ASSISTANT_MARK = re.compile(r"\A\s*Assistant: ?", re.IGNORECASE)
 LOOKS_LIKE_MESSAGES = re.compile(
     r"""\s*(?:array\()?\[?\s*\{\s*(?:["'](?:role|content|from|value)|[^{}]*,\s*["'](?:role|from))["']\s*:"""
 )
-
-
-def valid_text(text: str) -> str:
-    """The same text with halves of surrogate pairs, which no UTF-8 can hold, as U+FFFD."""
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _text_of(content: Any, column: str) -> str:
@@ -62,19 +45,16 @@ def _text_of(content: Any, column: str) -> str:
         content = "".join(part.get("text") or "" for part in parts)
     if not isinstance(content, str):
         raise LeftOut(f"a message in {column} holds {kind_of(content)}, not text")
-    return valid_text(content)
+    return content
 
 
-def _calls(value: Any, column: str) -> list[dict[str, Any]]:
-    """Calls of tools as templates take them; `function_call` is the older spelling of one."""
-    calls = []
-    for call in value if isinstance(value, list) else [value]:
-        call = opened(call)
-        if not isinstance(call, dict):
-            raise LeftOut(f"the tool_calls of a message in {column} hold {kind_of(call)}, not an object")
-        function = call.get("function", call)
-        calls.append({"type": "function", "function": {**function, "arguments": opened(function.get("arguments"))}})
-    return calls
+def _call(value: Any, column: str) -> dict[str, Any]:
+    """A call of a tool as templates take it."""
+    call = opened(value)
+    if not isinstance(call, dict):
+        raise LeftOut(f"the tool_calls of a message in {column} hold {kind_of(call)}, not an object")
+    function = call.get("function", call)
+    return {"type": "function", "function": {**function, "arguments": opened(function.get("arguments"))}}
 
 
 def _turns(message: Any) -> list[Any]:
@@ -95,8 +75,9 @@ def _to_message(message: Any, column: str) -> dict[str, Any]:
     more = {ours: message[name] for name, ours in KEPT.items() if message.get(name)}
     if str(named).lower() == "function_call":  # LLaMA-Factory: the call is the text
         more, content = {"tool_calls": content}, None
-    if "tool_calls" in more:
-        more["tool_calls"], content = _calls(more["tool_calls"], column), content or ""
+    if "tool_calls" in more:  # `function_call` is the older spelling of one
+        calls = more["tool_calls"] if isinstance(more["tool_calls"], list) else [more["tool_calls"]]
+        more["tool_calls"], content = [_call(call, column) for call in calls], content or ""
     return {"role": role, "content": _text_of(content, column), **more}
 
 
@@ -104,20 +85,19 @@ def has_more(value: Any) -> bool:
     """Whether messages in a cell have more than a role and a text."""
     if isinstance(value, str):
         return value.lstrip()[:1] in ("{", "[") and any(f'"{name}"' in value for name in KEPT)
-    items = value if isinstance(value, list) else [value]
-    return any(
-        isinstance(item, dict) and (any(map(item.get, KEPT)) or item.get("from") == "function_call") for item in items
-    )
+    items = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
+    return any(any(map(item.get, KEPT)) or item.get("from") == "function_call" for item in items)
 
 
 def kind_of(value: Any) -> str:
     """What `value` is, in words."""
-    return "nothing" if value is None else VALUE_KINDS.get(type(value), f"a {type(value).__name__}")
+    return WORDS["kinds"].get(name := type(value).__name__, f"a {name}")
 
 
 def dialogue_turns(text: str) -> list[dict[str, Any]] | None:
     r"""The turns of a dialogue in one text ("\n\nHuman: ... \n\nAssistant: ..." and the like); None for any other."""
-    if not ANY_MARK.search(text):
+    low = text.lower()
+    if not any(mark in low for mark in MARKS):
         return None
     if "\n<extra_id_1>Assistant\n" in text and not text.startswith("<extra_id"):
         text = f"<extra_id_1>User\n{text}"
@@ -125,16 +105,15 @@ def dialogue_turns(text: str) -> list[dict[str, Any]] | None:
     for place, pattern in enumerate(TURNS):
         opening, *parts = pattern.split(text if certain else text.lstrip())
         turns = [
-            {"role": ROLES[name.lower()], "content": valid_text(content.strip().removesuffix("</s>"))}
+            {"role": ROLES[name.lower()], "content": content.strip().removesuffix("</s>")}
             for name, content in zip(parts[::2], parts[1::2], strict=True)
         ]
         roles = [turn["role"] for turn in turns if turn["role"] != "system"]
         alternate = len(roles) > 1 and roles == (["user", "assistant"] * len(roles))[: len(roles)]
-        if opening.strip() or not (alternate or (certain and roles[:1] == ["user"])):
-            if place == 2 and alternate and OPENING.fullmatch(opening):
-                return [{"role": "system", "content": opening.strip()}, *turns]
-            continue
-        return turns
+        if not opening.strip() and (alternate or (certain and roles[:1] == ["user"])):
+            return turns
+        if place == 2 and alternate and OPENING.fullmatch(opening):
+            return [{"role": "system", "content": opening.strip()}, *turns]
     return None
 
 
@@ -157,28 +136,21 @@ def to_messages(value: Any, column: str, role: str, dialogue: bool) -> list[dict
         elif found is value and LOOKS_LIKE_MESSAGES.match(value):
             raise LeftOut(f"{column} looks like a list of messages but is no JSON")
     if isinstance(value, str):
-        turns = dialogue_turns(value) if dialogue else None
-        return turns or [{"role": role, "content": valid_text(value)}]
+        return (dialogue_turns(value) if dialogue else None) or [{"role": role, "content": value}]
     if isinstance(value, dict):
         value = value["messages"] if isinstance(value.get("messages"), list) else [value]
-    if is_missing(value):
-        raise LeftOut(f"{column} is missing")
-    if not isinstance(value, list):
-        raise LeftOut(f"{column} is {kind_of(value)}, not text")
-    if not value:
-        raise LeftOut(f"{column} is an empty list")
+    if not isinstance(value, list) or not value:
+        nothing = "an empty list" if value == [] else "missing" if is_missing(value) else f"{kind_of(value)}, not text"
+        raise LeftOut(f"{column} is {nothing}")
     if len(value) == 1 and isinstance(value[0], str):
-        return [{"role": role, "content": valid_text(value[0])}]
+        return [{"role": role, "content": value[0]}]
     return [_to_message(turn, column) for message in value for turn in _turns(message)]
-
-
-# What may follow what. A call of a tool is answered by the tool, which the assistant answers.
-AFTER = {"": "user", "user": "assistant", "assistant": "user", "calls": "tool", "tool": "tool assistant"}
 
 
 def check_roles(prompt: list[dict], chosen: list[dict], rejected: list[dict]) -> None:
     """Raise LeftOut unless user and assistant take turns, and the prompt ends with a question."""
-    for side, name in ((chosen, "chosen"), (rejected, "rejected")):
+    sides = {"chosen": chosen, "rejected": rejected}
+    for name, side in sides.items():
         if not side or side[-1]["role"] != "assistant":
             raise LeftOut(f"the last assistant turn is missing in {name}")
     if not prompt:
@@ -188,24 +160,21 @@ def check_roles(prompt: list[dict], chosen: list[dict], rejected: list[dict]) ->
         raise LeftOut(f"the prompt ends with a turn of the {role}, not of the user")
     if not prompt[-1]["content"].strip():
         raise LeftOut("the prompt is empty")
-    start = 1 if prompt[0]["role"] == "system" else 0
-    for side, name in ((chosen, "chosen"), (rejected, "rejected")):
+    for name, side in sides.items():
         before = ""
-        for turn in prompt[start:] + side:
-            if turn["role"] not in AFTER[before].split():
+        for turn in prompt[prompt[0]["role"] == "system" :] + side:
+            if turn["role"] not in WORDS["after"][before]:
                 raise LeftOut(f"unbalanced roles: user and assistant do not take turns in prompt and {name}")
             before = "calls" if turn.get("tool_calls") else turn["role"]
 
 
 def read_template_kwargs(value: Any) -> dict[str, Any]:
     """A row's template variables, from JSON or an object. Raises LeftOut if it sets what it may not."""
-    if isinstance(value, str):
-        value = opened(value.strip() or "{}")
+    value = opened(value.strip()) if isinstance(value, str) else value
     if not isinstance(value or {}, dict):
         what = "no JSON" if isinstance(value, str) else f"{kind_of(value)}, not an object"
         raise LeftOut(f"chat_template_kwargs is {what}")
-    wrong = NOT_TEMPLATE_VARIABLES & set(value or {})
-    if wrong:
+    if wrong := set(value or {}).intersection(WORDS["no variables"]):
         raise LeftOut(f"chat_template_kwargs sets {', '.join(sorted(wrong))}, which a row may not")
     return template_options({"chat_template_kwargs": value})
 

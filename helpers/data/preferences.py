@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from helpers.common import UserError, visible
-from helpers.data.layouts import QUESTIONS, RANKED, USUAL, VERDICTS, Layout, asked, lookup, opened, shortened
+from helpers.data.layouts import QUESTIONS, RANKED, USUAL, VERDICTS, YES_NO, Layout, asked, lookup, opened, shortened
 
 MEANINGS = ("first", "second", "tie", None)
 UNKNOWN = "not certain"
@@ -78,11 +78,10 @@ def _by_words(a: str, b: str, column: str) -> Rule:
         f"(?:{re.escape(_words(name))}|(?:the )?(?:(?:{nouns}) ?)?(?:{tail}|{place})|(?:{place}) (?:{nouns}))"
         for name, tail, place in zip((a, b), tails, places, strict=True)
     )
-    kinds = (("first", "x wins", first, second), ("second", "x wins", second, first))
-    kinds += (("tie", "ties", first, second), ("tie", "ties", second, first))
     patterns = [
         (side, re.compile("|".join(VERDICTS[forms]).format(x=x, y=y, how=VERDICTS["how"])))
-        for side, forms, x, y in kinds
+        for x, y, winner in ((first, second, "first"), (second, first, "second"))
+        for side, forms in ((winner, "x wins"), ("tie", "ties"))
     ]
 
     @functools.lru_cache(MOST_VALUES)
@@ -91,16 +90,14 @@ def _by_words(a: str, b: str, column: str) -> Rule:
         return next((side for side, pattern in patterns if pattern.fullmatch(text)), UNKNOWN)
 
     def of(value: Any) -> str | None:
-        number = number_of(value)
-        if number is None:
+        if (number := number_of(value)) is None:
             return of_text(value) if isinstance(value, str) else UNKNOWN
         if not NUMBERED.fullmatch(column) or not tails[0].isdigit():
             return UNKNOWN
         one, two = map(float, tails)
         if number not in (one, two) and not (one + two == 3 and 1 < number < 2):  # AlpacaEval has fractions
             return UNKNOWN
-        toward_second = abs(number - one) - abs(number - two)
-        return "second" if toward_second > 0 else "first" if toward_second < 0 else "tie"
+        return "tie" if number == 1.5 else "first" if abs(number - one) < abs(number - two) else "second"
 
     return of
 
@@ -117,9 +114,9 @@ def _by_first(value: Any, words: Rule) -> Rule:
     return of
 
 
-def _by_table(wins: dict[Any, str | None]) -> Rule:
+def _by_table(wins: Iterable[tuple[Any, str | None]]) -> Rule:
     table: dict[str, str | None] = {}
-    for value, meaning in wins.items():
+    for value, meaning in wins:
         if meaning not in MEANINGS:
             raise asked("no meaning", meaning=meaning)
         if table.setdefault(_key(value), meaning) != meaning:
@@ -133,9 +130,9 @@ def _by_rule(rule: str) -> Rule:
         raise asked("no rule", rule=rule)
 
     def of(value: Any) -> str | None:
-        number, found = number_of(value), set()
-        if number is None:
+        if (number := number_of(value)) is None:
             return UNKNOWN
+        found = set()
         for sign, low, high, meaning in (term.groups() for term in terms if term):
             ends = sorted((float(low), float(high or low)))
             if SIGNS[sign](number, ends[0]) if sign else ends[0] <= number <= ends[1]:
@@ -146,12 +143,8 @@ def _by_rule(rule: str) -> Rule:
 
 
 class Judge:
-    """Says of each row which answer won. It has to `see` all rows and to `settle` before it judges one.
-
-    Args:
-        layout, sample: of the rows, and one of them.
-        wins, first_wins: as in `load_pairs`.
-    """
+    """Says of each row of one `layout` (`sample` is one) which answer won; `wins`, `first_wins` are as in `load_pairs`.
+    It has to `see` all rows and to `settle` before it judges one."""
 
     def __init__(self, layout: Layout, sample: dict[str, Any], wins: Any, first_wins: Any):
         self.layout, self.sample, self.first_wins, self.count = layout, sample, first_wins, 0
@@ -168,8 +161,8 @@ class Judge:
         if isinstance(wins, str):
             self.rule = _by_rule(wins)
         elif wins is not None:
-            self.rule = _by_table(dict(wins))
-        elif WORSE.search(layout.by[0]):
+            self.rule = _by_table(wins.items() if isinstance(wins, dict) else wins)
+        elif WORSE.search(layout.by[0]) or YES_NO.fullmatch(layout.by[0]):
             self.rule, self.models = lambda _: UNKNOWN, []
         else:
             self.rule = _by_words(a, b, layout.by[0])
@@ -178,20 +171,15 @@ class Judge:
 
     def _named(self, value: Any, row: dict[str, Any]) -> str | None:
         """The side that a text names by its content: the model that wrote the answer, or the answer itself."""
-        for a, b in self.models:
-            a, b = lookup(row, a), lookup(row, b)
-            if value in (a, b) and a != b:
-                return "first" if value == a else "second"
-        return None
+        pairs = ((lookup(row, a), lookup(row, b)) for a, b in self.models)
+        return next(("first" if value == a else "second" for a, b in pairs if value in (a, b) and a != b), None)
 
     def _of_preference(self, value: Any, row: dict[str, Any]) -> str | None:
         if is_missing(value):
             return None
         meaning = self.rule(value)
-        named = None if self.given or not isinstance(value, str) else self._named(value, row)
-        if named is None or named == meaning:
-            return meaning
-        return named if meaning == UNKNOWN else UNKNOWN  # a word and a name that say different things
+        named = meaning if self.given or not isinstance(value, str) else self._named(value, row) or meaning
+        return named if meaning in (named, UNKNOWN) else UNKNOWN  # a word and a name that say different things
 
     def _verdict(self, row: dict[str, Any]) -> tuple[Any, str | None]:
         """(value as it is shown, meaning)."""
@@ -200,9 +188,8 @@ class Judge:
             values = [value for path in by for value in lookup(row, path) or ()]
             return self._majority(values, lookup(row, self.layout.status) or (), row)
         if kind == "one_hot":
-            flags = [str(lookup(row, name)).strip().lower() in ("1", "1.0", "true") for name in by]
-            place = flags.index(True) if sum(flags) == 1 else None
-            return ("not exactly one of them", None) if place is None else (by[place], MEANINGS[place])
+            names = [name for name in by if str(lookup(row, name)).strip().lower() in ("1", "1.0", "true")]
+            return (names[0], MEANINGS[by.index(names[0])]) if len(names) == 1 else ("not exactly one of them", None)
         if kind == "scores":
             first, second = (number_of(lookup(row, name)) for name in by)
             if first is None or second is None:
@@ -220,11 +207,10 @@ class Judge:
         said = [UNKNOWN if self.first_wins is not None else self._of_preference(value, row) for value in values]
         if UNKNOWN in said:
             return values[said.index(UNKNOWN)], UNKNOWN
-        votes = Counter(filter(None, said))
-        if not votes:
+        if not (votes := [side for side in said if side]):
             return "no vote", None
-        ((most, count),) = votes.most_common(1)
-        return ("majority", most) if 2 * count > votes.total() else ("no majority", "tie")
+        most = max(votes, key=votes.count)
+        return ("majority", most) if 2 * votes.count(most) > len(votes) else ("no majority", "tie")
 
     def see(self, row: dict[str, Any]) -> None:
         """Take in one row, before any is judged."""
@@ -261,9 +247,8 @@ class Judge:
         unsure = scale.union(key for key, meaning in kept.items() if meaning == UNKNOWN)
         keys = sorted(kept, key=lambda key: kept[key] != UNKNOWN)[:SHOWN_VALUES]
         wins = ", ".join(f"{shown[key]}: {'...' if key in unsure else repr(kept[key])}" for key in keys)
-        more = "two values" if len(kept) == 2 else "scale" if scale else "one"
-        more, column = QUESTIONS[more].format(*values.values()), ", ".join(self.layout.by)
-        return asked("values", what=what, column=column, held=held, wins=wins, a=a, b=b, more=more)
+        more = QUESTIONS["two values" if len(kept) == 2 else "scale" if scale else "one"].format(*values.values())
+        return asked("values", what=what, column=", ".join(self.layout.by), held=held, wins=wins, a=a, b=b, more=more)
 
     def order(self, row: dict[str, Any]) -> tuple[str, ...]:
         """Where the better answer stands, and the other. Raises LeftOut for a tie, or if nothing is said."""

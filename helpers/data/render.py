@@ -31,11 +31,9 @@ IDS = Features({name: List(Value("int32")) for name in ID_COLUMNS})
 
 
 def template_options(row: dict[str, Any]) -> dict[str, Any]:
-    """What a `row` of pairs passes to the chat template besides its messages: `tools` and its chat_template_kwargs.
-
-    `tools` is a list of schemas or their JSON; text that is no JSON raises ValueError. Arrow fills the keys that other
-    rows have with None, so None is taken as not set.
-    """
+    """What a `row` of pairs passes to the chat template besides its messages: `tools` (schemas, or their JSON; other
+    text raises ValueError) and its chat_template_kwargs. Arrow fills the keys of other rows with None: taken as not
+    set."""
     tools, variables = row.get("tools"), row.get("chat_template_kwargs") or {}
     if isinstance(tools, str):
         tools = json.loads(tools) if tools.strip() else None
@@ -51,9 +49,7 @@ def shared_options(pairs: Dataset) -> dict[str, Any]:
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options: Any) -> str:
     """The `messages` of one conversation as text, by the `tokenizer`'s chat template, which gets the `options`.
-
-    `add_generation_prompt=True` is for a prompt. Raises UserError if there is no chat template.
-    """
+    `add_generation_prompt=True` is for a prompt. Raises UserError if there is no chat template."""
     if not tokenizer.chat_template:
         raise UserError("This tokenizer has no chat template: take the instruct version of the model, or set one.")
     return tokenizer.apply_chat_template(messages, tokenize=False, **options)
@@ -77,10 +73,8 @@ def has_thought(row: dict[str, Any]) -> bool:
 
 
 def thinking_off(row: dict[str, Any], hybrid: bool) -> dict[str, Any]:
-    """What a `hybrid` thinker's chat template gets for a `row` of pairs whose answers are one turn without a thought.
-
-    It writes an empty thought before such an answer, but before a reply it does so only if thinking is off.
-    """
+    """What a `hybrid` thinker's chat template gets for a `row` of pairs whose answers are one turn without a thought:
+    it writes an empty thought before such an answer, but before a reply it does so only if thinking is off."""
     ordinary = all(len(row.get(side, ())) == 1 for side in BOTH) and not has_thought(row)
     return {"enable_thinking": False} if hybrid and ordinary else {}
 
@@ -92,15 +86,11 @@ def turns_of(prompt: Prompt) -> list[dict]:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt], **options: Any) -> list[list[int]]:
-    """Token ids of `prompts` up to where the reply begins.
-
-    `options` are for the `tokenizer`'s chat template, e.g. enable_thinking=False; what a row of pairs brings (tools,
-    chat_template_kwargs) goes before them.
-    """
-    texts = []
+    """Token ids of `prompts` up to where the reply begins. `options` are for the `tokenizer`'s chat template, e.g.
+    enable_thinking=False; what a row of pairs brings (tools, chat_template_kwargs) goes before them."""
+    texts, hybrid = [], is_hybrid(tokenizer)
     for one in prompts:
-        own, off = (template_options(one), thinking_off(one, True)) if isinstance(one, dict) else ({}, {})
-        off = off if off and is_hybrid(tokenizer) else {}
+        own, off = (template_options(one), thinking_off(one, hybrid)) if isinstance(one, dict) else ({}, {})
         texts.append(render(tokenizer, turns_of(one), add_generation_prompt=True, **off | options | own))
     return encode(tokenizer, texts)
 
@@ -125,11 +115,8 @@ def _or_none(call: Callable, *args: Any, **options: Any) -> Any:
 
 
 class Renderer:
-    """Renders and tokenises batches of pairs for one tokenizer.
-
-    The beginning that prompt, chosen and rejected share is tokenised once, up to the last place where a cut cannot
-    change the ids.
-    """
+    """Renders and tokenises batches of pairs for one tokenizer. The beginning that prompt, chosen and rejected share is
+    tokenised once, up to the last place where a cut cannot change the ids."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer, self.hybrid = tokenizer, is_hybrid(tokenizer)
@@ -146,19 +133,14 @@ class Renderer:
 
     def _cut(self, prompt: str, *others: str) -> int:
         """Up to where all texts are the same and may be cut, so that no token changes; 0 if there is no such place."""
-        for token in self.cuts:
-            place = prompt.rfind(token)
-            if place > 0 and all(other.startswith(prompt[: place + len(token)]) for other in others):
-                return place
-        return 0
+        places = ((place, prompt[: place + len(token)]) for token in self.cuts if (place := prompt.rfind(token)) > 0)
+        return next((place for place, start in places if all(other.startswith(start) for other in others)), 0)
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """For each of `rows`, pairs as `load_pairs` gives them, its texts and ids.
-
-        asked is the text of the prompt with what opens the reply, and prompt_tokens counts its tokens; chosen_text and
-        rejected_text are of the whole conversation. IDS are as TRL's trainer takes them: prompt_ids are those of asked
-        that both conversations begin with. options is what the chat template got, refused whether it raised an error.
-        """
+        """For each of `rows`, pairs as `load_pairs` gives them: asked is the text of the prompt with what opens the
+        reply, prompt_tokens counts its tokens; chosen_text and rejected_text are of the whole conversation. IDS are as
+        TRL's trainer takes them: prompt_ids are those of asked that both conversations begin with. options is what the
+        chat template got, refused whether it raised an error."""
         result, pieces = [self._texts(row) for row in rows], []
         for one in result:
             asked, *whole = (one[name] for name in TEXTS)
@@ -179,23 +161,18 @@ class Renderer:
         options = _or_none(lambda: thinking_off(row, self.hybrid) | template_options(row))
         texts = [self.text(row["prompt"], options, add_generation_prompt=True)]
         texts += [self.text(row["prompt"] + row[side], options) for side in BOTH]
-        named = zip(TEXTS, (text or "" for text in texts), strict=True)
-        return {"options": options, "refused": None in texts, **dict(named)}
+        return {"options": options, "refused": None in texts} | {k: t or "" for k, t in zip(TEXTS, texts, strict=True)}
 
 
 def cuts_cleanly(token: Any, others: Iterable[str]) -> bool:
     """Whether a text cut in two before the AddedToken `token` keeps its ids; `others` are the texts of all such tokens.
-
     A fast tokenizer takes its added tokens out of the raw text first (the leftmost, longest match), then normalises,
     splits and merges what lies between them piece by piece, so no merge crosses an added token. A cut before one could
     still be felt if the match took in white space, depended on the neighbours or on the normaliser, or if another match
-    could begin before the cut and reach over it.
-    """
-    text = token.content
-    reaches_over = any(
-        text in other[1:] or any(other.endswith(text[:n]) for n in range(1, len(text))) for other in others
-    )
-    return not (token.lstrip or token.single_word or token.normalized or reaches_over)
+    could begin before the cut and reach over it."""
+    text, plain = token.content, not (token.lstrip or token.single_word or token.normalized)
+    starts = [text[:n] for n in range(1, len(text))]
+    return plain and not any(text in other[1:] or other.endswith(tuple(starts)) for other in others)
 
 
 def mapped(pairs: Dataset, make: Callable, features: Features, **more: Any) -> Dataset:
@@ -206,16 +183,13 @@ def mapped(pairs: Dataset, make: Callable, features: Features, **more: Any) -> D
 
 
 def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Token ids of `pairs` as DPOTrainer makes them: columns prompt_ids, chosen_ids, rejected_ids (lists of int).
-
-    The completion is what follows the prompt in the text of prompt and completion together. Raises UserError if the
-    `tokenizer`'s chat template refuses a row.
-    """
+    """Token ids of `pairs` as DPOTrainer makes them: columns prompt_ids, chosen_ids, rejected_ids (lists of int). The
+    completion is what follows the prompt in the text of prompt and completion together. Raises UserError if the
+    `tokenizer`'s chat template refuses a row."""
     renderer = Renderer(tokenizer)
 
     def ids(batch: dict[str, list], places: list[int]) -> dict[str, list]:
-        rows = rows_of(batch)
-        rendered = renderer(rows)
+        rendered = renderer(rows := rows_of(batch))
         for place, row, one in zip(places, rows, rendered, strict=True):
             if one["refused"]:
                 origin = row.get("origin", f"row {place + 1}")

@@ -13,10 +13,8 @@ SHOWN_REASONS = 12
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_pairs` read, and how: rows = rows that became pairs + the rows it left out, those by reason.
-
-    `bundled` says whether they are the pairs that come with this project, so that their licence is known.
-    """
+    """What `load_pairs` read, and how: rows = rows that became pairs + the rows it left out, those by reason. `bundled`
+    says whether they are the pairs that come with this project, so that their licence is known."""
 
     rows: int
     pairs: int
@@ -40,10 +38,8 @@ class LoadReport:
 
 
 def load_report(pairs: Dataset) -> LoadReport | None:
-    """What `load_pairs` said when these pairs were read; None for a dataset that it did not make.
-
-    The report travels in `pairs.info.description`, so it is still there after a split or a selection.
-    """
+    """What `load_pairs` said when these pairs were read; None for a dataset that it did not make. The report travels in
+    `pairs.info.description`, so it is still there after a split or a selection."""
     try:
         return LoadReport(**json.loads(pairs.info.description))
     except (TypeError, ValueError):

@@ -16,21 +16,22 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import xxhash
-import yaml
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict
 from datasets.exceptions import DatasetsError
 
 from helpers.common import UserError
+from helpers.data import tables
+from helpers.data.layouts import asked, plain_value
 from helpers.data.messages import kind_of
 from helpers.data.report import load_report
-from helpers.data.textfiles import csv_form, csv_rows, json_rows, open_bytes, plain_value, rows_in
+from helpers.data.textfiles import csv_form, csv_rows, json_rows, open_bytes, rows_in
 from helpers.patches.dataset_key import dataset_key
 from helpers.session import quiet_progress
 
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}  # suffix -> its reader in `datasets`
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *TABLES)
 LIBRARY_ERRORS = (OSError, EOFError, RuntimeError, ValueError, zlib.error, pa.ArrowException, DatasetsError)
-REFUSED = yaml.safe_load(Path(__file__).with_name("refused.yaml").read_text("utf-8"))
+(REFUSED,) = tables("refused.yaml")
 KNOWN = (*SUFFIXES, *" ".join(one["suffixes"] for one in REFUSED if "suffixes" in one).split())
 SPLIT = re.compile(r"(.+)-\d+-of-\d+\b|(?:.*[^a-z])?(train|test|valid|validation|val|dev|eval)(?![a-z])", re.IGNORECASE)
 
@@ -80,10 +81,7 @@ def _from_frame(frame: Any) -> Source:
         ]
         return _from_dataset(Dataset(pa.table(plain, names=table.column_names)), "table", "")
     except (*LIBRARY_ERRORS, KeyError) as error:
-        raise UserError(
-            f"The {type(frame).__name__} can't be read ({reason_of(error)}). Every column needs a name of its own and "
-            "values of one kind; or pass its rows, in pandas frame.to_dict('records')."
-        ) from None
+        raise asked("frame", kind=type(frame).__name__, reason=reason_of(error)) from None
 
 
 def _suffix(path: Path) -> str:
@@ -95,11 +93,8 @@ def _from_files(files: list[Path], name: str) -> Source:
     splits = [match[1] or match[2] for file in files if (match := SPLIT.match(file.name))]
     for what, groups in (("kinds of file", Counter(map(_suffix, files))), ("splits", Counter(splits))):
         if len(groups) > 1:
-            listed = ", ".join(f"{group} ({count})" for group, count in sorted(groups.items()))
-            raise UserError(
-                f"{name} holds several {what}: {listed}. Pass one file, or a pattern for those that belong together, "
-                "like 'folder/train*.jsonl'."
-            )
+            held = ", ".join(f"{group} ({count})" for group, count in sorted(groups.items()))
+            raise asked("several files", name=name, what=what, held=held)
     top = os.path.commonpath([file.parent for file in files])
     sources = [_from_file(file, printable(str(file.relative_to(top)))) for file in files]
     keys = [source.key for source in sources]
@@ -134,31 +129,20 @@ def _from_file(path: Path, name: str) -> Source:
     if instead:
         raise UserError(f"{name} {instead[0]}")
     if suffix not in SUFFIXES:
-        raise UserError(
-            f"{name}: a file ends in {', '.join(SUFFIXES)} (or .gz after it), this one in {suffix!r}. Save its rows as "
-            "JSONL, one JSON object a line."
-        )
+        raise asked("suffix", name=name, suffixes=", ".join(SUFFIXES), suffix=suffix)
     if suffix in TABLES:
         with quiet_progress(0):
             table = datasets.load_dataset(TABLES[suffix], data_files=glob.escape(str(path)), split="train")
         return _from_dataset(table, name, "")
     with path.open("rb") as file:
         content = hashlib.file_digest(file, xxhash.xxh3_128)
-    rows = functools.partial(json_rows, path, name)
-    if suffix in (".csv", ".tsv"):
-        rows = functools.partial(csv_rows, path, name, *csv_form(path, name, suffix == ".tsv"))
-    return Source(name, rows, content.hexdigest())
+    form = csv_form(path, name, suffix == ".tsv") if suffix in (".csv", ".tsv") else ()
+    return Source(name, functools.partial(csv_rows if form else json_rows, path, name, *form), content.hexdigest())
 
 
 def open_source(source: Any, split: str) -> Source:
-    """Where the rows of `source` come from.
-
-    Args:
-        source, split: as in `load_pairs`.
-
-    Raises:
-        UserError: it is not there, or nothing that pairs can be read from.
-    """
+    """Where the rows of `source` come from; `source` and `split` are as in `load_pairs`. Raises UserError if it is not
+    there, or nothing that pairs can be read from."""
     if isinstance(source, Dataset | DatasetDict):
         return _from_dataset(source, "dataset", split)
     if isinstance(source, IterableDataset | IterableDatasetDict):
@@ -166,13 +150,12 @@ def open_source(source: Any, split: str) -> Source:
     if hasattr(source, "__arrow_c_stream__"):
         return _from_frame(source)
     if isinstance(source, dict | list | tuple | Iterator):
-        rows = list(source) if isinstance(source, Iterator) else rows_in(plain_value(source), "The dictionary")
-        rows = [source] if rows is None else rows
-        return Source("list", lambda: ((f"row {number}", plain_value(row)) for number, row in enumerate(rows, 1)))
+        whole = plain_value(list(source) if isinstance(source, Iterator) else source)
+        rows = rows_in(whole, "The dictionary")
+        named = [(f"row {number}", row) for number, row in enumerate([whole] if rows is None else rows, 1)]
+        return Source("list", lambda: iter(named))
     if not isinstance(source, str | Path):
-        raise UserError(
-            f"Pairs can't be read from {kind_of(source)}. Pass a file, a list of dicts, a Dataset or a name on the hub."
-        )
+        raise asked("source", kind=kind_of(source))
     path = Path(source).expanduser()
     name = printable(path.name)
     if path.is_dir():
@@ -188,8 +171,5 @@ def open_source(source: Any, split: str) -> Source:
         table = datasets.load_dataset(str(source), split=split)
     except LIBRARY_ERRORS as error:
         said = " ".join(str(error.__cause__ or error).split())[:500]
-        raise UserError(
-            f"There is no file {source!r} here, and the hub does not give a set of that name ({said}). One of several "
-            f"configurations is read by load_pairs(datasets.load_dataset({source!r}, NAME, split={split!r}))."
-        ) from None
+        raise asked("hub", source=source, said=said, split=split) from None
     return _from_dataset(table, f"{source} {split}", split)

@@ -7,6 +7,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 
 from helpers.common import UserError, visible
+from helpers.data.layouts import asked
 from helpers.data.messages import prompt_text
 from helpers.data.report import load_report
 
@@ -15,28 +16,21 @@ HELD_OUT_TOPICS = ["astronomy", "databases", "health"]
 
 
 def prompt_families(prompts: Iterable[list[dict[str, str]]]) -> list[str]:
-    """For each prompt, the shortest of all these prompts that it begins with, as text without system turns.
-
-    Prompts with the same text belong together: one question under several system prompts, or turns of one talk. If two
-    prompts begin a third, one of the two begins the other, so the shortest one is the same for the whole family.
-    """
+    """For each prompt, the shortest of all these prompts that it begins with, as text without system turns: one for a
+    question under several system prompts, and one for the turns of a talk. If two prompts begin a third, one of the two
+    begins the other, so the shortest one is the same for the whole family."""
     talks = [tuple(prompt_text([turn]) for turn in one if turn["role"] != "system") or ("",) for one in prompts]
     known = set(talks)
     return ["\n".join(next(talk[:n] for n in range(1, len(talk) + 1) if talk[:n] in known)) for talk in talks]
 
 
 def split_pairs(
-    pairs: Dataset,
-    test_size: float = 0.2,
-    seed: int = 0,
-    by: str | None = None,
-    held_out: list[str] | None = None,
+    pairs: Dataset, test_size: float = 0.2, seed: int = 0, by: str | None = None, held_out: list[str] | None = None
 ) -> DatasetDict:
     """Pairs to train on and pairs held out, as DatasetDict(train, test).
 
-    The same question, under whatever system prompt, and the turns of one talk (a prompt that is the beginning of
-    another) stay on one side. The held-out part is never larger than asked for, and smaller by less than one group if
-    the groups allow it.
+    The same question, under whatever system prompt, and the turns of one talk (a prompt that begins another) stay on
+    one side. The held-out part is at most what was asked for, and less than one group smaller if the groups allow it.
 
     Args:
         pairs: in the form that `load_pairs` gives.
@@ -75,12 +69,8 @@ def split_pairs(
     in_test = np.array([key in held for key in keys])
     train, test = np.flatnonzero(~in_test), np.flatnonzero(in_test)
     if not (len(train) and len(test)):
-        raise UserError(
-            f"Splitting {len(pairs)} pairs by {by!r} ({len(sizes)} different) leaves one side empty. "
-            "Take another test_size, or another column."
-        )
-    both = {prompts[row] for row in train} & {prompts[row] for row in test}
-    if both:
+        raise asked("empty side", count=len(pairs), by=by, different=len(sizes))
+    if both := {prompts[row] for row in train} & {prompts[row] for row in test}:
         rows = ", ".join([pairs[row]["origin"] for row, prompt in enumerate(prompts) if prompt in both][:5])
         raise UserError(f"The same question or talk stands under two values of {by!r} ({rows}): make them one.")
     return DatasetDict(train=pairs.select(train), test=pairs.select(test))

@@ -12,30 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
 from helpers.common import UserError
-from helpers.data.messages import valid_text
+from helpers.data.layouts import HALF_EMOJI, QUESTIONS, asked, find_layout, plain_value
 from helpers.data.preferences import LeftOut
 
-UNEVEN = "more or fewer fields than the first line has"
+JSONL = re.compile(r"\.(?:jsonl|ndjson)\b", re.I)
 NO_SPACE = re.compile(r"[^ \t\r\n\ufeff]")
 DOUBLED = re.compile(r'(?:^|\t)"[^\t]*""[^\t]*"(?:\t|[\r\n]*$)')  # a mark between tabs that is doubled in its field
-HALF_EMOJI = re.compile(r"\\u[dD][89a-fA-F]")  # or a whole one
-
-
-def plain_value(value: Any) -> Any:
-    """The same value as a table can hold it: arrays as lists, NaN as None, half an emoji as U+FFFD."""
-    if isinstance(value, str):
-        return valid_text(value)
-    if isinstance(value, dict):
-        return {str(plain_value(key)): plain_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_value(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return plain_value(value.tolist())
-    return None if pd.api.types.is_scalar(value) and pd.isna(value) else value
 
 
 def open_bytes(path: Path) -> gzip.GzipFile | io.BufferedReader:
@@ -54,15 +37,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=lambda name: plain_value(float(name)))
 
 
-# Where a JSON text goes wrong -> what to do about it.
-HINTS = {
-    ",": "Take out that comma: objects that stand one a line have none between them.",
-    "{": "A second object begins there. Put it on a line of its own.",
-    "'": "JSON has double quotes. Write the rows with json.dumps.",
-    **dict.fromkeys("]}", "If a comma stands before it, take that out."),
-}
-
-
 def _values(text: str, name: str, only: int = 0) -> Iterator[tuple[int, Any]]:
     """The line that each value of a JSON text starts on, and the value; `only`: the number of the one line it is."""
     line, start, end = only or 1, 0, 0
@@ -73,12 +47,12 @@ def _values(text: str, name: str, only: int = 0) -> Iterator[tuple[int, Any]]:
                 raise json.JSONDecodeError("Extra data", text, start)
             value, end = DECODER.raw_decode(text, start)
         except json.JSONDecodeError as error:
-            place = f"{name}, line {only or error.lineno}, column {error.colno}"
-            advice = HINTS.get(text[error.pos : error.pos + 1], "Mend that line, or take it out.")
-            raise UserError(f"{place}: not valid JSON ({error.msg}). {advice}") from None
+            place, hints = f"{name}, line {only or error.lineno}, column {error.colno}", QUESTIONS["JSON"]
+            advice = hints.get(text[error.pos : error.pos + 1], hints["line"])
+            raise asked("invalid JSON", place=place, error=error.msg, advice=advice) from None
         except (ValueError, RecursionError) as error:
             place = f"{name}, line {line}" if text[start] == "{" else name
-            raise UserError(f"{place}: not valid JSON ({error}). Mend it, or take it out.") from None
+            raise asked("invalid JSON", place=place, error=error, advice="Mend it, or take it out.") from None
         yield line, plain_value(value) if HALF_EMOJI.search(text, start, end) else value
 
 
@@ -94,13 +68,10 @@ def json_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
             for number, text in itertools.chain(head, lines):
                 yield from ((f"{name}:{line}", value) for line, value in _values(text, name, number))
             return
-    with open_bytes(path) as file:
-        values = list(_values(file.read().decode("utf-8", "replace"), name))
+        file.seek(0)
+        values = [(f"{name}:{line}", value) for line, value in _values(file.read().decode("utf-8", "replace"), name)]
     rows = rows_in(values[0][1], name) if len(values) == 1 else None
-    if rows is None:
-        yield from ((f"{name}:{line}", value) for line, value in values)
-    else:
-        yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
+    yield from values if rows is None else ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _is_json(line: str) -> bool:
@@ -111,8 +82,11 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
+def _makes_pair(names: tuple[str, ...]) -> bool:
+    try:
+        return find_layout(names, {}, ()) is not None
+    except UserError:  # a question about a pair
+        return True
 
 
 def rows_in(whole: Any, name: str) -> list | None:
@@ -120,26 +94,29 @@ def rows_in(whole: Any, name: str) -> list | None:
     if isinstance(whole, list | tuple):
         return list(whole)
     values = list(whole.values()) if isinstance(whole, dict) else []
-    if not values or any(_is_message(v[0] if isinstance(v, list) and v else v) for v in values):
+    firsts = [value[0] if isinstance(value, list) and value else value for value in values]
+    keys = [first.keys() for first in firsts if isinstance(first, dict)]
+    if not values or any({"role", "content"} <= one or {"from", "value"} <= one for one in keys):  # of messages
         return None
     lists = {key: value for key, value in whole.items() if isinstance(value, list)}
     tables = [value for value in lists.values() if value and all(isinstance(item, dict) for item in value)]
-    if len(lists) == 1 and (tables or len(values) == 1):  # {"version": 1, "data": [...]}
-        return next(iter(lists.values()))
+    if len(lists) == 1 and (
+        tables or len(values) == 1
+    ):  # {"version": 1, "data": [...]}, if it is not a row with a list
+        line = len(values) > 1 and JSONL.search(name) and not _makes_pair(tuple(tables[0][0]))
+        return None if line or _makes_pair(tuple(whole)) else next(iter(lists.values()))
     if len(values) == 1 and isinstance(values[0], dict):  # {"data": {...}}
         rows = rows_in(values[0], name)
         return values if rows is None else rows
     if len(lists) == len(values):
         sizes = ", ".join(f"{key!r} ({len(value)})" for key, value in lists.items())
-        if len(tables) == len(lists):
-            raise UserError(f"{name} holds several lists of rows: {sizes}. Save the one to read as a file of its own.")
-        if len(set(map(len, lists.values()))) > 1:
-            raise UserError(f"{name}: the columns are of unequal length: {sizes}.")
+        if len(tables) == len(lists) or len(set(map(len, values))) > 1:
+            raise asked("several lists" if len(tables) == len(lists) else "unequal columns", name=name, sizes=sizes)
         return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
     if not all(isinstance(value, dict) for value in values):
         return None
-    keys = {tuple(value) for value in values}
-    if len(keys) == 1 and all(str(key).isdigit() for key in keys.pop()):  # by pandas: column -> row number -> value
+    numbers = [str(key) for key in values[0]]  # by pandas: column -> row number -> value
+    if all(map(str.isdigit, numbers)) and all(list(map(str, value)) == numbers for value in values):
         return rows_in({key: list(value.values()) for key, value in whole.items()}, name)
     return values
 
@@ -158,10 +135,8 @@ def _fields(path: Path, name: str, skip: int, form: dict[str, Any]) -> Iterator[
                 yield f"{name}:{start}", fields
             start = skip + reader.line_num + 1
     except csv.Error as error:
-        raise UserError(
-            f"{name}, line {skip + reader.line_num}: not valid CSV ({error}). A field that holds a quote, a line break "
-            f"or {form['delimiter']!r} must stand in double quotes, and a quote in it must be doubled."
-        ) from None
+        line = skip + reader.line_num
+        raise asked("invalid CSV", name=name, line=line, error=error, mark=form["delimiter"]) from None
 
 
 def _count(rows: Iterator[tuple[str, list[str]]]) -> tuple[int, int]:
@@ -171,12 +146,10 @@ def _count(rows: Iterator[tuple[str, list[str]]]) -> tuple[int, int]:
 
 
 def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
-    """How many lines stand before the names, and the arguments of `csv.reader`.
-
-    Text between tabs has no quotes by its standard, but pandas and Excel write them. So that no row swallows others,
-    the reading with more whole rows counts. If both have as many, marks around a field are quotes only if they are
-    around the names too, if those inside are doubled, or if the file is called .csv.
-    """
+    """How many lines stand before the names, and the arguments of `csv.reader`. Text between tabs has no quotes by its
+    standard, but pandas and Excel write them. So that no row swallows others, the reading with more whole rows counts.
+    If both have as many, marks around a field are quotes only if they are around the names too, if those inside are
+    doubled, or if the file is called .csv."""
     csv.field_size_limit(sys.maxsize)
     skip, head = next(((number, line) for number, line in enumerate(_open_text(path, 0)) if line.strip()), (0, ""))
     named = re.fullmatch(r'"?sep=(.)"?\s*', head)  # Excel's first line
@@ -196,17 +169,11 @@ def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
             raise
         quoted, quoted_other = -1, 0
     if whole > quoted >= 0 and (not other if usual else other and not quoted_other):
-        raise UserError(
-            f"{name} can be read in two ways: as {quoted} rows with quotes around fields, or as {whole} rows, one a "
-            "line, with quotes as text. Save it as JSONL, which has only one reading."
-        )
+        raise asked("two ways", name=name, quoted=quoted, whole=whole)
     doubled = quoted == whole and (not tsv or any(map(DOUBLED.search, _open_text(path, skip))))
     form, whole, other = (quotes, quoted, quoted_other) if usual or quoted > whole or doubled else (text, whole, other)
     if other and not whole:
-        raise UserError(
-            f"{name}: no row has as many fields as line {skip + 1}, which should hold the names of the columns and "
-            f"holds {', '.join(map(repr, next(csv.reader([head], **form)))):.200}."
-        )
+        raise asked("no names", name=name, line=skip + 1, held=", ".join(map(repr, next(csv.reader([head], **form)))))
     return skip, form
 
 
@@ -220,5 +187,5 @@ def csv_rows(path: Path, name: str, skip: int, form: dict[str, Any]) -> Iterator
     if twice:
         raise UserError(f"{name}: two columns of the first line have the same name, {twice[0]!r}. Rename one.")
     for origin, fields in rows:
-        even = len(fields) == len(names)
-        yield origin, dict(zip(names, fields, strict=True)) if even else LeftOut(UNEVEN)
+        row = dict(zip(names, fields, strict=False))
+        yield origin, row if len(fields) == len(names) else LeftOut("more or fewer fields than the first line has")
