@@ -32,6 +32,7 @@ from helpers.run.folder import (
     write_info,
 )
 from helpers.session import quiet_progress
+from helpers.train import say
 from helpers.train.processes import check_alike, once, processes, share_step
 from helpers.train.resume import differences, step_of
 from helpers.train.settings import DPOConfig, hardly_moves, run_config
@@ -53,21 +54,16 @@ def check_both(
     """Check both sets by `check_pairs` with its `rule`; UserError for errors, a line for long prompts."""
     for name, given in (("train", train), ("test", test)):
         if not isinstance(given, Dataset):
-            raise UserError(
-                f"{name} has to be pairs, as load_pairs and split_pairs give them, and is of type "
-                f"{type(given).__name__}. A run needs pairs to train on and others to measure on."
-            )
-    sides = [check_pairs(train, tokenizer, max_length, test=test, **rule)]
-    sides += [check_pairs(test, tokenizer, max_length, **rule)]
-    for name, given, report in zip(("training", "held-out"), (train, test), sides, strict=True):
+            raise UserError(say("no_pairs", name=name, kind=type(given).__name__))
+    reports = (
+        check_pairs(train, tokenizer, max_length, test=test, **rule),
+        check_pairs(test, tokenizer, max_length, **rule),
+    )
+    for name, report in zip(("training", "held-out"), reports, strict=True):
         report.raise_for_errors()
-        shortened, left_out = report.prompts["shortened"], report.prompts["left_out"]
-        if shortened or left_out:
-            print(
-                f"Prompts over {rule['max_prompt_length']} tokens among {len(given)} {name} pairs: {shortened} "
-                f"shortened, {left_out} pairs left out (max_prompt_length, on_long_prompt)."
-            )
-    return CheckedPairs(*sides, rule)
+        if any(report.prompts.values()):
+            print(say("long_prompts", name=name, checked=report.checked, **report.prompts, **rule))
+    return CheckedPairs(*reports, rule)
 
 
 def _hash_without_date(pairs: CheckedPairs, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -91,11 +87,18 @@ class Job:
     info: RunInfo = dataclasses.field(init=False)  # as it will be in run.json
     plan: BatchPlan | None = None  # by free memory; None if the settings or an earlier run say how a step is made
 
+    # By `values` as they are now: of this process's trainer; as in one process, so that any number can go on.
+    config = property(lambda self: self._config(share_step(self.values)))
+    described = property(lambda self: describe_config(self._config(self.values)))
+    tokens = property(lambda self: self.folder / "tokens", doc="Of a run whose template writes the date.")
+
+    def _config(self, share: dict[str, Any]) -> DPOConfig:
+        return run_config(self.folder, len(self.pairs.train.pairs), self.values, share)
+
     def __post_init__(self) -> None:
         train, test = self.pairs.train, self.pairs.test
-        loaded = [load_report(report.pairs) for report in (train, test)]
+        loaded, number = [load_report(report.pairs) for report in (train, test)], processes().num_processes
         share_step(self.values)
-        self.free = min(gather_object([free_memory(self.policy.device)]))  # of the fullest card
         self.info = RunInfo(
             model=self.policy.name,
             profile=current_profile().name,
@@ -115,7 +118,7 @@ class Job:
             start=self.policy.adapter,
             reference=POLICY_AT_START if self.reference is None else self.reference.fingerprint,
             versions=versions(),
-            machine=machine() if processes().num_processes == 1 else f"{processes().num_processes} x {machine()}",
+            machine=machine() if number == 1 else f"{number} x {machine()}",
             status=Status.RUNNING,
             template=self.policy.options,
             prompts_rule=self.pairs.rule,
@@ -123,27 +126,21 @@ class Job:
         facts = {"model": self.info.base, "adapter": self.info.start, "settings": self.info.config}
         check_alike(**facts, pairs=(train.hash, test.hash))
 
-    def _config(self, share: dict[str, Any]) -> DPOConfig:
-        return run_config(self.folder, len(self.pairs.train.pairs), self.values, share)
-
-    # By `values` as they are now: of this process's trainer; as in one process, so that any number can go on.
-    config = property(lambda self: self._config(share_step(self.values)))
-    described = property(lambda self: describe_config(self._config(self.values)))
-
     def earlier(self, replace: bool) -> RunInfo | None:
         """The same run as it was left in the folder, if it is there; decides how a step is made.
 
         Another run is put aside if `replace`, else UserError is raised.
         """
+        free = min(gather_object([free_memory(self.policy.device)]))  # of the fullest card
         before, self.values, self.info, self.plan = once(
-            lambda: (self._earlier(replace), self.values, self.info, self.plan)
+            lambda: (self._earlier(replace, free), self.values, self.info, self.plan)
         )
-        if before is not None and (self.folder / "tokens").is_dir():  # those that it began with
+        if before is not None and self.tokens.is_dir():  # those that it began with
             for name, report in self.pairs.sets.items():
-                report.take(Dataset.load_from_disk(str(self.folder / "tokens" / name)))
+                report.take(Dataset.load_from_disk(str(self.tokens / name)))
         return before
 
-    def _earlier(self, replace: bool) -> RunInfo | None:
+    def _earlier(self, replace: bool, free: float) -> RunInfo | None:
         try:
             before = read_info(self.folder)
         except UserError:  # run.json can't be read, or lacks something
@@ -151,36 +148,38 @@ class Job:
                 raise
             set_aside(self.folder)
             before = None
-        worth = before is not None and (
-            before.status == Status.FINISHED or any(self.folder.glob("checkpoints/checkpoint-*"))
-        )
-        if before is not None and (self.folder / "tokens").is_dir() and before.data.given == self.info.data.given:
+        if before is None:
+            self._choose_step(None, free)
+            return None
+        worth = before.status == Status.FINISHED or any(self.folder.glob("checkpoints/checkpoint-*"))
+        if self.tokens.is_dir() and before.data.given == self.info.data.given:
             self.info.data = before.data
-        self._choose_step(before if worth else None)
-        changed = [] if before is None else differences(before, self.info)
+        self._choose_step(before if worth else None, free)
+        changed = differences(before, self.info)
         if not changed:
             return before
         if worth and not replace:
-            raise UserError(
-                f"{self.folder} holds another run ({'; '.join(changed[:3])}). Give this one a folder of its own, "
-                "or pass replace=True: the old run is then kept next to it."
-            )
+            raise UserError(say("other_run", folder=self.folder, changed="; ".join(changed[:3])))
         set_aside(self.folder)
         return None
 
-    def _choose_step(self, before: RunInfo | None) -> None:
+    def _need(self, change: dict[str, Any] | None = None) -> float:
+        """GB beside the loaded model, by the estimate, with a `change` of the settings."""
+        values = share_step(self.values | (change or {}))
+        return estimate_for(self.policy.model, self.pairs.train.ids, values).training / 1e9
+
+    def _choose_step(self, before: RunInfo | None, free: float) -> None:
         """On a GPU, how a step's pairs are cut: as the run `before` did, else by free memory, unless it was given."""
-        model, ids, number = self.policy.model, self.pairs.train.ids, processes().num_processes
         if self.policy.device.type == "cuda" and not self.settings.keys() & set(BATCH_SETTINGS):
             step = step_of(before, self.info)
             if step is None:
-                self.plan = plan_for(model, ids, share_step(self.values), self.free)
+                self.plan = plan_for(self.policy.model, self.pairs.train.ids, share_step(self.values), free)
                 size, pieces, checkpointing = self.plan[:3]
-                step = dict(zip(BATCH_SETTINGS, (size, pieces * number, checkpointing), strict=True))
+                pieces *= processes().num_processes
+                step = dict(zip(BATCH_SETTINGS, (size, pieces, checkpointing), strict=True))
             self.values |= step
             self.info.config = self.described
-        needed = estimate_for(model, ids, share_step(self.values)).training
-        self.info.memory_gb = {"needed": round(needed / 1e9, 2), "free": round(self.free / 1e9, 2)}
+        self.info.memory_gb = {"needed": round(self._need(), 2), "free": round(free / 1e9, 2)}
 
     def begin(self) -> None:
         """Say how a step is made, write run.json; UserError if training needs far more memory than is free."""
@@ -190,14 +189,11 @@ class Job:
         if self.info.data.given and not (self.folder / "run.json").exists():
             for name, report in self.pairs.sets.items():
                 with quiet_progress(len(report.ids)):
-                    report.ids.save_to_disk(self.folder / "tokens" / name)
-        need, free = self.info.memory_gb["needed"], self.info.memory_gb["free"]
-        if self.plan is not None:
-            at_once = f"{self.plan.pairs} pair{'s' * (self.plan.pairs > 1)} at once"
-            print(
-                f"{at_once}, checkpointing {'on' if self.plan.checkpointing else 'off'}: needs about "
-                f"{self.plan.bytes / 1e9:.1f} of {free:.1f} GB free; {self.plan.reason}."
-            )
+                    report.ids.save_to_disk(self.tokens / name)
+        need, free, plan = self.info.memory_gb["needed"], self.info.memory_gb["free"], self.plan
+        if plan is not None:
+            words = {"s": "s" * (plan.pairs > 1), "checkpointing": "on" if plan.checkpointing else "off"}
+            print(say("plan", plan=plan, needed=plan.bytes / 1e9, free=free, **words))
         alpha = self.policy.model.active_peft_config.lora_alpha
         if slow := hardly_moves(self.values, len(self.pairs.train.pairs), alpha):
             print(slow)
@@ -215,21 +211,17 @@ class Job:
 
     def savings(self) -> str:
         """What to change if memory is short, each with what it saves by the estimate."""
-        model, ids, values = self.policy.model, self.pairs.train.ids, self.values
-        size, pieces = values["per_device_train_batch_size"], values["gradient_accumulation_steps"]
-        lengths = pair_lengths(ids)
-        half = min(int(lengths.max()), values["max_length"]) // 2
-        changes: list[tuple[dict[str, Any], str]] = []
-        if not values["gradient_checkpointing"]:
-            changes.append(({"gradient_checkpointing": True}, "slower"))
-        if size > 1:
-            halved = {"per_device_train_batch_size": size // 2, "gradient_accumulation_steps": pieces * 2}
-            changes.append((halved, "the same effective batch"))
-        changes.append(({"max_length": half}, f"cuts {int((lengths > half).sum())} of {len(ids)} pairs"))
-        need = estimate_for(model, ids, share_step(values)).training
+        size, pieces, checkpointing = (self.values[name] for name in BATCH_SETTINGS)
+        lengths = pair_lengths(self.pairs.train.ids)
+        half = min(int(lengths.max()), self.values["max_length"]) // 2
+        halved = {"per_device_train_batch_size": size // 2, "gradient_accumulation_steps": pieces * 2}
+        changes = [
+            (not checkpointing, {"gradient_checkpointing": True}, "slower"),
+            (size > 1, halved, "the same effective batch"),
+            (True, {"max_length": half}, f"cuts {int((lengths > half).sum())} of {len(lengths)} pairs"),
+        ]
         lines = ["What to change in the call, and what it saves:"]
-        for change, note in changes:
+        for _, change, note in (one for one in changes if one[0]):
             text = ", ".join(f"{name}={value}" for name, value in change.items())
-            saved = need - estimate_for(model, ids, share_step(values | change)).training
-            lines.append(f"- {text} ({note}): {saved / 1e9:.1f} GB")
+            lines.append(f"- {text} ({note}): {self._need() - self._need(change):.1f} GB")
         return "\n".join(lines)

@@ -22,10 +22,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import BatchSampler, Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from helpers.common import UserError
 from helpers.model.memory import pairs_a_step
+from helpers.train import say
 
 T = TypeVar("T")
 
@@ -44,10 +45,7 @@ def processes() -> PartialState:
 
 @contextlib.contextmanager
 def one_voice(folder: Path) -> Iterator[None]:
-    """In the block only the first process prints; the others have a log in NAME.logs beside `folder` while they run.
-
-    The log of a process that dies is kept; torchrun ends the others and says which one died.
-    """
+    """In the block only the first process prints; the others write to NAME.logs beside `folder`, kept if they die."""
     state, logs = processes(), folder.with_name(f"{folder.name}.logs")
     if state.is_main_process:
         yield
@@ -80,27 +78,17 @@ def check_alike(**facts: Any) -> None:
     every = gather_object([facts])
     for name in facts:
         if any(one[name] != facts[name] for one in every):
-            raise UserError(
-                f"The processes that share this run have different values for {name}. Each has to load the same "
-                "model, add the same adapter (same seed) and read the same pairs in the same order."
-            )
+            raise UserError(say("not_alike", name=name))
 
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """In the block no other run takes `folder`; raises UserError if one has it."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
-
-    def take() -> None:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise UserError(
-                f"Another run is training in {folder} at this moment. Wait for it, or take another folder."
-            ) from None
-
-    once(take)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)  # makes the folder above, too
+    try:
+        once(lambda: bool(lock.acquire()))
+    except Timeout:
+        raise UserError(say("not_alone", folder=folder)) from None
     try:
         yield
     finally:
@@ -118,12 +106,8 @@ def share_step(values: dict[str, Any]) -> dict[str, Any]:
     each, rest = divmod(batch, number)
     if rest:
         fitting = " or ".join(str(n) for n in range(1, batch + 1) if batch % n == 0)
-        below = f"{each * number} or " if each else ""
-        raise UserError(
-            f"{batch} pairs a step cannot be shared equally by {number} processes. Either start {fitting} processes, "
-            f"or take {below}{(each + 1) * number} pairs a step (per_device_train_batch_size times "
-            "gradient_accumulation_steps, for all processes together)."
-        )
+        sizes = f"{each * number} or " * (each > 0) + str((each + 1) * number)
+        raise UserError(say("not_shared", batch=batch, number=number, fitting=fitting, sizes=sizes))
     size = max(n for n in range(1, min(each, values["per_device_train_batch_size"]) + 1) if each % n == 0)
     return values | {"per_device_train_batch_size": size, "gradient_accumulation_steps": each // size}
 
@@ -159,10 +143,7 @@ class _SameFigures(TrainerCallback):
     def __init__(self, held_out: int):
         self.held_out = held_out  # batches that this process scores
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs: Any
-    ) -> None:
-        """transformers' hook."""
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict, **kwargs: Any) -> None:
         every = gather_object([(self.held_out if "eval_runtime" in logs else 1, logs)])
         weights = [weight for weight, _ in every]
         # A process that scores nothing has no loss; the first one has all names.

@@ -22,10 +22,13 @@ from helpers.model.load import public_name
 from helpers.model.memory import pairs_a_step
 from helpers.model.policy import check_adapter
 from helpers.model.profiles import current_profile
+from helpers.train import say
 from helpers.train.processes import processes
 
 # What train_dpo does with each setting of DPOConfig, and which values it takes; the file says more.
 TABLE: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("settings.yaml").read_text(encoding="utf-8"))
+RUN_SETTINGS: dict[str, Any] = TABLE["run"]
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(trl.DPOConfig)}
 
 
 def check_settings(names: Iterable[str]) -> None:
@@ -33,21 +36,17 @@ def check_settings(names: Iterable[str]) -> None:
 
     On a GPU Unsloth's DPOConfig would print a line and go on, so that a misspelt beta trains with the default.
     """
-    known = [field.name for field in dataclasses.fields(trl.DPOConfig)]
-    for name in (name for name in names if name not in known):
-        near = difflib.get_close_matches(name, known, n=1)
+    for name in (name for name in names if name not in DEFAULTS):
+        near = difflib.get_close_matches(name, DEFAULTS, n=1)
         cure = f"did you mean {near[0]!r}?" if near else "see help(trl.DPOConfig)"
         cure = TABLE["gone"].get(name, cure).format(MAX_PROMPT_LENGTH=MAX_PROMPT_LENGTH)
         raise UserError(f"DPOConfig has no setting {name!r} in TRL {trl.__version__}: {cure}")
 
 
 class DPOConfig(trl.DPOConfig):
-    """TRL's DPOConfig, which refuses settings that it does not know on a CPU and a GPU alike.
+    """TRL's DPOConfig (`help(trl.DPOConfig)`), which refuses unknown settings on a CPU and a GPU alike.
 
-    What each setting is and its default: `help(trl.DPOConfig)`, or TRL's documentation.
-
-    Raises:
-        UserError: a name that DPOConfig does not have, with what to write in its place, or a value that it refuses.
+    Raises UserError for a name that it does not have, with what to write in its place, or a value that it refuses.
     """
 
     def __init__(self, *args: Any, **settings: Any):
@@ -61,12 +60,8 @@ class DPOConfig(trl.DPOConfig):
 def dpo_settings(model: PreTrainedModel | PeftModel | None = None) -> dict[str, Any]:
     """The settings that `train_dpo` starts from on this kind of machine; each has its reason next to it in the source.
 
-    Args:
-        model: that is to be trained. The learning rate fits its size, and `max_length` is what it was loaded for
-            (`load_model`). Left out, they are those of the profile's model for ordinary pairs.
-
-    Returns:
-        Arguments of DPOConfig by name: `DPOConfig(output_dir=..., **dpo_settings(model))`.
+    They are arguments of DPOConfig. The learning rate fits the size of `model`, and `max_length` is what it was loaded
+    for; left out, they are those of the profile's model for ordinary pairs.
     """
     profile, bf16 = current_profile(), unsloth.is_bfloat16_supported()
     gpu = profile.name == "gpu"
@@ -98,16 +93,6 @@ def dpo_settings(model: PreTrainedModel | PeftModel | None = None) -> dict[str, 
     return settings | ({"fp16": not bf16} if gpu else {})  # GPUs before Ampere
 
 
-def _check_report_to(report_to: str | list[str]) -> None:
-    """Raise UserError for a reporter that is not installed; transformers would raise three libraries down."""
-    for name in set([report_to] if isinstance(report_to, str) else report_to) - {"none", "all"}:
-        known = integration_utils.INTEGRATION_TO_CALLBACK
-        if name not in known:
-            raise UserError(f'report_to={name!r}: transformers knows {", ".join(known)}, and "none".')
-        if name not in integration_utils.get_available_reporting_integrations():
-            raise UserError(f'report_to="{name}" needs a package that is not here: `pip install {name}`.')
-
-
 def complete_settings(model: PeftModel, settings: dict[str, Any]) -> dict[str, Any]:
     """`dpo_settings(model)` with the caller's `settings` in their place; UserError if they or the adapter can't be had.
 
@@ -116,47 +101,51 @@ def complete_settings(model: PeftModel, settings: dict[str, Any]) -> dict[str, A
     if isinstance(model, PeftModel):  # of a sweep it is the base
         check_adapter(model)
     check_settings(settings)
-    usual, defaults = dpo_settings(model), {field.name: field.default for field in dataclasses.fields(trl.DPOConfig)}
+    usual = dpo_settings(model)
     values = usual | settings
     for name, value in settings.items():
         reason = TABLE["refused"].get(f"{name}={value}") or TABLE["refused"].get(name)
-        if reason and value not in (None, False, defaults[name]):
+        if reason and value not in (None, False, DEFAULTS[name]):
             raise UserError(f"{name}={value!r}: {reason}")
-        if isinstance(value, str) and (type(defaults[name]) in (int, float) or name in ("eval_steps", "ld_alpha")):
+        if isinstance(value, str) and (type(DEFAULTS[name]) in (int, float) or name in ("eval_steps", "ld_alpha")):
             try:
                 number = float(value)
             except ValueError:
                 raise UserError(f"{name}={value!r}: it has to be a number.") from None
             values[name] = int(number) if number.is_integer() else number
     for name in TABLE["above_0"].split():
-        whole = isinstance(defaults[name], int)
+        whole = isinstance(DEFAULTS[name], int)
         if not isinstance(values[name], Integral if whole else Real) or not 0 < values[name] < math.inf:
             kind = "whole number" if whole else "number"
             raise UserError(f"{name}={values[name]!r}: it has to be a {kind} above 0; left out, it is {usual[name]}.")
     values |= {"report_to": values["report_to"] or "none", "precompute_ref_log_probs": False}  # they are, in any case
-    _check_report_to(values["report_to"])
-    _check_loss(values)
+    _check_choices(values)
     return values
 
 
-def _check_loss(values: dict[str, Any]) -> None:
-    """Raise UserError for a value that TRL would refuse only in a step, or never."""
-    given = {name: values.get(name) or text.split()[0] for name, text in TABLE["choices"].items()}
-    given = {name: value if isinstance(value, list | tuple) else [value] for name, value in given.items()}
+def _check_choices(values: dict[str, Any]) -> None:
+    """Raise UserError for a value that TRL would refuse only in a step, or never, or transformers far from here."""
+
+    def given(name: str) -> list[Any]:
+        value = values.get(name) or TABLE["choices"][name].partition(" ")[0]
+        return value if isinstance(value, list | tuple) else [value]
+
+    losses, reporters = given("loss_type"), integration_utils.INTEGRATION_TO_CALLBACK
     for name, text in TABLE["choices"].items():
-        for one in given[name]:
+        for one in given(name):
             if str(one).removeprefix("eval_") not in text.split():
                 raise UserError(f"{name}={one!r}: TRL {trl.__version__} has {', '.join(text.split())}.")
+    for name in set(given("report_to")) - {"none", "all", *integration_utils.get_available_reporting_integrations()}:
+        if name not in reporters:
+            raise UserError(f'report_to={name!r}: transformers knows {", ".join(reporters)}, and "none".')
+        raise UserError(f'report_to="{name}" needs a package that is not here: `pip install {name}`.')
     smoothing, alpha = values.get("label_smoothing", 0), values.get("ld_alpha")
-    smoothed = {loss: TABLE["smoothed"][loss] for loss in given["loss_type"] if loss in TABLE["smoothed"]}
+    smoothed = {loss: TABLE["smoothed"][loss] for loss in losses if loss in TABLE["smoothed"]}
     for loss, (low, high) in smoothed.items():
         if not low <= smoothing < high:
             raise UserError(f"label_smoothing={smoothing}: the loss {loss} takes it from {low:g} to below {high:g}.")
     if smoothing and not smoothed:
-        print(
-            f"label_smoothing={smoothing} changes nothing: the loss {' + '.join(given['loss_type'])} does not read it. "
-            'For labels that may be wrong there is loss_type="robust".'
-        )
+        print(say("not_smoothed", smoothing=smoothing, losses=" + ".join(losses)))
     if alpha is not None and not 0 <= alpha <= 1:
         raise UserError(f"ld_alpha={alpha}: it is a weight from 0 to 1.")
     if alpha is not None and processes().num_processes > 1:
@@ -179,24 +168,7 @@ def hardly_moves(values: dict[str, Any], pairs: int, alpha: float) -> str:
     nats = 450 * steps * alpha / 16  # for a rate of 1
     if nats * rate >= 0.3:  # as `diagnose` judges afterwards
         return ""
-    return (
-        f"{steps} steps at a learning rate of {rate:g} will hardly move the policy: the log-ratio gap ends near "
-        f"{nats * rate:.2f} nats (docs/results.md). learning_rate={3 / nats:.0e} would bring it to some 3 nats."
-    )
-
-
-# How a run is watched and kept, if the caller does not say otherwise; `run_config` says how often.
-RUN_SETTINGS: dict[str, Any] = {
-    "eval_strategy": "steps",
-    "eval_steps": None,
-    "save_strategy": "steps",
-    "save_steps": None,
-    "save_total_limit": 2,
-    "load_best_model_at_end": True,
-    "metric_for_best_model": "eval_loss",
-    "disable_tqdm": True,
-    "remove_unused_columns": True,
-}
+    return say("hardly_moves", steps=steps, rate=rate, gap=nats * rate, better=3 / nats)
 
 
 def run_config(folder: Path, pairs: int, values: dict[str, Any], share: dict[str, Any]) -> DPOConfig:
@@ -207,14 +179,13 @@ def run_config(folder: Path, pairs: int, values: dict[str, Any], share: dict[str
     given = {name: value for name, value in share.items() if value is not None}
     every = math.ceil(_steps(pairs, values) / 3)  # three evaluations, three checkpoints
     steps = given.get("eval_steps") or given.get("save_steps") or every
-    usual = RUN_SETTINGS | {"eval_steps": steps, "save_steps": steps}
+    config = RUN_SETTINGS | {"eval_steps": steps, "save_steps": steps}
     for part, other in (("eval", "save"), ("save", "eval")):
         if given.get(f"{other}_strategy") == "epoch" and f"{part}_steps" not in given:
-            usual[f"{part}_strategy"] = "epoch"
-    config = usual | given
-    config["load_best_model_at_end"] = given.get(
-        "load_best_model_at_end", "no" not in (config["eval_strategy"], config["save_strategy"])
-    )
+            config[f"{part}_strategy"] = "epoch"
+    config |= given
+    both = "no" not in (config["eval_strategy"], config["save_strategy"])
+    config["load_best_model_at_end"] = given.get("load_best_model_at_end", both)
     if config["eval_strategy"] != "steps":
         del config["eval_steps"]  # on a GPU Unsloth prints that it is ignored
     return DPOConfig(output_dir=str(folder / "checkpoints"), **config)

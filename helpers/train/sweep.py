@@ -1,7 +1,7 @@
 """The beta sweep: one run for each beta and seed on one loaded model, measured alike, kept as it goes.
 
 Each run is a `train_dpo` run in a folder of its own, from a fresh adapter, so that it equals the same run made alone.
-What they have in common is done once: the model is loaded, the pairs are checked, the reference's log-probs are cached.
+The pairs are checked once, and the reference's log-probs are cached.
 """
 
 import dataclasses
@@ -29,8 +29,9 @@ from helpers.model.load import add_lora
 from helpers.model.memory import BATCH_SETTINGS
 from helpers.model.policy import Policy
 from helpers.run.folder import Run, describe_config, machine, versions
-from helpers.train.dpo import train_checked
-from helpers.train.job import CheckedPairs, check_both
+from helpers.train import say
+from helpers.train.dpo import run_job
+from helpers.train.job import CheckedPairs, Job, check_both
 from helpers.train.resume import result_settings
 from helpers.train.settings import DPOConfig, complete_settings
 
@@ -68,18 +69,15 @@ class Sweep:
         file = path / "sweep.json" if path.is_dir() else path
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
-            gaps = {(run["beta"], run["seed"]): run["gaps"] for run in stored["gaps"]}
-            frames = pd.DataFrame(stored["table"]), pd.DataFrame(stored["history"])
+            gaps = pd.DataFrame({(run["beta"], run["seed"]): run["gaps"] for run in stored["gaps"]})
+            return cls(
+                file.parent, stored["info"], pd.DataFrame(stored["table"]), pd.DataFrame(stored["history"]), gaps
+            )
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{path.name} holds no sweep that can be read ({error}). 05_beta_sweep makes one."
-            ) from error
-        return cls(file.parent, stored["info"], *frames, pd.DataFrame(gaps))
+            text = f"{path.name} holds no sweep that can be read ({error}). 05_beta_sweep makes one."
+            raise UserError(text) from error
 
-    @property
-    def finished(self) -> pd.DataFrame:
-        """The table without the runs that failed."""
-        return self.table[self.table.status == "finished"]
+    finished = property(lambda self: self.table[self.table.status == "finished"], doc="The runs that did not fail.")
 
     def run(self, beta: float, seed: int = 0) -> Run:
         """The run of one beta and seed, with its adapter. Raises UserError if it is not in the sweep's folder."""
@@ -105,7 +103,7 @@ def _figures(run: Run, beta: float, gaps: np.ndarray) -> dict:
     row = {"steps": run.info.steps, "accuracy": run.metrics["accuracy"], "accuracy_low": low, "accuracy_high": high}
     names = ("log_ratio_gap", "margin", "chosen_change", "rejected_change", "train_seconds")
     row |= {name: run.metrics[name] for name in names} | {"grad_norm_start": norms[0], "grad_norm_end": norms[-1]}
-    weight = torch.sigmoid(torch.from_numpy(-beta * gaps)).mean()
+    weight = torch.tensor(-beta * gaps).sigmoid().mean()
     return row | {"weight_start": 0.5, "weight_end": float(weight)}  # at the start every margin is 0
 
 
@@ -122,8 +120,7 @@ def _curve(logged: dict, beta: float, seed: int) -> dict:
 def _save(sweep: Sweep) -> None:
     # By pandas, which writes NaN as null.
     records = {name: json.loads(getattr(sweep, name).to_json(orient="records")) for name in ("table", "history")}
-    rounded = sweep.gaps.round(4)
-    gaps = [{"beta": beta, "seed": seed, "gaps": rounded[beta, seed].tolist()} for beta, seed in list(rounded)]
+    gaps = [{"beta": key[0], "seed": key[1], "gaps": own.tolist()} for key, own in sweep.gaps.round(4).items()]
     write_json(sweep.folder / "sweep.json", {"info": sweep.info, **records, "gaps": gaps})
     write_atomic(sweep.folder / "table.csv", lambda path: sweep.table.to_csv(path, index=False))
 
@@ -133,13 +130,12 @@ def _open_sweep(folder: Path, info: dict[str, Any]) -> Sweep:
     if not (folder / "sweep.json").is_file():
         return Sweep(folder, info, pd.DataFrame(), pd.DataFrame(), pd.DataFrame())
     sweep = Sweep.load(folder)
-    both = [one["identity"] | {"settings": result_settings(one["identity"]["settings"])} for one in (sweep.info, info)]
-    changed = [name for name, now in both[1].items() if both[0].get(name) != now]
+    there, now = (
+        one["identity"] | {"settings": result_settings(one["identity"]["settings"])} for one in (sweep.info, info)
+    )
+    changed = [name for name in now if there.get(name) != now[name]]
     if changed:
-        raise UserError(
-            f"{folder} holds a sweep with other {' and '.join(changed)}, which cannot be compared with this one. "
-            "Give this one a folder of its own."
-        )
+        raise UserError(say("other_sweep", folder=folder, changed=" and ".join(changed)))
     return sweep
 
 
@@ -164,7 +160,7 @@ def sweep_beta(
     left without an adapter, as it came.
 
     Args:
-        model: a model without adapter, as `load_model` gives it; it is the reference of every run.
+        model: without adapter, as `load_model` gives it; it is the reference of every run.
         tokenizer, train, test, callbacks: as in `train_dpo`.
         folder: of the sweep, e.g. `output_folder("beta_sweep")`.
         betas, seeds: to train with, each beta with each seed.
@@ -177,41 +173,37 @@ def sweep_beta(
         UserError: a model with an adapter, no beta above 0, another sweep in the folder, and what `train_dpo` raises.
     """
     if isinstance(model, PeftModel):
-        raise UserError(
-            "The sweep gives each run a fresh adapter, so it takes a model without one. Pass what load_model returns; "
-            "an SFT adapter can be merged into it: model.merge_and_unload()."
-        )
+        raise UserError(say("has_adapter"))
     betas, seeds = tuple(dict.fromkeys(float(beta) for beta in betas)), tuple(dict.fromkeys(seeds))
     if {"beta", "seed"} & set(settings) or not betas or min(betas) <= 0:
         raise UserError("Pass the values to compare as betas=(0.1, 0.3) and seeds=(0, 1); each beta is above 0.")
-    values = complete_settings(model, _SETTINGS | settings)
+    settings, folder, policy = _SETTINGS | settings, Path(folder), Policy(model, tokenizer)
+    values = complete_settings(model, settings)
     rule = {"max_prompt_length": MAX_PROMPT_LENGTH, "on_long_prompt": "shorten"}
     pairs = check_both(train, test, tokenizer, values["max_length"], **rule)
     held_out = pairs.test.pairs
     every = max(1, len(held_out) // max(1, prompts))  # from all of the set, which may be sorted by topic
     rows = list(held_out.select(range(0, len(held_out), every)))[:prompts]
     sampling = {"prompts": rows, "max_new_tokens": max_new_tokens}
-    folder, callbacks = Path(folder), list(callbacks)
     folder.mkdir(parents=True, exist_ok=True)
-    policy = Policy(model, tokenizer)
     config = describe_config(DPOConfig(output_dir=str(folder), **values))
     identity = {
         "model": [policy.name, policy.base],
         "data": [pairs.train.hash, pairs.test.hash],
         "settings": {name: value for name, value in config.items() if name not in ("beta", "seed")},
-        "sampling": sampling | {"prompts": len(sampling["prompts"])},
+        "sampling": sampling | {"prompts": len(rows)},
     }
     sweep = _open_sweep(folder, {"identity": identity, "versions": versions(), "machine": machine()})
-    if sampling["prompts"] and "reference" not in sweep.info:
+    if rows and "reference" not in sweep.info:
         sweep.info["reference"] = _describe_replies(sample_twice(model, tokenizer, **sampling, seed=0))
     todo = [(beta, seed) for seed in seeds for beta in betas if (beta, seed) not in set(sweep.gaps)]  # unfinished ones
-    began = time.monotonic()
+    began, callbacks = time.monotonic(), list(callbacks)
     for number, (beta, seed) in enumerate(todo):
         minutes = (time.monotonic() - began) / 60 / max(number, 1) * (len(todo) - number)
         left = f", about {minutes:.0f} min left" if number else ""
         print(f"\nrun {number + 1} of {len(todo)}: beta {beta:g}, seed {seed}{left}", flush=True)
         # On a GPU the first run chooses by free memory how a step is made; the others make it alike.
-        call = _SETTINGS | settings | sweep.info.get("step", {}) | {"beta": beta, "seed": seed}
+        call = settings | sweep.info.get("step", {}) | {"beta": beta, "seed": seed}
         sweep = _add(sweep, *_one_run(sweep, policy, pairs, call, sampling, callbacks))
         _save(sweep)
     return sweep
@@ -228,8 +220,10 @@ def _one_run(
     beta, seed = call["beta"], call["seed"]
     row, history = {"beta": beta, "seed": seed}, []
     model = add_lora(base.model, seed=seed)
+    policy = Policy(model, base.tokenizer, pairs.train.template)
     try:
-        run = train_checked(model, base.tokenizer, pairs, sweep.run_folder(beta, seed), call, callbacks)
+        job = Job(policy, None, pairs, sweep.run_folder(beta, seed), complete_settings(model, call), call)
+        run = run_job(job, callbacks=callbacks)
         sweep.info["step"] = {name: run.info.config[name] for name in BATCH_SETTINGS}
         history = [_curve(row, beta, seed) for row in run.history if {"loss", "eval_loss"} & row.keys()]
         if not math.isfinite(run.metrics["loss"]):
@@ -250,18 +244,16 @@ def _one_run(
         return row, history, None
     finally:
         model.unload()
-        del model
+        del model, policy
         gc.collect()
 
 
 def _add(sweep: Sweep, row: dict, history: list[dict], gaps: np.ndarray | None) -> Sweep:
     """The sweep with one more run, or with its new outcome in the place of the old."""
-    beta, seed, steps = row["beta"], row["seed"], sweep.history
+    key, steps = (row["beta"], row["seed"]), sweep.history
     table = pd.concat([sweep.table, pd.DataFrame([row])]).drop_duplicates(["beta", "seed"], keep="last")
-    steps = steps if steps.empty else steps[(steps.beta != beta) | (steps.seed != seed)]
-    return dataclasses.replace(
-        sweep,
-        table=table.sort_values(["beta", "seed"], ignore_index=True),
-        history=pd.concat([steps, pd.DataFrame(history)], ignore_index=True),
-        gaps=sweep.gaps if gaps is None else pd.DataFrame(dict(sweep.gaps.items()) | {(beta, seed): gaps}),
-    )
+    table = table.sort_values(["beta", "seed"], ignore_index=True)
+    steps = steps if steps.empty else steps[(steps.beta != key[0]) | (steps.seed != key[1])]
+    steps = pd.concat([steps, pd.DataFrame(history)], ignore_index=True)
+    every = dict(sweep.gaps.items()) | ({} if gaps is None else {key: gaps})
+    return Sweep(sweep.folder, sweep.info, table, steps, pd.DataFrame(every))

@@ -21,6 +21,7 @@ from helpers.patches.given_ids import trainer_class
 from helpers.patches.shared_prompt import share_prompts
 from helpers.patches.unsloth_checkpointing import set_checkpointing
 from helpers.session import quiet_progress
+from helpers.train import say
 from helpers.train.processes import share_steps, weigh_pairs
 from helpers.train.settings import TABLE
 
@@ -145,14 +146,11 @@ def check_start(trainer: trl.DPOTrainer, settings: dict[str, Any]) -> None:
     loss_right, rows_right = by_loss <= allowed.max(), bool((by_row <= allowed).all())
     if loss_right and rows_right:
         return
+    nats, allowed = max(by_loss, by_row.max()), allowed.max()
     cause = f"a {model.config.model_type} model gives a row other log-probs if more rows are computed with it"
     if not loss_right:
         known = f"{TABLE['result']} {TABLE['harmless']}".split()
         cause = " or ".join(name for name in settings if name not in known) or "TRL's loss"
         if not rows_right:
             cause = f"log-probs that were cached for another model (delete {cache_folder() / 'reference'})"
-    raise UserError(
-        "Before its first step the policy is its own reference, but their log-probs differ by "
-        f"{max(by_loss, by_row.max()):.2f} nats (rounding explains {allowed.max():.2g}), so nothing was trained. "
-        f"Likely cause: {cause}."
-    )
+    raise UserError(say("not_at_reference", nats=nats, allowed=allowed, cause=cause))
