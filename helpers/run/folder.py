@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from helpers.common import UserError, write_atomic, write_json
 
 POLICY_AT_START = "the policy at its start"  # `RunInfo.reference` of a run without a ref_model
-FIRST_RULE = {"max_prompt_length": 256, "on_long_prompt": "shorten"}  # of runs that have none written
+USUAL_RULE = {"max_prompt_length": 256, "on_long_prompt": "shorten"}  # `check_pairs`; of runs that have none written
 LORA_SCALE = ("r", "lora_alpha", "use_rslora")  # what scales an adapter; its weights do not tell
 
 
@@ -68,15 +68,12 @@ class RunInfo:
     # GB "needed" by the estimate and "free" at the start; on a GPU also measured, of the fullest: "used", "peak".
     memory_gb: dict[str, float] = field(default_factory=dict)
     template: dict[str, Any] = field(default_factory=dict)  # for a prompt that brings no options (`shared_options`)
-    prompts_rule: dict[str, Any] = field(default_factory=FIRST_RULE.copy)  # of `check_pairs`, for long prompts
+    prompts_rule: dict[str, Any] = field(default_factory=USUAL_RULE.copy)  # of `check_pairs`, for long prompts
     schema: int = 2  # version of this form; 1 had none written
 
     @classmethod
     def from_json(cls, values: dict[str, Any], source: str = "run.json") -> "RunInfo":
-        """Read what `to_json` gave (`values`) in this version or an earlier one; unknown names are ignored.
-
-        Raises UserError if something needed is missing or of another type; `source` is what it calls the file.
-        """
+        """The info that `to_json` gave as `values`, in any version; UserError names what `source` (the file) lacks."""
         wrong = []
         try:
             info = TypeAdapter(cls).validate_python({"schema": 1} | values)
@@ -87,12 +84,10 @@ class RunInfo:
         if isinstance(config := values.get("config"), dict):
             kinds = {"beta": (int, float), "max_length": int}
             wrong += [f"config.{name}" for name, kind in kinds.items() if not isinstance(config.get(name), kind)]
-        if wrong:
-            raise UserError(
-                f"{source} lacks {', '.join(wrong)}: it was written by another version of these notebooks, or edited. "
-                "Train the run again, in another folder."
-            )
-        return info
+        if not wrong:
+            return info
+        text = f"{source} lacks {', '.join(wrong)}: it was written by another version of these notebooks, or edited. "
+        raise UserError(text + "Train the run again, in another folder.")
 
     def __getitem__(self, name: str) -> Any:
         """A field by its name in run.json: `run.info["model"]`."""
@@ -103,24 +98,17 @@ class RunInfo:
 
 @dataclass
 class Run:
-    """What a training run left in its folder: all that is needed to use or go on with it, on any machine.
+    """What a training run left in its `folder`: all that is needed to use or go on with it, on any machine.
 
-    Attributes:
-        folder: holds `adapter/` (LoRA weights and tokenizer), the files below, and a model card; `reference/` too
-            if the run started from an adapter that was trained before.
-        adapter, reference: these folders; the second is None if the reference is the base, or a model that was passed.
-        info: model, data, settings and state.
-        history: one dict for each logging and evaluation step, as TRL logs them.
-        metrics: held-out figures before and after, seconds.
-        held_out: one row for each held-out pair: origin, topic, flaw, log-probs under reference and policy.
+    It holds `adapter/` (LoRA weights and tokenizer), the files of the fields below, and a model card; `reference/` too
+    if the run started from an adapter that was trained before.
     """
 
     folder: Path
-    info: RunInfo
-    history: list[dict[str, Any]]
-    metrics: dict[str, Any]
-    held_out: pd.DataFrame | None
-
+    info: RunInfo  # model, data, settings and state
+    history: list[dict[str, Any]]  # a row for each logging and evaluation step, as TRL logs them
+    metrics: dict[str, Any]  # held-out figures before and after, seconds
+    held_out: pd.DataFrame | None  # a row for each held-out pair (`held_out_table`)
     adapter = property(lambda self: self.folder / "adapter")
     reference = property(lambda self: folder if (folder := self.folder / "reference").is_dir() else None)
 
@@ -173,10 +161,8 @@ def machine() -> str:
 
 def describe_config(config: TrainingArguments) -> dict:
     """The settings of a config (a DPOConfig, say) without paths, tokens and what differs by machine, as plain JSON."""
-    private = ["output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id", "push_to_hub_token"]
-    # Unsloth sets on a GPU: workers by its cores and free memory, and reentrant checkpointing, which its kernels need
-    # and processes that share a step (DDP) can't take.
-    private += ["dataset_num_proc", "gradient_checkpointing_kwargs"]
+    private = "output_dir logging_dir run_name hub_token hub_model_id push_to_hub_token".split()
+    private += ["dataset_num_proc", "gradient_checkpointing_kwargs"]  # which Unsloth sets on a GPU, by its cores
     values = {name: value for name, value in config.to_dict().items() if name not in private}
     return json.loads(json.dumps(values, default=str))
 

@@ -1,7 +1,4 @@
-"""`train_dpo`: check the pairs, take the reference's log-probs once, train with TRL's DPOTrainer, leave a run folder.
-
-It is what `03_train` shows step by step. Called again after an interruption it goes on where it stopped.
-"""
+"""`train_dpo`, which `03_train` shows step by step: check, reference, train by TRL, leave a run folder."""
 
 import contextlib
 import dataclasses
@@ -18,10 +15,12 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 
 from helpers.common import UserError
 from helpers.data.check import MAX_PROMPT_LENGTH
+from helpers.data.findings import Report
+from helpers.model import Model, Tokenizer
 from helpers.model.logps import PairLogps, pair_logps, read_logps, reference_file, with_reference, write_logps
 from helpers.model.memory import is_out_of_memory, return_freed_memory
 from helpers.model.policy import Policy
@@ -40,12 +39,12 @@ from helpers.train.trainer import check_start, make_trainer
 
 def train_dpo(
     model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     train: Dataset,
     test: Dataset,
     folder: str | Path,
     *,
-    ref_model: PreTrainedModel | PeftModel | None = None,
+    ref_model: Model | None = None,
     early_stopping: int | None = None,
     replace: bool = False,
     max_prompt_length: int = MAX_PROMPT_LENGTH,
@@ -56,8 +55,7 @@ def train_dpo(
     """Train the model's LoRA adapter with DPO and leave a run folder.
 
     The reference is `ref_model` if one is given, else the policy as it is now: the base model for a fresh adapter, the
-    SFT model for an adapter that was trained before. Its log-probs are computed once and cached. Before the first step
-    they have to equal the policy's, or nothing is trained.
+    SFT model for one that was trained before. Its log-probs are computed once and cached.
 
     An interrupted run (Ctrl-C, the stop button, a killed process) is resumed by the same call from its last complete
     checkpoint, with the result that it would have had. A finished one is loaded, adapter and all.
@@ -65,26 +63,18 @@ def train_dpo(
     Args:
         model: a model with a LoRA adapter (`add_lora`); trained in place. It is as it was if the run does not finish.
         tokenizer: the model's, as `load_model` gives it.
-        train, test: pairs in the form that `load_pairs` gives; no prompt may be in both. They are checked
-            (`check_pairs`), and trained and scored on the token ids of that check.
+        train, test: pairs as `load_pairs` gives them; they are checked, and the ids of that check are trained.
         folder: of the run, e.g. `output_folder("train")`.
         ref_model: the reference, if it is another model; loaded like `model`, with the same tokenizer.
         early_stopping: stop after so many evaluations without a better held-out loss.
-        replace: start anew if `folder` holds another run; the old one is kept next to it as `NAME.old-1` and so on.
+        replace: start anew if `folder` holds another run; the old one is kept next to it as `NAME.old-1`.
         max_prompt_length, on_long_prompt: what becomes of long prompts, as in `check_pairs`; it is said how many.
         callbacks: of transformers, for the trainer.
         settings: DPOConfig settings that differ from `dpo_settings(model)`: beta, learning_rate, num_train_epochs ...
-            On a GPU free memory decides how a step is made, unless one of the three settings for it is given
-            (`plan_for`); a run that goes on keeps its way.
+            On a GPU free memory decides how a step is made, unless one of the three settings for it is given.
 
-    Returns:
-        The run: `run.metrics` has the held-out figures, `run.history` the logged steps, `run.adapter` the folder of the
-        trained adapter. The README.md in its folder is a model card.
-
-    Raises:
-        UserError: no adapter, a setting that can't be had, errors in the pairs, another run in the folder, too little
-            memory or disk, a policy that does not start as its reference.
-        KeyboardInterrupt: after an interruption, once everything is saved.
+    Raises UserError for no adapter, a setting that can't be had, errors in the pairs, another run in the folder, too
+    little memory or disk, a policy that does not start as its reference; KeyboardInterrupt once everything is saved.
     """
     if not isinstance(model, PeftModel):
         raise UserError("The model has no LoRA adapter to train. Call `model = add_lora(model)` first.")
@@ -110,8 +100,7 @@ def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback
             job.policy.put_back(once(lambda: load_file(job.folder / "adapter" / "adapter_model.safetensors")))
             return once(lambda: Run.load(job.folder))
         once(job.begin)
-        inner = (job.reference or job.policy).inner
-        with _undone(job) as initial, own_forward(inner), own_forward(job.policy.inner):
+        with _undone(job) as initial, own_forward((job.reference or job.policy).inner), own_forward(job.policy.inner):
             began = time.monotonic()
             reference = _reference(job)
             seconds = {"reference_seconds": time.monotonic() - began}
@@ -123,10 +112,7 @@ def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback
 
 @contextlib.contextmanager
 def _undone(job: Job) -> Iterator[dict[str, torch.Tensor]]:
-    """If the block ends in an error, the adapter is as it was; too little memory and a full disk are told in words.
-
-    The block gets the adapter's weights.
-    """
+    """Gives the adapter's weights; puts them back if the block ends in an error, and says a full disk or memory."""
     initial = job.policy.weights()
     try:
         yield initial
@@ -136,8 +122,7 @@ def _undone(job: Job) -> Iterator[dict[str, torch.Tensor]]:
             raise UserError(say("not_written", folder=job.folder, reason=error.strerror or error)) from error
         if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
             job.write(Status.OUT_OF_MEMORY)
-            needed = job.info.memory_gb["needed"]
-            raise UserError(say("out_of_memory", needed=needed, savings=job.savings())) from error
+            raise UserError(say("out_of_memory", **job.info.memory_gb, savings=job.savings())) from error
         raise
 
 
@@ -154,15 +139,15 @@ def _reference(job: Job) -> dict[str, PairLogps]:
     print(f"Reference log-probs of {sum(len(report.ids) for report in job.pairs.sets.values())} pairs ...", flush=True)
     policy = job.reference or job.policy
 
-    def of(ids: Dataset, data: str) -> PairLogps:
-        path = reference_file(policy.model, policy.tokenizer, data, job.values["max_length"])
-        logps = once(lambda: read_logps(path, len(ids)))
+    def of(report: Report) -> PairLogps:
+        path = reference_file(policy.model, policy.tokenizer, report.hash, job.values["max_length"])
+        logps = once(lambda: read_logps(path, len(report.ids)))
         if logps is None:
-            logps = _score(job, policy, ids)
+            logps = _score(job, policy, report.ids)
             once(lambda: write_logps(path, logps))
         return logps
 
-    return {name: of(report.ids, report.hash) for name, report in job.pairs.sets.items()}
+    return {name: of(report) for name, report in job.pairs.sets.items()}
 
 
 def _trainer(job: Job, reference: dict[str, PairLogps], callbacks: Iterable[TrainerCallback]) -> trl.DPOTrainer:
@@ -185,9 +170,7 @@ def _trainer(job: Job, reference: dict[str, PairLogps], callbacks: Iterable[Trai
     return trainer
 
 
-def _train(
-    job: Job, reference: dict[str, PairLogps], callbacks: Iterable[TrainerCallback], begun: bool
-) -> tuple[trl.DPOTrainer, float]:
+def _train(job: Job, reference: dict, callbacks: Iterable[TrainerCallback], begun: bool) -> tuple[Trainer, float]:
     """Train from the last whole checkpoint, or from the start; returns the trainer and the seconds of its steps."""
     device, checkpoints = job.policy.device, Checkpoints(job.info)
     loaded = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -214,18 +197,14 @@ def _train(
         peak, memory = torch.cuda.max_memory_allocated(device), job.info.memory_gb
         peak, used = map(max, zip(*gather_object([(peak, peak - loaded)]), strict=True))
         memory |= {"used": round(used / 1e9, 2), "peak": round(peak / 1e9, 2)}
-        beside = f"{memory['used']:.2f} beside the loaded model (estimated: {memory['needed']:.2f})"
-        print(f"Peak GPU memory {memory['peak']:.2f} GB, {beside}.")
+        print(say("peak", **memory))
     if checkpoints.asked:
-        step, total = trainer.state.global_step, trainer.state.max_steps
-        print(f"Stopped and saved at step {step} of {total}. The same call goes on from there.")
+        print(say("stopped", step=trainer.state.global_step, total=trainer.state.max_steps))
         raise KeyboardInterrupt
     return trainer, seconds
 
 
-def _finish(
-    job: Job, trainer: trl.DPOTrainer, held_out: pd.DataFrame, seconds: dict[str, float], initial: dict[str, Any]
-) -> Run:
+def _finish(job: Job, trainer: Trainer, held_out: pd.DataFrame, seconds: dict, initial: dict) -> Run:
     """Write what the run leaves; `initial` are the adapter's weights at its start."""
     job.folder.mkdir(parents=True, exist_ok=True)  # it may have been removed while training
     policy, state, trained = job.policy, trainer.state, job.policy.weights()

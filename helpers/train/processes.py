@@ -1,8 +1,4 @@
-"""Processes that share a run (torchrun, accelerate launch): the step that one would make, and one that writes.
-
-No DDP: it needs a hook on each weight, which weights cast once a batch (`cast_once`) and Unsloth's checkpointing do
-without. The gradients are averaged together, once a step.
-"""
+"""Processes that share a run (torchrun, accelerate launch): the step that one would make, and one that writes."""
 
 import contextlib
 import functools
@@ -11,6 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -97,9 +94,6 @@ def alone_in(folder: Path) -> Iterator[None]:
             lock.release()
 
 
-# ------------------------------------------------------------------------------------------------ a step
-
-
 def share_step(values: dict[str, Any]) -> dict[str, Any]:
     """The settings `values` of a step for each process, so that all together take as many pairs as one would."""
     number, batch = processes().num_processes, pairs_a_step(values)
@@ -113,35 +107,28 @@ def share_step(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Shares(BatchSampler):
-    """The batches of one process: an equal share of the pairs of each step, also of an epoch's last one.
-
-    A process that gets none of the last pairs has the first of them, which then counts nothing (`weigh_pairs`).
-    """
+    """The batches of one process: an equal share of the pairs of each step, also of an epoch's last one."""
 
     def __init__(self, sampler: Sampler, args: TrainingArguments):
         super().__init__(sampler, args.train_batch_size, drop_last=False)
-        self.place, self.number = args.process_index, args.world_size
-        self.step = self.batch_size * args.gradient_accumulation_steps * self.number
-
-    def _batches(self, pairs: int) -> int:
-        return math.ceil(pairs / self.number / self.batch_size)
+        self.place, self.number, self.pieces = args.process_index, args.world_size, args.gradient_accumulation_steps
 
     def __len__(self) -> int:
-        return self._batches(len(self.sampler))
+        return math.ceil(len(self.sampler) / self.number / self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         order = iter(self.sampler)
-        while pairs := list(itertools.islice(order, self.step)):
-            count = self._batches(len(pairs))
-            for batch in range(count):
-                yield pairs[self.place + self.number * batch :: self.number * count] or pairs[:1]
+        while pairs := list(itertools.islice(order, self.batch_size * self.pieces * self.number)):
+            stride = self.number * math.ceil(len(pairs) / self.number / self.batch_size)
+            for first in range(self.place, stride, self.number):
+                yield pairs[first::stride] or pairs[:1]  # which then counts nothing (`weigh_pairs`)
 
 
+@dataclass(eq=False)
 class _SameFigures(TrainerCallback):
     """Puts the mean over all processes in place of what each one logs of its own pairs."""
 
-    def __init__(self, held_out: int):
-        self.held_out = held_out  # batches that this process scores
+    held_out: int  # batches that this process scores
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict, **kwargs: Any) -> None:
         every = gather_object([(self.held_out if "eval_runtime" in logs else 1, logs)])
@@ -181,8 +168,9 @@ def weigh_pairs(trainer: trl.DPOTrainer) -> None:
 def share_steps(trainer: trl.DPOTrainer) -> None:
     """Make `trainer` train on its share of each step, and average the gradients with the other processes.
 
-    Each looks at its own figures, and `_SameFigures` takes the means when they are logged: TRL would wait for all
-    processes a dozen times a step. To be called after `cast_weights_once`, whose gradients these are.
+    No DDP: it needs a hook on each weight, which weights cast once a batch and Unsloth's checkpointing do without. Each
+    looks at its own figures, and `_SameFigures` takes the means when they are logged: TRL would wait for all processes
+    a dozen times a step. To be called after `cast_weights_once`, whose gradients these are.
     """
     args, accelerator, number = trainer.args, trainer.accelerator, trainer.args.world_size
     step, batches, predict = trainer.training_step, trainer.get_train_dataloader, trainer.prediction_step

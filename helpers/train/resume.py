@@ -19,12 +19,12 @@ from helpers.run.folder import RunInfo, write_info
 from helpers.train.processes import processes
 from helpers.train.settings import TABLE
 
-# The settings that change what a run ends with. All others (logging, saving, workers, reports, and what the next
-# version of a library adds) may differ between two calls of the same run.
+# The settings that change what a run ends with; all others may differ between two calls of the same run.
 RESULT_SETTINGS = frozenset(f"{TABLE['heeded']} {TABLE['result']}".split())
 ENDED = "ended"  # a file in the last checkpoint: nothing is trained after it
 
 
+@dataclasses.dataclass(eq=False)
 class Checkpoints(TrainerCallback):
     """Marks each checkpoint as complete, with its files' sizes; the one that ends the training has a file ENDED.
 
@@ -32,8 +32,8 @@ class Checkpoints(TrainerCallback):
     folder was removed, its run.json is made again.
     """
 
-    def __init__(self, info: RunInfo):
-        self.info, self.asked = info, False
+    info: RunInfo
+    asked: bool = False  # by Ctrl-C
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """transformers' hook."""
@@ -87,14 +87,8 @@ def last_complete(checkpoints: Path) -> Path | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------ the same run?
-
-
 def result_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of `config` (`describe_config`) that decide the result and differ from TRL's defaults.
-
-    A setting that an older library did not have is then no difference as long as it is at its default.
-    """
+    """The settings of `config` that decide the result, without TRL's defaults, so that a new one is no difference."""
     return {name: value for name, value in changed_settings(config).items() if name in RESULT_SETTINGS}
 
 

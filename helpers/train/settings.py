@@ -25,17 +25,14 @@ from helpers.model.profiles import current_profile
 from helpers.train import say
 from helpers.train.processes import processes
 
-# What train_dpo does with each setting of DPOConfig, and which values it takes; the file says more.
+# What train_dpo does with each setting of DPOConfig, where it starts, and which values it takes.
 TABLE: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("settings.yaml").read_text(encoding="utf-8"))
 RUN_SETTINGS: dict[str, Any] = TABLE["run"]
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(trl.DPOConfig)}
 
 
 def check_settings(names: Iterable[str]) -> None:
-    """Raise UserError for the first of `names` that DPOConfig does not know; it gives the nearest one that it does.
-
-    On a GPU Unsloth's DPOConfig would print a line and go on, so that a misspelt beta trains with the default.
-    """
+    """Raise UserError for the first of `names` that DPOConfig does not know; on a GPU Unsloth's would just go on."""
     for name in (name for name in names if name not in DEFAULTS):
         near = difflib.get_close_matches(name, DEFAULTS, n=1)
         cure = f"did you mean {near[0]!r}?" if near else "see help(trl.DPOConfig)"
@@ -44,10 +41,7 @@ def check_settings(names: Iterable[str]) -> None:
 
 
 class DPOConfig(trl.DPOConfig):
-    """TRL's DPOConfig (`help(trl.DPOConfig)`), which refuses unknown settings on a CPU and a GPU alike.
-
-    Raises UserError for a name that it does not have, with what to write in its place, or a value that it refuses.
-    """
+    """TRL's DPOConfig (see its help); UserError for a name that it does not have, or a value that it refuses."""
 
     def __init__(self, *args: Any, **settings: Any):
         check_settings(settings)
@@ -58,46 +52,20 @@ class DPOConfig(trl.DPOConfig):
 
 
 def dpo_settings(model: PreTrainedModel | PeftModel | None = None) -> dict[str, Any]:
-    """The settings that `train_dpo` starts from on this kind of machine; each has its reason next to it in the source.
+    """The settings that `train_dpo` starts from on this kind of machine; settings.yaml has the reason of each.
 
     They are arguments of DPOConfig. The learning rate fits the size of `model`, and `max_length` is what it was loaded
     for; left out, they are those of the profile's model for ordinary pairs.
     """
     profile, bf16 = current_profile(), unsloth.is_bfloat16_supported()
-    gpu = profile.name == "gpu"
-    small = not gpu or (model is not None and public_name(model) == EMBEDDED_HUB_NAME)
-    settings = {
-        # 5e-6 is what recipes publish. At this rank and alpha it needs a thousand steps (docs/results.md), which
-        # train_dpo says before a shorter run (`hardly_moves`). The small model's runs have a few dozen.
-        "learning_rate": 2e-4 if small else 5e-6,
-        "beta": 0.1,  # the paper's value for dialogue (section 6) and TRL's default
-        "max_length": getattr(model, "max_seq_length", profile.max_length),  # Unsloth notes it on the model
-        "num_train_epochs": 1,  # preferences overfit fast: more epochs raise the margin before they raise accuracy
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.1,  # of all steps: the first gradients are the largest, as every pair still weighs a half
-        "weight_decay": 0.0,  # the reference already pulls the policy back
-        "logging_steps": 5,
-        "logging_first_step": True,  # its loss is taken before the update, so it shows whether the start is right
-        "report_to": "none",
-        "seed": 0,
-        # In 8 bits the optimizer's state takes a quarter of the memory; bitsandbytes needs a GPU for it.
-        "optim": "adamw_8bit" if gpu else "adamw_torch_fused",
-        # Effective batch 8: in one piece, since a GPU is busy only then; on a CPU in two, which have less padding.
-        "per_device_train_batch_size": 8 if gpu else 4,
-        "gradient_accumulation_steps": 1 if gpu else 2,
-        "per_device_eval_batch_size": 8 if gpu else 4,
-        # On a GPU train_dpo drops it if there is room, which is faster (plan_for); on a CPU memory is no concern.
-        "gradient_checkpointing": gpu,
-        "bf16": bf16,
-    }
-    return settings | ({"fp16": not bf16} if gpu else {})  # GPUs before Ampere
+    start, small = TABLE["start"], model is not None and public_name(model) == EMBEDDED_HUB_NAME
+    settings = start["both"] | start[profile.name] | (start["small"] if small else {}) | {"bf16": bf16}
+    settings["max_length"] = getattr(model, "max_seq_length", profile.max_length)  # Unsloth notes it on the model
+    return settings | ({"fp16": not bf16} if profile.name == "gpu" else {})  # GPUs before Ampere
 
 
 def complete_settings(model: PeftModel, settings: dict[str, Any]) -> dict[str, Any]:
-    """`dpo_settings(model)` with the caller's `settings` in their place; UserError if they or the adapter can't be had.
-
-    A text that names a number is that number: YAML reads 5e-6 as a text.
-    """
+    """`dpo_settings(model)` with the caller's `settings` in them; UserError if they or the adapter can't be had."""
     if isinstance(model, PeftModel):  # of a sweep it is the base
         check_adapter(model)
     check_settings(settings)
@@ -107,6 +75,7 @@ def complete_settings(model: PeftModel, settings: dict[str, Any]) -> dict[str, A
         reason = TABLE["refused"].get(f"{name}={value}") or TABLE["refused"].get(name)
         if reason and value not in (None, False, DEFAULTS[name]):
             raise UserError(f"{name}={value!r}: {reason}")
+        # A text that names a number is that number: YAML reads 5e-6 as a text.
         if isinstance(value, str) and (type(DEFAULTS[name]) in (int, float) or name in ("eval_steps", "ld_alpha")):
             try:
                 number = float(value)
@@ -158,11 +127,10 @@ def _steps(pairs: int, values: dict[str, Any]) -> int:
 
 
 def hardly_moves(values: dict[str, Any], pairs: int, alpha: float) -> str:
-    """What to say of a run on so many `pairs` that will end where it began; "" if it will move.
+    """What to say of a run on so many `pairs`, by complete `values`, that will end where it began; "" if it will move.
 
     By benchmarks/results/learning_rate.json: while the log-ratio gap is below some 1.5 nats, it is 450 times learning
     rate times steps at a LoRA `alpha` of 16, within a quarter. A larger alpha is taken to move it in proportion.
-    `values` are the settings of the run, complete.
     """
     steps, rate = _steps(pairs, values), values["learning_rate"]
     nats = 450 * steps * alpha / 16  # for a rate of 1
@@ -172,15 +140,12 @@ def hardly_moves(values: dict[str, Any], pairs: int, alpha: float) -> str:
 
 
 def run_config(folder: Path, pairs: int, values: dict[str, Any], share: dict[str, Any]) -> DPOConfig:
-    """The config of a process that has its `share` (`share_step`) of the complete settings `values` of a run.
-
-    Of evaluating and saving, the one of which the caller says nothing follows the other one.
-    """
+    """The config of a process that has its `share` (`share_step`) of the complete settings `values` of a run."""
     given = {name: value for name, value in share.items() if value is not None}
     every = math.ceil(_steps(pairs, values) / 3)  # three evaluations, three checkpoints
     steps = given.get("eval_steps") or given.get("save_steps") or every
     config = RUN_SETTINGS | {"eval_steps": steps, "save_steps": steps}
-    for part, other in (("eval", "save"), ("save", "eval")):
+    for part, other in (("eval", "save"), ("save", "eval")):  # the one that is not given follows the other one
         if given.get(f"{other}_strategy") == "epoch" and f"{part}_steps" not in given:
             config[f"{part}_strategy"] = "epoch"
     config |= given

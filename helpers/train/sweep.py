@@ -1,8 +1,4 @@
-"""The beta sweep: one run for each beta and seed on one loaded model, measured alike, kept as it goes.
-
-Each run is a `train_dpo` run in a folder of its own, from a fresh adapter, so that it equals the same run made alone.
-The pairs are checked once, and the reference's log-probs are cached.
-"""
+"""The beta sweep: a `train_dpo` run for each beta and seed, from a fresh adapter, in a folder of its own."""
 
 import dataclasses
 import gc
@@ -11,10 +7,8 @@ import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
@@ -22,13 +16,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from helpers.common import UserError, write_atomic, write_json
-from helpers.data.check import MAX_PROMPT_LENGTH
 from helpers.model.drift import sample_twice, sampled_kl
 from helpers.model.generate import Reply, repetition
 from helpers.model.load import add_lora
 from helpers.model.memory import BATCH_SETTINGS
 from helpers.model.policy import Policy
-from helpers.run.folder import Run, describe_config, machine, versions
+from helpers.run.folder import USUAL_RULE, Run, describe_config, machine, versions
 from helpers.train import say
 from helpers.train.dpo import run_job
 from helpers.train.job import CheckedPairs, Job, check_both
@@ -44,23 +37,17 @@ _SETTINGS = {"eval_strategy": "no", "load_best_model_at_end": False, "logging_fi
 class Sweep:
     """What a sweep left; it loads without a model.
 
-    Attributes:
-        folder: holds `sweep.json` (all of the below), `table.csv`, and a run folder for each beta and seed.
-        info: model, settings, data, versions and machine, and how the reference's own replies look.
-        table: a row for each run. `status` is "finished" or says what failed; held-out figures as in `Run.metrics`;
-            kl and kl_error (nats for a reply, see `sampled_kl`); means over sampled replies; grad_norm and weight (mean
-            sigmoid of -margin, by which a pair counts in the gradient: Rafailov et al. 2023, section 4) at the first
-            and the last step; seconds.
-        history: a row for each logged step of each run; split is "train" or "held out", log_ratio_gap, chosen and
-            rejected are in nats.
-        gaps: log-ratio gap of each held-out pair; columns are (beta, seed).
+    `table` has a row for each run. `status` is "finished" or says what failed; held-out figures as in `Run.metrics`;
+    kl and kl_error are nats for a reply (`sampled_kl`); then means over sampled replies, seconds, and at the first and
+    the last step grad_norm and weight: the mean sigmoid of -margin, by which a pair counts in the gradient (Rafailov et
+    al. 2023, section 4).
     """
 
-    folder: Path
-    info: dict
+    folder: Path  # holds `sweep.json` (all of the below), `table.csv`, and a run folder for each beta and seed
+    info: dict[str, Any]  # model, settings, data, versions and machine, and how the reference's own replies look
     table: pd.DataFrame
-    history: pd.DataFrame
-    gaps: pd.DataFrame
+    history: pd.DataFrame  # a row for each logged step; split is "train" or "held out", log-ratios are in nats
+    gaps: pd.DataFrame  # log-ratio gap of each held-out pair in nats; columns are (beta, seed)
 
     @classmethod
     def load(cls, path: str | Path) -> "Sweep":
@@ -69,10 +56,9 @@ class Sweep:
         file = path / "sweep.json" if path.is_dir() else path
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
-            gaps = pd.DataFrame({(run["beta"], run["seed"]): run["gaps"] for run in stored["gaps"]})
-            return cls(
-                file.parent, stored["info"], pd.DataFrame(stored["table"]), pd.DataFrame(stored["history"]), gaps
-            )
+            gaps = {(run["beta"], run["seed"]): run["gaps"] for run in stored["gaps"]}
+            frames = (pd.DataFrame(rows) for rows in (stored["table"], stored["history"], gaps))
+            return cls(file.parent, stored["info"], *frames)
         except (OSError, ValueError, KeyError) as error:
             text = f"{path.name} holds no sweep that can be read ({error}). 05_beta_sweep makes one."
             raise UserError(text) from error
@@ -89,21 +75,18 @@ class Sweep:
 
 
 def _describe_replies(replies: list[Reply]) -> dict:
-    return {
-        "reply_tokens": mean(len(reply.ids) for reply in replies),
-        "repetition": mean(repetition(reply.ids) for reply in replies),
-        "ended": mean(reply.ended for reply in replies),
-    }
+    rows = [{"reply_tokens": len(one.ids), "repetition": repetition(one.ids), "ended": one.ended} for one in replies]
+    return pd.DataFrame(rows).mean().to_dict()
 
 
-def _figures(run: Run, beta: float, gaps: np.ndarray) -> dict:
+def _figures(run: Run, beta: float, gaps: pd.Series) -> dict:
     """Figures of a finished run that need no model; `gaps` are the log-ratio gaps of its held-out pairs."""
     norms = [float(row["grad_norm"]) for row in run.history if "grad_norm" in row]
     low, high = run.metrics["accuracy_interval"]
     row = {"steps": run.info.steps, "accuracy": run.metrics["accuracy"], "accuracy_low": low, "accuracy_high": high}
     names = ("log_ratio_gap", "margin", "chosen_change", "rejected_change", "train_seconds")
     row |= {name: run.metrics[name] for name in names} | {"grad_norm_start": norms[0], "grad_norm_end": norms[-1]}
-    weight = torch.tensor(-beta * gaps).sigmoid().mean()
+    weight = torch.tensor((-beta * gaps).tolist()).double().sigmoid().mean()
     return row | {"weight_start": 0.5, "weight_end": float(weight)}  # at the start every margin is 0
 
 
@@ -120,7 +103,8 @@ def _curve(logged: dict, beta: float, seed: int) -> dict:
 def _save(sweep: Sweep) -> None:
     # By pandas, which writes NaN as null.
     records = {name: json.loads(getattr(sweep, name).to_json(orient="records")) for name in ("table", "history")}
-    gaps = [{"beta": key[0], "seed": key[1], "gaps": own.tolist()} for key, own in sweep.gaps.round(4).items()]
+    rounded = sweep.gaps.round(4)
+    gaps = [{"beta": beta, "seed": seed, "gaps": rounded[beta, seed].tolist()} for beta, seed in list(rounded)]
     write_json(sweep.folder / "sweep.json", {"info": sweep.info, **records, "gaps": gaps})
     write_atomic(sweep.folder / "table.csv", lambda path: sweep.table.to_csv(path, index=False))
 
@@ -130,11 +114,9 @@ def _open_sweep(folder: Path, info: dict[str, Any]) -> Sweep:
     if not (folder / "sweep.json").is_file():
         return Sweep(folder, info, pd.DataFrame(), pd.DataFrame(), pd.DataFrame())
     sweep = Sweep.load(folder)
-    there, now = (
-        one["identity"] | {"settings": result_settings(one["identity"]["settings"])} for one in (sweep.info, info)
-    )
-    changed = [name for name in now if there.get(name) != now[name]]
-    if changed:
+    there, now = sweep.info["identity"], info["identity"]
+    there, now = (one | {"settings": result_settings(one["settings"])} for one in (there, now))
+    if changed := [name for name in now if there.get(name) != now[name]]:
         raise UserError(say("other_sweep", folder=folder, changed=" and ".join(changed)))
     return sweep
 
@@ -156,21 +138,17 @@ def sweep_beta(
     """Train and measure once for each beta and seed; the runs differ in nothing else.
 
     What is finished is kept: the same call after an interruption goes on with the run it was in, and one with more
-    betas or seeds adds to the sweep. A run that fails is reported in the table, and the others go on. The model is
-    left without an adapter, as it came.
+    betas or seeds adds to the sweep. A run that fails is reported in the table, and the others go on.
 
     Args:
-        model: without adapter, as `load_model` gives it; it is the reference of every run.
-        tokenizer, train, test, callbacks: as in `train_dpo`.
+        model: without adapter, as `load_model` gives it and as it is left; it is the reference of every run.
+        tokenizer, train, test, callbacks, settings: as in `train_dpo`, for all runs.
         folder: of the sweep, e.g. `output_folder("beta_sweep")`.
         betas, seeds: to train with, each beta with each seed.
-        prompts: how many held-out prompts get two sampled replies each, for the KL and the figures of replies;
-            0 measures held-out pairs only.
+        prompts: how many held-out prompts get two sampled replies each, for the KL and the figures of replies, or 0.
         max_new_tokens: where a sampled reply is cut.
-        settings: DPOConfig settings, for all runs, that differ from `dpo_settings()`.
 
-    Raises:
-        UserError: a model with an adapter, no beta above 0, another sweep in the folder, and what `train_dpo` raises.
+    Raises UserError for a model with an adapter, no beta above 0, another sweep in the folder, and as `train_dpo` does.
     """
     if isinstance(model, PeftModel):
         raise UserError(say("has_adapter"))
@@ -179,11 +157,9 @@ def sweep_beta(
         raise UserError("Pass the values to compare as betas=(0.1, 0.3) and seeds=(0, 1); each beta is above 0.")
     settings, folder, policy = _SETTINGS | settings, Path(folder), Policy(model, tokenizer)
     values = complete_settings(model, settings)
-    rule = {"max_prompt_length": MAX_PROMPT_LENGTH, "on_long_prompt": "shorten"}
-    pairs = check_both(train, test, tokenizer, values["max_length"], **rule)
-    held_out = pairs.test.pairs
-    every = max(1, len(held_out) // max(1, prompts))  # from all of the set, which may be sorted by topic
-    rows = list(held_out.select(range(0, len(held_out), every)))[:prompts]
+    pairs = check_both(train, test, tokenizer, values["max_length"], **USUAL_RULE)
+    every = max(1, len(pairs.test.pairs) // max(1, prompts))  # from all of the set, which may be sorted by topic
+    rows = list(pairs.test.pairs)[::every][:prompts]
     sampling = {"prompts": rows, "max_new_tokens": max_new_tokens}
     folder.mkdir(parents=True, exist_ok=True)
     config = describe_config(DPOConfig(output_dir=str(folder), **values))
@@ -200,7 +176,7 @@ def sweep_beta(
     began, callbacks = time.monotonic(), list(callbacks)
     for number, (beta, seed) in enumerate(todo):
         minutes = (time.monotonic() - began) / 60 / max(number, 1) * (len(todo) - number)
-        left = f", about {minutes:.0f} min left" if number else ""
+        left = f", about {minutes:.0f} min left" * (number > 0)
         print(f"\nrun {number + 1} of {len(todo)}: beta {beta:g}, seed {seed}{left}", flush=True)
         # On a GPU the first run chooses by free memory how a step is made; the others make it alike.
         call = settings | sweep.info.get("step", {}) | {"beta": beta, "seed": seed}
@@ -211,12 +187,8 @@ def sweep_beta(
 
 def _one_run(
     sweep: Sweep, base: Policy, pairs: CheckedPairs, call: dict, sampling: dict, callbacks: Iterable[TrainerCallback]
-) -> tuple[dict, list[dict], np.ndarray | None]:
-    """Train and measure with the settings `call`; the base is left without an adapter.
-
-    Returns (row of the table, rows of the history, gaps of the held-out pairs or None if the run failed). Raises the
-    UserError of a setting, memory or disk: it would stop every other run too.
-    """
+) -> tuple[dict, list[dict], pd.Series | None]:
+    """(row of the table, rows of the history, gaps or None if it failed) of a run with the settings `call`."""
     beta, seed = call["beta"], call["seed"]
     row, history = {"beta": beta, "seed": seed}, []
     model = add_lora(base.model, seed=seed)
@@ -228,7 +200,7 @@ def _one_run(
         history = [_curve(row, beta, seed) for row in run.history if {"loss", "eval_loss"} & row.keys()]
         if not math.isfinite(run.metrics["loss"]):
             raise FloatingPointError("the loss is not a number")
-        gaps = pd.DataFrame(run.held_out)["log_ratio_gap"].to_numpy()
+        gaps = pd.DataFrame(run.held_out)["log_ratio_gap"]
         row |= _figures(run, beta, gaps)
         begin = time.monotonic()
         if sampling["prompts"]:
@@ -236,7 +208,7 @@ def _one_run(
             kl = sampled_kl(model, base.tokenizer, **sampling, seed=seed)
             row |= {"kl": kl.kl, "kl_error": kl.error} | _describe_replies(kl.replies)
         return row | {"sampling_seconds": time.monotonic() - begin, "status": "finished"}, history, gaps
-    except UserError:
+    except UserError:  # of a setting, memory or disk: it would stop every other run too
         raise
     except Exception as error:
         row["status"] = f"failed: {error or type(error).__name__}"
@@ -248,7 +220,7 @@ def _one_run(
         gc.collect()
 
 
-def _add(sweep: Sweep, row: dict, history: list[dict], gaps: np.ndarray | None) -> Sweep:
+def _add(sweep: Sweep, row: dict, history: list[dict], gaps: pd.Series | None) -> Sweep:
     """The sweep with one more run, or with its new outcome in the place of the old."""
     key, steps = (row["beta"], row["seed"]), sweep.history
     table = pd.concat([sweep.table, pd.DataFrame([row])]).drop_duplicates(["beta", "seed"], keep="last")
