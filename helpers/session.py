@@ -26,8 +26,7 @@ if early:
     )
 use_text_progress()
 quiet_libraries()
-# Unsloth's trainers start up to 8 processes for each of several passes over the pairs. That takes longer than the
-# tokenising, by Unsloth's own measurement (unsloth_zoo/dataset_num_proc.py) still with 8000 rows.
+# Unsloth's trainers would start up to 8 processes a pass, which by its own measure takes longer below 8000 rows.
 os.environ.setdefault("UNSLOTH_DATASET_NUM_PROC", "none")
 
 import datasets  # noqa: E402

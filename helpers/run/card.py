@@ -23,8 +23,7 @@ def _show(value: float | tuple[float, float] | list[float]) -> str:
 def model_card(run: Run, form: str, kept: float | None = None) -> str:
     """The card of a finished `run` as Markdown with the front matter that the hub reads; it holds no path and no token.
 
-    `form` is what it is for: "run" (a run folder), "adapter", "merged" or "gguf" (see `export_run`); `kept` the share
-    of the adapter's update that merged weights keep.
+    `form` is "run" or one of `export_run`; `kept` is the share of the adapter's update that merged weights keep.
     """
     info, base, counts = run.info, run.info.model, {"shortened": 0, "left_out": 0} | run.info.data.prompts
     bundled, licence, settings = info.data.bundled, BASE_LICENCES.get(base), changed_settings(info.config)

@@ -61,8 +61,7 @@ def train_dpo(
     checkpoint, with the result that it would have had. A finished one is loaded, adapter and all.
 
     Args:
-        model: a model with a LoRA adapter (`add_lora`); trained in place. It is as it was if the run does not finish.
-        tokenizer: the model's, as `load_model` gives it.
+        model, tokenizer: with a LoRA adapter (`add_lora`), trained in place; as it was if the run does not finish.
         train, test: pairs as `load_pairs` gives them; they are checked, and the ids of that check are trained.
         folder: of the run, e.g. `output_folder("train")`.
         ref_model: the reference, if it is another model; loaded like `model`, with the same tokenizer.

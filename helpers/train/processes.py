@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import trl
@@ -24,8 +24,6 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from helpers.common import UserError
 from helpers.model.memory import pairs_a_step
 from helpers.train import say
-
-T = TypeVar("T")
 
 
 def processes() -> PartialState:
@@ -56,7 +54,7 @@ def one_voice(folder: Path) -> Iterator[None]:
         logs.rmdir()
 
 
-def once(function: Callable[[], T]) -> T:
+def once(function: Callable[[], Any]) -> Any:
     """What `function` returns or raises in the first process, in all of them; the others do not call it."""
     box: list[Any] = [None, None]
     if processes().is_main_process:
@@ -73,9 +71,8 @@ def once(function: Callable[[], T]) -> T:
 def check_alike(**facts: Any) -> None:
     """Raise UserError if the processes do not agree on `facts`, by name."""
     every = gather_object([facts])
-    for name in facts:
-        if any(one[name] != facts[name] for one in every):
-            raise UserError(say("not_alike", name=name))
+    for name in (name for name in facts if any(one[name] != facts[name] for one in every)):
+        raise UserError(say("not_alike", name=name))
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ from helpers.common import write_json
 from helpers.model.memory import BATCH_SETTINGS, pairs_a_step
 from helpers.run.card import changed_settings
 from helpers.run.folder import RunInfo, write_info
+from helpers.train import TABLE
 from helpers.train.processes import processes
-from helpers.train.settings import TABLE
 
 # The settings that change what a run ends with; all others may differ between two calls of the same run.
 RESULT_SETTINGS = frozenset(f"{TABLE['heeded']} {TABLE['result']}".split())

@@ -10,7 +10,6 @@ from typing import Any
 
 import trl
 import unsloth
-import yaml
 from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.integrations import integration_utils
@@ -22,11 +21,9 @@ from helpers.model.load import public_name
 from helpers.model.memory import pairs_a_step
 from helpers.model.policy import check_adapter
 from helpers.model.profiles import current_profile
-from helpers.train import say
+from helpers.train import TABLE, say
 from helpers.train.processes import processes
 
-# What train_dpo does with each setting of DPOConfig, where it starts, and which values it takes.
-TABLE: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("settings.yaml").read_text(encoding="utf-8"))
 RUN_SETTINGS: dict[str, Any] = TABLE["run"]
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(trl.DPOConfig)}
 
@@ -134,9 +131,8 @@ def hardly_moves(values: dict[str, Any], pairs: int, alpha: float) -> str:
     """
     steps, rate = _steps(pairs, values), values["learning_rate"]
     nats = 450 * steps * alpha / 16  # for a rate of 1
-    if nats * rate >= 0.3:  # as `diagnose` judges afterwards
-        return ""
-    return say("hardly_moves", steps=steps, rate=rate, gap=nats * rate, better=3 / nats)
+    moves = nats * rate >= 0.3  # as `diagnose` judges afterwards
+    return "" if moves else say("hardly_moves", steps=steps, rate=rate, gap=nats * rate, better=3 / nats)
 
 
 def run_config(folder: Path, pairs: int, values: dict[str, Any], share: dict[str, Any]) -> DPOConfig:

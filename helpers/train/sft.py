@@ -1,7 +1,4 @@
-"""Supervised fine-tuning (SFT): a start for DPO if the model lacks a habit that its reference must have.
-
-DPO only shifts what the reference already says at times: a model that never thinks is shown thoughts first.
-"""
+"""Supervised fine-tuning (SFT), a start for DPO: that only shifts what the reference already says at times."""
 
 import tempfile
 
@@ -25,9 +22,8 @@ def train_sft(
 ) -> list[float]:
     """Train the model's adapter on prompt and chosen side of each pair, once through, the loss on the reply alone.
 
-    The `model` is changed in place, so a `train_dpo` after it takes the SFT model as its reference. Its `tokenizer` and
-    the `pairs` are as in `train_dpo`; `learning_rate` is the highest, after warm-up; `seed` orders the pairs. Returns
-    the logged losses, in nats per token.
+    A `train_dpo` after it takes this `model` as its reference. Its `tokenizer` and the `pairs` are as there,
+    `learning_rate` is the highest, `seed` orders the pairs. Returns the logged losses, in nats per token.
     """
     settings = {name: value for name, value in dpo_settings(model).items() if name in _SHARED}
     settings |= {"learning_rate": learning_rate, "seed": seed, "per_device_train_batch_size": 8}

@@ -100,8 +100,7 @@ def _curve(logged: dict, beta: float, seed: int) -> dict:
     return row | {"chosen": chosen / beta, "rejected": rejected / beta, "grad_norm": logged.get("grad_norm", math.nan)}
 
 
-def _save(sweep: Sweep) -> None:
-    # By pandas, which writes NaN as null.
+def _save(sweep: Sweep) -> None:  # by pandas, which writes NaN as null
     records = {name: json.loads(getattr(sweep, name).to_json(orient="records")) for name in ("table", "history")}
     rounded = sweep.gaps.round(4)
     gaps = [{"beta": beta, "seed": seed, "gaps": rounded[beta, seed].tolist()} for beta, seed in list(rounded)]

@@ -20,9 +20,8 @@ from helpers.patches.given_ids import trainer_class
 from helpers.patches.shared_prompt import share_prompts
 from helpers.patches.unsloth_checkpointing import set_checkpointing
 from helpers.session import quiet_progress
-from helpers.train import say
+from helpers.train import TABLE, say
 from helpers.train.processes import share_steps, weigh_pairs
-from helpers.train.settings import TABLE
 
 # By so many times the precision's epsilon and the square root of its tokens may a log-prob be off: in bf16 2.5 nats at
 # 100 tokens, where some tenths were seen.
@@ -112,10 +111,10 @@ def _evaluated(trainer: trl.DPOTrainer, batch: dict[str, torch.Tensor]) -> dict[
 
 
 def check_start(trainer: trl.DPOTrainer, settings: dict[str, Any]) -> None:
-    """Raise UserError unless the policy is its reference, as it has to be before the first step.
+    """Raise UserError unless the policy is its reference before the first step; `settings` are the caller's.
 
     For the longest and the shortest pair, the `trainer`'s own loss has to find rewards of 0, and each of the four rows
-    by itself, without padding and with no prompt shared, the log-probs of the reference. `settings` are the caller's.
+    by itself, without padding and with no prompt shared, the log-probs of the reference.
     """
     model, args, order = trainer.model, trainer.args, pair_lengths(trainer.train_dataset).argsort()
     batch = trainer.data_collator(trainer.train_dataset.select([order[-1], order[0]]).to_list())
