@@ -69,6 +69,7 @@ class RunInfo:
     memory_gb: dict[str, float] = field(default_factory=dict)
     template: dict[str, Any] = field(default_factory=dict)  # for a prompt that brings no options (`shared_options`)
     prompts_rule: dict[str, Any] = field(default_factory=USUAL_RULE.copy)  # of `check_pairs`, for long prompts
+    base_config: str = ""  # hash of the base's settings that change what it computes; older runs have none
     schema: int = 2  # version of this form; 1 had none written
 
     @classmethod
@@ -106,7 +107,7 @@ class Run:
 
     folder: Path
     info: RunInfo  # model, data, settings and state
-    history: list[dict[str, Any]]  # a row for each logging and evaluation step, as TRL logs them
+    history: list[dict[str, Any]]  # a row for each logging and evaluation step, as TRL logs them (and mean_of_steps)
     metrics: dict[str, Any]  # held-out figures before and after, seconds
     held_out: pd.DataFrame | None  # a row for each held-out pair (`held_out_table`)
     adapter = property(lambda self: self.folder / "adapter")

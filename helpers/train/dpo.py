@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -35,6 +36,8 @@ from helpers.train.processes import alone_in, once, one_voice, processes
 from helpers.train.resume import ENDED, Checkpoints, last_complete
 from helpers.train.settings import complete_settings
 from helpers.train.trainer import check_start, make_trainer
+
+NOT_WRITTEN = r"os error \d|inline_container|iostream error"  # safetensors and tokenizers; torch.save, in two places
 
 
 def train_dpo(
@@ -98,8 +101,8 @@ def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback
             print(f"This run is finished already; loading it from {job.folder.name}.")
             job.policy.put_back(once(lambda: load_file(job.folder / "adapter" / "adapter_model.safetensors")))
             return once(lambda: Run.load(job.folder))
-        once(job.begin)
         with _undone(job) as initial, own_forward((job.reference or job.policy).inner), own_forward(job.policy.inner):
+            once(job.begin)
             began = time.monotonic()
             reference = _reference(job)
             seconds = {"reference_seconds": time.monotonic() - began}
@@ -117,8 +120,9 @@ def _undone(job: Job) -> Iterator[dict[str, torch.Tensor]]:
         yield initial
     except BaseException as error:
         job.policy.put_back(initial)
-        if isinstance(error, OSError):
-            raise UserError(say("not_written", folder=job.folder, reason=error.strerror or error)) from error
+        if isinstance(error, OSError) or re.search(NOT_WRITTEN, str(error)):
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(say("not_written", folder=job.folder, reason=reason)) from error
         if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
             job.write(Status.OUT_OF_MEMORY)
             raise UserError(say("out_of_memory", **job.info.memory_gb, savings=job.savings())) from error
@@ -143,10 +147,17 @@ def _reference(job: Job) -> dict[str, PairLogps]:
         logps = once(lambda: read_logps(path, len(report.ids)))
         if logps is None:
             logps = _score(job, policy, report.ids)
-            once(lambda: write_logps(path, logps))
+            once(lambda: _keep(path, logps))
         return logps
 
     return {name: of(report) for name, report in job.pairs.sets.items()}
+
+
+def _keep(path: Path, logps: PairLogps) -> None:
+    try:
+        write_logps(path, logps)
+    except Exception as error:  # safetensors has a type of its own
+        print(say("not_cached", folder=path.parent, reason=error))
 
 
 def _trainer(job: Job, reference: dict[str, PairLogps], callbacks: Iterable[TrainerCallback]) -> trl.DPOTrainer:

@@ -16,6 +16,7 @@ from helpers.data.findings import Report
 from helpers.data.render import pair_lengths
 from helpers.data.report import load_report
 from helpers.model import Tokenizer
+from helpers.model.fingerprint import config_hash
 from helpers.model.memory import BATCH_SETTINGS, ESTIMATE_MARGIN, BatchPlan, estimate_for, free_memory, plan_for
 from helpers.model.policy import Policy
 from helpers.model.profiles import current_profile
@@ -101,6 +102,7 @@ class Job:
             test_pairs=len(test.pairs),
             data=data,
             base=self.policy.base,
+            base_config=config_hash(self.policy.model),
             start=self.policy.adapter,
             reference=runs.POLICY_AT_START if self.reference is None else self.reference.fingerprint,
             versions=runs.versions(),

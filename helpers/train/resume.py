@@ -34,6 +34,17 @@ class Checkpoints(TrainerCallback):
 
     info: RunInfo
     asked: bool = False  # by Ctrl-C
+    begun: int = 0  # the step of the checkpoint that this call goes on from
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """transformers' hook."""
+        self.begun = state.global_step
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        """transformers' hook; a row whose mean would begin before this call says of how many steps it is."""
+        rows = [row["step"] for row in state.log_history[:-1] if "loss" in row]
+        if "loss" in logs and self.begun > max(rows, default=0):
+            state.log_history[-1]["mean_of_steps"] = state.global_step - self.begun
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """transformers' hook."""
@@ -98,6 +109,7 @@ def differences(before: RunInfo, info: RunInfo) -> list[str]:
     names = sorted(name for name in there.keys() | now.keys() if there.get(name) != now.get(name))
     changed = [f"{name} {before.config.get(name)} there, {info.config.get(name)} now" for name in names]
     changed += [f"other {name}" for name in ("model", "base", "reference") if before[name] != info[name]]
+    changed += ["other settings of the base"] * (before.base_config not in ("", info.base_config))
     changed += ["other data"] * ((before.data.train, before.data.test) != (info.data.train, info.data.test))
     # The adapter's hash is that of the run's start, or of its end if the cell is run twice.
     return changed + ["another adapter to start from"] * (info.start not in (before.start, before.end))

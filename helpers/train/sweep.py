@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from helpers.common import UserError, write_atomic, write_json
 from helpers.model.drift import sample_twice, sampled_kl
+from helpers.model.fingerprint import config_hash
 from helpers.model.generate import Reply, repetition
 from helpers.model.load import add_lora
 from helpers.model.memory import BATCH_SETTINGS
@@ -115,7 +116,7 @@ def _open_sweep(folder: Path, info: dict[str, Any]) -> Sweep:
     sweep = Sweep.load(folder)
     there, now = sweep.info["identity"], info["identity"]
     there, now = (one | {"settings": result_settings(one["settings"])} for one in (there, now))
-    if changed := [name for name in now if there.get(name) != now[name]]:
+    if changed := [name for name in now if there.get(name, now[name]) != now[name]]:
         raise UserError(say("other_sweep", folder=folder, changed=" and ".join(changed)))
     return sweep
 
@@ -164,6 +165,7 @@ def sweep_beta(
     config = describe_config(DPOConfig(output_dir=str(folder), **values))
     identity = {
         "model": [policy.name, policy.base],
+        "model's settings": config_hash(model),
         "data": [pairs.train.hash, pairs.test.hash],
         "settings": {name: value for name, value in config.items() if name not in ("beta", "seed")},
         "sampling": sampling | {"prompts": len(rows)},

@@ -137,6 +137,8 @@ def test_only_what_changes_the_result_makes_another_run():
     assert resume.differences(info(), info(config={"label_smoothing": 0.1})) == ["label_smoothing None there, 0.1 now"]
     assert resume.differences(info(config={"beta": 0.3}), info()) == ["beta 0.3 there, 0.2 now"]
     assert resume.differences(info(base="x"), info()) == ["other base"]
+    assert resume.differences(info(base_config="a"), info(base_config="b")) == ["other settings of the base"]
+    assert resume.differences(info(), info(base_config="b")) == []  # an older run does not say
     assert resume.differences(info(data=DataInfo("a", "c")), info()) == ["other data"]
     assert resume.differences(info(start="x"), info()) == ["another adapter to start from"]
     assert resume.differences(info(start="x", end="start"), info()) == []  # its cell is run once more
