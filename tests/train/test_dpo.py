@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -159,6 +160,31 @@ def test_only_complete_checkpoints_count(tmp_path, capsys):
     assert resume.last_complete(tmp_path).name == "checkpoint-2"
     out = capsys.readouterr().out
     assert "checkpoint-4 is incomplete" in out and "checkpoint-10 is incomplete" in out
+
+
+def test_second_ctrl_c_stops_at_once_and_the_handler_before_comes_back():
+    before, checkpoints = signal.getsignal(signal.SIGINT), resume.Checkpoints(None)
+    with checkpoints.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert checkpoints.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_is_left_alone_in_a_thread_and_in_one_of_several_processes(monkeypatch):
+    handlers = []
+
+    def listen() -> None:
+        with resume.Checkpoints(None).listening():
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    monkeypatch.setattr(resume, "processes", lambda: SimpleNamespace(num_processes=2))
+    listen()
+    assert handlers == [signal.getsignal(signal.SIGINT)] * 2
 
 
 def test_model_without_adapter_is_refused(pairs, tmp_path):

@@ -296,12 +296,12 @@ def test_first_row_after_a_resume_says_of_how_many_steps_its_mean_is(call):
 
 
 @pytest.mark.parametrize("hook, step", [("on_step_begin", 5), ("on_train_end", 7)])
-def test_run_folder_that_was_moved_keeps_its_best_checkpoint(call, tmp_path, hook, step, recwarn, caplog):
-    """Step 2 is the best. What trainer_state.json says of it is the path before."""
-    settings = RUNS["steps"] | {"learning_rate": 0.5, "lr_scheduler_type": "constant"}
+def test_run_folder_that_was_moved_keeps_its_best_checkpoint(call, tmp_path, hook, step):
+    """Step 2, by a turned metric. What trainer_state.json says of it is the path before."""
+    settings = RUNS["steps"] | {"greater_is_better": True}
     whole = call("whole", **settings)
     losses = {row["step"]: row["eval_loss"] for row in whole.history if "eval_loss" in row}
-    assert whole.metrics["loss"] < losses[7], "the last checkpoint is not the best"
+    assert whole.metrics["loss"] == pytest.approx(losses[2]) and losses[2] > losses[7] + 0.01
     with pytest.raises(Crash):
         call("run", At(hook, step, crash), **settings)
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -320,16 +320,25 @@ def disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("hook, step", [("on_step_begin", 3), ("on_train_end", 7)])
+WEIGHTS, TOKENIZER = "adapter_model.safetensors", "tokenizer.json"
+
+
 @pytest.mark.parametrize(
-    "room_for", [(), ("adapter_model.safetensors",), ("adapter_model.safetensors", "tokenizer.json")]
+    "hook, step, room_for",
+    [
+        ("on_step_begin", 3, []),
+        ("on_step_begin", 3, [WEIGHTS]),
+        ("on_step_begin", 3, [WEIGHTS, TOKENIZER]),
+        ("on_train_end", 7, []),
+        ("on_train_end", 7, [WEIGHTS]),
+    ],
 )
 def test_full_disk_loses_nothing_and_the_run_goes_on_when_there_is_room(call, disk, hook, step, room_for):
     """Full in the weights (safetensors), the tokenizer (tokenizers) or what follows, of a checkpoint or of the end."""
     whole = call("whole")
 
     def fill() -> None:
-        saved = disk / "run" / "checkpoints" / "checkpoint-2"
+        saved = next((disk / "run" / "checkpoints").glob("checkpoint-*"))
         room = sum((saved / name).stat().st_size + 50_000 for name in room_for)
         (disk / "filler").write_bytes(b"0" * (shutil.disk_usage(disk).free - room))
 
@@ -341,6 +350,26 @@ def test_full_disk_loses_nothing_and_the_run_goes_on_when_there_is_room(call, di
         call("disk/run")
     (disk / "filler").unlink()
     same(call("disk/run"), whole)
+
+
+def test_another_run_is_put_aside_only_if_asked(call, tmp_path):
+    one, other = {"max_steps": 2}, {"max_steps": 3}
+    first = call("run", **one)
+    with pytest.raises(UserError, match="max_steps 2 there, 3 now"):
+        call("run", **other)
+    call("run", **other, replace=True)
+    assert Run.load(tmp_path / "run.old-1").metrics == first.metrics
+    (tmp_path / "run" / "run.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        call("run", **other)
+    call("run", **other, replace=True)
+    assert (tmp_path / "run.old-2" / "run.json").read_text() == "{"
+
+
+def test_reference_that_cannot_be_cached_does_not_stop_the_run(call, tmp_path, capsys):
+    (tmp_path / "cache").write_text("a file in its place")
+    call("run", max_steps=1)
+    assert "log-probs could not be kept in" in capsys.readouterr().out
 
 
 def test_second_run_in_a_folder_is_refused_and_the_first_one_is_not_disturbed(call, tmp_path):
