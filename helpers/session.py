@@ -26,7 +26,7 @@ if early:
     )
 use_text_progress()
 quiet_libraries()
-# Unsloth's trainers would start up to 8 processes a pass, which by its own measure takes longer below 8000 rows.
+# Unsloth's trainers would start up to 8 processes a pass, which by its own measure is slower even with 8000 rows.
 os.environ.setdefault("UNSLOTH_DATASET_NUM_PROC", "none")
 
 import datasets  # noqa: E402
