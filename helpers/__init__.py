@@ -1,4 +1,4 @@
-"""Front door of the notebooks: import from here first, and everything comes in the order that works.
+"""Front door of the notebooks: import from here first. A reader goes on in `helpers/train/dpo.py`.
 
 The wings behind it, each importing only from those above it:
 
@@ -13,8 +13,6 @@ The wings behind it, each importing only from those above it:
     thinking  think tags, thinking pairs, what is wrong with them, how they are scored
     after     diagnosis, inspection, recommendation, export
     teach     what only a notebook shows: figures and tables of lessons
-
-A reader starts here, then goes to `helpers/train/dpo.py`.
 """
 
 import helpers.session  # noqa: F401, I001  (first: it imports Unsloth before TRL)
@@ -30,7 +28,6 @@ from helpers.after.recommend import recommend
 from helpers.after.trl_script import share
 from helpers.common import PROJECT, UserError, output_folder, visible
 from helpers.session import quiet_progress
-from helpers.run.folder import machine, versions
 from helpers.data.check import check_pairs
 from helpers.data.load import BUNDLED_PAIRS, load_pairs
 from helpers.data.render import tokenize_pairs
@@ -41,7 +38,7 @@ from helpers.model.load import add_lora, fix_pad_token, load_model, load_tokeniz
 from helpers.model.logps import pair_logps, reference_logps
 from helpers.model.memory import estimate_for, estimate_memory, plan_batch
 from helpers.model.profiles import current_profile
-from helpers.run.folder import Run
+from helpers.run.folder import Run, machine, versions
 from helpers.run.metrics import accuracy_by, wilson_interval
 from helpers.shutdown import shut_down_kernel
 from helpers.thinking.check import check_thinking

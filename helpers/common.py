@@ -1,7 +1,4 @@
-"""What every wing needs: the error that speaks to the reader, atomic writing, showing untrusted text, settings.
-
-Nothing heavy is imported here, so that `helpers.session` can set the order of imports.
-"""
+"""What every wing needs. Nothing heavy is imported here, so that `helpers.session` can set the order of imports."""
 
 import json
 import os
@@ -12,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from platformdirs import user_cache_dir
+
+PROJECT = Path(__file__).parent.parent  # relative paths in .env start here, wherever a notebook runs
 
 
 class UserError(ValueError):
@@ -38,17 +37,13 @@ def write_json(path: Path, value: Any) -> None:
 def visible(text: str, limit: int = 1000) -> str:
     """`text` that can do no harm on a screen: at most `limit` characters, those that don't print as escapes.
 
-    A line break becomes an arrow, and a word of more than 80 characters is shortened. Tags stay as they are: what shows
-    a table as HTML (pandas does) escapes them.
+    A line break becomes an arrow, a word of more than 80 characters is shortened, tags stay (pandas escapes them).
     """
     text = re.sub(r"\S{81,}", lambda word: f"{word[0][:60]}... ({len(word[0])} characters)", text)
     if len(text) > limit:
         text = f"{text[:limit]}... ({len(text)} characters)"
     text = re.sub(r"[^\S\n]", " ", text).replace("\n", "\u21b5 ")  # other spaces are no "printable" ones for Python
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-PROJECT = Path(__file__).parent.parent  # relative paths in .env start here, wherever a notebook runs
 
 
 def setting(name: str, default: str | None = None) -> Any:  # text, or None

@@ -1,8 +1,4 @@
-"""The first cell of a notebook: settings from `.env`, text progress, imports in the safe order.
-
-Importing this module imports Unsloth, which patches TRL, transformers and PEFT as they load. That works only if none
-of them is imported yet, so this module raises an error if one is.
-"""
+"""The first cell of a notebook: settings from `.env`, text progress, and Unsloth, which patches TRL as that loads."""
 
 import contextlib
 import os
@@ -21,24 +17,16 @@ def load_settings() -> None:
     load_dotenv(find_dotenv(usecwd=True) or PROJECT / ".env")
 
 
-def check_import_order() -> None:
-    """Raise ImportError if TRL, transformers or PEFT was imported before Unsloth."""
-    if "unsloth" in sys.modules:
-        return
-    early = [name for name in ("trl", "transformers", "peft") if name in sys.modules]
-    if early:
-        raise ImportError(
-            f"{' and '.join(early)} was imported before helpers. Unsloth has to patch it first, or training fails "
-            "or runs unpatched. Restart the kernel and make `from helpers import ...` the first import."
-        )
-
-
 load_settings()
-check_import_order()
+early = [name for name in ("trl", "transformers", "peft") if name in sys.modules and "unsloth" not in sys.modules]
+if early:
+    raise ImportError(
+        f"{' and '.join(early)} was imported before helpers. Unsloth has to patch it first, or training fails "
+        "or runs unpatched. Restart the kernel and make `from helpers import ...` the first import."
+    )
 use_text_progress()
 quiet_libraries()
-# Unsloth's trainers start up to 8 processes for each of several passes over the pairs. That takes longer than the
-# tokenising, by Unsloth's own measurement (unsloth_zoo/dataset_num_proc.py) still with 8000 rows.
+# Unsloth's trainers would start up to 8 processes a pass, which by its own measure is slower even with 8000 rows.
 os.environ.setdefault("UNSLOTH_DATASET_NUM_PROC", "none")
 
 import datasets  # noqa: E402
@@ -56,11 +44,11 @@ os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)
 @contextlib.contextmanager
 def quiet_progress(rows: int) -> Iterator[None]:
     """No progress bars of `datasets` in the block if there are fewer than 20,000 `rows`, too few to wait for."""
-    hide = rows < 20_000 and not datasets.are_progress_bars_disabled()
-    if hide:
-        datasets.disable_progress_bars()
+    if rows >= 20_000 or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if hide:
-            datasets.enable_progress_bars()
+        datasets.enable_progress_bars()

@@ -20,31 +20,22 @@ def _notebook_session(kernel_id: str) -> tuple[str, dict] | None:
         return None
     for server in list_running_servers():
         address, headers = f"{server['url']}api/sessions", {"Authorization": f"token {server['token']}"}
-        try:
+        with contextlib.suppress(OSError, ValueError):  # the server has gone, or asks for a password
             reply = requests.get(address, headers=headers, timeout=10)
             reply.raise_for_status()
-            sessions = reply.json()
-        except (OSError, ValueError):  # the server has gone, or asks for a password
-            continue
-        for session in sessions:
-            if (session.get("kernel") or {}).get("id") == kernel_id:
-                return f"{address}/{session['id']}", headers
+            for session in reply.json():
+                if (session.get("kernel") or {}).get("id") == kernel_id:
+                    return f"{address}/{session['id']}", headers
     return None
 
 
 def shut_down_kernel() -> None:
-    """Free the models' memory; in JupyterLab or Notebook also end this notebook's session.
-
-    Models and trainers are dropped from the notebook's variables. If a Jupyter server owns this kernel, it ends the
-    session as "Shut Down Kernel" in its menu does, so that no "kernel died" dialog appears. Under nbmake, nbconvert,
-    papermill or plain Python nothing else happens: what started the kernel ends it.
-    """
+    """Free the models' memory; in JupyterLab or Notebook also end this notebook's session, as its menu does."""
     names = getattr(get_ipython(), "user_ns", {})  # of the notebook's variables; none in plain Python
     for name in [name for name, value in names.items() if isinstance(value, torch.nn.Module | Trainer)]:
         del names[name]
     gc.collect()
     torch.cuda.empty_cache()  # does nothing without a GPU
-
     session = None
     if "ipykernel" in sys.modules:
         from ipykernel.connect import get_connection_file

@@ -1,7 +1,4 @@
-"""The model card: what a run says about itself, in its own folder and in each form in which it is handed over.
-
-It names data, settings, figures and limits, and no licence that it does not know. It needs a `Run` and no model.
-"""
+"""The model card: data, settings, figures and limits of a run, and no licence that it does not know."""
 
 import re
 from pathlib import Path
@@ -19,51 +16,39 @@ TEMPLATES = Path(__file__).with_name("templates")
 BASE_LICENCES = dict.fromkeys((EMBEDDED_HUB_NAME, PROFILES["gpu"].model, PROFILES["gpu"].thinking_model), "apache-2.0")
 
 
-def _sources(run: Run) -> str:
-    """Where the held-out pairs came from: names of files or sets, or of the call that made them."""
-    if run.held_out is None or "origin" not in run.held_out:
-        return ""
-    names = {re.sub(r"(:| row )\d+$", "", str(origin)).replace("`", "'") for origin in run.held_out.origin}
-    return ", from " + " and ".join(f"`{name}`" for name in sorted(names))
-
-
 def _show(value: float | tuple[float, float] | list[float]) -> str:
     return " to ".join(f"{v:.3f}" for v in value) if isinstance(value, tuple | list) else f"{value:.4g}"
 
 
 def model_card(run: Run, form: str, kept: float | None = None) -> str:
-    """The card as Markdown with the front matter that the hub reads; it holds no path and no token.
+    """The card of a finished `run` as Markdown with the front matter that the hub reads; it holds no path and no token.
 
-    Args:
-        run: a finished run.
-        form: what the card is for: "run" (a run folder), "adapter", "merged" or "gguf" (see `export_run`).
-        kept: the share of the adapter's update that merged weights keep.
+    `form` is "run" or one of `export_run`; `kept` is the share of the adapter's update that merged weights keep.
     """
     info, base, counts = run.info, run.info.model, {"shortened": 0, "left_out": 0} | run.info.data.prompts
-    bundled, licence = info.data.bundled, BASE_LICENCES.get(base)
-    front = {
-        "base_model": base,
-        "library_name": "peft" if form in ("run", "adapter") else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["dpo", "trl", "unsloth", "lora"],
-    } | ({"license": licence} if licence and bundled else {})
+    bundled, licence, settings = info.data.bundled, BASE_LICENCES.get(base), changed_settings(info.config)
+    library = "peft" if form in ("run", "adapter") else "transformers"
+    front: dict[str, Any] = {"base_model": base, "library_name": library, "pipeline_tag": "text-generation"}
+    front |= {"tags": ["dpo", "trl", "unsloth", "lora"]} | ({"license": licence} if licence and bundled else {})
+    # Where the held-out pairs came from: files or sets, or the call that made them.
+    origins = run.held_out.origin if run.held_out is not None and "origin" in run.held_out else []
+    sources = sorted({re.sub(r"(:| row )\d+$", "", str(origin)).replace("`", "'") for origin in origins})
     card, texts = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("card.md", "forms.yaml"))
 
-    def say(**applies: Any) -> str:
-        known = {name: text for name, text in yaml.safe_load(texts).items() if applies.get(name)}
-        return " ".join(text.format(info=info, kept=kept, counts=counts) for text in known.values())
+    def say_if(**applies: Any) -> str:
+        known = [text for name, text in yaml.safe_load(texts).items() if applies.get(name)]
+        return " ".join(text.format(info=info, kept=kept, counts=counts) for text in known)
 
+    is_embedded = base == EMBEDDED_HUB_NAME
     return card.format(
         info=info,
         front=yaml.safe_dump(front, sort_keys=False),
         title=f"{base.rpartition('/')[2]}, DPO ({form})",
-        what=say(
-            **{form: True}, kept=kept is not None, adapter_before=run.reference, embedded=base == EMBEDDED_HUB_NAME
-        ),
-        source=_sources(run),
-        data=say(long_prompts=any(counts.values()), bundled=bundled, own_data=not bundled),
+        what=say_if(**{form: True}, kept=kept is not None, adapter_before=run.reference, embedded=is_embedded),
+        source=", from " * bool(sources) + " and ".join(f"`{name}`" for name in sources),
+        data=say_if(long_prompts=any(counts.values()), bundled=bundled, own_data=not bundled),
         reading="\n\n    " + "\n    ".join(info.data.reading) if info.data.reading else "",
-        settings=yaml.safe_dump(changed_settings(info.config)),
+        settings=yaml.safe_dump(settings),
         versions=", ".join(f"{name} {value}" for name, value in info.versions.items()),
         rows="\n".join(f"| {name} | {_show(value)} |" for name, value in run.metrics.items()),
         base_licence=f"{licence}, as its card states it" if licence else f"see the card of `{base}`",

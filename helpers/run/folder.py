@@ -1,16 +1,12 @@
-"""The run folder: what a training run leaves, and how the notebooks pass it on.
-
-`Run.load` reads one without a model. Nothing here holds a path, a host or a token, so a folder can be copied to another
-machine.
-"""
+"""The run folder: what a training run leaves. It holds no path, host or token: copy it to any machine."""
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import platform
 import shutil
 import tempfile
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +21,8 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from helpers.common import UserError, write_atomic, write_json
 
 POLICY_AT_START = "the policy at its start"  # `RunInfo.reference` of a run without a ref_model
+USUAL_RULE = {"max_prompt_length": 256, "on_long_prompt": "shorten"}  # `check_pairs`; of runs that have none written
+LORA_SCALE = ("r", "lora_alpha", "use_rslora")  # what scales an adapter; its weights do not tell
 
 
 class Status(StrEnum):
@@ -35,20 +33,20 @@ class Status(StrEnum):
     OUT_OF_MEMORY = "out of memory"
 
 
-@dataclasses.dataclass
+@dataclass
 class DataInfo:
     """What a run knows of its pairs; `train` and `test` are hashes of their token ids."""
 
     train: str
     test: str
-    findings: dict[str, int] = dataclasses.field(default_factory=dict)  # of the training pairs, code to count
-    prompts: dict[str, int] = dataclasses.field(default_factory=dict)  # over the limit: "shortened", "left_out"
+    findings: dict[str, int] = field(default_factory=dict)  # of the training pairs, code to count
+    prompts: dict[str, int] = field(default_factory=dict)  # over the limit: "shortened", "left_out"
     bundled: bool = False  # they came with this project, so their licence is known (`load_report`)
-    reading: list[str] = dataclasses.field(default_factory=list)  # how the training pairs were read (`load_report`)
+    reading: list[str] = field(default_factory=list)  # how the training pairs were read (`load_report`)
     given: str = ""  # if the chat template writes the date: hash of pairs and template, in place of their tokens
 
 
-@dataclasses.dataclass
+@dataclass
 class RunInfo:
     """What run.json holds: model, data, settings and state of a run."""
 
@@ -66,23 +64,17 @@ class RunInfo:
     status: Status
     steps: int | None = None  # None until it is finished, as is `end`
     end: str | None = None  # hash of the trained adapter
-    lora: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # LORA_SCALE of "adapter", "reference"
+    lora: dict[str, dict[str, Any]] = field(default_factory=dict)  # LORA_SCALE of "adapter", "reference"
     # GB "needed" by the estimate and "free" at the start; on a GPU also measured, of the fullest: "used", "peak".
-    memory_gb: dict[str, float] = dataclasses.field(default_factory=dict)
-    # What the chat template gets for a prompt that brings nothing of its own (`shared_options`).
-    template: dict[str, Any] = dataclasses.field(default_factory=dict)
-    # Arguments of `check_pairs` for long prompts.
-    prompts_rule: dict[str, Any] = dataclasses.field(
-        default_factory=lambda: {"max_prompt_length": 256, "on_long_prompt": "shorten"}
-    )
+    memory_gb: dict[str, float] = field(default_factory=dict)
+    template: dict[str, Any] = field(default_factory=dict)  # for a prompt that brings no options (`shared_options`)
+    prompts_rule: dict[str, Any] = field(default_factory=USUAL_RULE.copy)  # of `check_pairs`, for long prompts
+    base_config: str = ""  # hash of the base's settings that change what it computes; older runs have none
     schema: int = 2  # version of this form; 1 had none written
 
     @classmethod
     def from_json(cls, values: dict[str, Any], source: str = "run.json") -> "RunInfo":
-        """Read what `to_json` gave (`values`), in this version or an earlier one; names that are not known are ignored.
-
-        Raises UserError if something needed is missing or of another type; `source` is what it calls the file.
-        """
+        """The info that `to_json` gave as `values`, in any version; UserError names what `source` (the file) lacks."""
         wrong = []
         try:
             info = TypeAdapter(cls).validate_python({"schema": 1} | values)
@@ -93,51 +85,33 @@ class RunInfo:
         if isinstance(config := values.get("config"), dict):
             kinds = {"beta": (int, float), "max_length": int}
             wrong += [f"config.{name}" for name, kind in kinds.items() if not isinstance(config.get(name), kind)]
-        if wrong:
-            raise UserError(
-                f"{source} lacks {', '.join(wrong)}: it was written by another version of these notebooks, or edited. "
-                "Train the run again, in another folder."
-            )
-        return info
+        if not wrong:
+            return info
+        text = f"{source} lacks {', '.join(wrong)}: it was written by another version of these notebooks, or edited. "
+        raise UserError(text + "Train the run again, in another folder.")
 
     def __getitem__(self, name: str) -> Any:
         """A field by its name in run.json: `run.info["model"]`."""
         return getattr(self, name)
 
-    def to_json(self) -> dict[str, Any]:
-        """All of it as plain JSON."""
-        return dataclasses.asdict(self)
+    to_json = asdict
 
 
-@dataclasses.dataclass
+@dataclass
 class Run:
-    """What a training run left in its folder: all that is needed to use or go on with it, on any machine.
+    """What a training run left in its `folder`: all that is needed to use or go on with it, on any machine.
 
-    Attributes:
-        folder: holds `adapter/` (LoRA weights and tokenizer), the files below, and a model card; `reference/` too
-            if the run started from an adapter that was trained before.
-        info: model, data, settings and state.
-        history: one dict for each logging and evaluation step, as TRL logs them.
-        metrics: held-out figures before and after, seconds.
-        held_out: one row for each held-out pair: origin, topic, flaw, log-probs under reference and policy.
+    It holds `adapter/` (LoRA weights and tokenizer), the files of the fields below, and a model card; `reference/` too
+    if the run started from an adapter that was trained before.
     """
 
     folder: Path
-    info: RunInfo
-    history: list[dict[str, Any]]
-    metrics: dict[str, Any]
-    held_out: pd.DataFrame | None
-
-    @property
-    def adapter(self) -> Path:
-        """The folder of LoRA weights and tokenizer."""
-        return self.folder / "adapter"
-
-    @property
-    def reference(self) -> Path | None:
-        """The adapter that is the reference; None if that is the base model, or a model that was passed."""
-        folder = self.folder / "reference"
-        return folder if folder.is_dir() else None
+    info: RunInfo  # model, data, settings and state
+    history: list[dict[str, Any]]  # a row for each logging and evaluation step, as TRL logs them (and mean_of_steps)
+    metrics: dict[str, Any]  # held-out figures before and after, seconds
+    held_out: pd.DataFrame | None  # a row for each held-out pair (`held_out_table`)
+    adapter = property(lambda self: self.folder / "adapter")
+    reference = property(lambda self: folder if (folder := self.folder / "reference").is_dir() else None)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Run":
@@ -151,9 +125,8 @@ class Run:
             raise UserError(f"The run in {folder.name} is {info.status}. {cure} train_dpo again to finish it.")
         table = folder / "held_out.jsonl"
         try:
-            texts = [(folder / name).read_text(encoding="utf-8") for name in ("history.json", "metrics.json")]
-            held_out = pd.read_json(table, lines=True) if table.is_file() else None
-            return cls(folder, info, *map(json.loads, texts), held_out)
+            history, metrics = (json.loads((folder / f"{name}.json").read_bytes()) for name in ("history", "metrics"))
+            return cls(folder, info, history, metrics, pd.read_json(table, lines=True) if table.is_file() else None)
         except (OSError, ValueError) as error:
             raise UserError(f"The run in {folder.name} cannot be read ({error}). Train it again.") from error
 
@@ -165,9 +138,8 @@ def read_info(folder: Path) -> RunInfo | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (TypeError, ValueError) as error:  # the first if it is a list, say
-        raise UserError(
-            f"{folder.name}/run.json is not valid JSON ({error}). Restore it, or use a new folder."
-        ) from error
+        text = f"{folder.name}/run.json is not valid JSON ({error}). Restore it, or use a new folder."
+        raise UserError(text) from error
     return RunInfo.from_json(values, f"{folder.name}/run.json")
 
 
@@ -178,24 +150,20 @@ def write_info(folder: Path, info: RunInfo) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what decides a result, by name: Python and the six libraries that train."""
-    return {"python": platform.python_version()} | {
-        name: version(name) for name in ("torch", "transformers", "trl", "peft", "datasets", "unsloth")
-    }
+    libraries = ("torch", "transformers", "trl", "peft", "datasets", "unsloth")
+    return {"python": platform.python_version()} | {name: version(name) for name in libraries}
 
 
 def machine() -> str:
     """The kind of machine in a few words, without its name."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
 
 
 def describe_config(config: TrainingArguments) -> dict:
     """The settings of a config (a DPOConfig, say) without paths, tokens and what differs by machine, as plain JSON."""
-    private = ["output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id", "push_to_hub_token"]
-    # Unsloth sets on a GPU: workers by its cores and free memory, and reentrant checkpointing, which its kernels need
-    # and processes that share a step (DDP) can't take.
-    private += ["dataset_num_proc", "gradient_checkpointing_kwargs"]
+    private = "output_dir logging_dir run_name hub_token hub_model_id push_to_hub_token".split()
+    private += ["dataset_num_proc", "gradient_checkpointing_kwargs"]  # which Unsloth sets on a GPU, by its cores
     values = {name: value for name, value in config.to_dict().items() if name not in private}
     return json.loads(json.dumps(values, default=str))
 
@@ -204,10 +172,6 @@ def set_aside(folder: Path) -> None:
     """Rename `folder` to NAME.old-1, or the next number that is free."""
     names = (folder.with_name(f"{folder.name}.old-{number}") for number in itertools.count(1))
     folder.rename(next(name for name in names if not name.exists()))
-
-
-# What scales an adapter; its weights do not tell.
-LORA_SCALE = ("r", "lora_alpha", "use_rslora")
 
 
 def save_adapter(folder: Path, model: PeftModel, info: RunInfo) -> None:
@@ -224,10 +188,7 @@ def save_adapter(folder: Path, model: PeftModel, info: RunInfo) -> None:
 
 
 def save_run(run: Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
-    """Write a finished `run`: `model` and `tokenizer` into `adapter/`, `card` as README.md, run.json last.
-
-    It says "finished", which is then true whenever it is read.
-    """
+    """Write a finished `run`: `model` and `tokenizer` into `adapter/`, `card` as README.md; last run.json says so."""
     folder = run.folder
     save_adapter(run.adapter, model, run.info)
     tokenizer.save_pretrained(run.adapter)

@@ -34,7 +34,7 @@ def held_out_table(test: Dataset, reference: PairLogps, policy: PairLogps) -> pd
     for side in ("chosen", "rejected"):
         table[f"{side}_reference"] = getattr(reference, side).numpy()
         table[f"{side}_policy"] = getattr(policy, side).numpy()
-        table[f"{side}_tokens"] = getattr(policy, f"{side}_tokens").numpy().astype(int)
+        table[f"{side}_tokens"] = getattr(policy, f"{side}_tokens").long().numpy()
     changes = table.chosen_policy - table.chosen_reference, table.rejected_policy - table.rejected_reference
     return table.assign(log_ratio_gap=changes[0] - changes[1])
 
@@ -43,10 +43,9 @@ def preference_metrics(table: pd.DataFrame, beta: float) -> dict[str, Any]:
     """Held-out figures of a run, from its `table` (`Run.held_out`) and the `beta` of its training.
 
     reference_accuracy is the share of pairs whose chosen has the higher log-prob per token before training, accuracy
-    that whose chosen has the higher implicit reward (log-ratio) after it; each with its `wilson_interval`. loss is that
-    of DPO in nats (Rafailov et al. 2023, eq. 7), ln 2 if nothing was learned. margin is the mean of beta * log-ratio
-    gap (section 5.1 there), log_ratio_gap the same without beta, in nats, so that it can be compared across betas.
-    chosen_change and rejected_change are the mean log-ratios of either side in nats.
+    that whose chosen has the higher log-ratio after it; each with its `wilson_interval`. loss is that of DPO in nats
+    (Rafailov et al. 2023, eq. 7), margin the mean of beta * log-ratio gap (section 5.1 there); log_ratio_gap, without
+    beta, can be compared across betas. The changes are the mean log-ratios of either side in nats.
     """
     gap = torch.tensor(table.log_ratio_gap.to_numpy())
     before = table.chosen_reference / table.chosen_tokens > table.rejected_reference / table.rejected_tokens
@@ -63,10 +62,7 @@ def preference_metrics(table: pd.DataFrame, beta: float) -> dict[str, Any]:
 
 
 def accuracy_by(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Share of pairs with a positive margin for each value of a `column` ("flaw", say) of `table` (`Run.held_out`).
-
-    One row for each value, most pairs first; columns share, low, high (`wilson_interval`), pairs.
-    """
+    """Share of pairs with a positive margin, low, high, pairs: a row by value of a `column` of held-out `table`."""
     groups = (table.log_ratio_gap > 0).groupby(table[column]).agg(["sum", "size"]).sort_values("size", ascending=False)
     rows = [(right / n, *wilson_interval(right, n), n) for right, n in groups.itertuples(index=False)]
     return pd.DataFrame(rows, groups.index, ["share", "low", "high", "pairs"])

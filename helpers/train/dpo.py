@@ -1,10 +1,8 @@
-"""`train_dpo`: check the pairs, take the reference's log-probs once, train with TRL's DPOTrainer, leave a run folder.
-
-It is what `03_train` shows step by step. Called again after an interruption it goes on where it stopped.
-"""
+"""`train_dpo`, which `03_train` shows step by step: check, reference, train by TRL, leave a run folder."""
 
 import contextlib
 import dataclasses
+import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -18,11 +16,12 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 
 from helpers.common import UserError
 from helpers.data.check import MAX_PROMPT_LENGTH
-from helpers.data.render import shared_options
+from helpers.data.findings import Report
+from helpers.model import Model, Tokenizer
 from helpers.model.logps import PairLogps, pair_logps, read_logps, reference_file, with_reference, write_logps
 from helpers.model.memory import is_out_of_memory, return_freed_memory
 from helpers.model.policy import Policy
@@ -31,21 +30,24 @@ from helpers.patches.fused_lm_head import own_forward
 from helpers.run.card import model_card
 from helpers.run.folder import Run, Status, save_adapter, save_run
 from helpers.run.metrics import held_out_table, preference_metrics
-from helpers.train.job import CheckedPairs, Job, check_both
+from helpers.train import say
+from helpers.train.job import Job, check_both
 from helpers.train.processes import alone_in, once, one_voice, processes
-from helpers.train.resume import ENDED, Checkpoints, StopAtStep, last_complete
+from helpers.train.resume import ENDED, Checkpoints, last_complete
 from helpers.train.settings import complete_settings
 from helpers.train.trainer import check_start, make_trainer
+
+NOT_WRITTEN = r"os error \d|inline_container|iostream error"  # safetensors and tokenizers; torch.save, in two places
 
 
 def train_dpo(
     model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     train: Dataset,
     test: Dataset,
     folder: str | Path,
     *,
-    ref_model: PreTrainedModel | PeftModel | None = None,
+    ref_model: Model | None = None,
     early_stopping: int | None = None,
     replace: bool = False,
     max_prompt_length: int = MAX_PROMPT_LENGTH,
@@ -56,63 +58,39 @@ def train_dpo(
     """Train the model's LoRA adapter with DPO and leave a run folder.
 
     The reference is `ref_model` if one is given, else the policy as it is now: the base model for a fresh adapter, the
-    SFT model for an adapter that was trained before. Its log-probs are computed once and cached. Before the first step
-    they have to equal the policy's, or nothing is trained.
+    SFT model for one that was trained before. Its log-probs are computed once and cached.
 
     An interrupted run (Ctrl-C, the stop button, a killed process) is resumed by the same call from its last complete
     checkpoint, with the result that it would have had. A finished one is loaded, adapter and all.
 
     Args:
-        model: a model with a LoRA adapter (`add_lora`); trained in place. It is as it was if the run does not finish.
-        tokenizer: the model's, as `load_model` gives it.
-        train, test: pairs in the form that `load_pairs` gives; no prompt may be in both. They are checked
-            (`check_pairs`), and trained and scored on the token ids of that check.
+        model, tokenizer: with a LoRA adapter (`add_lora`), trained in place; as it was if the run does not finish.
+        train, test: pairs as `load_pairs` gives them; they are checked, and the ids of that check are trained.
         folder: of the run, e.g. `output_folder("train")`.
         ref_model: the reference, if it is another model; loaded like `model`, with the same tokenizer.
         early_stopping: stop after so many evaluations without a better held-out loss.
-        replace: start anew if `folder` holds another run; the old one is kept next to it as `NAME.old-1` and so on.
-        max_prompt_length, on_long_prompt: what becomes of long prompts, as in `check_pairs`; a printed line and the
-            model card say how many were shortened or left out.
+        replace: start anew if `folder` holds another run; the old one is kept next to it as `NAME.old-1`.
+        max_prompt_length, on_long_prompt: what becomes of long prompts, as in `check_pairs`; it is said how many.
         callbacks: of transformers, for the trainer.
         settings: DPOConfig settings that differ from `dpo_settings(model)`: beta, learning_rate, num_train_epochs ...
-            On a GPU free memory decides how the pairs of a step are cut, and whether gradients are checkpointed, as
-            long as none of the three settings for it is among them (`plan_for`); a run that goes on keeps its way.
+            On a GPU free memory decides how a step is made, unless one of the three settings for it is given.
 
-    Returns:
-        The run: `run.metrics` has the held-out figures, `run.history` the logged steps, `run.adapter` the folder of the
-        trained adapter. The README.md in its folder is a model card.
-
-    Raises:
-        UserError: no adapter, a setting that can't be had, errors in the pairs, another run in the folder, too little
-            memory (before training by an estimate, or when it ran out), a policy that does not start as its reference.
-        KeyboardInterrupt: after an interruption, once everything is saved.
+    Raises UserError for no adapter, a setting that can't be had, errors in the pairs, another run in the folder, too
+    little memory or disk, a policy that does not start as its reference; KeyboardInterrupt once everything is saved.
     """
     if not isinstance(model, PeftModel):
         raise UserError("The model has no LoRA adapter to train. Call `model = add_lora(model)` first.")
-    rule = {"max_prompt_length": max_prompt_length, "on_long_prompt": on_long_prompt}
-    early = [] if early_stopping is None else [EarlyStoppingCallback(early_stopping)]
     with one_voice(Path(folder)):
         values = complete_settings(model, settings)
-        if early and values.get("eval_strategy") == "no":
-            raise UserError('early_stopping counts evaluations, and eval_strategy="no" makes none. Leave one out.')
+        if early_stopping is not None:
+            if values.get("eval_strategy") == "no":
+                raise UserError('early_stopping counts evaluations, and eval_strategy="no" makes none. Leave one out.')
+            callbacks = [EarlyStoppingCallback(early_stopping), *callbacks]
+        rule = {"max_prompt_length": max_prompt_length, "on_long_prompt": on_long_prompt}
         pairs = check_both(train, test, tokenizer, values["max_length"], **rule)
-        policy = Policy(model, tokenizer, shared_options(pairs.train.pairs))
+        policy = Policy(model, tokenizer, pairs.train.template)
         reference = None if ref_model is None else Policy(ref_model, tokenizer)
-        job = Job(policy, reference, pairs, Path(folder), values, settings)
-        return run_job(job, replace, [*early, *callbacks])
-
-
-def train_checked(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: CheckedPairs,
-    folder: Path,
-    settings: dict[str, Any],
-    callbacks: Iterable[TrainerCallback] = (),
-) -> Run:
-    """`train_dpo` on pairs that `check_both` checked with this tokenizer and max_length, for runs that share them."""
-    policy = Policy(model, tokenizer, shared_options(pairs.train.pairs))
-    return run_job(Job(policy, None, pairs, folder, complete_settings(model, settings), settings), callbacks=callbacks)
+        return run_job(Job(policy, reference, pairs, Path(folder), values, settings), replace, callbacks)
 
 
 def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback] = ()) -> Run:
@@ -123,9 +101,8 @@ def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback
             print(f"This run is finished already; loading it from {job.folder.name}.")
             job.policy.put_back(once(lambda: load_file(job.folder / "adapter" / "adapter_model.safetensors")))
             return once(lambda: Run.load(job.folder))
-        once(job.begin)
-        inner = (job.reference or job.policy).inner
-        with _undone(job) as initial, own_forward(inner), own_forward(job.policy.inner):
+        with _undone(job) as initial, own_forward((job.reference or job.policy).inner), own_forward(job.policy.inner):
+            once(job.begin)
             began = time.monotonic()
             reference = _reference(job)
             seconds = {"reference_seconds": time.monotonic() - began}
@@ -137,56 +114,50 @@ def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback
 
 @contextlib.contextmanager
 def _undone(job: Job) -> Iterator[dict[str, torch.Tensor]]:
-    """If the block ends in an error, the adapter is as it was; too little memory and a full disk are told in words.
-
-    The block gets the adapter's weights.
-    """
+    """Gives the adapter's weights; puts them back if the block ends in an error, and says a full disk or memory."""
     initial = job.policy.weights()
     try:
         yield initial
     except BaseException as error:
         job.policy.put_back(initial)
-        if isinstance(error, OSError):
-            raise UserError(
-                f"The run could not be written to {job.folder} ({error.strerror or error}). The last complete "
-                "checkpoint is kept; make room and call train_dpo again."
-            ) from error
+        if isinstance(error, OSError) or re.search(NOT_WRITTEN, str(error)):
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(say("not_written", folder=job.folder, reason=reason)) from error
         if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
             job.write(Status.OUT_OF_MEMORY)
-            raise UserError(
-                f"Out of memory. By the estimate, training needs {job.info.memory_gb['needed']:.1f} GB beside the "
-                f"loaded model. The last checkpoint is kept.\n{job.savings()}\n"
-                "A changed setting makes another run: if this one has a checkpoint, pass replace=True with it."
-            ) from error
+            raise UserError(say("out_of_memory", **job.info.memory_gb, savings=job.savings())) from error
         raise
 
 
 def _score(job: Job, policy: Policy, ids: Dataset) -> PairLogps:
     """`pair_logps` of `policy`, each process some of the batches."""
-    state = processes()
-    part = pair_logps(
-        policy.model,
-        policy.tokenizer,
-        ids,
-        max_length=job.values["max_length"],
-        batch_size=job.values["per_device_eval_batch_size"],
-        share=(state.process_index, state.num_processes),
-    )
+    share = processes().process_index, processes().num_processes
+    size, max_length = job.values["per_device_eval_batch_size"], job.values["max_length"]
+    part = pair_logps(policy.model, policy.tokenizer, ids, max_length=max_length, batch_size=size, share=share)
     return PairLogps(*(sum(parts) for parts in zip(*gather_object([part]), strict=True)))
 
 
 def _reference(job: Job) -> dict[str, PairLogps]:
     """Log-probs of "train" and "test" under the reference, from the cache if they are there."""
     print(f"Reference log-probs of {sum(len(report.ids) for report in job.pairs.sets.values())} pairs ...", flush=True)
-    reference, found = job.reference or job.policy, {}
-    for name, report in job.pairs.sets.items():
-        path = reference_file(reference.model, reference.tokenizer, report.hash, job.values["max_length"])
-        logps = once(lambda path=path, report=report: read_logps(path, len(report.ids)))
+    policy = job.reference or job.policy
+
+    def of(report: Report) -> PairLogps:
+        path = reference_file(policy.model, policy.tokenizer, report.hash, job.values["max_length"])
+        logps = once(lambda: read_logps(path, len(report.ids)))
         if logps is None:
-            logps = _score(job, reference, report.ids)
-            once(lambda path=path, logps=logps: write_logps(path, logps))
-        found[name] = logps
-    return found
+            logps = _score(job, policy, report.ids)
+            once(lambda: _keep(path, logps))
+        return logps
+
+    return {name: of(report) for name, report in job.pairs.sets.items()}
+
+
+def _keep(path: Path, logps: PairLogps) -> None:
+    try:
+        write_logps(path, logps)
+    except Exception as error:  # safetensors has a type of its own
+        print(say("not_cached", folder=path.parent, reason=error))
 
 
 def _trainer(job: Job, reference: dict[str, PairLogps], callbacks: Iterable[TrainerCallback]) -> trl.DPOTrainer:
@@ -200,9 +171,8 @@ def _trainer(job: Job, reference: dict[str, PairLogps], callbacks: Iterable[Trai
         data = {name: Dataset(one.with_format("arrow")[:], fingerprint=uuid.uuid4().hex) for name, one in data.items()}
         config.precompute_ref_log_probs = True
         ref_model = job.reference.model if job.reference else None
-    model, tokenizer = job.policy.model, job.policy.tokenizer
     try:
-        trainer = make_trainer(model, tokenizer, *data.values(), config, callbacks, ref_model)
+        trainer = make_trainer(job.policy.model, job.policy.tokenizer, *data.values(), config, callbacks, ref_model)
     except (NotImplementedError, ValueError) as error:
         raise UserError(f"TRL does not take this model with these settings: {error}") from error
     if job.reference is None:
@@ -210,13 +180,11 @@ def _trainer(job: Job, reference: dict[str, PairLogps], callbacks: Iterable[Trai
     return trainer
 
 
-def _train(
-    job: Job, reference: dict[str, PairLogps], callbacks: Iterable[TrainerCallback], begun: bool
-) -> tuple[trl.DPOTrainer, float]:
+def _train(job: Job, reference: dict, callbacks: Iterable[TrainerCallback], begun: bool) -> tuple[Trainer, float]:
     """Train from the last whole checkpoint, or from the start; returns the trainer and the seconds of its steps."""
-    device, stop = job.policy.device, StopAtStep()
+    device, checkpoints = job.policy.device, Checkpoints(job.info)
     loaded = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    trainer = _trainer(job, reference, [*callbacks, Checkpoints(job.info), stop])
+    trainer = _trainer(job, reference, [*callbacks, checkpoints])
     trainer.args.restore_callback_states_from_checkpoint = True  # how long early stopping has waited
     checkpoint = once(lambda: last_complete(job.folder / "checkpoints")) if begun else None
     if checkpoint is not None:
@@ -229,46 +197,32 @@ def _train(
     if checkpoint is not None and (checkpoint / ENDED).exists():  # interrupted after its last step
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-        job.policy.put_back(
-            load_file(checkpoint.with_name(Path(best or checkpoint).name) / "adapter_model.safetensors")
-        )
+        kept = checkpoint.with_name(Path(best or checkpoint).name)
+        job.policy.put_back(load_file(kept / "adapter_model.safetensors"))
     else:
-        with stop.listening():
+        with checkpoints.listening():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - began
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
+        peak, memory = torch.cuda.max_memory_allocated(device), job.info.memory_gb
         peak, used = map(max, zip(*gather_object([(peak, peak - loaded)]), strict=True))
-        memory = job.info.memory_gb
         memory |= {"used": round(used / 1e9, 2), "peak": round(peak / 1e9, 2)}
-        print(
-            f"Peak GPU memory {memory['peak']:.2f} GB, {memory['used']:.2f} beside the loaded model "
-            f"(estimated: {memory['needed']:.2f})."
-        )
-    if stop.asked:
-        step, total = trainer.state.global_step, trainer.state.max_steps
-        print(f"Stopped and saved at step {step} of {total}. The same call goes on from there.")
+        print(say("peak", **memory))
+    if checkpoints.asked:
+        print(say("stopped", step=trainer.state.global_step, total=trainer.state.max_steps))
         raise KeyboardInterrupt
     return trainer, seconds
 
 
-def _finish(
-    job: Job,
-    trainer: trl.DPOTrainer,
-    held_out: pd.DataFrame,
-    seconds: dict[str, float],
-    initial: dict[str, torch.Tensor],
-) -> Run:
+def _finish(job: Job, trainer: Trainer, held_out: pd.DataFrame, seconds: dict, initial: dict) -> Run:
     """Write what the run leaves; `initial` are the adapter's weights at its start."""
     job.folder.mkdir(parents=True, exist_ok=True)  # it may have been removed while training
-    trained = job.policy.weights()
-    job.policy.put_back(initial)
-    if job.reference is None and not job.policy.is_fresh:
-        save_adapter(job.folder / "reference", job.policy.model, job.info)
-    job.policy.put_back(trained)
-    steps, end = trainer.state.global_step, job.policy.adapter
-    info = dataclasses.replace(job.info, status=Status.FINISHED, steps=steps, end=end)
-    metrics = preference_metrics(held_out, job.config.beta) | seconds
-    run = Run(job.folder, info, trainer.state.log_history, metrics, held_out)
-    save_run(run, job.policy.model, job.policy.tokenizer, model_card(run, "run"))
+    policy, state, trained = job.policy, trainer.state, job.policy.weights()
+    policy.put_back(initial)
+    if job.reference is None and not policy.is_fresh:
+        save_adapter(job.folder / "reference", policy.model, job.info)
+    policy.put_back(trained)
+    info = dataclasses.replace(job.info, status=Status.FINISHED, steps=state.global_step, end=policy.adapter)
+    run = Run(job.folder, info, state.log_history, preference_metrics(held_out, job.config.beta) | seconds, held_out)
+    save_run(run, policy.model, policy.tokenizer, model_card(run, "run"))
     return Run.load(job.folder)

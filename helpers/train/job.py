@@ -9,29 +9,20 @@ from typing import Any, NamedTuple
 
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from helpers.common import UserError
 from helpers.data.check import check_pairs
 from helpers.data.findings import Report
 from helpers.data.render import pair_lengths
 from helpers.data.report import load_report
+from helpers.model import Tokenizer
+from helpers.model.fingerprint import config_hash
 from helpers.model.memory import BATCH_SETTINGS, ESTIMATE_MARGIN, BatchPlan, estimate_for, free_memory, plan_for
 from helpers.model.policy import Policy
 from helpers.model.profiles import current_profile
-from helpers.run.folder import (
-    POLICY_AT_START,
-    DataInfo,
-    RunInfo,
-    Status,
-    describe_config,
-    machine,
-    read_info,
-    set_aside,
-    versions,
-    write_info,
-)
+from helpers.run import folder as runs
 from helpers.session import quiet_progress
+from helpers.train import say
 from helpers.train.processes import check_alike, once, processes, share_step
 from helpers.train.resume import differences, step_of
 from helpers.train.settings import DPOConfig, hardly_moves, run_config
@@ -47,30 +38,24 @@ class CheckedPairs(NamedTuple):
     sets = property(lambda self: {"train": self.train, "test": self.test})
 
 
-def check_both(
-    train: Dataset, test: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, **rule: Any
-) -> CheckedPairs:
+def check_both(train: Dataset, test: Dataset, tokenizer: Tokenizer, max_length: int, **rule: Any) -> CheckedPairs:
     """Check both sets by `check_pairs` with its `rule`; UserError for errors, a line for long prompts."""
     for name, given in (("train", train), ("test", test)):
         if not isinstance(given, Dataset):
-            raise UserError(
-                f"{name} has to be pairs, as load_pairs and split_pairs give them, and is of type "
-                f"{type(given).__name__}. A run needs pairs to train on and others to measure on."
-            )
-    sides = [check_pairs(train, tokenizer, max_length, test=test, **rule)]
-    sides += [check_pairs(test, tokenizer, max_length, **rule)]
-    for name, given, report in zip(("training", "held-out"), (train, test), sides, strict=True):
+            raise UserError(say("no_pairs", name=name, kind=type(given).__name__))
+    pairs = CheckedPairs(
+        check_pairs(train, tokenizer, max_length, test=test, **rule),
+        check_pairs(test, tokenizer, max_length, **rule),
+        rule,
+    )
+    for name, report in (("training", pairs.train), ("held-out", pairs.test)):
         report.raise_for_errors()
-        shortened, left_out = report.prompts["shortened"], report.prompts["left_out"]
-        if shortened or left_out:
-            print(
-                f"Prompts over {rule['max_prompt_length']} tokens among {len(given)} {name} pairs: {shortened} "
-                f"shortened, {left_out} pairs left out (max_prompt_length, on_long_prompt)."
-            )
-    return CheckedPairs(*sides, rule)
+        if any(report.prompts.values()):
+            print(say("long_prompts", name=name, checked=report.checked, **report.prompts, **rule))
+    return pairs
 
 
-def _hash_without_date(pairs: CheckedPairs, tokenizer: PreTrainedTokenizerBase) -> str:
+def _hash_without_date(pairs: CheckedPairs, tokenizer: Tokenizer) -> str:
     """Of rows and template, if this writes today's date, so that the tokens are others tomorrow; else nothing."""
     if "strftime_now" not in str(tokenizer.chat_template):
         return ""
@@ -88,99 +73,93 @@ class Job:
     folder: Path
     values: dict[str, Any]  # DPOConfig settings, complete, of all processes together
     settings: dict[str, Any]  # those that the caller gave
-    info: RunInfo = dataclasses.field(init=False)  # as it will be in run.json
+    info: runs.RunInfo = dataclasses.field(init=False)  # as it will be in run.json
     plan: BatchPlan | None = None  # by free memory; None if the settings or an earlier run say how a step is made
+
+    # By `values` as they are now: of this process's trainer; as in one process, so that any number can go on.
+    config = property(lambda self: self._config(share_step(self.values)))
+    described = property(lambda self: runs.describe_config(self._config(self.values)))
+    tokens = property(lambda self: self.folder / "tokens", doc="Of a run whose template writes the date.")
+
+    def _config(self, share: dict[str, Any]) -> DPOConfig:
+        return run_config(self.folder, len(self.pairs.train.pairs), self.values, share)
 
     def __post_init__(self) -> None:
         train, test = self.pairs.train, self.pairs.test
-        loaded = [load_report(report.pairs) for report in (train, test)]
+        loaded, number = [load_report(report.pairs) for report in (train, test)], processes().num_processes
         share_step(self.values)
-        self.free = min(gather_object([free_memory(self.policy.device)]))  # of the fullest card
-        self.info = RunInfo(
+        findings, reading = {one.code: one.count for one in train.findings}, loaded[0].reading if loaded[0] else []
+        bundled, given = (
+            all(one and one.bundled for one in loaded),
+            _hash_without_date(self.pairs, self.policy.tokenizer),
+        )
+        data = runs.DataInfo(train.hash, test.hash, findings, train.prompts, bundled, reading, given)
+        self.info = runs.RunInfo(
             model=self.policy.name,
             profile=current_profile().name,
             config=self.described,
             train_pairs=len(train.pairs),
             test_pairs=len(test.pairs),
-            data=DataInfo(
-                train.hash,
-                test.hash,
-                {one.code: one.count for one in train.findings},
-                train.prompts,
-                bundled=all(one is not None and one.bundled for one in loaded),
-                reading=loaded[0].reading if loaded[0] else [],
-                given=_hash_without_date(self.pairs, self.policy.tokenizer),
-            ),
+            data=data,
             base=self.policy.base,
+            base_config=config_hash(self.policy.model),
             start=self.policy.adapter,
-            reference=POLICY_AT_START if self.reference is None else self.reference.fingerprint,
-            versions=versions(),
-            machine=machine() if processes().num_processes == 1 else f"{processes().num_processes} x {machine()}",
-            status=Status.RUNNING,
+            reference=runs.POLICY_AT_START if self.reference is None else self.reference.fingerprint,
+            versions=runs.versions(),
+            machine=runs.machine() if number == 1 else f"{number} x {runs.machine()}",
+            status=runs.Status.RUNNING,
             template=self.policy.options,
             prompts_rule=self.pairs.rule,
         )
-        facts = {"model": self.info.base, "adapter": self.info.start, "settings": self.info.config}
-        check_alike(**facts, pairs=(train.hash, test.hash))
+        info, hashes = self.info, (train.hash, test.hash)
+        check_alike(model=info.base, adapter=info.start, settings=info.config, pairs=hashes)
 
-    def _config(self, share: dict[str, Any]) -> DPOConfig:
-        return run_config(self.folder, len(self.pairs.train.pairs), self.values, share)
-
-    # By `values` as they are now: of this process's trainer; as in one process, so that any number can go on.
-    config = property(lambda self: self._config(share_step(self.values)))
-    described = property(lambda self: describe_config(self._config(self.values)))
-
-    def earlier(self, replace: bool) -> RunInfo | None:
-        """The same run as it was left in the folder, if it is there; decides how a step is made.
-
-        Another run is put aside if `replace`, else UserError is raised.
-        """
-        before, self.values, self.info, self.plan = once(
-            lambda: (self._earlier(replace), self.values, self.info, self.plan)
-        )
-        if before is not None and (self.folder / "tokens").is_dir():  # those that it began with
+    def earlier(self, replace: bool) -> runs.RunInfo | None:
+        """The same run as it was left in the folder; another is put aside if `replace`, else UserError is raised."""
+        free = min(gather_object([free_memory(self.policy.device)]))  # of the fullest card
+        found = once(lambda: (self._earlier(replace, free), self.values, self.info, self.plan))
+        before, self.values, self.info, self.plan = found
+        if before is not None and self.tokens.is_dir():  # those that it began with
             for name, report in self.pairs.sets.items():
-                report.take(Dataset.load_from_disk(str(self.folder / "tokens" / name)))
+                report.take(Dataset.load_from_disk(str(self.tokens / name)))
         return before
 
-    def _earlier(self, replace: bool) -> RunInfo | None:
+    def _earlier(self, replace: bool, free: float) -> runs.RunInfo | None:
+        before = None
         try:
-            before = read_info(self.folder)
+            before = runs.read_info(self.folder)
         except UserError:  # run.json can't be read, or lacks something
             if not replace:
                 raise
-            set_aside(self.folder)
-            before = None
-        worth = before is not None and (
-            before.status == Status.FINISHED or any(self.folder.glob("checkpoints/checkpoint-*"))
-        )
-        if before is not None and (self.folder / "tokens").is_dir() and before.data.given == self.info.data.given:
+            runs.set_aside(self.folder)
+        finished, checkpoints = before and before.end, any(self.folder.glob("checkpoints/checkpoint-*"))
+        if before and self.tokens.is_dir() and before.data.given == self.info.data.given:
             self.info.data = before.data
-        self._choose_step(before if worth else None)
-        changed = [] if before is None else differences(before, self.info)
-        if not changed:
-            return before
-        if worth and not replace:
-            raise UserError(
-                f"{self.folder} holds another run ({'; '.join(changed[:3])}). Give this one a folder of its own, "
-                "or pass replace=True: the old run is then kept next to it."
-            )
-        set_aside(self.folder)
-        return None
+        self._choose_step(before if finished or checkpoints else None, free)
+        changed = differences(before, self.info) if before else []
+        if changed and (finished or checkpoints) and not replace:
+            raise UserError(say("other_run", folder=self.folder, changed="; ".join(changed[:3])))
+        if changed:
+            runs.set_aside(self.folder)
+        return None if changed else before
 
-    def _choose_step(self, before: RunInfo | None) -> None:
+    def _need(self, **change: Any) -> float:
+        """GB beside the loaded model, by the estimate, with a `change` of the settings."""
+        values = share_step(self.values | change)
+        return estimate_for(self.policy.model, self.pairs.train.ids, values).training / 1e9
+
+    def _choose_step(self, before: runs.RunInfo | None, free: float) -> None:
         """On a GPU, how a step's pairs are cut: as the run `before` did, else by free memory, unless it was given."""
-        model, ids, number = self.policy.model, self.pairs.train.ids, processes().num_processes
         if self.policy.device.type == "cuda" and not self.settings.keys() & set(BATCH_SETTINGS):
             step = step_of(before, self.info)
             if step is None:
-                self.plan = plan_for(model, ids, share_step(self.values), self.free)
+                self.plan = plan_for(self.policy.model, self.pairs.train.ids, share_step(self.values), free)
                 size, pieces, checkpointing = self.plan[:3]
-                step = dict(zip(BATCH_SETTINGS, (size, pieces * number, checkpointing), strict=True))
+                pieces *= processes().num_processes
+                step = dict(zip(BATCH_SETTINGS, (size, pieces, checkpointing), strict=True))
             self.values |= step
             self.info.config = self.described
-        needed = estimate_for(model, ids, share_step(self.values)).training
-        self.info.memory_gb = {"needed": round(needed / 1e9, 2), "free": round(self.free / 1e9, 2)}
+        self.info.memory_gb = {"needed": round(self._need(), 2), "free": round(free / 1e9, 2)}
 
     def begin(self) -> None:
         """Say how a step is made, write run.json; UserError if training needs far more memory than is free."""
@@ -190,46 +169,37 @@ class Job:
         if self.info.data.given and not (self.folder / "run.json").exists():
             for name, report in self.pairs.sets.items():
                 with quiet_progress(len(report.ids)):
-                    report.ids.save_to_disk(self.folder / "tokens" / name)
-        need, free = self.info.memory_gb["needed"], self.info.memory_gb["free"]
-        if self.plan is not None:
-            at_once = f"{self.plan.pairs} pair{'s' * (self.plan.pairs > 1)} at once"
-            print(
-                f"{at_once}, checkpointing {'on' if self.plan.checkpointing else 'off'}: needs about "
-                f"{self.plan.bytes / 1e9:.1f} of {free:.1f} GB free; {self.plan.reason}."
-            )
+                    report.ids.save_to_disk(self.tokens / name)
+        need, free, plan = self.info.memory_gb["needed"], self.info.memory_gb["free"], self.plan
+        if plan is not None:
+            words = {"s": "s" * (plan.pairs > 1), "checkpointing": "on" if plan.checkpointing else "off"}
+            print(say("plan", plan=plan, needed=plan.bytes / 1e9, free=free, **words))
         alpha = self.policy.model.active_peft_config.lora_alpha
         if slow := hardly_moves(self.values, len(self.pairs.train.pairs), alpha):
             print(slow)
         if need >= free:
             text = f"Training needs about {need:.1f} GB beside the loaded model, and {free:.1f} GB are free."
             if need > ESTIMATE_MARGIN * free:
-                self.write(Status.OUT_OF_MEMORY)
+                self.write(runs.Status.OUT_OF_MEMORY)
                 raise UserError(f"{text}\n{self.savings()}")
             print(f"{text} It may not fit.\n{self.savings()}")
-        self.write(Status.RUNNING)
+        self.write(runs.Status.RUNNING)
 
-    def write(self, status: Status) -> None:
+    def write(self, status: runs.Status) -> None:
         """Write run.json with this `status`."""
-        write_info(self.folder, dataclasses.replace(self.info, status=status))
+        runs.write_info(self.folder, dataclasses.replace(self.info, status=status))
 
     def savings(self) -> str:
         """What to change if memory is short, each with what it saves by the estimate."""
-        model, ids, values = self.policy.model, self.pairs.train.ids, self.values
-        size, pieces = values["per_device_train_batch_size"], values["gradient_accumulation_steps"]
-        lengths = pair_lengths(ids)
-        half = min(int(lengths.max()), values["max_length"]) // 2
-        changes: list[tuple[dict[str, Any], str]] = []
-        if not values["gradient_checkpointing"]:
-            changes.append(({"gradient_checkpointing": True}, "slower"))
-        if size > 1:
-            halved = {"per_device_train_batch_size": size // 2, "gradient_accumulation_steps": pieces * 2}
-            changes.append((halved, "the same effective batch"))
-        changes.append(({"max_length": half}, f"cuts {int((lengths > half).sum())} of {len(ids)} pairs"))
-        need = estimate_for(model, ids, share_step(values)).training
-        lines = ["What to change in the call, and what it saves:"]
-        for change, note in changes:
-            text = ", ".join(f"{name}={value}" for name, value in change.items())
-            saved = need - estimate_for(model, ids, share_step(values | change)).training
-            lines.append(f"- {text} ({note}): {saved / 1e9:.1f} GB")
-        return "\n".join(lines)
+        size, pieces, checkpointing = (self.values[name] for name in BATCH_SETTINGS)
+        lengths = pair_lengths(self.pairs.train.ids)
+        half = min(int(lengths.max()), self.values["max_length"]) // 2
+        halved = {"per_device_train_batch_size": size // 2, "gradient_accumulation_steps": pieces * 2}
+        changes: list[tuple[str, dict]] = [("slower", {"gradient_checkpointing": True})] * (not checkpointing)
+        changes += [("the same effective batch", halved)] * (size > 1)
+        changes += [(f"cuts {int((lengths > half).sum())} of {len(lengths)} pairs", {"max_length": half})]
+        text = "What to change in the call, and what it saves:"
+        for note, change in changes:
+            call = ", ".join(f"{name}={value}" for name, value in change.items())
+            text += f"\n- {call} ({note}): {self._need() - self._need(**change):.1f} GB"
+        return text

@@ -1,8 +1,4 @@
-"""Processes that share a run (torchrun, accelerate launch): the step that one would make, and one that writes.
-
-No DDP: it needs a hook on each weight, which weights cast once a batch (`cast_once`) and Unsloth's checkpointing do
-without. The gradients are averaged together, once a step.
-"""
+"""Processes that share a run (torchrun, accelerate launch): the step that one would make, and one that writes."""
 
 import contextlib
 import functools
@@ -11,9 +7,10 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import trl
@@ -22,12 +19,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import BatchSampler, Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from helpers.common import UserError
 from helpers.model.memory import pairs_a_step
-
-T = TypeVar("T")
+from helpers.train import say
 
 
 def processes() -> PartialState:
@@ -44,10 +40,7 @@ def processes() -> PartialState:
 
 @contextlib.contextmanager
 def one_voice(folder: Path) -> Iterator[None]:
-    """In the block only the first process prints; the others have a log in NAME.logs beside `folder` while they run.
-
-    The log of a process that dies is kept; torchrun ends the others and says which one died.
-    """
+    """In the block only the first process prints; the others write to NAME.logs beside `folder`, kept if they die."""
     state, logs = processes(), folder.with_name(f"{folder.name}.logs")
     if state.is_main_process:
         yield
@@ -61,7 +54,7 @@ def one_voice(folder: Path) -> Iterator[None]:
         logs.rmdir()
 
 
-def once(function: Callable[[], T]) -> T:
+def once(function: Callable[[], Any]) -> Any:
     """What `function` returns or raises in the first process, in all of them; the others do not call it."""
     box: list[Any] = [None, None]
     if processes().is_main_process:
@@ -78,29 +71,18 @@ def once(function: Callable[[], T]) -> T:
 def check_alike(**facts: Any) -> None:
     """Raise UserError if the processes do not agree on `facts`, by name."""
     every = gather_object([facts])
-    for name in facts:
-        if any(one[name] != facts[name] for one in every):
-            raise UserError(
-                f"The processes that share this run have different values for {name}. Each has to load the same "
-                "model, add the same adapter (same seed) and read the same pairs in the same order."
-            )
+    for name in (name for name in facts if any(one[name] != facts[name] for one in every)):
+        raise UserError(say("not_alike", name=name))
 
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """In the block no other run takes `folder`; raises UserError if one has it."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
-
-    def take() -> None:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise UserError(
-                f"Another run is training in {folder} at this moment. Wait for it, or take another folder."
-            ) from None
-
-    once(take)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)  # makes the folder above, too
+    try:
+        once(lambda: bool(lock.acquire()))
+    except Timeout:
+        raise UserError(say("not_alone", folder=folder)) from None
     try:
         yield
     finally:
@@ -109,60 +91,43 @@ def alone_in(folder: Path) -> Iterator[None]:
             lock.release()
 
 
-# ------------------------------------------------------------------------------------------------ a step
-
-
 def share_step(values: dict[str, Any]) -> dict[str, Any]:
     """The settings `values` of a step for each process, so that all together take as many pairs as one would."""
     number, batch = processes().num_processes, pairs_a_step(values)
     each, rest = divmod(batch, number)
     if rest:
         fitting = " or ".join(str(n) for n in range(1, batch + 1) if batch % n == 0)
-        below = f"{each * number} or " if each else ""
-        raise UserError(
-            f"{batch} pairs a step cannot be shared equally by {number} processes. Either start {fitting} processes, "
-            f"or take {below}{(each + 1) * number} pairs a step (per_device_train_batch_size times "
-            "gradient_accumulation_steps, for all processes together)."
-        )
+        sizes = f"{each * number} or " * (each > 0) + str((each + 1) * number)
+        raise UserError(say("not_shared", batch=batch, number=number, fitting=fitting, sizes=sizes))
     size = max(n for n in range(1, min(each, values["per_device_train_batch_size"]) + 1) if each % n == 0)
     return values | {"per_device_train_batch_size": size, "gradient_accumulation_steps": each // size}
 
 
 class _Shares(BatchSampler):
-    """The batches of one process: an equal share of the pairs of each step, also of an epoch's last one.
-
-    A process that gets none of the last pairs has the first of them, which then counts nothing (`weigh_pairs`).
-    """
+    """The batches of one process: an equal share of the pairs of each step, also of an epoch's last one."""
 
     def __init__(self, sampler: Sampler, args: TrainingArguments):
         super().__init__(sampler, args.train_batch_size, drop_last=False)
-        self.place, self.number = args.process_index, args.world_size
-        self.step = self.batch_size * args.gradient_accumulation_steps * self.number
-
-    def _batches(self, pairs: int) -> int:
-        return math.ceil(pairs / self.number / self.batch_size)
+        self.place, self.number, self.pieces = args.process_index, args.world_size, args.gradient_accumulation_steps
 
     def __len__(self) -> int:
-        return self._batches(len(self.sampler))
+        return math.ceil(len(self.sampler) / self.number / self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         order = iter(self.sampler)
-        while pairs := list(itertools.islice(order, self.step)):
-            count = self._batches(len(pairs))
-            for batch in range(count):
-                yield pairs[self.place + self.number * batch :: self.number * count] or pairs[:1]
+        while pairs := list(itertools.islice(order, self.batch_size * self.pieces * self.number)):
+            stride = self.number * math.ceil(len(pairs) / self.number / self.batch_size)
+            for first in range(self.place, stride, self.number):
+                yield pairs[first::stride] or pairs[:1]  # which then counts nothing (`weigh_pairs`)
 
 
+@dataclass(eq=False)
 class _SameFigures(TrainerCallback):
     """Puts the mean over all processes in place of what each one logs of its own pairs."""
 
-    def __init__(self, held_out: int):
-        self.held_out = held_out  # batches that this process scores
+    held_out: int  # batches that this process scores
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs: Any
-    ) -> None:
-        """transformers' hook."""
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict, **kwargs: Any) -> None:
         every = gather_object([(self.held_out if "eval_runtime" in logs else 1, logs)])
         weights = [weight for weight, _ in every]
         # A process that scores nothing has no loss; the first one has all names.
@@ -200,8 +165,9 @@ def weigh_pairs(trainer: trl.DPOTrainer) -> None:
 def share_steps(trainer: trl.DPOTrainer) -> None:
     """Make `trainer` train on its share of each step, and average the gradients with the other processes.
 
-    Each looks at its own figures, and `_SameFigures` takes the means when they are logged: TRL would wait for all
-    processes a dozen times a step. To be called after `cast_weights_once`, whose gradients these are.
+    No DDP: it needs a hook on each weight, which weights cast once a batch and Unsloth's checkpointing do without. Each
+    looks at its own figures, and `_SameFigures` takes the means when they are logged: TRL would wait for all processes
+    a dozen times a step. To be called after `cast_weights_once`, whose gradients these are.
     """
     args, accelerator, number = trainer.args, trainer.accelerator, trainer.args.world_size
     step, batches, predict = trainer.training_step, trainer.get_train_dataloader, trainer.prediction_step

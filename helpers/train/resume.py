@@ -16,28 +16,42 @@ from helpers.common import write_json
 from helpers.model.memory import BATCH_SETTINGS, pairs_a_step
 from helpers.run.card import changed_settings
 from helpers.run.folder import RunInfo, write_info
+from helpers.train import TABLE
 from helpers.train.processes import processes
-from helpers.train.settings import TABLE
 
-# The settings that change what a run ends with. All others (logging, saving, workers, reports, and what the next
-# version of a library adds) may differ between two calls of the same run.
+# The settings that change what a run ends with; all others may differ between two calls of the same run.
 RESULT_SETTINGS = frozenset(f"{TABLE['heeded']} {TABLE['result']}".split())
-
-
 ENDED = "ended"  # a file in the last checkpoint: nothing is trained after it
 
 
+@dataclasses.dataclass(eq=False)
 class Checkpoints(TrainerCallback):
-    """Marks each checkpoint as complete, with its files' sizes; one without such a mark was cut short.
+    """Marks each checkpoint as complete, with its files' sizes; the one that ends the training has a file ENDED.
 
-    The checkpoint that ends the training has a file ENDED. If the run's folder was removed, its run.json is made again.
+    Ctrl-C or the stop button ends the step in progress, saves it and stops; a second one stops at once. If the run's
+    folder was removed, its run.json is made again.
     """
 
-    def __init__(self, info: RunInfo):
-        self.info = info
+    info: RunInfo
+    asked: bool = False  # by Ctrl-C
+    begun: int = 0  # the step of the checkpoint that this call goes on from
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """transformers' hook."""
+        self.begun = state.global_step
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        """transformers' hook; a row whose mean would begin before this call says of how many steps it is."""
+        rows = [row["step"] for row in state.log_history[:-1] if "loss" in row]
+        if "loss" in logs and self.begun > max(rows, default=0):
+            state.log_history[-1]["mean_of_steps"] = state.global_step - self.begun
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """transformers' hook."""
+        control.should_save |= self.asked
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """transformers' hook."""
+        """transformers' hook; a checkpoint that was saved because of Ctrl-C does not end the training."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         processes().wait_for_everyone()  # each writes a file of its own
         if state.is_world_process_zero:
@@ -46,38 +60,9 @@ class Checkpoints(TrainerCallback):
             write_json(folder / "complete.json", {f.name: f.stat().st_size for f in folder.iterdir() if f.is_file()})
             if not (folder.parents[1] / "run.json").exists():
                 write_info(folder.parents[1], self.info)
-
-
-def last_complete(checkpoints: Path) -> Path | None:
-    """The newest folder in `checkpoints` whose files all have the size they were written with; others are removed."""
-    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for folder in reversed(found):
-        with contextlib.suppress(OSError, ValueError):
-            sizes = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
-            if all((folder / name).stat().st_size == size for name, size in sizes.items()):
-                return folder
-        print(f"{folder.name} is incomplete (it was being written when the run ended); it is not used.")
-        shutil.rmtree(folder, ignore_errors=True)
-    return None
-
-
-class StopAtStep(TrainerCallback):
-    """Ctrl-C or the stop button ends the step in progress, saves it and stops; a second one stops at once."""
-
-    asked = False
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """transformers' hook."""
-        if self.asked:
-            control.should_save = True
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """transformers' hook; a checkpoint that was saved for this reason does not say that the training ended."""
         control.should_training_stop |= self.asked
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """transformers' hook, also called where an epoch is left; what is due at its end is then not yet due."""
         if self.asked and state.epoch % 1 and state.global_step < state.max_steps:
             control.should_log = control.should_evaluate = control.should_save = False
@@ -88,46 +73,46 @@ class StopAtStep(TrainerCallback):
         if threading.current_thread() is not threading.main_thread() or processes().num_processes > 1:
             yield
             return
-        previous = signal.getsignal(signal.SIGINT)
 
         def stop(number: int, frame: Any) -> None:
             self.asked = True
             signal.signal(signal.SIGINT, previous)
             print("Stopping after this step; press again to stop at once.", flush=True)
 
-        signal.signal(signal.SIGINT, stop)
+        previous = signal.signal(signal.SIGINT, stop)
         try:
             yield
         finally:
             signal.signal(signal.SIGINT, previous)
 
 
-# ------------------------------------------------------------------------------------------------ the same run?
+def last_complete(checkpoints: Path) -> Path | None:
+    """The newest folder in `checkpoints` whose files all have the size they were written with; others are removed."""
+    for folder in sorted(checkpoints.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+        with contextlib.suppress(OSError, ValueError):
+            sizes = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
+            if all((folder / name).stat().st_size == size for name, size in sizes.items()):
+                return folder
+        print(f"{folder.name} is incomplete (it was being written when the run ended); it is not used.")
+        shutil.rmtree(folder, ignore_errors=True)
+    return None
 
 
 def result_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of `config` (`describe_config`) that decide the result and differ from TRL's defaults.
-
-    A setting that an older library did not have is then no difference as long as it is at its default.
-    """
+    """The settings of `config` that decide the result, without TRL's defaults, so that a new one is no difference."""
     return {name: value for name, value in changed_settings(config).items() if name in RESULT_SETTINGS}
 
 
 def differences(before: RunInfo, info: RunInfo) -> list[str]:
     """In what the run `before` differs from the one of `info`, in words; versions and machine may differ."""
     there, now = result_settings(before.config), result_settings(info.config)
-    changed = [
-        f"{name} {before.config.get(name)} there, {info.config.get(name)} now"
-        for name in sorted(there.keys() | now.keys())
-        if there.get(name) != now.get(name)
-    ]
-    changed += [
-        f"other {name}" for name in ("model", "base", "reference") if getattr(before, name) != getattr(info, name)
-    ]
+    names = sorted(name for name in there.keys() | now.keys() if there.get(name) != now.get(name))
+    changed = [f"{name} {before.config.get(name)} there, {info.config.get(name)} now" for name in names]
+    changed += [f"other {name}" for name in ("model", "base", "reference") if before[name] != info[name]]
+    changed += ["other settings of the base"] * (before.base_config not in ("", info.base_config))
     changed += ["other data"] * ((before.data.train, before.data.test) != (info.data.train, info.data.test))
     # The adapter's hash is that of the run's start, or of its end if the cell is run twice.
-    changed += ["another adapter to start from"] * (info.start not in (before.start, before.end))
-    return changed
+    return changed + ["another adapter to start from"] * (info.start not in (before.start, before.end))
 
 
 def step_of(before: RunInfo | None, info: RunInfo) -> dict[str, Any] | None:
@@ -135,6 +120,5 @@ def step_of(before: RunInfo | None, info: RunInfo) -> dict[str, Any] | None:
     if before is None or not before.config.keys() >= set(BATCH_SETTINGS):
         return None
     step = {name: before.config[name] for name in BATCH_SETTINGS}
-    like_before = dataclasses.replace(info, config=info.config | step)
-    same_pairs = pairs_a_step(step) == pairs_a_step(info.config)
-    return step if same_pairs and not differences(before, like_before) else None
+    same = not differences(before, dataclasses.replace(info, config=info.config | step))
+    return step if same and pairs_a_step(step) == pairs_a_step(info.config) else None

@@ -1,8 +1,4 @@
-"""The beta sweep: one run for each beta and seed on one loaded model, measured alike, kept as it goes.
-
-Each run is a `train_dpo` run in a folder of its own, from a fresh adapter, so that it equals the same run made alone.
-What they have in common is done once: the model is loaded, the pairs are checked, the reference's log-probs are cached.
-"""
+"""The beta sweep: a `train_dpo` run for each beta and seed, from a fresh adapter, in a folder of its own."""
 
 import dataclasses
 import gc
@@ -11,10 +7,8 @@ import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
@@ -22,15 +16,16 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from helpers.common import UserError, write_atomic, write_json
-from helpers.data.check import MAX_PROMPT_LENGTH
 from helpers.model.drift import sample_twice, sampled_kl
+from helpers.model.fingerprint import config_hash
 from helpers.model.generate import Reply, repetition
 from helpers.model.load import add_lora
 from helpers.model.memory import BATCH_SETTINGS
 from helpers.model.policy import Policy
-from helpers.run.folder import Run, describe_config, machine, versions
-from helpers.train.dpo import train_checked
-from helpers.train.job import CheckedPairs, check_both
+from helpers.run.folder import USUAL_RULE, Run, describe_config, machine, versions
+from helpers.train import say
+from helpers.train.dpo import run_job
+from helpers.train.job import CheckedPairs, Job, check_both
 from helpers.train.resume import result_settings
 from helpers.train.settings import DPOConfig, complete_settings
 
@@ -43,23 +38,17 @@ _SETTINGS = {"eval_strategy": "no", "load_best_model_at_end": False, "logging_fi
 class Sweep:
     """What a sweep left; it loads without a model.
 
-    Attributes:
-        folder: holds `sweep.json` (all of the below), `table.csv`, and a run folder for each beta and seed.
-        info: model, settings, data, versions and machine, and how the reference's own replies look.
-        table: a row for each run. `status` is "finished" or says what failed; held-out figures as in `Run.metrics`;
-            kl and kl_error (nats for a reply, see `sampled_kl`); means over sampled replies; grad_norm and weight (mean
-            sigmoid of -margin, by which a pair counts in the gradient: Rafailov et al. 2023, section 4) at the first
-            and the last step; seconds.
-        history: a row for each logged step of each run; split is "train" or "held out", log_ratio_gap, chosen and
-            rejected are in nats.
-        gaps: log-ratio gap of each held-out pair; columns are (beta, seed).
+    `table` has a row for each run. `status` is "finished" or says what failed; held-out figures as in `Run.metrics`;
+    kl and kl_error are nats for a reply (`sampled_kl`); then means over sampled replies, seconds, and at the first and
+    the last step grad_norm and weight: the mean sigmoid of -margin, by which a pair counts in the gradient (Rafailov et
+    al. 2023, section 4).
     """
 
-    folder: Path
-    info: dict
+    folder: Path  # holds `sweep.json` (all of the below), `table.csv`, and a run folder for each beta and seed
+    info: dict[str, Any]  # model, settings, data, versions and machine, and how the reference's own replies look
     table: pd.DataFrame
-    history: pd.DataFrame
-    gaps: pd.DataFrame
+    history: pd.DataFrame  # a row for each logged step; split is "train" or "held out", log-ratios are in nats
+    gaps: pd.DataFrame  # log-ratio gap of each held-out pair in nats; columns are (beta, seed)
 
     @classmethod
     def load(cls, path: str | Path) -> "Sweep":
@@ -69,17 +58,13 @@ class Sweep:
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
             gaps = {(run["beta"], run["seed"]): run["gaps"] for run in stored["gaps"]}
-            frames = pd.DataFrame(stored["table"]), pd.DataFrame(stored["history"])
+            frames = (pd.DataFrame(rows) for rows in (stored["table"], stored["history"], gaps))
+            return cls(file.parent, stored["info"], *frames)
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{path.name} holds no sweep that can be read ({error}). 05_beta_sweep makes one."
-            ) from error
-        return cls(file.parent, stored["info"], *frames, pd.DataFrame(gaps))
+            text = f"{path.name} holds no sweep that can be read ({error}). 05_beta_sweep makes one."
+            raise UserError(text) from error
 
-    @property
-    def finished(self) -> pd.DataFrame:
-        """The table without the runs that failed."""
-        return self.table[self.table.status == "finished"]
+    finished = property(lambda self: self.table[self.table.status == "finished"], doc="The runs that did not fail.")
 
     def run(self, beta: float, seed: int = 0) -> Run:
         """The run of one beta and seed, with its adapter. Raises UserError if it is not in the sweep's folder."""
@@ -91,21 +76,18 @@ class Sweep:
 
 
 def _describe_replies(replies: list[Reply]) -> dict:
-    return {
-        "reply_tokens": mean(len(reply.ids) for reply in replies),
-        "repetition": mean(repetition(reply.ids) for reply in replies),
-        "ended": mean(reply.ended for reply in replies),
-    }
+    rows = [{"reply_tokens": len(one.ids), "repetition": repetition(one.ids), "ended": one.ended} for one in replies]
+    return pd.DataFrame(rows).mean().to_dict()
 
 
-def _figures(run: Run, beta: float, gaps: np.ndarray) -> dict:
+def _figures(run: Run, beta: float, gaps: pd.Series) -> dict:
     """Figures of a finished run that need no model; `gaps` are the log-ratio gaps of its held-out pairs."""
     norms = [float(row["grad_norm"]) for row in run.history if "grad_norm" in row]
     low, high = run.metrics["accuracy_interval"]
     row = {"steps": run.info.steps, "accuracy": run.metrics["accuracy"], "accuracy_low": low, "accuracy_high": high}
     names = ("log_ratio_gap", "margin", "chosen_change", "rejected_change", "train_seconds")
     row |= {name: run.metrics[name] for name in names} | {"grad_norm_start": norms[0], "grad_norm_end": norms[-1]}
-    weight = torch.sigmoid(torch.from_numpy(-beta * gaps)).mean()
+    weight = torch.tensor((-beta * gaps).tolist()).double().sigmoid().mean()
     return row | {"weight_start": 0.5, "weight_end": float(weight)}  # at the start every margin is 0
 
 
@@ -119,8 +101,7 @@ def _curve(logged: dict, beta: float, seed: int) -> dict:
     return row | {"chosen": chosen / beta, "rejected": rejected / beta, "grad_norm": logged.get("grad_norm", math.nan)}
 
 
-def _save(sweep: Sweep) -> None:
-    # By pandas, which writes NaN as null.
+def _save(sweep: Sweep) -> None:  # by pandas, which writes NaN as null
     records = {name: json.loads(getattr(sweep, name).to_json(orient="records")) for name in ("table", "history")}
     rounded = sweep.gaps.round(4)
     gaps = [{"beta": beta, "seed": seed, "gaps": rounded[beta, seed].tolist()} for beta, seed in list(rounded)]
@@ -133,13 +114,10 @@ def _open_sweep(folder: Path, info: dict[str, Any]) -> Sweep:
     if not (folder / "sweep.json").is_file():
         return Sweep(folder, info, pd.DataFrame(), pd.DataFrame(), pd.DataFrame())
     sweep = Sweep.load(folder)
-    both = [one["identity"] | {"settings": result_settings(one["identity"]["settings"])} for one in (sweep.info, info)]
-    changed = [name for name, now in both[1].items() if both[0].get(name) != now]
-    if changed:
-        raise UserError(
-            f"{folder} holds a sweep with other {' and '.join(changed)}, which cannot be compared with this one. "
-            "Give this one a folder of its own."
-        )
+    there, now = sweep.info["identity"], info["identity"]
+    there, now = (one | {"settings": result_settings(one["settings"])} for one in (there, now))
+    if changed := [name for name in now if there.get(name, now[name]) != now[name]]:
+        raise UserError(say("other_sweep", folder=folder, changed=" and ".join(changed)))
     return sweep
 
 
@@ -160,58 +138,49 @@ def sweep_beta(
     """Train and measure once for each beta and seed; the runs differ in nothing else.
 
     What is finished is kept: the same call after an interruption goes on with the run it was in, and one with more
-    betas or seeds adds to the sweep. A run that fails is reported in the table, and the others go on. The model is
-    left without an adapter, as it came.
+    betas or seeds adds to the sweep. A run that fails is reported in the table, and the others go on.
 
     Args:
-        model: a model without adapter, as `load_model` gives it; it is the reference of every run.
-        tokenizer, train, test, callbacks: as in `train_dpo`.
+        model: without adapter, as `load_model` gives it and as it is left; it is the reference of every run.
+        tokenizer, train, test, callbacks, settings: as in `train_dpo`, for all runs.
         folder: of the sweep, e.g. `output_folder("beta_sweep")`.
         betas, seeds: to train with, each beta with each seed.
-        prompts: how many held-out prompts get two sampled replies each, for the KL and the figures of replies;
-            0 measures held-out pairs only.
+        prompts: how many held-out prompts get two sampled replies each, for the KL and the figures of replies, or 0.
         max_new_tokens: where a sampled reply is cut.
-        settings: DPOConfig settings, for all runs, that differ from `dpo_settings()`.
 
-    Raises:
-        UserError: a model with an adapter, no beta above 0, another sweep in the folder, and what `train_dpo` raises.
+    Raises UserError for a model with an adapter, no beta above 0, another sweep in the folder, and as `train_dpo` does.
     """
     if isinstance(model, PeftModel):
-        raise UserError(
-            "The sweep gives each run a fresh adapter, so it takes a model without one. Pass what load_model returns; "
-            "an SFT adapter can be merged into it: model.merge_and_unload()."
-        )
+        raise UserError(say("has_adapter"))
     betas, seeds = tuple(dict.fromkeys(float(beta) for beta in betas)), tuple(dict.fromkeys(seeds))
     if {"beta", "seed"} & set(settings) or not betas or min(betas) <= 0:
         raise UserError("Pass the values to compare as betas=(0.1, 0.3) and seeds=(0, 1); each beta is above 0.")
-    values = complete_settings(model, _SETTINGS | settings)
-    rule = {"max_prompt_length": MAX_PROMPT_LENGTH, "on_long_prompt": "shorten"}
-    pairs = check_both(train, test, tokenizer, values["max_length"], **rule)
-    held_out = pairs.test.pairs
-    every = max(1, len(held_out) // max(1, prompts))  # from all of the set, which may be sorted by topic
-    rows = list(held_out.select(range(0, len(held_out), every)))[:prompts]
+    settings, folder, policy = _SETTINGS | settings, Path(folder), Policy(model, tokenizer)
+    values = complete_settings(model, settings)
+    pairs = check_both(train, test, tokenizer, values["max_length"], **USUAL_RULE)
+    every = max(1, len(pairs.test.pairs) // max(1, prompts))  # from all of the set, which may be sorted by topic
+    rows = list(pairs.test.pairs)[::every][:prompts]
     sampling = {"prompts": rows, "max_new_tokens": max_new_tokens}
-    folder, callbacks = Path(folder), list(callbacks)
     folder.mkdir(parents=True, exist_ok=True)
-    policy = Policy(model, tokenizer)
     config = describe_config(DPOConfig(output_dir=str(folder), **values))
     identity = {
         "model": [policy.name, policy.base],
+        "model's settings": config_hash(model),
         "data": [pairs.train.hash, pairs.test.hash],
         "settings": {name: value for name, value in config.items() if name not in ("beta", "seed")},
-        "sampling": sampling | {"prompts": len(sampling["prompts"])},
+        "sampling": sampling | {"prompts": len(rows)},
     }
     sweep = _open_sweep(folder, {"identity": identity, "versions": versions(), "machine": machine()})
-    if sampling["prompts"] and "reference" not in sweep.info:
+    if rows and "reference" not in sweep.info:
         sweep.info["reference"] = _describe_replies(sample_twice(model, tokenizer, **sampling, seed=0))
     todo = [(beta, seed) for seed in seeds for beta in betas if (beta, seed) not in set(sweep.gaps)]  # unfinished ones
-    began = time.monotonic()
+    began, callbacks = time.monotonic(), list(callbacks)
     for number, (beta, seed) in enumerate(todo):
         minutes = (time.monotonic() - began) / 60 / max(number, 1) * (len(todo) - number)
-        left = f", about {minutes:.0f} min left" if number else ""
+        left = f", about {minutes:.0f} min left" * (number > 0)
         print(f"\nrun {number + 1} of {len(todo)}: beta {beta:g}, seed {seed}{left}", flush=True)
         # On a GPU the first run chooses by free memory how a step is made; the others make it alike.
-        call = _SETTINGS | settings | sweep.info.get("step", {}) | {"beta": beta, "seed": seed}
+        call = settings | sweep.info.get("step", {}) | {"beta": beta, "seed": seed}
         sweep = _add(sweep, *_one_run(sweep, policy, pairs, call, sampling, callbacks))
         _save(sweep)
     return sweep
@@ -219,22 +188,20 @@ def sweep_beta(
 
 def _one_run(
     sweep: Sweep, base: Policy, pairs: CheckedPairs, call: dict, sampling: dict, callbacks: Iterable[TrainerCallback]
-) -> tuple[dict, list[dict], np.ndarray | None]:
-    """Train and measure with the settings `call`; the base is left without an adapter.
-
-    Returns (row of the table, rows of the history, gaps of the held-out pairs or None if the run failed). Raises the
-    UserError of a setting, memory or disk: it would stop every other run too.
-    """
+) -> tuple[dict, list[dict], pd.Series | None]:
+    """(row of the table, rows of the history, gaps or None if it failed) of a run with the settings `call`."""
     beta, seed = call["beta"], call["seed"]
     row, history = {"beta": beta, "seed": seed}, []
     model = add_lora(base.model, seed=seed)
+    policy = Policy(model, base.tokenizer, pairs.train.template)
     try:
-        run = train_checked(model, base.tokenizer, pairs, sweep.run_folder(beta, seed), call, callbacks)
+        job = Job(policy, None, pairs, sweep.run_folder(beta, seed), complete_settings(model, call), call)
+        run = run_job(job, callbacks=callbacks)
         sweep.info["step"] = {name: run.info.config[name] for name in BATCH_SETTINGS}
         history = [_curve(row, beta, seed) for row in run.history if {"loss", "eval_loss"} & row.keys()]
         if not math.isfinite(run.metrics["loss"]):
             raise FloatingPointError("the loss is not a number")
-        gaps = pd.DataFrame(run.held_out)["log_ratio_gap"].to_numpy()
+        gaps = pd.DataFrame(run.held_out)["log_ratio_gap"]
         row |= _figures(run, beta, gaps)
         begin = time.monotonic()
         if sampling["prompts"]:
@@ -242,7 +209,7 @@ def _one_run(
             kl = sampled_kl(model, base.tokenizer, **sampling, seed=seed)
             row |= {"kl": kl.kl, "kl_error": kl.error} | _describe_replies(kl.replies)
         return row | {"sampling_seconds": time.monotonic() - begin, "status": "finished"}, history, gaps
-    except UserError:
+    except UserError:  # of a setting, memory or disk: it would stop every other run too
         raise
     except Exception as error:
         row["status"] = f"failed: {error or type(error).__name__}"
@@ -250,18 +217,16 @@ def _one_run(
         return row, history, None
     finally:
         model.unload()
-        del model
+        del model, policy
         gc.collect()
 
 
-def _add(sweep: Sweep, row: dict, history: list[dict], gaps: np.ndarray | None) -> Sweep:
+def _add(sweep: Sweep, row: dict, history: list[dict], gaps: pd.Series | None) -> Sweep:
     """The sweep with one more run, or with its new outcome in the place of the old."""
-    beta, seed, steps = row["beta"], row["seed"], sweep.history
+    key, steps = (row["beta"], row["seed"]), sweep.history
     table = pd.concat([sweep.table, pd.DataFrame([row])]).drop_duplicates(["beta", "seed"], keep="last")
-    steps = steps if steps.empty else steps[(steps.beta != beta) | (steps.seed != seed)]
-    return dataclasses.replace(
-        sweep,
-        table=table.sort_values(["beta", "seed"], ignore_index=True),
-        history=pd.concat([steps, pd.DataFrame(history)], ignore_index=True),
-        gaps=sweep.gaps if gaps is None else pd.DataFrame(dict(sweep.gaps.items()) | {(beta, seed): gaps}),
-    )
+    table = table.sort_values(["beta", "seed"], ignore_index=True)
+    steps = steps if steps.empty else steps[(steps.beta != key[0]) | (steps.seed != key[1])]
+    steps = pd.concat([steps, pd.DataFrame(history)], ignore_index=True)
+    every = dict(sweep.gaps.items()) | ({} if gaps is None else {key: gaps})
+    return Sweep(sweep.folder, sweep.info, table, steps, pd.DataFrame(every))

@@ -10,7 +10,6 @@ from accelerate import DistributedType
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from helpers.common import UserError, cache_folder
 from helpers.data.render import pair_lengths
@@ -21,11 +20,11 @@ from helpers.patches.given_ids import trainer_class
 from helpers.patches.shared_prompt import share_prompts
 from helpers.patches.unsloth_checkpointing import set_checkpointing
 from helpers.session import quiet_progress
+from helpers.train import TABLE, say
 from helpers.train.processes import share_steps, weigh_pairs
-from helpers.train.settings import TABLE
 
-# By so many times the precision's epsilon and the square root of its tokens may a log-prob be off. In bf16 that is 2.5
-# nats at 100 tokens, where some tenths were seen: batches that are padded otherwise are rounded otherwise.
+# By so many times the precision's epsilon and the square root of its tokens may a log-prob be off: in bf16 2.5 nats at
+# 100 tokens, where some tenths were seen.
 ROUNDING = 32
 
 
@@ -36,12 +35,11 @@ class _TextProgress(TrainerCallback):
         self.begin, self.first = time.monotonic(), state.global_step
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or "loss" not in logs:
-            return
-        seconds = time.monotonic() - self.begin
-        left = seconds / max(state.global_step - self.first, 1) * (state.max_steps - state.global_step)
-        step = f"step {state.global_step:4d} of {state.max_steps}"
-        print(f"{step}   {_figures_of(logs)}   {left / 60:.1f} min left", flush=True)
+        if state.is_world_process_zero and "loss" in logs:
+            seconds = time.monotonic() - self.begin
+            left = seconds / max(state.global_step - self.first, 1) * (state.max_steps - state.global_step)
+            step = f"step {state.global_step:4d} of {state.max_steps}"
+            print(f"{step}   {_figures_of(logs)}   {left / 60:.1f} min left", flush=True)
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: dict, **kwargs: Any) -> None:
         if state.is_world_process_zero and "eval_rewards/accuracies" in metrics:
@@ -58,11 +56,10 @@ def _figures_of(logs: dict[str, Any], part: str = "") -> str:
 
 def text_progress(trainer: Trainer) -> None:
     """Make `trainer` print one line of text a logging step, in place of its bars and printed dictionaries."""
+    # The notebook's callback needs IPython, which a script need not have, so all are known by name.
+    drawn = {"ProgressCallback", "PrinterCallback", "NotebookProgressCallback", "_TextProgress"}
     for callback in list(trainer.callback_handler.callbacks):
-        # The notebook's callback is known by name: its module needs IPython, which a script need not have.
-        if isinstance(callback, (ProgressCallback, PrinterCallback, _TextProgress)) or (
-            type(callback).__name__ == "NotebookProgressCallback"
-        ):
+        if drawn & {one.__name__ for one in type(callback).__mro__}:
             trainer.remove_callback(callback)
     trainer.add_callback(_TextProgress())
 
@@ -76,24 +73,16 @@ def make_trainer(
     callbacks: Iterable[TrainerCallback] = (),
     ref_model: PreTrainedModel | PeftModel | None = None,
 ) -> trl.DPOTrainer:
-    """A DPOTrainer that needs no reference model: `train` and `test` have the columns of `with_reference`.
+    """A DPOTrainer on `train` and `test` (ids, or pairs, which TRL tokenises) with the columns of `with_reference`.
 
-    They are token ids, trained on as they are, or pairs, which TRL tokenises. With `precompute_ref_log_probs` in
-    `config` they come without the columns, and TRL asks `ref_model`, or the policy as it is now. The trainer puts a
-    forward of its own on the base model; `helpers.patches.fused_lm_head.own_forward` takes that off again.
+    With `precompute_ref_log_probs` in `config` they come without these, and TRL asks `ref_model`, or the policy as it
+    is now. The trainer puts a forward of its own on the base model, which `own_forward` takes off again.
     """
     set_checkpointing(model, bool(config.gradient_checkpointing))
     try:
         with quiet_progress(len(train)):
-            trainer = trainer_class()(
-                model=model,
-                ref_model=ref_model,
-                args=config,
-                train_dataset=train,
-                eval_dataset=test,
-                processing_class=tokenizer,
-                callbacks=list(callbacks),
-            )
+            given = {"train_dataset": train, "eval_dataset": test, "processing_class": tokenizer}
+            trainer = trainer_class()(model, ref_model, config, **given, callbacks=list(callbacks))
     finally:
         # TRL copies the adapter as a frozen one named "ref". It is not needed here; if it is there next to the policy,
         # transformers' resume loads neither (the policy would silently restart from zero), and a second try fails.
@@ -122,21 +111,21 @@ def _evaluated(trainer: trl.DPOTrainer, batch: dict[str, torch.Tensor]) -> dict[
 
 
 def check_start(trainer: trl.DPOTrainer, settings: dict[str, Any]) -> None:
-    """Raise UserError unless the policy is its reference, as it has to be before the first step.
+    """Raise UserError unless the policy is its reference before the first step; `settings` are the caller's.
 
     For the longest and the shortest pair, the `trainer`'s own loss has to find rewards of 0, and each of the four rows
-    by itself, without padding and with no prompt shared, the log-probs of the reference. `settings` are the caller's.
+    by itself, without padding and with no prompt shared, the log-probs of the reference.
     """
     model, args, order = trainer.model, trainer.args, pair_lengths(trainer.train_dataset).argsort()
     batch = trainer.data_collator(trainer.train_dataset.select([order[-1], order[0]]).to_list())
     reference = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
-    labels, alone = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100), []
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    inputs["labels"], alone = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100), []
     with evaluating(model), torch.no_grad(), trainer.accelerator.autocast():
         logs = _evaluated(trainer, batch)
         for row, size in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
-            inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
-            inputs = {name: values[row : row + 1, :size].to(model.device) for name, values in inputs.items()}
-            alone.append(model(**inputs, use_cache=False, fused_lm_head=True).log_probs.sum().cpu())
+            own = {name: values[row : row + 1, :size].to(model.device) for name, values in inputs.items()}
+            alone.append(model(**own, use_cache=False, fused_lm_head=True).log_probs.sum().cpu())
     precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
     eps = max(torch.finfo(dtype).eps for dtype in (precision, model.dtype))
     allowed = 1e-2 + ROUNDING * eps * batch["completion_mask"].sum(dim=1).sqrt()
@@ -151,8 +140,5 @@ def check_start(trainer: trl.DPOTrainer, settings: dict[str, Any]) -> None:
         cause = " or ".join(name for name in settings if name not in known) or "TRL's loss"
         if not rows_right:
             cause = f"log-probs that were cached for another model (delete {cache_folder() / 'reference'})"
-    raise UserError(
-        "Before its first step the policy is its own reference, but their log-probs differ by "
-        f"{max(by_loss, by_row.max()):.2f} nats (rounding explains {allowed.max():.2g}), so nothing was trained. "
-        f"Likely cause: {cause}."
-    )
+    nats = max(by_loss, by_row.max())
+    raise UserError(say("not_at_reference", nats=nats, allowed=allowed.max(), cause=cause))

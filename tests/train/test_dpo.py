@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,6 +138,8 @@ def test_only_what_changes_the_result_makes_another_run():
     assert resume.differences(info(), info(config={"label_smoothing": 0.1})) == ["label_smoothing None there, 0.1 now"]
     assert resume.differences(info(config={"beta": 0.3}), info()) == ["beta 0.3 there, 0.2 now"]
     assert resume.differences(info(base="x"), info()) == ["other base"]
+    assert resume.differences(info(base_config="a"), info(base_config="b")) == ["other settings of the base"]
+    assert resume.differences(info(), info(base_config="b")) == []  # an older run does not say
     assert resume.differences(info(data=DataInfo("a", "c")), info()) == ["other data"]
     assert resume.differences(info(start="x"), info()) == ["another adapter to start from"]
     assert resume.differences(info(start="x", end="start"), info()) == []  # its cell is run once more
@@ -157,6 +160,31 @@ def test_only_complete_checkpoints_count(tmp_path, capsys):
     assert resume.last_complete(tmp_path).name == "checkpoint-2"
     out = capsys.readouterr().out
     assert "checkpoint-4 is incomplete" in out and "checkpoint-10 is incomplete" in out
+
+
+def test_second_ctrl_c_stops_at_once_and_the_handler_before_comes_back():
+    before, checkpoints = signal.getsignal(signal.SIGINT), resume.Checkpoints(None)
+    with checkpoints.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert checkpoints.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_is_left_alone_in_a_thread_and_in_one_of_several_processes(monkeypatch):
+    handlers = []
+
+    def listen() -> None:
+        with resume.Checkpoints(None).listening():
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    monkeypatch.setattr(resume, "processes", lambda: SimpleNamespace(num_processes=2))
+    listen()
+    assert handlers == [signal.getsignal(signal.SIGINT)] * 2
 
 
 def test_model_without_adapter_is_refused(pairs, tmp_path):

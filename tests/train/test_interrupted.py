@@ -273,6 +273,105 @@ def test_ctrl_c_loses_no_evaluation_and_adds_none(call, name):
     same(call("run", **RUNS[name]), whole)
 
 
+def test_ctrl_c_in_the_last_step_is_evaluated_where_the_epoch_is_left(call):
+    """Evaluated by epoch; `max_steps` ends the run in the middle of one, which is then due."""
+    settings = {"max_steps": 4, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    whole = call("whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        call("run", At("on_step_begin", 3, lambda: os.kill(os.getpid(), signal.SIGINT)), **settings)
+    same(call("run", **settings), whole)
+
+
+def test_first_row_after_a_resume_says_of_how_many_steps_its_mean_is(call):
+    settings = {"max_steps": 7, "logging_steps": 3, "logging_first_step": False}
+    whole = call("whole", **settings)
+    with pytest.raises(Crash):
+        call("run", At("on_step_begin", 5, crash), **settings)  # after the checkpoint of step 4
+    run = call("run", **settings)
+    rows = [[row for row in one.history if "loss" in row] for one in (whole, run)]
+    assert [row["step"] for row in rows[1]] == [row["step"] for row in rows[0]] == [3, 6]
+    assert rows[1][1]["mean_of_steps"] == 2 and rows[1][1]["loss"] != rows[0][1]["loss"]
+    assert not any("mean_of_steps" in row for row in [*rows[0], rows[1][0]])
+    assert run.held_out.equals(whole.held_out)
+
+
+@pytest.mark.parametrize("hook, step", [("on_step_begin", 5), ("on_train_end", 7)])
+def test_run_folder_that_was_moved_keeps_its_best_checkpoint(call, tmp_path, hook, step):
+    """Step 2, by a turned metric. What trainer_state.json says of it is the path before."""
+    settings = RUNS["steps"] | {"greater_is_better": True}
+    whole = call("whole", **settings)
+    losses = {row["step"]: row["eval_loss"] for row in whole.history if "eval_loss" in row}
+    assert whole.metrics["loss"] == pytest.approx(losses[2]) and losses[2] > losses[7] + 0.01
+    with pytest.raises(Crash):
+        call("run", At(hook, step, crash), **settings)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    same(call("moved", **settings), whole)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """The folder of a file system of its own, of 64 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    if os.name != "posix" or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a file system, and not in every container")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+WEIGHTS, TOKENIZER = "adapter_model.safetensors", "tokenizer.json"
+
+
+@pytest.mark.parametrize(
+    "hook, step, room_for",
+    [
+        ("on_step_begin", 3, []),
+        ("on_step_begin", 3, [WEIGHTS]),
+        ("on_step_begin", 3, [WEIGHTS, TOKENIZER]),
+        ("on_train_end", 7, []),
+        ("on_train_end", 7, [WEIGHTS]),
+    ],
+)
+def test_full_disk_loses_nothing_and_the_run_goes_on_when_there_is_room(call, disk, hook, step, room_for):
+    """Full in the weights (safetensors), the tokenizer (tokenizers) or what follows, of a checkpoint or of the end."""
+    whole = call("whole")
+
+    def fill() -> None:
+        saved = next((disk / "run" / "checkpoints").glob("checkpoint-*"))
+        room = sum((saved / name).stat().st_size + 50_000 for name in room_for)
+        (disk / "filler").write_bytes(b"0" * (shutil.disk_usage(disk).free - room))
+
+    with pytest.raises(UserError, match="could not be written to .*run .*checkpoint is kept; make room") as error:
+        call("disk/run", At(hook, step, fill))
+    print(type(error.value.__cause__), error.value)
+    assert all(torch.equal(value, call.fresh[name]) for name, value in get_peft_model_state_dict(call.policy).items())
+    with pytest.raises(UserError, match="could not be written"):
+        call("disk/run")
+    (disk / "filler").unlink()
+    same(call("disk/run"), whole)
+
+
+def test_another_run_is_put_aside_only_if_asked(call, tmp_path):
+    one, other = {"max_steps": 2}, {"max_steps": 3}
+    first = call("run", **one)
+    with pytest.raises(UserError, match="max_steps 2 there, 3 now"):
+        call("run", **other)
+    call("run", **other, replace=True)
+    assert Run.load(tmp_path / "run.old-1").metrics == first.metrics
+    (tmp_path / "run" / "run.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        call("run", **other)
+    call("run", **other, replace=True)
+    assert (tmp_path / "run.old-2" / "run.json").read_text() == "{"
+
+
+def test_reference_that_cannot_be_cached_does_not_stop_the_run(call, tmp_path, capsys):
+    (tmp_path / "cache").write_text("a file in its place")
+    call("run", max_steps=1)
+    assert "log-probs could not be kept in" in capsys.readouterr().out
+
+
 def test_second_run_in_a_folder_is_refused_and_the_first_one_is_not_disturbed(call, tmp_path):
     codes = []
 

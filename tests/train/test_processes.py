@@ -252,6 +252,40 @@ def test_batches_of_a_last_step_that_are_not_full_are_trained_on():
     assert [len(batch) for batch in trained] == [3] * 4 and sorted(sum(trained, [])) == list(range(12))
 
 
+def test_last_step_whose_rest_is_dropped_is_left_as_it_is(monkeypatch):
+    """21 pairs, 8 a step in batches of 4: of the last 5 one is dropped, and the batch of 4 is the whole step."""
+    args = {"train_batch_size": 4, "gradient_accumulation_steps": 2, "process_index": 0, "world_size": 1}
+    for drop in (True, False):
+        trainer = SimpleNamespace(args=SimpleNamespace(**args, dataloader_drop_last=drop), train_dataset=range(21))
+        trainer.compute_loss = print
+        processes.weigh_pairs(trainer)
+        assert (trainer.compute_loss is print) == drop
+
+
+def test_one_process_that_a_launcher_started_has_all_batches():
+    args = {"train_batch_size": 4, "gradient_accumulation_steps": 2, "process_index": 0, "world_size": 1}
+    batches = BatchSampler(range(12), 4, drop_last=False)
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(**args, eval_batch_size=4),
+        accelerator=SimpleNamespace(prepare_model=print),
+        model=torch.nn.Linear(1, 1),
+        eval_dataset=None,
+        callback_handler=SimpleNamespace(callbacks=[]),
+        training_step=print,
+        prediction_step=print,
+        get_train_dataloader=lambda: SimpleNamespace(batch_sampler=batches),
+    )
+    processes.share_steps(trainer)
+    assert trainer.get_train_dataloader().batch_sampler is batches
+
+
+def test_processes_that_were_not_joined_are_refused(monkeypatch):
+    assert processes.processes().num_processes == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were started, and this one knows of 1. Use torchrun"):
+        processes.processes()
+
+
 def test_processes_that_differ_are_refused(monkeypatch):
     monkeypatch.setattr(processes, "gather_object", lambda facts: [*facts, {"model": "a", "adapter": "other"}])
     with pytest.raises(UserError, match="different values for adapter.*same seed"):

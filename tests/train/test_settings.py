@@ -389,4 +389,7 @@ def test_a_window_and_changed_rotary_parameters_are_heeded(loaded, pairs, tmp_pa
     for number, theta in enumerate((10000.0, 100.0)):
         rope = {"rope_type": "default", "rope_theta": theta}
         changed = policy_of(LlamaForCausalLM, LlamaConfig, loaded[1], rope_parameters=rope)
+        if number:
+            with pytest.raises(UserError, match="another run .other settings of the base"):
+                train_dpo(changed, loaded[1], *pairs, tmp_path / "rope-0", **QUICK)
         train_dpo(changed, loaded[1], *pairs, tmp_path / f"rope-{number}", **QUICK)
