@@ -33,6 +33,8 @@ notebooks/*
 """
 STYLE = """
 details.solution > summary { cursor: pointer; font-weight: bold; margin: 0.5rem 0; }
+.cell_output table { border: 0; border-collapse: collapse; font-size: 0.8rem; }
+.cell_output :is(th, td) { border: 0; border-bottom: 1px solid var(--color-background-border); padding: 0.2rem 0.5rem; }
 math { font-family: "Latin Modern Math", "STIX Two Math", "Cambria Math", math; }
 math[display="block"] { overflow-x: auto; overflow-y: hidden; margin: 1rem 0; }
 """
