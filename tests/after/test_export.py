@@ -305,6 +305,7 @@ def test_other_pairs_and_other_references_are_refused(made, pairs, tmp_path):
         export_run(changed, "trl", tmp_path / "trl", train=train, test=test)
 
 
+@pytest.mark.slow
 def test_long_prompts_are_treated_as_in_the_run(pairs, tokenizer, tmp_path):
     train, test = pairs
     longest = [{"role": "user", "content": "word " * 100}]

@@ -96,7 +96,12 @@ def test_a_model_that_always_thinks_says_what_to_do_with_ordinary_pairs(thinking
     assert [finding.code for finding in one_sided.errors] == ["prompt_not_prefix"]
 
 
-@pytest.mark.parametrize("family", ["llama3_1", "gemma3", "embedded"])
+SLOW = pytest.mark.slow  # a tokenizer that takes seconds to load
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param("llama3_1", marks=SLOW), pytest.param("gemma3", marks=SLOW), "embedded"]
+)
 def test_other_families_get_nothing(family, request):
     tokenizer = (
         request.getfixturevalue("tokenizer") if family == "embedded" else request.getfixturevalue("from_npm")(family)

@@ -279,6 +279,7 @@ def test_fused_experts_are_part_of_the_merged_model():
 # ------------------------------------------------------------------------------------------------ what is computed
 
 
+@pytest.mark.slow
 def test_settings_that_change_a_forward_change_the_key_of_the_cache(tokenizer):
     def key(**settings):
         model = tiny()

@@ -136,6 +136,7 @@ def test_weights_in_a_format_that_can_run_code_are_refused(tmp_path):
         load.load_model(str(tmp_path / "theirs"))
 
 
+@pytest.mark.slow
 def test_model_without_chat_template(tokenizer, tmp_path):
     bare = copy.copy(tokenizer)
     bare.chat_template = None
