@@ -1,13 +1,14 @@
 """Write the course as pages that need no network: python tools/pages.py
 
 The notebooks as they are committed, the README as the first page, and `docs/` go to outputs/site. Sphinx with MyST-NB
-makes the pages. Whatever it warns about, such as a link that leads nowhere, ends the program.
+makes the pages. Whatever it warns about, such as a link that leads nowhere, makes it fail.
 """
 
 import html
 import re
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,7 +17,7 @@ from docutils import nodes
 from latex2mathml.converter import convert_to_element
 from nbformat import v4
 from sphinx.application import Sphinx
-from sphinx.errors import ExtensionError
+from sphinx.util import logging
 
 ROOT = Path(__file__).parent.parent
 # What the pages are made from; the pages after the notebooks in their order.
@@ -62,7 +63,7 @@ def mathml(tex: str, display: str) -> str:
     for part in tree.iter():
         part.text = html.unescape(part.text or "")  # the converter writes signs as entities, and all else as it is
         if "\\" in part.text:
-            raise ExtensionError(f"{part.text} in ${tex}$ is not known to latex2mathml")
+            raise ValueError(f"{part.text} in ${tex}$ is not known to latex2mathml")
         if part.tag == "mi" and len(part.text) > 1:  # log, ln
             part.set("style", "padding-inline: 0.15em")
     return ElementTree.tostring(tree, encoding="unicode")
@@ -71,14 +72,14 @@ def mathml(tex: str, display: str) -> str:
 def setup(app: Sphinx) -> None:
     """This module as an extension of Sphinx: formulas become MathML."""
 
-    def inline(writer, node):
-        writer.body.append(mathml(node.astext(), "inline"))
+    def write(writer, node, display):
+        try:
+            writer.body.append(mathml(node.astext(), display))
+        except ValueError as error:
+            logging.getLogger(__name__).warning(str(error), location=node)
         raise nodes.SkipNode
 
-    def block(writer, node):
-        writer.body.append(mathml(node.astext(), "block"))
-        raise nodes.SkipNode
-
+    inline, block = (partial(write, display=display) for display in ("inline", "block"))
     app.add_html_math_renderer("mathml", (inline, None), (block, None))
 
 
