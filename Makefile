@@ -1,10 +1,10 @@
-# make setup | run | refresh | test | fast | lab | lint | lock | newest
+# make setup | run | refresh | student | site | test | fast | lab | lint | lock | newest
 PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 
-.PHONY: setup run refresh test fast lab lint lock newest chromium
+.PHONY: setup run refresh student site test fast lab lint lock newest chromium
 
 setup: $(VENV)/installed
 
@@ -24,6 +24,14 @@ run: setup
 # Some of them: make refresh NOTEBOOKS=notebooks/01_setup.ipynb (06 goes on from the run of 03: name both).
 refresh: setup
 	$(BIN)/python tools/refresh.py $(NOTEBOOKS)
+
+# The notebooks without outputs and without solutions, for learners, in outputs/student/.
+student: setup
+	$(BIN)/python tools/student.py
+
+# The course as pages that need no network: outputs/site/index.html.
+site: setup
+	$(BIN)/python tools/pages.py
 
 # The browser for tests/test_jupyterlab.py, which is skipped without it (in CI it fails).
 chromium:

@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -55,12 +56,13 @@ class Page:
     def __init__(self, address: str):
         self.socket = websocket.create_connection(address, timeout=60, suppress_origin=True)
         self.numbers = count(1)
+        self.events = []
 
     def call(self, method: str, **parameters) -> dict:
         number = next(self.numbers)
         self.socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
         while (message := json.loads(self.socket.recv())).get("id") != number:
-            pass  # events
+            self.events.append(message)
         assert "error" not in message, message["error"]
         return message["result"]
 
@@ -120,19 +122,23 @@ class Lab:
             return None
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
+def need_chromium() -> None:
     if CHROMIUM is None:
         reason = "no Chromium here; `make chromium` installs it on Debian"
         pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    need_chromium()
     lab = Lab(tmp_path_factory.mktemp("lab"))
     yield lab
     end(lab.server)
 
 
-@pytest.fixture(scope="module")
-def page(lab, tmp_path_factory):
-    profile = tmp_path_factory.mktemp("chromium")
+@contextmanager
+def opened_tab(profile: Path):
+    """The one tab of a new browser, whose own files go into the folder `profile`."""
     options = (
         "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --disable-sync "
         "--disable-background-networking --disable-component-update --hide-scrollbars --remote-debugging-port=0"
@@ -154,6 +160,12 @@ def page(lab, tmp_path_factory):
         page.socket.close()
     finally:
         end(browser)
+
+
+@pytest.fixture(scope="module")
+def page(lab, tmp_path_factory):
+    with opened_tab(tmp_path_factory.mktemp("chromium")) as page:
+        yield page
 
 
 def open_notebook(page: Page, lab: Lab, name: str) -> None:
