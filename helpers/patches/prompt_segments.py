@@ -30,15 +30,11 @@ class Keys(NamedTuple):
 
 def segment_keys(sizes: list[list[int]], device: torch.device) -> Keys:
     """The keys of each segment on `device`; `sizes` are those of a prompt and its completions, for each pair."""
-    index, queries, base = [], [], 0
-    for prompt, *completions in sizes:
-        start = base
-        for size in (prompt, *completions):
-            own = torch.arange(start, start + size)
-            index.append(own if start == base else torch.cat([torch.arange(base, base + prompt), own]))
-            queries.append(size)
-            start += size
-        base = start
+    queries, index = [size for row in sizes for size in row], []
+    segments = iter(torch.arange(sum(queries)).split(queries))
+    for _, *completions in sizes:
+        prompt = next(segments)
+        index += [prompt, *(torch.cat([prompt, next(segments)]) for _ in completions)]
     keys = [len(seen) for seen in index]
     ends_q, ends_k = (torch.tensor([0, *counts]).cumsum(0).int().to(device) for counts in (queries, keys))
     return Keys(torch.cat(index).to(device), ends_q, ends_k, max(queries), max(keys))
@@ -95,11 +91,8 @@ def _compare() -> None:
     context = dispatch.AttentionContext(**sizes, **unused, prefix_seg_info=keys)
     config = dispatch.AttentionConfig(backend=dispatch.SDPA, n_kv_heads=2, n_groups=1)
     take_segments()
-    source = torch.Generator("cuda").manual_seed(0)
-    q, k, v = (
-        torch.randn(1, 2, 7, 16, device="cuda", dtype=torch.bfloat16, generator=source, requires_grad=True)
-        for _ in range(3)
-    )
+    drawn = torch.randn(3, 1, 2, 7, 16, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    q, k, v = (one.bfloat16().requires_grad_() for one in drawn)
     found = dispatch.run_attention(config=config, context=context, Q=q, K=k, V=v).transpose(1, 2)
     segment = torch.tensor([0, 0, 0, 1, 1, 2, 2], device="cuda")
     seen = (segment[:, None] == segment) | (segment == 0)

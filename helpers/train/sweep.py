@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from helpers.common import UserError, write_atomic, write_json
 from helpers.data.check import MAX_PROMPT_LENGTH
-from helpers.model.drift import sample_twice, sampled_kl
 from helpers.model.generate import Reply, repetition
 from helpers.model.load import add_lora
+from helpers.model.logps import sample_twice, sampled_kl
 from helpers.model.memory import BATCH_SETTINGS
 from helpers.model.policy import Policy
 from helpers.run.folder import Run, describe_config, machine, versions
