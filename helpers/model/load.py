@@ -48,13 +48,11 @@ def public_name(model: Model) -> str:
 
     A folder holds the embedded model if it is that in the cache, or has the same files.
     """
-    name, embedded = str(model.config.name_or_path), embedded_folder()
+    name, embedded, files = str(model.config.name_or_path), embedded_folder(), ["config.json", "model.safetensors"]
     if not Path(name).is_absolute():
         return name
-    files = ["config.json", "model.safetensors"]
-    if embedded and (Path(name) == embedded or filecmp.cmpfiles(name, embedded, files, shallow=False)[0] == files):
-        return EMBEDDED_HUB_NAME
-    return Path(name).name
+    same = embedded and (Path(name) == embedded or filecmp.cmpfiles(name, embedded, files, shallow=False)[0] == files)
+    return EMBEDDED_HUB_NAME if same else Path(name).name
 
 
 def _base_named_by(folder: Path) -> str | None:
@@ -75,10 +73,8 @@ def adapter_base(name: str) -> str | None:
     if adapter_config.json is no JSON, or if the base is in a folder that DPO_MODEL does not name.
     """
     base = _base_named_by(Path(name))
-    if base is None:
-        return None
-    if base == EMBEDDED_HUB_NAME:
-        return embedded_model()
+    if base is None or base == EMBEDDED_HUB_NAME:
+        return base and embedded_model()
     folder = Path(_whole_path(base if "/" in base else setting("DPO_MODEL", base), PROJECT))
     if folder.is_absolute() and folder.name == Path(base).name:
         return str(folder)
@@ -102,11 +98,12 @@ def not_found(name: str, error: Exception) -> UserError:
     return refusal("not on the hub", name=name, kind=kind)
 
 
-def _check_chat_template(tokenizer: Tokenizer, chat_template: str | None, name: str) -> None:
+def _complete(model: Model | None, tokenizer: Tokenizer, chat_template: str | None, name: str) -> None:
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if not tokenizer.chat_template:
         raise refusal("no template", name=name)
+    fix_pad_token(model, tokenizer)
 
 
 def load_tokenizer(name: str | None = None, *, thinking: bool = False, chat_template: str | None = None) -> Tokenizer:
@@ -116,8 +113,7 @@ def load_tokenizer(name: str | None = None, *, thinking: bool = False, chat_temp
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise not_found(name, error) from error
-    _check_chat_template(tokenizer, chat_template, name)
-    fix_pad_token(None, tokenizer)
+    _complete(None, tokenizer, chat_template, name)
     return tokenizer
 
 
@@ -165,8 +161,7 @@ def load_model(
         if is_out_of_memory(error):
             raise
         raise not_found(loading, error) from error
-    _check_chat_template(tokenizer, chat_template, name)
-    fix_pad_token(model, tokenizer)
+    _complete(model, tokenizer, chat_template, name)
     check_token(model, tokenizer, tokenizer.pad_token_id)
     # Some models bring a limit, and on a GPU Unsloth sets one; next to max_new_tokens each reply would warn of it.
     model.generation_config.max_length = None
@@ -201,9 +196,8 @@ def add_lora(
 
     alpha = rank, so the adapter's update is scaled by 1; dropout 0, which Unsloth's fast path asks for. The A matrices
     are drawn with `seed`, the B matrices start at zero, so the policy starts equal to the base `model`, which is
-    changed in place: `model = add_lora(model)`. Twice the `rank` is twice the trained parameters.
-
-    `target_modules` are the layers' names, for architectures in which they differ. Raises UserError if there are none.
+    changed in place: `model = add_lora(model)`. Twice the `rank` is twice the trained parameters. `target_modules` are
+    the layers' names, for architectures in which they differ. Raises UserError if there are none.
     """
 
     def names_of(inside: PreTrainedModel | PeftModel, *kinds: type) -> set[str]:

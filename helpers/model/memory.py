@@ -138,10 +138,8 @@ def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstima
     if plain or not can_share(model.get_base_model()):
         prompt, tokens = 0, int(pair_lengths(ids).max())
     else:  # the pair with most tokens, its sides taken to be alike
-        counts = token_counts(ids)
-        longest = int(sum(counts.values()).argmax())
-        prompt, *answers = (int(counts[part][longest]) for part in ("prompt", "chosen", "rejected"))
-        tokens = prompt + math.ceil(sum(answers) / 2)
+        prompt, *answers = max(zip(*token_counts(ids).values(), strict=True), key=sum)
+        prompt, tokens = int(prompt), int(prompt) + math.ceil(sum(answers) / 2)
     return estimate_memory(
         model.config,
         pairs=settings["per_device_train_batch_size"],

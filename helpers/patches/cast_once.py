@@ -46,15 +46,13 @@ def cast_weights_once(trainer: trl.DPOTrainer) -> None:
     trains anything besides LoRA's two matrices, or has them in 16 bits already, is left as it is.
     """
     trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
-    modules = [
-        module
-        for name, module in trainer.model.named_modules()
-        if f"{name}.weight" in trained and (".lora_A." in name or ".lora_B." in name)
+    matrices = [
+        (name, part) for name, part in trainer.model.named_modules() if ".lora_A." in name or ".lora_B." in name
     ]
+    modules = [module for name, module in matrices if f"{name}.weight" in trained]
     weights = [module.weight for module in modules]
-    if len(weights) < len(trained) or any(weight.dtype != torch.float32 for weight in weights):
-        return
-    if not works("cast_once"):
+    plain = len(weights) == len(trained) and all(weight.dtype == torch.float32 for weight in weights)
+    if not (plain and works("cast_once")):
         return
     short = [torch.nn.Parameter(weight.detach().bfloat16()) for weight in weights]
     step = trainer.training_step

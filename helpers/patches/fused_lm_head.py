@@ -51,8 +51,7 @@ def applied(inner: PreTrainedModel) -> Iterator[bool]:
     Yields False if the fused head can't be had. The model is then as it was, and takes no `fused_lm_head`.
     """
     with own_forward(inner):
-        fused = works("fused_lm_head")
-        if fused:
+        if fused := works("fused_lm_head"):
             from trl.trainer.utils import add_fused_lm_head
 
             add_fused_lm_head(inner)

@@ -15,15 +15,11 @@ from helpers.patches import expect
 
 
 class Keys(NamedTuple):
-    """Which keys the queries of each segment see: a completion's, those of its prompt and its own up to themselves.
+    """Which keys the queries of each segment see: a completion's, those of its prompt and its own up to themselves."""
 
-    `index` has the places of the keys in the one row, segment after segment; a prompt's come once for each that sees
-    them. `ends_q` and `ends_k` are where the queries and keys of each segment end, after a 0; int32.
-    """
-
-    index: torch.Tensor
-    ends_q: torch.Tensor
-    ends_k: torch.Tensor
+    index: torch.Tensor  # places of the keys in the one row, by segment; a prompt's come once for each that sees them
+    ends_q: torch.Tensor  # where the queries of each segment end, after a 0; int32
+    ends_k: torch.Tensor  # its keys
     longest_q: int
     longest_k: int
 
@@ -86,9 +82,8 @@ def _compare() -> None:
     from unsloth.utils import attention_dispatch as dispatch
 
     sizes = {"bsz": 1, "q_len": 7, "kv_seq_len": 7, "n_heads": 2, "head_dim": 16, "requires_grad": True}
-    unused = {"seq_info": None, "attention_mask": None, "causal_mask": None}
-    keys = segment_keys([[3, 2, 2]], torch.device("cuda"))
-    context = dispatch.AttentionContext(**sizes, **unused, prefix_seg_info=keys)
+    unused, keys = ("seq_info", "attention_mask", "causal_mask"), segment_keys([[3, 2, 2]], torch.device("cuda"))
+    context = dispatch.AttentionContext(**sizes, **dict.fromkeys(unused), prefix_seg_info=keys)
     config = dispatch.AttentionConfig(backend=dispatch.SDPA, n_kv_heads=2, n_groups=1)
     take_segments()
     drawn = torch.randn(3, 1, 2, 7, 16, device="cuda", generator=torch.Generator("cuda").manual_seed(0))

@@ -26,14 +26,11 @@ ON_GPU = True
 
 
 class Packed(NamedTuple):
-    """A batch with each prompt once, as `inputs` of the model; where each prediction is in the rows `given`, and there.
+    """A batch with each prompt once."""
 
-    `given` and `packed` are each (rows, columns).
-    """
-
-    inputs: dict[str, Any]
-    given: tuple[torch.Tensor, ...]
-    packed: tuple[torch.Tensor, ...]
+    inputs: dict[str, Any]  # of the model
+    given: tuple[torch.Tensor, ...]  # where each prediction is in the rows given: rows, columns
+    packed: tuple[torch.Tensor, ...]  # where in the inputs
 
 
 def _mask(sizes: list[list[int]], dtype: torch.dtype) -> torch.Tensor:
@@ -61,9 +58,8 @@ def pack(
     ids, labels, last = ids.cpu(), labels.cpu(), mask.sum(dim=1).cpu() - 1  # each comparison would wait for the GPU
     starts = (labels != -100).long().argmax(dim=1)
     in_prompt = torch.arange(ids.shape[1]) < starts[:pairs, None]
-    if not torch.equal(starts[:pairs], starts[pairs:]) or starts.min() <= (1 if one_row else 0):
-        return None
-    if ((ids[:pairs] != ids[pairs:]) & in_prompt).any():
+    differ = (starts[:pairs] != starts[pairs:]).any() or ((ids[:pairs] != ids[pairs:]) & in_prompt).any()
+    if differ or starts.min() <= (1 if one_row else 0):
         return None
     ends = list(zip((starts[:pairs] - 1).tolist(), *last.view(2, pairs).tolist(), strict=True))
     sizes = [[prompt, chosen - prompt, rejected - prompt] for prompt, chosen, rejected in ends]
