@@ -139,6 +139,12 @@ def load_model(
         # The plain form takes the mask of shared_prompt as it is; short sequences gain nothing from a fused kernel.
         options["attn_implementation"] = "eager"
     name = _model_name(name, thinking)
+    # PEFT saves an adapter that is not named "default" in a folder of its name.
+    inside = sorted(path.parent for path in Path(name).glob("*/adapter_config.json"))
+    if inside and not any((Path(name) / file).exists() for file in ("config.json", "adapter_config.json")):
+        if len(inside) > 1:
+            raise refusal("several adapters", folder=Path(name).name, names=", ".join(path.name for path in inside))
+        name = str(inside[0])
     base = adapter_base(name)
     loading = base or name
     try:
