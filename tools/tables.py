@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).parent.parent
 SIDES = {
     "stock": "TRL without Unsloth: four times 2 pairs",
@@ -311,6 +313,33 @@ def learning_rate() -> str:
 {"".join(rows)}"""
 
 
+def settings() -> str:
+    """One row for each kind of setting; the refused ones with their reasons."""
+    lists = Path(__file__).parent.parent / "helpers" / "train" / "settings.yaml"
+    table = yaml.safe_load(lists.read_text(encoding="utf-8"))
+    kinds = {
+        "heeded": "heeded: the cached reference and the shared forward follow it",
+        "result": "given to TRL as it is: it changes what a run ends with; the cases measured are below",
+        "harmless": "harmless: it changes logs, reports, workers or memory, and no result",
+    }
+    rows = [f"| {', '.join(f'`{one}`' for one in table[kind].split())} | {what} |" for kind, what in kinds.items()]
+    rows += [f"| `{name}` | refused: {reason} |" for name, reason in table["refused"].items()]
+    return "\n".join(["\n| setting | what becomes of it |", "|---|---|", *rows, ""])
+
+
+def equal() -> str:
+    """One row for each case that was compared with TRL."""
+    found = result("settings")
+    rows = [f"| {name} | {value:.1e} |" for name, value in found["differences"].items()]
+    return "\n".join(["\n| case | largest difference |", "|---|---|", *rows, f"\n`{found['command']}`\n"])
+
+
+def rounding() -> str:
+    """One row for each model."""
+    rows = [f"| {name} | {share:.0%} |" for name, share in result("settings")["rounding"].items()]
+    return "\n".join(["\n| model | share of the tolerance |", "|---|---|", *rows, ""])
+
+
 TABLES = {
     "README.md": {"summary": summary},
     "docs/gpu.md": {
@@ -321,6 +350,7 @@ TABLES = {
         "gpu-figures": gpu_figures,
         "many-gpus": many_gpus,
     },
+    "docs/settings.md": {"settings": settings, "equal": equal, "rounding": rounding},
     "docs/results.md": {"measured": measured, "precision": precision, "learning-rate": learning_rate},
 }
 

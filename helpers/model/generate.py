@@ -43,16 +43,14 @@ def generate_replies(
     batch_size: int | None = None,
     **template_options: Any,
 ) -> list[Reply]:
-    """One reply to each prompt, in their order; the reference's inside `with model.disable_adapter():`.
+    """One reply of `model` to each prompt, in their order; the reference's inside `with model.disable_adapter():`.
 
     Args:
-        model, tokenizer: as `load_model` gives them, with or without an adapter.
         prompts: questions (str), conversations, or rows of pairs, whose `tools` and `chat_template_kwargs` count.
         max_new_tokens: where a reply is cut; its `ended` is then False.
-        temperature: 0 takes the likeliest token each time (greedy); above 0 samples, with `top_p` and `seed`. A
-            sampled reply depends on its batch as well as on the seed.
+        temperature: 0 is greedy; above 0 samples, with `top_p` and `seed`; a sampled reply depends on its batch too.
         batch_size: prompts at a time; left out, 16 on a CPU and 128 on a GPU, where more rows take hardly more time.
-        template_options: for the chat template of all prompts, e.g. enable_thinking=False.
+        tokenizer, template_options: its chat template is given these, e.g. enable_thinking=False.
     """
     ids = prompt_ids(tokenizer, prompts, **template_options)
     check_token(model, tokenizer, max(itertools.chain(*ids), default=0))
@@ -60,24 +58,18 @@ def generate_replies(
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     # Some models' own settings penalise repetition: their log-probs don't know of it. transformers warns where greedy
     # decoding is given settings of sampling, so they are taken away.
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0, "repetition_penalty": 1.0}
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": 0, "repetition_penalty": 1.0}
     sampling = sampling if temperature else dict.fromkeys(("temperature", "top_p", "top_k"))
     ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    sampling |= {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "eos_token_id": sorted(ends)}
     replies = {}
     with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         for start in range(0, len(ids), batch_size):
             index = order[start : start + batch_size]
             batch = tokenizer.pad({"input_ids": [ids[i] for i in index]}, padding_side="left", return_tensors="pt")
-            output = model.generate(
-                **batch.to(model.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=temperature > 0,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=sorted(end for end in ends if end is not None),
-                **sampling,
-            )
+            output = model.generate(**batch.to(model.device), pad_token_id=tokenizer.pad_token_id, **sampling)
             for i, row in zip(index, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
                 end = next((place for place, token in enumerate(row) if token in ends), None)
                 row = row if end is None else row[: end + 1]

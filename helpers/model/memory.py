@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import psutil
@@ -15,13 +16,11 @@ from transformers import PretrainedConfig
 from helpers.data.render import pair_lengths, token_counts
 from helpers.patches.shared_prompt import can_share
 
-# What transformers' and PEFT's layers keep against Unsloth's kernels (norms in 32 bits, inputs of the LoRA matrices),
-# less what one forward for both sides of a pair takes off: fitted to benchmarks/memory.py.
-PLAIN_FACTOR = 1.6
+# What layers keep against the formula: those of transformers and PEFT (norms in 32 bits, inputs of the LoRA matrices,
+# less what one forward for both sides takes off), fitted to benchmarks/memory.py; Unsloth's, to benchmarks/gpu.py.
+PLAIN_FACTOR, FUSED_FACTOR = 1.6, 0.8
 PLAIN_CHECKPOINTING_BYTES = 1.1e9  # what recomputing plain layers took on top, at every size tried there
-FUSED_FACTOR = 0.8  # Unsloth's kernels keep less than the formula says: fitted to benchmarks/gpu.py
-# How far the estimate may be off: below this multiple of what is free, training is tried with a warning.
-ESTIMATE_MARGIN = 1.25
+ESTIMATE_MARGIN = 1.25  # below this multiple of what is free, training is tried with a warning
 # How a step is made; its pairs are the product of the first two.
 BATCH_SETTINGS = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
 
@@ -35,9 +34,7 @@ class MemoryEstimate(NamedTuple):
     """Bytes by what they are for."""
 
     weights: float  # of the loaded model
-    # LoRA's parameters and gradients in fp32, and the optimizer's state. (On a GPU the gradients, and a copy of the
-    # parameters, are in bf16 while there are activations: just as much, if a step is one batch.)
-    adapter: float
+    adapter: float  # LoRA's parameters and gradients in fp32, and the optimizer's state
     activations: float  # what the backward pass of one micro-batch needs
     logits: float  # of the LM head, a piece of the batch at a time
 
@@ -60,34 +57,28 @@ def estimate_memory(
     """Bytes that DPO with LoRA on the seven projections and a cached reference needs at its peak.
 
     Args:
-        config: of a Llama-like model.
+        config, rank, optim: of a Llama-like model, of its LoRA adapter, and as in DPOConfig.
         pairs: in a micro-batch (`per_device_train_batch_size`).
-        tokens: of the longest sequence, prompt and answer.
-        prompt: tokens of it that are the prompt's, which both answers share; does not count if `plain`.
-        checkpointing: gradient checkpointing; one layer's activations are kept at a time, and the inputs of all layers.
-            "unsloth": these go to the machine's memory.
+        tokens, prompt: of the longest sequence; of these the prompt's, which both answers share unless `plain`.
+        checkpointing: only one layer's activations are kept, and the inputs of all; if "unsloth", these not on the GPU.
         load_in_4bit: weights of the projections in bitsandbytes' NF4, else all in 16 bits.
-        rank: of the LoRA adapter.
-        optim: as in DPOConfig; an 8-bit optimizer keeps a quarter of the state.
         plain: the CPU profile, whose layers are transformers' own and keep more, attention scores among it.
     """
     config = config.get_text_config()
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    mlp = getattr(config, "intermediate_size", None) or 4 * hidden
-    heads, vocabulary = config.num_attention_heads, config.vocab_size
+    hidden, layers, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    mlp, heads = getattr(config, "intermediate_size", None) or 4 * hidden, config.num_attention_heads
     head = getattr(config, "head_dim", None) or hidden // heads
     query, key = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
-    projections = [(hidden, query), (query, hidden), (hidden, key), (hidden, key)]
-    projections += [(hidden, mlp), (hidden, mlp), (mlp, hidden)]
-    in_layers = layers * sum(a * b for a, b in projections)
+    projections = [(hidden, other) for other in (query, query, key, key, mlp, mlp, mlp)]
     embeddings = vocabulary * hidden * (1 if config.tie_word_embeddings else 2)
     # NF4: half a byte, and a scale for each 64 weights that is itself quantised (Dettmers et al. 2023, section 3).
-    weights = embeddings * 2 + in_layers * ((0.5 + 0.127 / 8) if load_in_4bit else 2)
+    of_a_weight = 0.5 + 0.127 / 8 if load_in_4bit else 2
+    weights = embeddings * 2 + layers * sum(a * b for a, b in projections) * of_a_weight
     lora = layers * rank * sum(a + b for a, b in projections)
     adapter = lora * (4 + 4 + (2.1 if "8bit" in optim else 8))  # Adam's two moments, in 8 or 32 bits
     rows = pairs * (2 * tokens - (0 if plain else prompt))
-    # Saved for the backward pass of a layer, in 16 bits: inputs of the norms and projections, q, k, v, the attention's
-    # output, and four values of the MLP (gate, up, their activation and product).
+    # For the backward pass, in 16 bits: inputs of norms and projections, q, k, v, the attention's output, and of the
+    # MLP gate, up, their activation and product.
     layer = rows * 2 * (4 * hidden + 3 * query + 3 * key + 4 * mlp)
     if plain:
         layer = layer * PLAIN_FACTOR + 2 * pairs * heads * tokens**2 * 6  # scores and softmax, 32 and 16 bits
@@ -111,24 +102,20 @@ class BatchPlan(NamedTuple):
 
 
 def _plan(need: Callable[[int, bool], float], free: float, batch: int) -> BatchPlan | None:
-    """The fastest way that fits; `need` gives the bytes for pairs in a micro-batch, and checkpointing.
+    """The fastest way that fits (benchmarks/gpu.py); `need` gives the bytes for pairs in a micro-batch, checkpointing.
 
-    A pass over few tokens leaves a GPU waiting for its next kernel, so the batch stays whole if it can. Without
-    checkpointing a step has two passes (forward, backward), with it three; so dropping it comes first if there is
-    room. benchmarks/gpu.py measures both.
+    A pass over few tokens leaves a GPU waiting for its next kernel, so the batch stays whole if it can.
     """
-    needs = []
-    for checkpointing, pieces in [(False, 1)] + [(True, 2**i) for i in range(batch.bit_length())]:
-        needs.append(need(batch // pieces, checkpointing))
-        if needs[-1] * ESTIMATE_MARGIN > free:
-            continue
-        if not checkpointing:
-            reason = "everything is kept for the backward pass"
-        elif pieces == 1:
-            reason = f"without checkpointing {needs[0] / 1e9:.0f} GB would be needed"
-        else:
-            reason = f"in fewer pieces {needs[-2] / 1e9:.1f} GB would be needed"
-        return BatchPlan(batch // pieces, pieces, checkpointing, needs[-1], reason)
+    ways = [(False, 1), *((True, 2**i) for i in range(batch.bit_length()))]
+    needs = [need(batch // pieces, checkpointing) for checkpointing, pieces in ways]
+    for place, (checkpointing, pieces) in enumerate(ways):
+        if needs[place] * ESTIMATE_MARGIN <= free:
+            reasons = (
+                "everything is kept for the backward pass",
+                f"without checkpointing {needs[0] / 1e9:.0f} GB would be needed",
+                f"in fewer pieces {needs[place - 1] / 1e9:.1f} GB would be needed",
+            )
+            return BatchPlan(batch // pieces, pieces, checkpointing, needs[place], reasons[min(place, 2)])
     return None
 
 
@@ -136,15 +123,10 @@ def plan_batch(config: PretrainedConfig, free: float, *, tokens: int) -> BatchPl
     """The fastest way to train 8 pairs a step in 4 bits on a GPU, with room for the estimate's error; needs no GPU.
 
     None if not even one pair fits. `config` and `tokens` are as in `estimate_memory`, for every pair; `free` are bytes
-    before the model is loaded. The reference's log-probs are cached in any case.
+    before the model is loaded.
     """
-
-    def need(pairs: int, checkpointing: bool) -> float:
-        return estimate_memory(
-            config, pairs=pairs, tokens=tokens, checkpointing=checkpointing, load_in_4bit=True, optim="adamw_8bit"
-        ).total
-
-    return _plan(need, free, batch=8)
+    estimate = partial(estimate_memory, config, tokens=tokens, load_in_4bit=True, optim="adamw_8bit")
+    return _plan(lambda pairs, on: estimate(pairs=pairs, checkpointing=on).total, free, batch=8)
 
 
 def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstimate:
@@ -152,15 +134,12 @@ def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstima
 
     `model` has a LoRA adapter, `ids` are the training pairs' (`tokenize_pairs`), `settings` those of `dpo_settings`.
     """
-    prompt, plain = 0, model.device.type == "cpu"
+    plain = model.device.type == "cpu"
     if plain or not can_share(model.get_base_model()):
-        tokens = int(pair_lengths(ids).max())
+        prompt, tokens = 0, int(pair_lengths(ids).max())
     else:  # the pair with most tokens, its sides taken to be alike
-        counts = token_counts(ids)
-        answers = counts["chosen"] + counts["rejected"]
-        longest = int((counts["prompt"] + answers).argmax())
-        prompt = int(counts["prompt"][longest])
-        tokens = prompt + math.ceil(answers[longest] / 2)
+        prompt, *answers = max(zip(*token_counts(ids).values(), strict=True), key=sum)
+        prompt, tokens = int(prompt), int(prompt) + math.ceil(sum(answers) / 2)
     return estimate_memory(
         model.config,
         pairs=settings["per_device_train_batch_size"],
@@ -180,19 +159,30 @@ def plan_for(model: PeftModel, ids: Dataset, settings: dict, free: float) -> Bat
     Bytes (`free`, the plan's) are on top of the loaded model. The step keeps its number of pairs, a power of two. The
     model, ids and settings are as in `estimate_for`.
     """
-    batch = pairs_a_step(settings)
 
     def need(pairs: int, checkpointing: bool) -> float:
         step = {"per_device_train_batch_size": pairs, "gradient_checkpointing": checkpointing}
         return estimate_for(model, ids, settings | step).training
 
+    batch = pairs_a_step(settings)
     return _plan(need, free, batch) or BatchPlan(1, batch, True, need(1, True), "no other way needs less")
 
 
-def return_freed_memory() -> None:
-    """Give the kernel what was freed and glibc kept for reuse (`load_model` asks it to); elsewhere nothing happens."""
+def _glibc(function: str, *values: int) -> None:
     with contextlib.suppress(OSError, AttributeError):  # no glibc: Windows, macOS, musl
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        getattr(ctypes.CDLL("libc.so.6"), function)(*values)
+
+
+def keep_freed_memory() -> None:
+    """On Linux, make glibc reuse a step's freed tensors: fetched anew, page by page, they are a tenth of its time."""
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    _glibc("mallopt", m_mmap_max, 0)
+    _glibc("mallopt", m_trim_threshold, 2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """Give the kernel what was freed and glibc kept for reuse, as `keep_freed_memory` asks it to."""
+    _glibc("malloc_trim", 0)
 
 
 def free_memory(device: torch.device) -> float:
@@ -206,5 +196,5 @@ def free_memory(device: torch.device) -> float:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether `error` says so: CUDA's allocator has an exception of its own, all others say it in words."""
-    words = ("can't allocate memory", "out of memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error).lower() for w in words)
+    said = any(words in str(error).lower() for words in ("can't allocate memory", "out of memory"))
+    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))

@@ -6,8 +6,7 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
-from helpers.common import UserError
-from helpers.model import Model, Tokenizer
+from helpers.model import Model, Tokenizer, refusal
 from helpers.model.fingerprint import adapter_hash, adapter_weights, base_hash, base_model, fingerprint, is_fresh
 from helpers.model.load import public_name
 
@@ -16,25 +15,15 @@ def check_adapter(model: PeftModel) -> None:
     """Raise UserError unless a run can train, save and measure the adapter of `model`."""
     config, names = model.active_peft_config, list(model.peft_config)
     if names != ["default"]:
-        raise UserError(
-            f"The model has the adapters {', '.join(names)}. Libraries save and load only one that is named 'default' "
-            "without fail. Save yours (model.save_pretrained(FOLDER, selected_adapters=[NAME])) and load it alone: "
-            "load_model(FOLDER/NAME)."
-        )
+        raise refusal("adapter names", names=", ".join(names))
     if config.peft_type != "LORA":
-        raise UserError(f"The adapter is of the kind {config.peft_type.value}; only LoRA is supported. Use add_lora.")
+        raise refusal("adapter kind", kind=config.peft_type.value)
     if config.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
-        raise UserError(
-            f"The adapter was made with init_lora_weights={config.init_lora_weights!r}, which may change the weights "
-            "of the base: no other machine would have that base. Use add_lora, or init_lora_weights=True."
-        )
+        raise refusal("adapter start", value=config.init_lora_weights)
     if config.bias != "none":
-        raise UserError(f"The adapter has bias={config.bias!r}: it would train the base, which is the reference.")
+        raise refusal("adapter bias", value=config.bias)
     if isinstance(model.get_base_model().get_output_embeddings(), LoraLayer):
-        raise UserError(
-            "The adapter has LoRA on the output layer, which TRL's loss does not see. Leave that layer out of "
-            "target_modules, or name it in modules_to_save."
-        )
+        raise refusal("adapter on the output layer")
 
 
 class Policy:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from helpers.common import UserError, setting
+from helpers.common import setting
+from helpers.model import refusal
 
 EMBEDDED = "embedded"
 
@@ -21,15 +22,9 @@ class Profile:
     thinking_max_length: int
 
 
+QWEN3 = ("unsloth/Qwen3-4B-unsloth-bnb-4bit", "unsloth/Qwen3-4B-Thinking-2507-unsloth-bnb-4bit")
 PROFILES = {
-    "gpu": Profile(
-        name="gpu",
-        model="unsloth/Qwen3-4B-unsloth-bnb-4bit",
-        thinking_model="unsloth/Qwen3-4B-Thinking-2507-unsloth-bnb-4bit",
-        load_in_4bit=True,
-        max_length=512,
-        thinking_max_length=1024,
-    ),
+    "gpu": Profile("gpu", *QWEN3, load_in_4bit=True, max_length=512, thinking_max_length=1024),
     # 16-bit: 4-bit weights work on a CPU too, but are slower there.
     "cpu": Profile("cpu", EMBEDDED, EMBEDDED, load_in_4bit=False, max_length=512, thinking_max_length=512),
 }
@@ -40,15 +35,10 @@ def current_profile() -> Profile:
 
     Raises UserError for a profile that does not exist, or for `gpu` if there is none.
     """
-    has_gpu = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
+    has_gpu = torch.cuda.is_available() or torch.xpu.is_available()
     name = setting("DPO_PROFILE", "gpu" if has_gpu else "cpu")
     if name not in PROFILES:
-        raise UserError(
-            f"DPO_PROFILE is {name!r}, which is not a profile. Use one of {', '.join(PROFILES)} in .env, "
-            "or leave it out to have one chosen from the hardware."
-        )
+        raise refusal("no profile", name=name, profiles=", ".join(PROFILES))
     if name == "gpu" and not has_gpu:
-        raise UserError(
-            "DPO_PROFILE is 'gpu', but torch finds no GPU. Check the driver (`nvidia-smi`), or use DPO_PROFILE=cpu."
-        )
+        raise refusal("no GPU")
     return PROFILES[name]

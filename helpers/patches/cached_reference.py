@@ -14,15 +14,13 @@ import trl
 
 from helpers.patches import expect
 
-_COLUMNS = {"ref_chosen_logps", "ref_rejected_logps"}
-
 
 def self_test() -> None:
     """The loss reads the columns if `precompute_ref_logps` is set, and not if it isn't; what follows is not run."""
-    loss = trl.DPOTrainer._compute_loss  # noqa: SLF001  (what is tested)
+    loss, columns = trl.DPOTrainer._compute_loss, {"ref_chosen_logps", "ref_rejected_logps"}  # noqa: SLF001  (tested)
     ids = torch.tensor([[1, 2, 3], [1, 2, 4]])
     batch = {"input_ids": ids, "attention_mask": ids > 0, "completion_mask": ids > 2}
-    batch |= {name: torch.zeros(1) for name in _COLUMNS}
+    batch |= dict.fromkeys(columns, torch.zeros(1))
     for on in (True, False):
         inputs = MagicMock()  # keeps what is looked up in it
         inputs.__getitem__.side_effect = batch.__getitem__
@@ -31,7 +29,7 @@ def self_test() -> None:
         with contextlib.suppress(Exception):  # a stub does not get to the end
             loss(trainer, model, inputs, False)
         names = {call.args[0] for call in inputs.__getitem__.call_args_list}
-        expect((names >= _COLUMNS) == on, f"with precompute_ref_logps={on} the loss reads {names}")
+        expect((names >= columns) == on, f"with precompute_ref_logps={on} the loss reads {names}")
 
 
 def use_cached_reference(trainer: trl.DPOTrainer) -> None:

@@ -16,8 +16,7 @@ from helpers.patches import expect, works
 
 def self_test() -> None:
     """A module uses what is put into `_parameters`, and the functions for many tensors do what their names say."""
-    with torch.random.fork_rng(devices=[]):  # the random numbers of a training run stay as they are
-        layer = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16, device="cpu")
+    layer = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16, device="cpu")
     short = torch.nn.Parameter(torch.zeros(1, 1, dtype=torch.bfloat16))
     torch._foreach_copy_([short.detach()], [torch.full((1, 1), 2.0)])
     layer._parameters["weight"] = short  # noqa: SLF001  (what is tested)
@@ -31,18 +30,13 @@ def self_test() -> None:
 
 def _take_gradients(weights: list[torch.Tensor], short: list[torch.nn.Parameter]) -> None:
     """Add the gradients of the copies `short` to those of `weights`, in 32 bits."""
-    first, further = [], []  # batches of a step
-    for weight, parameter in zip(weights, short, strict=True):
-        if parameter.grad is None:
-            continue
-        if weight.grad is None:
-            weight.grad = torch.empty_like(weight)
-            first.append((weight.grad, parameter.grad))
-        else:
-            further.append((weight.grad, parameter.grad))
-    for add, pairs in ((torch._foreach_copy_, first), (torch._foreach_add_, further)):
+    used = [(weight, copy.grad) for weight, copy in zip(weights, short, strict=True) if copy.grad is not None]
+    first, later = ([pair for pair in used if (pair[0].grad is None) == new] for new in (True, False))
+    for weight, _ in first:
+        weight.grad = torch.empty_like(weight)
+    for add, pairs in ((torch._foreach_copy_, first), (torch._foreach_add_, later)):
         if pairs:
-            add(*map(list, zip(*pairs, strict=True)))
+            add([weight.grad for weight, _ in pairs], [gradient for _, gradient in pairs])
 
 
 def cast_weights_once(trainer: trl.DPOTrainer) -> None:
@@ -51,14 +45,14 @@ def cast_weights_once(trainer: trl.DPOTrainer) -> None:
     The optimizer, clipping and checkpoints see the 32-bit weights and their gradients, as before. A `trainer` that
     trains anything besides LoRA's two matrices, or has them in 16 bits already, is left as it is.
     """
-    model = trainer.model
-    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    matrices = [(name, module) for name, module in model.named_modules() if ".lora_A." in name or ".lora_B." in name]
+    trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    matrices = [
+        (name, part) for name, part in trainer.model.named_modules() if ".lora_A." in name or ".lora_B." in name
+    ]
     modules = [module for name, module in matrices if f"{name}.weight" in trained]
     weights = [module.weight for module in modules]
-    if len(weights) < len(trained) or any(weight.dtype != torch.float32 for weight in weights):
-        return
-    if not works("cast_once"):
+    plain = len(weights) == len(trained) and all(weight.dtype == torch.float32 for weight in weights)
+    if not (plain and works("cast_once")):
         return
     short = [torch.nn.Parameter(weight.detach().bfloat16()) for weight in weights]
     step = trainer.training_step

@@ -20,13 +20,12 @@ def self_test() -> None:
     """The trainer prepares its data by `_prepare_dataset`, and what it keeps and collates are the columns of ids."""
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-    trainer = trl.DPOTrainer
+    trainer, stub = trl.DPOTrainer, SimpleNamespace(_signature_columns=None, _is_vision_dataset=False)
     parameters = list(inspect.signature(trainer._prepare_dataset).parameters)  # noqa: SLF001  (what is tested)
     expect(parameters[:2] == ["self", "dataset"], f"_prepare_dataset takes {parameters}")
     steps = [inspect.unwrap(one.__init__) for one in trainer.__mro__]
     called = {name for step in steps if hasattr(step, "__code__") for name in step.__code__.co_names}
     expect("_prepare_dataset" in called, "DPOTrainer does not call _prepare_dataset when it is made")
-    stub = SimpleNamespace(_signature_columns=None, _is_vision_dataset=False)
     trainer._set_signature_columns_if_needed(stub)  # noqa: SLF001  (what is tested)
     expect(set(ID_COLUMNS) <= set(stub._signature_columns), "DPOTrainer keeps other columns")  # noqa: SLF001  (as above)
     row = dict(zip(ID_COLUMNS, ([1], [2, 3], [4]), strict=True))
@@ -44,9 +43,8 @@ def trainer_class() -> type[trl.DPOTrainer]:
         return own
 
     def prepare(self: trl.DPOTrainer, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        if set(ID_COLUMNS) <= set(dataset.column_names or ()):
-            return dataset
-        return own._prepare_dataset(self, dataset, *args, **kwargs)  # noqa: SLF001  (the patch)
+        given = set(ID_COLUMNS) <= set(dataset.column_names or ())
+        return dataset if given else own._prepare_dataset(self, dataset, *args, **kwargs)  # noqa: SLF001  (the patch)
 
     # Under TRL's name, which it puts into model cards.
     return type(own.__name__, (own,), {"_prepare_dataset": prepare, "__doc__": own.__doc__})

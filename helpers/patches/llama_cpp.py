@@ -17,7 +17,7 @@ def _places() -> tuple[Path, tuple[str, ...]]:
 
 def self_test() -> None:
     """Unsloth names a folder and Python files."""
-    _, names = _places()
+    names = _places()[1]
     expect(bool(names) and all(name.endswith(".py") for name in names), f"the converter's names are {names}")
 
 

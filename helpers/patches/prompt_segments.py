@@ -15,30 +15,22 @@ from helpers.patches import expect
 
 
 class Keys(NamedTuple):
-    """Which keys the queries of each segment see: a completion's, those of its prompt and its own up to themselves.
+    """Which keys the queries of each segment see: a completion's, those of its prompt and its own up to themselves."""
 
-    `index` has the places of the keys in the one row, segment after segment; a prompt's come once for each that sees
-    them. `ends_q` and `ends_k` are where the queries and keys of each segment end, after a 0; int32.
-    """
-
-    index: torch.Tensor
-    ends_q: torch.Tensor
-    ends_k: torch.Tensor
+    index: torch.Tensor  # places of the keys in the one row, by segment; a prompt's come once for each that sees them
+    ends_q: torch.Tensor  # where the queries of each segment end, after a 0; int32
+    ends_k: torch.Tensor  # its keys
     longest_q: int
     longest_k: int
 
 
 def segment_keys(sizes: list[list[int]], device: torch.device) -> Keys:
     """The keys of each segment on `device`; `sizes` are those of a prompt and its completions, for each pair."""
-    index, queries, base = [], [], 0
-    for prompt, *completions in sizes:
-        start = base
-        for size in (prompt, *completions):
-            own = torch.arange(start, start + size)
-            index.append(own if start == base else torch.cat([torch.arange(base, base + prompt), own]))
-            queries.append(size)
-            start += size
-        base = start
+    queries, index = [size for row in sizes for size in row], []
+    segments = iter(torch.arange(sum(queries)).split(queries))
+    for _, *completions in sizes:
+        prompt = next(segments)
+        index += [prompt, *(torch.cat([prompt, next(segments)]) for _ in completions)]
     keys = [len(seen) for seen in index]
     ends_q, ends_k = (torch.tensor([0, *counts]).cumsum(0).int().to(device) for counts in (queries, keys))
     return Keys(torch.cat(index).to(device), ends_q, ends_k, max(queries), max(keys))
@@ -90,16 +82,12 @@ def _compare() -> None:
     from unsloth.utils import attention_dispatch as dispatch
 
     sizes = {"bsz": 1, "q_len": 7, "kv_seq_len": 7, "n_heads": 2, "head_dim": 16, "requires_grad": True}
-    unused = {"seq_info": None, "attention_mask": None, "causal_mask": None}
-    keys = segment_keys([[3, 2, 2]], torch.device("cuda"))
-    context = dispatch.AttentionContext(**sizes, **unused, prefix_seg_info=keys)
+    unused, keys = ("seq_info", "attention_mask", "causal_mask"), segment_keys([[3, 2, 2]], torch.device("cuda"))
+    context = dispatch.AttentionContext(**sizes, **dict.fromkeys(unused), prefix_seg_info=keys)
     config = dispatch.AttentionConfig(backend=dispatch.SDPA, n_kv_heads=2, n_groups=1)
     take_segments()
-    source = torch.Generator("cuda").manual_seed(0)
-    q, k, v = (
-        torch.randn(1, 2, 7, 16, device="cuda", dtype=torch.bfloat16, generator=source, requires_grad=True)
-        for _ in range(3)
-    )
+    drawn = torch.randn(3, 1, 2, 7, 16, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    q, k, v = (one.bfloat16().requires_grad_() for one in drawn)
     found = dispatch.run_attention(config=config, context=context, Q=q, K=k, V=v).transpose(1, 2)
     segment = torch.tensor([0, 0, 0, 1, 1, 2, 2], device="cuda")
     seen = (segment[:, None] == segment) | (segment == 0)

@@ -26,19 +26,16 @@ ON_GPU = True
 
 
 class Packed(NamedTuple):
-    """A batch with each prompt once: the model's `inputs`, and where each prediction is in them and in the rows given.
+    """A batch with each prompt once."""
 
-    `given` and `packed` are each (rows, columns).
-    """
-
-    inputs: dict[str, Any]
-    given: tuple[torch.Tensor, ...]
-    packed: tuple[torch.Tensor, ...]
+    inputs: dict[str, Any]  # of the model
+    given: tuple[torch.Tensor, ...]  # where each prediction is in the rows given: rows, columns
+    packed: tuple[torch.Tensor, ...]  # where in the inputs
 
 
-def _mask(sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _mask(sizes: list[list[int]], dtype: torch.dtype) -> torch.Tensor:
     """The additive mask (pairs, 1, tokens, tokens): each of the three parts sees the prompt and itself."""
-    parts = [torch.repeat_interleave(torch.arange(3), row) for row in sizes]
+    parts = [torch.arange(3).repeat_interleave(torch.tensor(row)) for row in sizes]
     part = pad_sequence(parts, batch_first=True, padding_value=3)
     query, key = part[:, None, :, None], part[:, None, None, :]
     seen = ((query == key) | (key == 0)).tril()
@@ -61,32 +58,28 @@ def pack(
     ids, labels, last = ids.cpu(), labels.cpu(), mask.sum(dim=1).cpu() - 1  # each comparison would wait for the GPU
     starts = (labels != -100).long().argmax(dim=1)
     in_prompt = torch.arange(ids.shape[1]) < starts[:pairs, None]
-    if not torch.equal(starts[:pairs], starts[pairs:]) or starts.min() <= (1 if one_row else 0):
+    differ = (starts[:pairs] != starts[pairs:]).any() or ((ids[:pairs] != ids[pairs:]) & in_prompt).any()
+    if differ or starts.min() <= (1 if one_row else 0):
         return None
-    if ((ids[:pairs] != ids[pairs:]) & in_prompt).any():
-        return None
-
-    def by_pair(rows: torch.Tensor) -> torch.Tensor:
-        return rows.unflatten(0, (2, -1)).transpose(0, 1)
-
-    prompt, column = starts[:pairs] - 1, torch.arange(ids.shape[1] - 1)
-    first = torch.cat([torch.zeros_like(prompt), prompt])  # rejected comes without the prompt
-    kept = by_pair((column >= first[:, None]) & (column < last[:, None]))
-    rows = {"input_ids": ids[:, :-1], "position_ids": column.expand(2 * pairs, -1), "shift_labels": labels[:, 1:]}
-    padding = {"input_ids": 0, "position_ids": 0, "shift_labels": -100}
-    flat = {name: by_pair(values)[kept] for name, values in rows.items()}
-    sizes = torch.stack([prompt, last[:pairs] - prompt, last[pairs:] - prompt], dim=1)
+    ends = list(zip((starts[:pairs] - 1).tolist(), *last.view(2, pairs).tolist(), strict=True))
+    sizes = [[prompt, chosen - prompt, rejected - prompt] for prompt, chosen, rejected in ends]
+    # Runs of a row, from a column to another, in the order of what is packed; rejected comes without the prompt.
+    runs = [
+        run for pair, (start, *end) in enumerate(ends) for run in ((pair, 0, end[0]), (pair + pairs, start, end[1]))
+    ]
+    row = torch.cat([torch.full((end - start,), row) for row, start, end in runs])
+    column = torch.cat([torch.arange(start, end) for _, start, end in runs])
+    following = labels[row, column + 1]
+    flat = {"input_ids": (ids[row, column], 0), "position_ids": (column, 0), "shift_labels": (following, -100)}
     if one_row:
-        fill = -len(flat["input_ids"]) % 128
-        inputs = {name: pad(flat[name][None], (0, fill), value=value) for name, value in padding.items()}
+        fill = -len(row) % 128
+        inputs: dict[str, Any] = {name: pad(one[None], (0, fill), value=value) for name, (one, value) in flat.items()}
     else:
-        counts = sizes.sum(dim=1).tolist()
-        inputs = {name: pad_sequence(flat[name].split(counts), True, value) for name, value in padding.items()}
-    pair, side, place = by_pair(labels[:, 1:] != -100).nonzero(as_tuple=True)
-    given, packed = (side * pairs + pair, place), (inputs["shift_labels"] != -100).nonzero(as_tuple=True)
+        inputs = {name: pad_sequence(one.split([*map(sum, sizes)]), True, value) for name, (one, value) in flat.items()}
+    given, packed = (row[following != -100], column[following != -100]), (inputs["shift_labels"] != -100).nonzero().T
     inputs = {name: values.to(device) for name, values in inputs.items()}
     if one_row:
-        inputs["prefix_seg_info"] = segment_keys(sizes.tolist() + ([[fill]] if fill else []), device)
+        inputs["prefix_seg_info"] = segment_keys(sizes + ([[fill]] if fill else []), device)
     else:
         inputs["attention_mask"] = _mask(sizes, dtype)
     return Packed(inputs, *(tuple(index.to(device) for index in places) for places in (given, packed)))
@@ -114,6 +107,7 @@ def _share(inner: PreTrainedModel) -> None:
     inner.forward = forward
 
 
+@torch.no_grad()
 def self_test() -> None:
     """A tiny model gives the same log-probs packed and as two rows. It stays on the CPU.
 
@@ -123,21 +117,18 @@ def self_test() -> None:
 
     if torch.cuda.is_available():
         return
-    # The random numbers of a training run stay as they are.
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.random.default_generator.manual_seed(0)
-        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-        config = LlamaConfig(vocab_size=32, initializer_range=0.5, attn_implementation="eager", **sizes)
-        model = LlamaForCausalLM(config).eval()
-        add_fused_lm_head(model)
-        ids = torch.tensor([[5, 6, 7, 8, 9, 10], [1, 2, 3, 4, 0, 0], [5, 6, 7, 11, 0, 0], [1, 2, 12, 13, 14, 0]])
-        starts = torch.tensor([3, 2, 3, 2])
-        mask = (ids != 0).long()
-        labels = ids.masked_fill((mask == 0) | (torch.arange(6) < starts[:, None]), -100)
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False, "fused_lm_head": True}
-        rows = model(**batch).log_probs
-        _share(model)
-        shared = model(**batch).log_probs
+    torch.random.default_generator.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=32, initializer_range=0.5, attn_implementation="eager", **sizes)
+    model = LlamaForCausalLM(config).eval()
+    add_fused_lm_head(model)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10], [1, 2, 3, 4, 0, 0], [5, 6, 7, 11, 0, 0], [1, 2, 12, 13, 14, 0]])
+    starts, mask = torch.tensor([3, 2, 3, 2]), (ids != 0).long()
+    labels = ids.masked_fill((mask == 0) | (torch.arange(6) < starts[:, None]), -100)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False, "fused_lm_head": True}
+    rows = model(**batch).log_probs
+    _share(model)
+    shared = model(**batch).log_probs
     expect(torch.allclose(rows, shared, atol=1e-3), "a prompt computed once gives other log-probs")
 
 

@@ -22,7 +22,6 @@ def self_test() -> None:
 def set_checkpointing(model: PeftModel, on: bool) -> None:
     """Have Unsloth's trainer checkpoint if `on`. Nothing changes on a CPU, or if the `model` has no other note."""
     made = getattr(model, "_unsloth_gradient_checkpointing", None)
-    if model.device.type == "cpu" or made is None or bool(made) == on:
-        return
-    if works("unsloth_checkpointing"):
+    other = model.device.type != "cpu" and made is not None and bool(made) != on
+    if other and works("unsloth_checkpointing"):
         model._unsloth_gradient_checkpointing = on  # noqa: SLF001  (the patch)

@@ -16,10 +16,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from helpers.common import UserError, write_atomic, write_json
-from helpers.model.drift import sample_twice, sampled_kl
 from helpers.model.fingerprint import config_hash
 from helpers.model.generate import Reply, repetition
 from helpers.model.load import add_lora
+from helpers.model.logps import sample_twice, sampled_kl
 from helpers.model.memory import BATCH_SETTINGS
 from helpers.model.policy import Policy
 from helpers.run.folder import USUAL_RULE, Run, describe_config, machine, versions

@@ -23,8 +23,8 @@ from helpers.session import quiet_progress
 from helpers.train import TABLE, say
 from helpers.train.processes import share_steps, weigh_pairs
 
-# By so many times the precision's epsilon and the square root of its tokens may a log-prob be off: in bf16 2.5 nats at
-# 100 tokens, where some tenths were seen.
+# By so many times the precision's epsilon and the square root of its tokens may a log-prob be off: batches that are
+# padded otherwise are rounded otherwise. In bf16 that is 2.5 nats at 100 tokens; docs/settings.md has what is seen.
 ROUNDING = 32
 
 
@@ -110,8 +110,10 @@ def _evaluated(trainer: trl.DPOTrainer, batch: dict[str, torch.Tensor]) -> dict[
     return logs
 
 
-def check_start(trainer: trl.DPOTrainer, settings: dict[str, Any]) -> None:
+def check_start(trainer: trl.DPOTrainer, settings: dict[str, Any]) -> float:
     """Raise UserError unless the policy is its reference before the first step; `settings` are the caller's.
+
+    Returns the share of what rounding is allowed that the difference takes.
 
     For the longest and the shortest pair, the `trainer`'s own loss has to find rewards of 0, and each of the four rows
     by itself, without padding and with no prompt shared, the log-probs of the reference.
@@ -133,7 +135,7 @@ def check_start(trainer: trl.DPOTrainer, settings: dict[str, Any]) -> None:
     by_row = (torch.stack(alone) - reference).abs() * (trainer.ld_alpha is None)  # which weighs a row by its partner
     loss_right, rows_right = by_loss <= allowed.max(), bool((by_row <= allowed).all())
     if loss_right and rows_right:
-        return
+        return max(by_loss / float(allowed.max()), float((by_row / allowed).max()))
     cause = f"a {model.config.model_type} model gives a row other log-probs if more rows are computed with it"
     if not loss_right:
         known = f"{TABLE['result']} {TABLE['harmless']}".split()

@@ -351,6 +351,24 @@ def test_tokens_beyond_the_embedding(tokenizer, pairs):
     assert pair_logps(model, tokenizer, pairs[1].select([0])).chosen < 0
 
 
+def test_a_folder_of_adapters_with_names_of_their_own(tmp_path, tokenizer, monkeypatch):
+    folder, config = save(tmp_path / "base", tokenizer), LoraConfig(**LORA, init_lora_weights=False)
+    monkeypatch.setenv("DPO_MODEL", str(folder))
+    model, _ = helpers.load_model()
+    saved = get_peft_model(model, config, adapter_name="mine")
+    expected = {name.replace(".mine.", "."): one.clone() for name, one in saved.state_dict().items() if "lora" in name}
+    saved.save_pretrained(tmp_path / "adapters")
+    inside = tmp_path / "adapters" / "mine" / "adapter_config.json"
+    inside.write_text(json.dumps(json.loads(inside.read_text()) | {"base_model_name_or_path": "base"}))
+    loaded, _ = helpers.load_model(str(tmp_path / "adapters"))
+    check_adapter(loaded)
+    found = {name.replace(".default.", "."): one for name, one in loaded.state_dict().items() if "lora" in name}
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], one) for name, one in expected.items())
+    shutil.copytree(inside.parent, tmp_path / "adapters" / "other")
+    with pytest.raises(UserError, match="adapters holds several adapters: mine, other"):
+        helpers.load_model(str(tmp_path / "adapters"))
+
+
 def test_an_adapter_that_does_not_fit_its_base(tmp_path, tokenizer, monkeypatch):
     folder = save(tmp_path / "mine", tokenizer)
     adapter = get_peft_model(tiny(vocab_size=64, hidden_size=32), LoraConfig(**LORA))

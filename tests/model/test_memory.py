@@ -13,13 +13,13 @@ from datasets import Dataset
 from transformers import LlamaConfig, Qwen3Config
 
 from benchmarks import gpu
-from helpers.model.load import _keep_freed_memory
 from helpers.model.memory import (
     ESTIMATE_MARGIN,
     estimate_for,
     estimate_memory,
     free_memory,
     is_out_of_memory,
+    keep_freed_memory,
     plan_batch,
     plan_for,
 )
@@ -163,7 +163,7 @@ def test_free_memory_is_less_after_taking_some():
 
 
 def test_what_earlier_work_freed_is_free():
-    _keep_freed_memory()  # as load_model does
+    keep_freed_memory()  # as load_model does
     used = psutil.Process().memory_info
     free_memory(torch.device("cpu"))
     before = used().rss

@@ -6,7 +6,9 @@ The runs are of a model of two small layers, in 32 bits.
 import copy
 import dataclasses
 import inspect
+import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     TrainerCallback,
 )
 
@@ -29,6 +33,7 @@ from helpers import UserError, train_dpo
 from helpers.data.load import load_pairs
 from helpers.model.fingerprint import adapter_hash
 from helpers.patches import shared_prompt
+from helpers.train import dpo
 from helpers.train.settings import TABLE, complete_settings, dpo_settings, hardly_moves, run_config
 from tests.conftest import strip
 from tools.tables import result
@@ -276,6 +281,17 @@ def alike(loaded, small):
     return start
 
 
+@pytest.fixture(scope="module")
+def measured():
+    """What is measured here; written to the file that SETTINGS_JSON names, from which docs/settings.md is made."""
+    found: dict[str, dict[str, float]] = {"differences": {}, "rounding": {}}
+    yield found
+    if "SETTINGS_JSON" in os.environ:
+        command = "SETTINGS_JSON=benchmarks/results/settings.json pytest tests/train/test_settings.py -k measured"
+        of_run = {"command": command, "versions": helpers.versions(), "machine": helpers.machine()}
+        Path(os.environ["SETTINGS_JSON"]).write_text(json.dumps(found | of_run, indent=1) + "\n")
+
+
 def logged(history: list[dict]) -> list[list[float]]:
     """Of each step; without the accuracy of the first, where every pair is a tie and rounding decides."""
     names = ("loss", "rewards/margins", "rewards/chosen", "rewards/accuracies", "grad_norm")
@@ -306,7 +322,7 @@ CASES += [(name, True) for name in ("sigmoid", "ld_alpha", "use_weighting", "max
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, trained_before", CASES, ids=lambda value: {True: "trained", False: "fresh"}.get(value))
-def test_losses_are_those_of_trl_alone(name, trained_before, alike, loaded, pairs, tmp_path):
+def test_losses_are_those_of_trl_alone_measured(name, trained_before, alike, loaded, pairs, measured, tmp_path):
     ours, plain = alike(trained_before)
     settings = QUICK | SAME[name]
     found = train_dpo(ours, loaded[1], *pairs, tmp_path / "run", **settings).history
@@ -317,7 +333,10 @@ def test_losses_are_those_of_trl_alone(name, trained_before, alike, loaded, pair
         plain.delete_adapter("ref")
     expected = logged(trainer.state.log_history)
     assert len(expected) == 2 and expected[0] != expected[1]
-    torch.testing.assert_close(sum(logged(found), []), sum(expected, []), atol=1e-4, rtol=1e-4)
+    ours, theirs = torch.tensor(sum(logged(found), [])), torch.tensor(sum(expected, []))
+    case = f"{name}, reference trained before" if trained_before else name
+    measured["differences"][case] = float((ours - theirs).abs().max())
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ the first step
@@ -325,10 +344,30 @@ def test_losses_are_those_of_trl_alone(name, trained_before, alike, loaded, pair
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-def policy_of(kind, config, tokenizer, **more):
-    torch.manual_seed(0)
+def policy_of(kind, config, tokenizer, seed=0, **more):
+    torch.manual_seed(seed)
     values = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "initializer_range": 0.3}
     return helpers.add_lora(kind(config(**SIZES | values | more)))
+
+
+KINDS = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen2": (Qwen2ForCausalLM, Qwen2Config)}
+KINDS |= {"qwen3": (Qwen3ForCausalLM, Qwen3Config)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounding_in_bf16_is_far_from_what_is_allowed_measured(kind, loaded, pairs, measured, tmp_path, monkeypatch):
+    """Over three seeds, with an adapter trained before: the share of the tolerance that a healthy run takes."""
+    shares, check = [], dpo.check_start
+    monkeypatch.setattr(dpo, "check_start", lambda *given: shares.append(check(*given)))
+    for seed in range(3):
+        policy = policy_of(*KINDS[kind], loaded[1], seed=seed).bfloat16()
+        for name, weight in policy.named_parameters():
+            if "lora_" in name:
+                weight.data = (weight + 0.05 * torch.randn_like(weight)).float()
+        train_dpo(policy, loaded[1], *pairs, tmp_path / str(seed), **QUICK | {"bf16": True, "max_steps": 1})
+    measured["rounding"][kind] = max(shares)
+    assert len(shares) == 3 and 0 < max(shares) < 0.5
 
 
 class Steps(TrainerCallback):

@@ -16,7 +16,7 @@ import helpers
 from helpers import UserError
 from helpers.after.recommend import compare_accuracy, recommend
 from helpers.data.load import load_pairs
-from helpers.model.drift import sampled_kl
+from helpers.model.logps import sampled_kl
 from helpers.teach import plots
 from helpers.train.dpo import train_dpo
 from helpers.train.sweep import Sweep, _add, sweep_beta
