@@ -32,9 +32,9 @@ def fault(name: str) -> str | None:
         patch, torch = importlib.import_module(f"helpers.patches.{name}"), sys.modules.get("torch")
         with contextlib.ExitStack() as state:
             if torch is not None:
-                device = "cuda" if torch.cuda.is_available() else "cpu"
-                for one in torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast(device, enabled=False):
-                    state.enter_context(one)
+                state.enter_context(torch.random.fork_rng(devices=[]))
+                state.enter_context(torch.enable_grad())
+                state.enter_context(torch.autocast("cuda" if torch.cuda.is_available() else "cpu", enabled=False))
             patch.self_test()
     except Exception as error:
         first = str(error).strip().partition("\n")[0]

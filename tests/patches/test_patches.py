@@ -23,10 +23,12 @@ from helpers.patches import (
     PATCHES,
     cast_once,
     dataset_key,
+    expect,
     fault,
     fused_lm_head,
     given_ids,
     llama_cpp,
+    prompt_segments,
     shared_prompt,
     text_progress,
     unsloth_checkpointing,
@@ -143,6 +145,21 @@ def test_patch_works_and_its_test_leaves_random_numbers_alone(name, capsys):
     assert works(name), fault(name)
     assert torch.equal(torch.get_rng_state(), before)
     assert capsys.readouterr().out == ""
+
+
+def test_a_self_test_does_not_depend_on_where_it_is_asked(monkeypatch):
+    """Two cards once computed each prompt twice on the second: it asked first where gradients were off."""
+    weight = torch.ones(2, 2, requires_grad=True)
+
+    def gradient():
+        product = weight @ weight
+        expect(product.dtype == torch.float32, "autocast is on")
+        torch.autograd.grad(product.sum(), weight)
+
+    monkeypatch.setattr(prompt_segments, "self_test", gradient)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert fault("prompt_segments") is None
+        assert not torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("name, take_away", BROKEN, ids=[f"{i} {name}" for i, (name, _) in enumerate(BROKEN)])
