@@ -85,7 +85,7 @@ class Loaded:
 
 def test_gpu_defaults_are_those_of_the_readme(gpu):
     settings = dpo_settings()
-    expected = {"learning_rate": 5e-6, "optim": "adamw_8bit", "beta": 0.1, "max_length": 512}
+    expected = {"learning_rate": 5e-5, "optim": "adamw_8bit", "beta": 0.1, "max_length": 512}
     assert {name: settings[name] for name in expected} == expected
     assert settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] == 8
     assert settings["bf16"] != settings["fp16"]
@@ -97,9 +97,9 @@ def test_rate_and_length_come_from_the_model_in_hand(gpu, monkeypatch):
     for named in ("", "embedded"):
         monkeypatch.setenv("DPO_MODEL", named)
         assert (dpo_settings(embedded)["learning_rate"], dpo_settings(embedded)["max_length"]) == (2e-4, 512)
-        assert (dpo_settings(other)["learning_rate"], dpo_settings(other)["max_length"]) == (5e-6, 1024)
+        assert (dpo_settings(other)["learning_rate"], dpo_settings(other)["max_length"]) == (5e-5, 1024)
     # A model of one's own that began as the embedded one is another model.
-    assert dpo_settings(Loaded(f"{embedded_folder()}-my-sft", 512))["learning_rate"] == 5e-6
+    assert dpo_settings(Loaded(f"{embedded_folder()}-my-sft", 512))["learning_rate"] == 5e-5
 
 
 def test_every_default_is_a_setting_of_trl(monkeypatch):
