@@ -297,11 +297,11 @@ def test_first_row_after_a_resume_says_of_how_many_steps_its_mean_is(call):
 
 @pytest.mark.parametrize("hook, step", [("on_step_begin", 5), ("on_train_end", 7)])
 def test_run_folder_that_was_moved_keeps_its_best_checkpoint(call, tmp_path, hook, step):
-    """Step 2, by a turned metric. What trainer_state.json says of it is the path before."""
+    """The worst one, by a turned metric. What trainer_state.json says of it is the path before."""
     settings = RUNS["steps"] | {"greater_is_better": True}
     whole = call("whole", **settings)
-    losses = {row["step"]: row["eval_loss"] for row in whole.history if "eval_loss" in row}
-    assert whole.metrics["loss"] == pytest.approx(losses[2]) and losses[2] > losses[7] + 0.01
+    losses = [row["eval_loss"] for row in whole.history if "eval_loss" in row and row["step"]]
+    assert whole.metrics["loss"] == pytest.approx(max(losses)) and max(losses) > losses[-1] + 0.01
     with pytest.raises(Crash):
         call("run", At(hook, step, crash), **settings)
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -317,7 +317,7 @@ def disk(tmp_path):
     if os.name != "posix" or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root may mount a file system, and not in every container")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # weights may still be mapped
 
 
 WEIGHTS, TOKENIZER = "adapter_model.safetensors", "tokenizer.json"
