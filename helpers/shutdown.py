@@ -30,7 +30,12 @@ def _notebook_session(kernel_id: str) -> tuple[str, dict] | None:
 
 
 def shut_down_kernel() -> None:
-    """Free the models' memory; in JupyterLab or Notebook also end this notebook's session, as its menu does."""
+    """Free the models' memory; in JupyterLab or Notebook also end this notebook's session.
+
+    Models and trainers are dropped from the notebook's variables. If a Jupyter server owns this kernel, it ends the
+    session as "Shut Down Kernel" in its menu does, so that no "kernel died" dialog appears. Under nbmake, nbconvert,
+    papermill or plain Python nothing else happens: what started the kernel ends it.
+    """
     names = getattr(get_ipython(), "user_ns", {})  # of the notebook's variables; none in plain Python
     for name in [name for name, value in names.items() if isinstance(value, torch.nn.Module | Trainer)]:
         del names[name]

@@ -330,7 +330,7 @@ def diagnose(
     test_pairs: int | None = None,
     report: Report | None = None,
 ) -> Diagnosis:
-    """What is wrong with a training run, from its history alone; what stays unknown is named as not judged.
+    """What is wrong with a training run, from its history and data report alone.
 
     Args:
         source: a Run or its folder, also of one that ran out of memory; a trainer; its `state.log_history`; or TRL's
@@ -339,7 +339,10 @@ def diagnose(
         train_pairs, test_pairs: how many pairs, where the source does not say.
         report: of `check_pairs` for the training pairs.
 
-    Raises UserError if there is no such folder, an unfinished run, or no history.
+    What stays unknown is named as not judged, never assumed.
+
+    Raises:
+        UserError: no such folder, an unfinished run, or no history.
     """
     known = _of_source(source)
     settings = describe_config(config) if isinstance(config, TrainingArguments) else config or {}

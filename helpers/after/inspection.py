@@ -110,12 +110,18 @@ def load_policy(run: Run) -> tuple[PeftModel, Tokenizer]:
 
 
 def open_run(run: Run | str | Path, *, ref_model: Model | None = None) -> OpenRun:
-    """Load policy and reference of a `run`, or of its folder, after a check that they are what the run left.
+    """Load a run's policy and reference, after a check that they are what the run left.
 
-    On a CPU both calculate in 32 bits: in the 16 bits of training, rounding changes the log-ratio of a token by a good
-    part of what training changes. `ref_model` is the reference, for a run whose train_dpo had a `ref_model`. Raises
-    UserError if the folder is no finished run, or was edited; if the adapter is missing or no safetensors file; if the
-    base model is not here, is another one, or comes with code (which is never run).
+    On a CPU both calculate in 32 bits. In the 16 bits of training, rounding changes the log-ratio of a token by a good
+    part of what training changes.
+
+    Args:
+        run: a run, or its folder.
+        ref_model: the reference, for a run whose train_dpo had a `ref_model`.
+
+    Raises:
+        UserError: the folder is no finished run, or was edited; the adapter is missing or no safetensors file; the
+            base model is not here, is another one, or comes with code (which is never run).
     """
     run = run if isinstance(run, Run) else Run.load(run)
     _check_adapter(run.adapter, run.info.end, run.info.lora.get("adapter"))
@@ -144,11 +150,15 @@ def compare_generations(
 ) -> pd.DataFrame:
     """Replies of reference and policy to the same prompts, side by side: a row for each prompt.
 
-    Columns: prompt, reference and policy (texts), and for both models of `run` the tokens of the reply, whether it
-    ended before `max_new_tokens`, and the share of its 4-grams that repeat an earlier one. `prompts` are questions
-    (str), conversations, or rows of pairs, whose `tools` and `chat_template_kwargs` count; for the others the chat
-    template gets what all training prompts had in common (`run.info.template`). `options` are those of
-    `generate_replies`: greedy, or temperature, top_p and seed to sample.
+    Columns: prompt, reference and policy (texts), and for both models the tokens of the reply, whether it ended before
+    `max_new_tokens`, and the share of its 4-grams that repeat an earlier one.
+
+    Args:
+        run: a run, its folder, or what `open_run` gave.
+        prompts: questions (str), conversations, or rows of pairs, whose `tools` and `chat_template_kwargs` count. For
+            the others the chat template gets what all training prompts had in common (`run.info.template`).
+        max_new_tokens: where a reply is cut.
+        options: of `generate_replies`; greedy by default, temperature, top_p and seed to sample.
     """
     opened = _opened(run)
     options = opened.run.info.template | options | {"max_new_tokens": max_new_tokens}

@@ -57,11 +57,15 @@ def estimate_memory(
     """Bytes that DPO with LoRA on the seven projections and a cached reference needs at its peak.
 
     Args:
-        config, rank, optim: of a Llama-like model, of its LoRA adapter, and as in DPOConfig.
+        config: of a Llama-like model.
         pairs: in a micro-batch (`per_device_train_batch_size`).
-        tokens, prompt: of the longest sequence; of these the prompt's, which both answers share unless `plain`.
-        checkpointing: only one layer's activations are kept, and the inputs of all; if "unsloth", these not on the GPU.
+        tokens: of the longest sequence, prompt and answer.
+        prompt: tokens of it that are the prompt's, which both answers share; does not count if `plain`.
+        checkpointing: gradient checkpointing; one layer's activations are kept at a time, and the inputs of all layers.
+            "unsloth": these go to the machine's memory.
         load_in_4bit: weights of the projections in bitsandbytes' NF4, else all in 16 bits.
+        rank: of the LoRA adapter.
+        optim: as in DPOConfig; an 8-bit optimizer keeps a quarter of the state.
         plain: the CPU profile, whose layers are transformers' own and keep more, attention scores among it.
     """
     config = config.get_text_config()

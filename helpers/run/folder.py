@@ -99,10 +99,15 @@ class RunInfo:
 
 @dataclass
 class Run:
-    """What a training run left in its `folder`: all that is needed to use or go on with it, on any machine.
+    """What a training run left in its folder: all that is needed to use or go on with it, on any machine.
 
-    It holds `adapter/` (LoRA weights and tokenizer), the files of the fields below, and a model card; `reference/` too
-    if the run started from an adapter that was trained before.
+    Attributes:
+        folder: holds `adapter/` (LoRA weights and tokenizer), the files below, and a model card; `reference/` too
+            if the run started from an adapter that was trained before.
+        info: model, data, settings and state.
+        history: one dict for each logging and evaluation step, as TRL logs them.
+        metrics: held-out figures before and after, seconds.
+        held_out: one row for each held-out pair: origin, topic, flaw, log-probs under reference and policy.
     """
 
     folder: Path

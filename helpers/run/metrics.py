@@ -62,7 +62,10 @@ def preference_metrics(table: pd.DataFrame, beta: float) -> dict[str, Any]:
 
 
 def accuracy_by(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Share of pairs with a positive margin, low, high, pairs: a row by value of a `column` of held-out `table`."""
+    """Share of pairs with a positive margin for each value of a `column` ("flaw", say) of `table` (`Run.held_out`).
+
+    One row for each value, most pairs first; columns share, low, high (`wilson_interval`), pairs.
+    """
     groups = (table.log_ratio_gap > 0).groupby(table[column]).agg(["sum", "size"]).sort_values("size", ascending=False)
     rows = [(right / n, *wilson_interval(right, n), n) for right, n in groups.itertuples(index=False)]
     return pd.DataFrame(rows, groups.index, ["share", "low", "high", "pairs"])

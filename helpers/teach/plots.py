@@ -49,7 +49,10 @@ def _histograms(axis: plt.Axes, *parts: tuple[Sequence[float], str, dict], start
 
 
 def plot_training(history: list[dict]) -> plt.Figure:
-    """Loss, margin and preference accuracy by step of a Run's `history`: does it learn, and for pairs held out too?"""
+    """Loss, margin and preference accuracy by step: is it learning, and on pairs that it has not seen?
+
+    `history` is that of a Run; its evaluations, if any, are drawn as held-out points.
+    """
     figure, axes = _subplots(1, 3, figsize=(12, 3.4))
     parts = (
         ("loss", "loss", "loss (nats)", math.log(2), "ln 2: nothing learned"),
@@ -88,7 +91,11 @@ def plot_lengths(chosen: list[int], rejected: list[int]) -> plt.Figure:
 
 
 def plot_shares(shares: pd.DataFrame, *, label: str) -> plt.Figure:
-    """A share for each row with its interval, as from `accuracy_by`: which groups differ by more than chance?"""
+    """A share for each row with its interval: which groups differ by more than chance?
+
+    `shares` has group names as its index, and columns share, low, high (0 to 1) and pairs (count); `label` says of
+    what they are shares.
+    """
     return plot_compared({"95% interval": shares}, label=label, baseline=0.5)
 
 

@@ -36,12 +36,18 @@ def _prompt_codes(prompt: str | list[dict], tokenizer: Tokenizer) -> set[str]:
 
 
 def check_thinking(pairs: Iterable[dict], tokenizer: Tokenizer, max_length: int | None = None) -> list[Finding]:
-    """What is wrong with the thoughts of `pairs`, for a report of `check_pairs`: `report.add(check_thinking(...))`.
+    """What is wrong with the thoughts of these pairs, for a report of `check_pairs`: `report.add(check_thinking(...))`.
 
-    It looks at each message as it is written, and if that is in order, at what the chat template of the model's
-    `tokenizer` makes of it. `pairs` are rows as `render_thinking` and `load_pairs` give them; or prompt, chosen and
-    rejected as the text that the trainer gets, with the chat template applied (else UserError). `max_length`: tokens of
-    prompt + completion that the trainer keeps.
+    It looks at each message as it is written, and if that is in order, at what the chat template makes of it.
+
+    Args:
+        pairs: rows as `render_thinking` and `load_pairs` give them; or prompt, chosen and rejected as the text that
+            the trainer gets, with the chat template applied.
+        tokenizer: of the model that they are for.
+        max_length: tokens of prompt + completion that the trainer keeps.
+
+    Raises:
+        UserError: rows without the columns prompt, chosen and rejected.
     """
     boundary = think_boundary(tokenizer)
     tags_are_text = boundary.kind == "ordinary" and not boundary.one_token

@@ -47,9 +47,14 @@ def render_thinking(pairs: Iterable[dict], tokenizer: Tokenizer, enable_thinking
 
     Prompt + completion then carries exactly one `<think>...</think>`, and the prompt stays a token prefix. With
     `enable_thinking=False` the prompt of a hybrid model holds the (empty) thought: only the answers are left. Earlier
-    turns of a prompt are left to the template, which treats them as it does at inference. `pairs` are as
-    `load_thinking_pairs` gives them, `tokenizer` is that of the model. Raises UserError if `enable_thinking` is given
-    for a model whose template has no such switch.
+    turns of a prompt are left to the template, which treats them as it does at inference.
+
+    Args:
+        pairs, tokenizer: as `load_thinking_pairs` gives them, and of the model that they are for.
+        enable_thinking: only for a hybrid model; False puts an empty thought into its prompt.
+
+    Raises:
+        UserError: `enable_thinking` for a model whose template has no such switch.
     """
     boundary = think_boundary(tokenizer, enable_thinking)
     if enable_thinking is not None and boundary.kind != "hybrid":

@@ -67,12 +67,15 @@ def false_steps(thought: str) -> list[str]:
 
 
 def thought_table(replies: Sequence[Reply], answers: Sequence[str], tokenizer: Tokenizer) -> pd.DataFrame:
-    """What a program can say of the thoughts in `replies` (`generate_replies`); the column means describe the model.
+    """What a program can say of the thoughts in these replies; the means of the columns describe the model.
 
     One row for each reply: well_formed (one whole thought, then the answer, no other tag), closed (a thought ends and
-    an answer follows, whatever else is wrong), right (it says what `answers` has for it, see `is_right`; an answer
-    without a thought counts too), false_steps (how many), thought_tokens (by the model's `tokenizer`, 0 without a
-    thought) and cut (it reached max_new_tokens before its end).
+    an answer follows, whatever else is wrong), right (see `is_right`; an answer without a thought counts too),
+    false_steps (how many), thought_tokens (0 without a thought) and cut (it reached max_new_tokens before its end).
+
+    Args:
+        replies, tokenizer: as `generate_replies` gives them, and of the model that replied.
+        answers: what each answer must say (the field `answer` of a pair), in the order of `replies`.
     """
     rows = []
     for reply, answer in zip(replies, answers, strict=True):

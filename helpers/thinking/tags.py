@@ -81,12 +81,16 @@ def _pieces(text_or_ids: str | Sequence[int], tokenizer: Tokenizer) -> list[str]
 
 
 def split_thinking(text_or_ids: str | Sequence[int], tokenizer: Tokenizer, opened: bool | None = None) -> Thinking:
-    """A reply's thought and answer, by the last tag, as in chat templates: if it closes, the answer is what follows it;
-    if it opens, the thought never closes and there is no answer.
+    """A reply's thought and answer.
 
-    `text_or_ids` is one reply, without its prompt, as text or token ids; what follows the end of the turn is left out.
-    `tokenizer` is that of the model. `opened` says whether the prompt ended inside a thought; by default what the
-    model's generation prompt does, False for the content of a message, which carries both tags.
+    The last tag decides, as in chat templates: if it closes, the answer is what follows it; if it opens, the thought
+    never closes and there is no answer.
+
+    Args:
+        text_or_ids: one reply, without its prompt, as text or token ids; what follows the end of the turn is left out.
+        tokenizer: of the model that replied.
+        opened: whether the prompt ended inside a thought; by default what the model's generation prompt does, False
+            for the content of a message, which carries both tags.
     """
     if opened is None:
         opened = think_boundary(tokenizer).prompt_opens

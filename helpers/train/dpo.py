@@ -58,25 +58,36 @@ def train_dpo(
     """Train the model's LoRA adapter with DPO and leave a run folder.
 
     The reference is `ref_model` if one is given, else the policy as it is now: the base model for a fresh adapter, the
-    SFT model for one that was trained before. Its log-probs are computed once and cached.
+    SFT model for an adapter that was trained before. Its log-probs are computed once and cached. Before the first step
+    they have to equal the policy's, or nothing is trained.
 
     An interrupted run (Ctrl-C, the stop button, a killed process) is resumed by the same call from its last complete
     checkpoint, with the result that it would have had. A finished one is loaded, adapter and all.
 
     Args:
-        model, tokenizer: with a LoRA adapter (`add_lora`), trained in place; as it was if the run does not finish.
-        train, test: pairs as `load_pairs` gives them; they are checked, and the ids of that check are trained.
+        model: a model with a LoRA adapter (`add_lora`); trained in place. It is as it was if the run does not finish.
+        tokenizer: the model's, as `load_model` gives it.
+        train, test: pairs in the form that `load_pairs` gives; no prompt may be in both. They are checked
+            (`check_pairs`), and trained and scored on the token ids of that check.
         folder: of the run, e.g. `output_folder("train")`.
         ref_model: the reference, if it is another model; loaded like `model`, with the same tokenizer.
         early_stopping: stop after so many evaluations without a better held-out loss.
-        replace: start anew if `folder` holds another run; the old one is kept next to it as `NAME.old-1`.
-        max_prompt_length, on_long_prompt: what becomes of long prompts, as in `check_pairs`; it is said how many.
+        replace: start anew if `folder` holds another run; the old one is kept next to it as `NAME.old-1` and so on.
+        max_prompt_length, on_long_prompt: what becomes of long prompts, as in `check_pairs`; a printed line and the
+            model card say how many were shortened or left out.
         callbacks: of transformers, for the trainer.
         settings: DPOConfig settings that differ from `dpo_settings(model)`: beta, learning_rate, num_train_epochs ...
-            On a GPU free memory decides how a step is made, unless one of the three settings for it is given.
+            On a GPU free memory decides how the pairs of a step are cut, and whether gradients are checkpointed, as
+            long as none of the three settings for it is among them (`plan_for`); a run that goes on keeps its way.
 
-    Raises UserError for no adapter, a setting that can't be had, errors in the pairs, another run in the folder, too
-    little memory or disk, a policy that does not start as its reference; KeyboardInterrupt once everything is saved.
+    Returns:
+        The run: `run.metrics` has the held-out figures, `run.history` the logged steps, `run.adapter` the folder of the
+        trained adapter. The README.md in its folder is a model card.
+
+    Raises:
+        UserError: no adapter, a setting that can't be had, errors in the pairs, another run in the folder, too little
+            memory (before training by an estimate, or when it ran out), a policy that does not start as its reference.
+        KeyboardInterrupt: after an interruption, once everything is saved.
     """
     if not isinstance(model, PeftModel):
         raise UserError("The model has no LoRA adapter to train. Call `model = add_lora(model)` first.")

@@ -38,7 +38,13 @@ def check_settings(names: Iterable[str]) -> None:
 
 
 class DPOConfig(trl.DPOConfig):
-    """TRL's DPOConfig (see its help); UserError for a name that it does not have, or a value that it refuses."""
+    """TRL's DPOConfig, which refuses settings that it does not know on a CPU and a GPU alike.
+
+    What each setting is and its default: `help(trl.DPOConfig)`, or TRL's documentation.
+
+    Raises:
+        UserError: a name that DPOConfig does not have, with what to write in its place, or a value that it refuses.
+    """
 
     def __init__(self, *args: Any, **settings: Any):
         check_settings(settings)
@@ -51,8 +57,12 @@ class DPOConfig(trl.DPOConfig):
 def dpo_settings(model: PreTrainedModel | PeftModel | None = None) -> dict[str, Any]:
     """The settings that `train_dpo` starts from on this kind of machine; settings.yaml has the reason of each.
 
-    They are arguments of DPOConfig. The learning rate fits the size of `model`, and `max_length` is what it was loaded
-    for; left out, they are those of the profile's model for ordinary pairs.
+    Args:
+        model: that is to be trained. The learning rate fits its size, and `max_length` is what it was loaded for
+            (`load_model`). Left out, they are those of the profile's model for ordinary pairs.
+
+    Returns:
+        Arguments of DPOConfig by name: `DPOConfig(output_dir=..., **dpo_settings(model))`.
     """
     profile, bf16 = current_profile(), unsloth.is_bfloat16_supported()
     start, small = TABLE["start"], model is not None and public_name(model) == EMBEDDED_HUB_NAME

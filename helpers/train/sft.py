@@ -22,8 +22,14 @@ def train_sft(
 ) -> list[float]:
     """Train the model's adapter on prompt and chosen side of each pair, once through, the loss on the reply alone.
 
-    A `train_dpo` after it takes this `model` as its reference. Its `tokenizer` and the `pairs` are as there,
-    `learning_rate` is the highest, `seed` orders the pairs. Returns the logged losses, in nats per token.
+    It is changed in place, so a `train_dpo` after it takes the SFT model as its reference. Returns the logged losses,
+    in nats per token.
+
+    Args:
+        model, tokenizer: with a LoRA adapter (`add_lora`), and its tokenizer.
+        pairs: in the form that `load_pairs` gives; the rejected sides are not used.
+        learning_rate: at its highest, after warm-up.
+        seed: of the order of the pairs.
     """
     settings = {name: value for name, value in dpo_settings(model).items() if name in _SHARED}
     settings |= {"learning_rate": learning_rate, "seed": seed, "per_device_train_batch_size": 8}

@@ -38,10 +38,16 @@ _SETTINGS = {"eval_strategy": "no", "load_best_model_at_end": False, "logging_fi
 class Sweep:
     """What a sweep left; it loads without a model.
 
-    `table` has a row for each run. `status` is "finished" or says what failed; held-out figures as in `Run.metrics`;
-    kl and kl_error are nats for a reply (`sampled_kl`); then means over sampled replies, seconds, and at the first and
-    the last step grad_norm and weight: the mean sigmoid of -margin, by which a pair counts in the gradient (Rafailov et
-    al. 2023, section 4).
+    Attributes:
+        folder: holds `sweep.json` (all of the below), `table.csv`, and a run folder for each beta and seed.
+        info: model, settings, data, versions and machine, and how the reference's own replies look.
+        table: a row for each run. `status` is "finished" or says what failed; held-out figures as in `Run.metrics`;
+            kl and kl_error (nats for a reply, see `sampled_kl`); means over sampled replies; grad_norm and weight (mean
+            sigmoid of -margin, by which a pair counts in the gradient: Rafailov et al. 2023, section 4) at the first
+            and the last step; seconds.
+        history: a row for each logged step of each run; split is "train" or "held out", log_ratio_gap, chosen and
+            rejected are in nats.
+        gaps: log-ratio gap of each held-out pair; columns are (beta, seed).
     """
 
     folder: Path  # holds `sweep.json` (all of the below), `table.csv`, and a run folder for each beta and seed
@@ -138,17 +144,21 @@ def sweep_beta(
     """Train and measure once for each beta and seed; the runs differ in nothing else.
 
     What is finished is kept: the same call after an interruption goes on with the run it was in, and one with more
-    betas or seeds adds to the sweep. A run that fails is reported in the table, and the others go on.
+    betas or seeds adds to the sweep. A run that fails is reported in the table, and the others go on. The model is
+    left without an adapter, as it came.
 
     Args:
-        model: without adapter, as `load_model` gives it and as it is left; it is the reference of every run.
-        tokenizer, train, test, callbacks, settings: as in `train_dpo`, for all runs.
+        model: a model without adapter, as `load_model` gives it; it is the reference of every run.
+        tokenizer, train, test, callbacks: as in `train_dpo`.
         folder: of the sweep, e.g. `output_folder("beta_sweep")`.
         betas, seeds: to train with, each beta with each seed.
-        prompts: how many held-out prompts get two sampled replies each, for the KL and the figures of replies, or 0.
+        prompts: how many held-out prompts get two sampled replies each, for the KL and the figures of replies;
+            0 measures held-out pairs only.
         max_new_tokens: where a sampled reply is cut.
+        settings: DPOConfig settings, for all runs, that differ from `dpo_settings()`.
 
-    Raises UserError for a model with an adapter, no beta above 0, another sweep in the folder, and as `train_dpo` does.
+    Raises:
+        UserError: a model with an adapter, no beta above 0, another sweep in the folder, and what `train_dpo` raises.
     """
     if isinstance(model, PeftModel):
         raise UserError(say("has_adapter"))
