@@ -5,6 +5,7 @@ people: field/runs.json has their numbers with the source, and in `says` what th
 """
 
 import copy
+import functools
 import json
 import math
 import re
@@ -162,17 +163,22 @@ SIGNS = {
     "fall_held": ("chosen_fall", "chosen_falls", lambda f: f["beta"] >= 0.1 and -f["chosen_end"] > 30),
     "cut": ("cut", "never_ends", lambda f: True),
 }
-NUMBERS = {
-    name: (measure(of_run(source) if isinstance(source, Run) else {"history": source} | known), wanted)
-    for name, (source, known, wanted) in ALL.items()
-}
+
+
+@functools.cache
+def numbers() -> dict[str, tuple[dict, list[str]]]:
+    """What `measure` finds in each committed run, and its wanted codes."""
+    return {
+        name: (measure(of_run(source) if isinstance(source, Run) else {"history": source} | known), wanted)
+        for name, (source, known, wanted) in ALL.items()
+    }
 
 
 def nearest(limit: str) -> tuple[float, float]:
     """Of the committed runs the healthy one and the sick one whose numbers are nearest to the limit."""
     number, code, decides = SIGNS[limit]
-    well = [f[number] for f, wanted in NUMBERS.values() if not wanted and f[number] > -math.inf and decides(f)]
-    sick = [f[number] for f, wanted in NUMBERS.values() if code in wanted and f[number] > -math.inf and decides(f)]
+    well = [f[number] for f, wanted in numbers().values() if not wanted and f[number] > -math.inf and decides(f)]
+    sick = [f[number] for f, wanted in numbers().values() if code in wanted and f[number] > -math.inf and decides(f)]
     above = max(sick) > max(well, default=-math.inf)
     return (max(well, default=math.nan), min(sick)) if above else (min(well), max(sick))
 
@@ -200,7 +206,7 @@ def test_table_of_rule_against_run(capsys):
     close = {
         (limit, name)
         for limit, (number, _, decides) in SIGNS.items()
-        for name, (f, wanted) in NUMBERS.items()
+        for name, (f, wanted) in numbers().items()
         if not wanted and decides(f) and 0.9 < f[number] / LIMITS[limit] < 1.1
     }
     with capsys.disabled():
