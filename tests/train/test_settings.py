@@ -347,6 +347,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 def policy_of(kind, config, tokenizer, seed=0, **more):
     torch.manual_seed(seed)
     values = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "initializer_range": 0.3}
+    values["num_key_value_heads"] = 4  # Qwen2's default is 32
     return helpers.add_lora(kind(config(**SIZES | values | more)))
 
 
