@@ -33,7 +33,7 @@ student: setup
 site: setup
 	$(BIN)/python tools/pages.py
 
-# The browser for tests/test_jupyterlab.py, which is skipped without it (in CI it fails).
+# The browser for tests/test_jupyterlab.py and test_course.py, which are skipped without it (in CI they fail).
 chromium:
 	@command -v chromium >/dev/null || { \
 	  test "$$(id -u)" = 0 || sudo="sudo -n"; \

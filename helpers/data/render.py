@@ -88,9 +88,10 @@ def turns_of(prompt: Prompt) -> list[dict]:
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt], **options: Any) -> list[list[int]]:
     """Token ids of `prompts` up to where the reply begins. `options` are for the `tokenizer`'s chat template, e.g.
     enable_thinking=False; what a row of pairs brings (tools, chat_template_kwargs) goes before them."""
-    texts, hybrid = [], is_hybrid(tokenizer)
+    texts = []
     for one in prompts:
-        own, off = (template_options(one), thinking_off(one, hybrid)) if isinstance(one, dict) else ({}, {})
+        own, off = (template_options(one), thinking_off(one, True)) if isinstance(one, dict) else ({}, {})
+        off = off if off and is_hybrid(tokenizer) else {}  # asked of the template for few prompts
         texts.append(render(tokenizer, turns_of(one), add_generation_prompt=True, **off | options | own))
     return encode(tokenizer, texts)
 

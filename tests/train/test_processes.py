@@ -231,24 +231,29 @@ def test_every_pair_is_in_one_batch_and_counts_the_same(tmp_path):
         assert weight == pytest.approx(expected), (rows, size, pieces, number)
 
 
+def shared_batches(args, batches):
+    """The batches that a process with these settings trains on, of those that accelerate gives it."""
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(**args, eval_batch_size=4),
+        accelerator=SimpleNamespace(prepare_model=print),
+        model=torch.nn.Linear(1, 1),
+        eval_dataset=None,
+        callback_handler=SimpleNamespace(callbacks=[]),
+        training_step=print,
+        prediction_step=print,
+        get_train_dataloader=lambda: SimpleNamespace(batch_sampler=batches),
+    )
+    processes.share_steps(trainer)
+    return trainer.get_train_dataloader().batch_sampler
+
+
 def test_batches_of_a_last_step_that_are_not_full_are_trained_on():
     """12 pairs, 16 a step: each of two processes has two batches of three. accelerate expects four in all but one."""
     trained = []
     for place in range(2):
         part = BatchSamplerShard(BatchSampler(range(12), 4, drop_last=False), 2, place)
         args = {"train_batch_size": 4, "gradient_accumulation_steps": 2, "process_index": place, "world_size": 2}
-        trainer = SimpleNamespace(
-            args=SimpleNamespace(**args, eval_batch_size=4),
-            accelerator=SimpleNamespace(prepare_model=print),
-            model=torch.nn.Linear(1, 1),
-            eval_dataset=None,
-            callback_handler=SimpleNamespace(callbacks=[]),
-            training_step=print,
-            prediction_step=print,
-            get_train_dataloader=lambda part=part: SimpleNamespace(batch_sampler=part),
-        )
-        processes.share_steps(trainer)
-        trained += trainer.get_train_dataloader().batch_sampler
+        trained += shared_batches(args, part)
     assert [len(batch) for batch in trained] == [3] * 4 and sorted(sum(trained, [])) == list(range(12))
 
 
@@ -265,18 +270,7 @@ def test_last_step_whose_rest_is_dropped_is_left_as_it_is(monkeypatch):
 def test_one_process_that_a_launcher_started_has_all_batches():
     args = {"train_batch_size": 4, "gradient_accumulation_steps": 2, "process_index": 0, "world_size": 1}
     batches = BatchSampler(range(12), 4, drop_last=False)
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(**args, eval_batch_size=4),
-        accelerator=SimpleNamespace(prepare_model=print),
-        model=torch.nn.Linear(1, 1),
-        eval_dataset=None,
-        callback_handler=SimpleNamespace(callbacks=[]),
-        training_step=print,
-        prediction_step=print,
-        get_train_dataloader=lambda: SimpleNamespace(batch_sampler=batches),
-    )
-    processes.share_steps(trainer)
-    assert trainer.get_train_dataloader().batch_sampler is batches
+    assert shared_batches(args, batches) is batches
 
 
 def test_processes_that_were_not_joined_are_refused(monkeypatch):

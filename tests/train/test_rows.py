@@ -145,8 +145,7 @@ def test_replies_are_asked_with_the_options_that_training_had(policy, with_optio
     monkeypatch.setattr(with_options.__class__, "apply_chat_template", apply)
     rows = [{"prompt": say("Hi"), "chat_template_kwargs": {"style": "long"}}]
     helpers.compare_generations(run, ["Hi", say("Hi"), *rows], max_new_tokens=2)
-    # Of the reference and of the policy; without a style the renderer asks how a template opens a reply.
-    assert [style for style in asked if style] == ["short", "short", "long"] * 2
+    assert asked == ["short", "short", "long"] * 2  # of the reference and of the policy
 
 
 @pytest.mark.slow
