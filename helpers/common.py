@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from platformdirs import user_cache_dir
 
 PROJECT = Path(__file__).parent.parent  # relative paths in .env start here, wherever a notebook runs
@@ -15,6 +16,12 @@ PROJECT = Path(__file__).parent.parent  # relative paths in .env start here, whe
 
 class UserError(ValueError):
     """A mistake that we could foresee in a setting, a file or a model; its text names the cure."""
+
+
+def errors_of(file: Path) -> Callable[..., UserError]:
+    """A function that makes the error with a text of this YAML `file`, by its name and what its braces want."""
+    texts: dict[str, str] = yaml.safe_load(file.read_text("utf-8"))
+    return lambda name, /, **values: UserError(texts[name].format(**values))
 
 
 def write_atomic(path: Path, write: Callable[[str], object]) -> None:

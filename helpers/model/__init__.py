@@ -2,21 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers.common import UserError
+from helpers.common import errors_of
 
 Model = PreTrainedModel | PeftModel
 Tokenizer = PreTrainedTokenizerBase
 Prompts = Sequence[str | list[dict] | dict]  # questions, conversations, or rows of pairs
 
-REFUSALS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("refusals.yaml").read_text("utf-8"))
-
-
-def refusal(name: str, /, **values: Any) -> UserError:
-    """The error with this text of refusals.yaml."""
-    return UserError(REFUSALS[name].format(**values))
+refusal = errors_of(Path(__file__).with_name("refusals.yaml"))
