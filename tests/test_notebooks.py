@@ -13,12 +13,13 @@ from PIL import Image
 from tools.refresh import faults, fingerprint, refresh
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+COURSE = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = [*COURSE, *sorted((ROOT / "notebooks" / "extra").glob("*.ipynb"))]
 
 
 def test_there_are_notebooks():
-    assert [path.name[:2] for path in NOTEBOOKS] == [f"{number:02d}" for number in range(1, len(NOTEBOOKS) + 1)]
-    assert len(NOTEBOOKS) >= 3
+    assert [path.name[:2] for path in COURSE] == [f"{number:02d}" for number in range(1, len(COURSE) + 1)]
+    assert len(COURSE) >= 3 and len(NOTEBOOKS) > len(COURSE)
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -58,7 +59,18 @@ def test_imports_nothing_deeper_than_the_front_door(notebook):
 def test_parts_of_a_lesson(notebook):
     headings = re.findall(r"^#+ (.+)$", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"), re.M)
     assert {"Recap", "Exercises", "Solutions"} <= set(headings)
-    assert headings[0].startswith(tuple("0123456789"))
+    assert re.match(r"\d\d |Extra: ", headings[0])
+
+
+def test_a_notebook_is_one_sitting(notebook):
+    assert len([cell for cell in notebook.cells if cell.cell_type == "code"]) <= 30
+    assert re.search(r"\*\*Time:\*\* (an|half an|a quarter of an) hour", notebook.cells[0].source)
+
+
+def test_an_extra_leads_back(notebook):
+    if notebook.cells[0].source.startswith("# Extra: "):
+        for cell in (notebook.cells[0], notebook.cells[-2]):
+            assert re.search(r"\]\(\.\./\d\d_\w+\.ipynb\)", cell.source) and "](../../README.md)" in cell.source
 
 
 def test_outputs_are_complete_and_of_this_source(notebook):
