@@ -10,7 +10,7 @@ import pytest
 from nbformat import v4
 from PIL import Image
 
-from tools.refresh import faults, fingerprint, refresh
+from tools.refresh import copy, faults, fingerprint, refresh, target
 
 ROOT = Path(__file__).parent.parent
 COURSE = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -136,6 +136,23 @@ def test_a_notebook_that_fails_stays_as_it_was(tmp_path):
     assert path.read_bytes() == before
     executed = nbformat.read(tmp_path / "rejected" / path.name, as_version=4)
     assert executed.cells[1].outputs[0].data["text/plain"] == "2"
+
+
+@pytest.mark.slow
+def test_a_copy_is_executed_as_far_as_it_runs_and_says_where_it_is(tmp_path, capsys):
+    path = written(tmp_path, "print('so far')", "1 / 0")
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError, match=r"(?s)07_small.ipynb ends where it failed.*cell 2 .*ZeroDivisionError"):
+        copy(path, tmp_path / "copies")
+    executed = nbformat.read(tmp_path / "copies" / path.name, as_version=4)
+    assert executed.cells[1].outputs[0].text == "so far\n" and executed.cells[2].outputs[0].ename == "ZeroDivisionError"
+    assert path.read_bytes() == before
+    assert re.match(r"  cell [01] of 2", capsys.readouterr().out)
+
+
+def test_copies_of_extras_have_a_folder_of_their_own(tmp_path):
+    assert target(ROOT / "notebooks" / "extra" / "one.ipynb", tmp_path) == tmp_path / "extra" / "one.ipynb"
+    assert target(ROOT / "notebooks" / "01_setup.ipynb", tmp_path) == tmp_path / "01_setup.ipynb"
 
 
 def shows(text: str, name: str = "stdout"):
