@@ -147,7 +147,7 @@ def test_a_copy_is_executed_as_far_as_it_runs_and_says_where_it_is(tmp_path, cap
     executed = nbformat.read(tmp_path / "copies" / path.name, as_version=4)
     assert executed.cells[1].outputs[0].text == "so far\n" and executed.cells[2].outputs[0].ename == "ZeroDivisionError"
     assert path.read_bytes() == before
-    assert re.match(r"  cell [01] of 2", capsys.readouterr().out)
+    assert re.match(r"  cell 1 of 2", capsys.readouterr().out)
 
 
 def test_copies_of_extras_have_a_folder_of_their_own(tmp_path):

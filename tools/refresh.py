@@ -180,7 +180,7 @@ def execute(path: Path, **settings: str) -> tuple[nbformat.NotebookNode, list[st
     where = {"metadata": {"path": str(path.parent)}}
     quiet = ["--IPKernelApp.log_level=40"]  # it would warn that it speaks over TCP, to this machine alone
     client = Client(notebook, timeout=3600, record_timing=False, resources=where, extra_arguments=quiet)
-    client.on_cell_start = lambda cell, cell_index: client.say(cell_index)
+    client.on_cell_start = lambda cell, cell_index: cell.cell_type == "code" and client.say(cell_index)
     problems = []
     try:
         client.execute(env=ENVIRONMENT | settings)
