@@ -26,7 +26,7 @@ from helpers.after.export import export_run, kept_update
 from helpers.after.inspection import compare_generations, implicit_rewards, open_run, token_rewards
 from helpers.after.recommend import recommend
 from helpers.after.trl_script import share
-from helpers.common import PROJECT, UserError, output_folder, visible
+from helpers.common import PROJECT, UserError, output_folder
 from helpers.session import quiet_progress
 from helpers.data.check import check_pairs
 from helpers.data.load import BUNDLED_PAIRS, load_pairs
@@ -61,5 +61,5 @@ __all__ = [
     "output_folder", "pair_logps", "plan_batch", "quiet_progress", "recommend", "reference_logps", "render_thinking",
     "share", "shut_down_kernel", "split_pairs", "split_thinking", "sweep_beta", "text_progress", "think_boundary",
     "thought_shares", "thought_table", "token_rewards", "tokenize_pairs", "train_dpo", "train_sft", "versions",
-    "visible", "wilson_interval",
+    "wilson_interval",
 ]  # fmt: skip

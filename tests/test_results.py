@@ -22,7 +22,8 @@ def cells(name: str) -> list[dict]:
 def written(path: Path) -> str:
     """The prose of a page, be it Markdown or a notebook."""
     if path.suffix == ".ipynb":
-        return "\n".join("".join(cell["source"]) for cell in cells(path.name) if cell["cell_type"] == "markdown")
+        found = cells(path.relative_to(ROOT / "notebooks").as_posix())
+        return "\n".join("".join(cell["source"]) for cell in found if cell["cell_type"] == "markdown")
     return path.read_text(encoding="utf-8")
 
 
@@ -74,12 +75,16 @@ def test_train_dpo_is_five_times_as_fast_as_the_usual_notebook_on_a_gpu_in_littl
 
 
 def test_before_and_after_in_the_readme_are_on_the_page_of_06():
-    outputs = [output for cell in cells("06_inspect.ipynb") for output in cell.get("outputs", [])]
-    shown = ["".join(text) for output in outputs for text in output.get("data", {}).values()]
+    def shown_in(name: str) -> list[str]:
+        outputs = [output for cell in cells(name) for output in cell.get("outputs", [])]
+        return ["".join(text) for output in outputs for text in output.get("data", {}).values()]
+
+    shown = shown_in("06_inspect.ipynb")
     quotes = re.findall(r"^> \*\*(?:Before|After):\*\* (.+) \.\.\.$", README, re.M)
     assert len(quotes) == 2 and all(any(quote in text for text in shown) for quote in quotes)
     # The two shares of the likelihood are in the legend of a figure there, and cannot be read here.
-    after = next(found[1] for text in shown if (found := re.search(r"^here +(0\.\d+)", text, re.M)))
+    scored = shown_in("extra/memory_and_precision.ipynb")
+    after = next(found[1] for text in scored if (found := re.search(r"^here +(0\.\d+)", text, re.M)))
     assert f"| every pair is a tie | {float(after):.2f} |" in README
 
 
@@ -89,7 +94,7 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "notebooks").glob("*.ipynb"))], ids=lambda path: path.name)
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "notebooks").rglob("*.ipynb"))], ids=lambda path: path.name)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)", written(page))
     targets = [((page.parent / name).resolve() if name else page, anchor) for name, anchor in links]
