@@ -8,10 +8,10 @@ The wings behind it, each importing only from those above it:
     shutdown  last cell: free the memory, end the session
     data      a file or a list becomes pairs that can be trusted, with their token ids
     model     profiles, loading, replies, log-probs, hashes, memory
-    run       the run folder, its figures and its model card
+    run       the run folder, its figures, diagnosis, keep or discard, its model card
     train     settings, trainer, `train_dpo`, the SFT start, the beta sweep
     thinking  think tags, thinking pairs, what is wrong with them, how they are scored
-    after     diagnosis, inspection, recommendation, export
+    after     inspection, recommendation, export
     teach     what only a notebook shows: figures and tables of lessons
 """
 
@@ -21,7 +21,7 @@ from datasets import Dataset
 from trl import DPOTrainer
 from unsloth import FastLanguageModel, is_bfloat16_supported as is_bf16_supported
 
-from helpers.after.diagnosis import diagnose
+from helpers.run.diagnosis import diagnose
 from helpers.after.export import export_run, kept_update
 from helpers.after.inspection import compare_generations, implicit_rewards, open_run, token_rewards
 from helpers.after.recommend import recommend

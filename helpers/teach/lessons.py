@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from helpers.after.diagnosis import SYMPTOMS, measure, of_run, to_try
+from helpers.run.diagnosis import SYMPTOMS, measure, of_run, to_try
 from helpers.run.folder import Run, RunInfo
 
 _TABLES: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
