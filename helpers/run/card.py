@@ -48,7 +48,7 @@ def model_card(run: Run, form: str, kept: float | None = None) -> str:
     sources = sorted({re.sub(r"(:| row )\d+$", "", str(origin)).replace("`", "'") for origin in origins})
     card, texts = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("card.md", "forms.yaml"))
 
-    options = f"`{json.dumps(info.template)}`" if info.template else ""
+    options = json.dumps(info.template).replace("`", "'") if info.template else ""
 
     def say_if(**applies: Any) -> str:
         known = [text for name, text in yaml.safe_load(texts).items() if applies.get(name)]
