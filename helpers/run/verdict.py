@@ -87,7 +87,8 @@ def _held_out(table: pd.DataFrame | None, f: dict[str, Any], rows: dict[str, tup
     f["share"], (f["low"], f["high"]) = right.mean(), wilson_interval(int(right.sum()), len(right))
     rows[f"{gained} (of {len(right)})"] = "a tie, by definition", _share(right)
     per_token = {m: [numbers[f"{side}_{m}"] / numbers[f"{side}_tokens"] for side in SIDES] for m in MODELS}
-    rows[f"{likelier} (of {len(right)})"] = tuple(_share(per_token[m][0] > per_token[m][1]) for m in MODELS)
+    before, after = (_share(per_token[m][0] > per_token[m][1]) for m in MODELS)
+    rows[f"{likelier} (of {len(right)})"] = before, after
     for side in SIDES:
         before, after = (numbers[f"{side}_{model}"].mean() for model in MODELS)
         f[f"{side}_fall"] = after / before - 1
@@ -98,7 +99,7 @@ def _held_out(table: pd.DataFrame | None, f: dict[str, Any], rows: dict[str, tup
 def _replies(replies: pd.DataFrame | None, f: dict[str, Any], rows: dict[str, tuple[str, str]]) -> None:
     """The same for what `compare_generations` found."""
     f["asked"] = replies is not None and len(replies) > 0
-    if not f["asked"]:
+    if replies is None or not f["asked"]:
         rows["replies that end"] = "not asked", "not asked: replies=compare_generations(run, prompts)"
         return
     if missing := [name for m in MODELS for name in (f"{m}_ended", f"{m}_tokens") if name not in replies.columns]:
