@@ -11,18 +11,17 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from helpers.data.render import BOTH
 from helpers.run import refused
 from helpers.run.diagnosis import ENOUGH_PAIRS, LIMITS, Diagnosis, diagnose
 from helpers.run.folder import DataInfo, Run
 from helpers.run.metrics import pairs_to_decide, wilson_interval
 
 # What this table adds to the limits of diagnosis, and the rules by name: decision, reason, what would change it.
-BOUNDS, TEXTS = yaml.safe_load_all(Path(__file__).with_name("verdict.yaml").read_text("utf-8"))
-SIDES = ("chosen", "rejected")
+BOUNDS, WORDING = yaml.safe_load_all(Path(__file__).with_name("verdict.yaml").read_text("utf-8"))
 MODELS = ("reference", "policy")
-UNKNOWN = "not known"
 # Which rule holds, by the numbers of a run; the first decides.
-RULES: dict[str, Callable[[dict[str, Any]], bool]] = {
+DECIDES: dict[str, Callable[[dict[str, Any]], bool]] = {
     "symptom": lambda f: bool(f["harm"]),
     "not_numbers": lambda f: f["not_numbers"],
     "stopped": lambda f: f["asked"] and f["after_ends"][1] < f["before_ends"][0],
@@ -68,28 +67,28 @@ class Verdict:
         return "\n".join([html.escape(self.line), "", *(html.escape(f"| {' | '.join(row)} |") for row in rows)])
 
 
-def _share(right: pd.Series) -> str:
+def _interval(right: pd.Series) -> str:
     low, high = wilson_interval(int(right.sum()), len(right))
     return f"{right.mean():.2f} (95%: {low:.2f} to {high:.2f})"
 
 
 def _held_out(table: pd.DataFrame | None, f: dict[str, Any], rows: dict[str, tuple[str, str]]) -> None:
     """Put what the held-out pairs say into the numbers `f` and the `rows`, each measure beside itself alone."""
-    names = [f"{side}_{what}" for side in SIDES for what in ("reference", "policy", "tokens")] + ["log_ratio_gap"]
+    names = [f"{side}_{what}" for side in BOTH for what in ("reference", "policy", "tokens")] + ["log_ratio_gap"]
     known = table is not None and {*names} <= {*table.columns} and len(table) > 0
     numbers = table[names].apply(pd.to_numeric, errors="coerce") if known else pd.DataFrame()
     f |= {"pairs": len(numbers), "not_numbers": not np.isfinite(numbers).all(axis=None)}
     gained, likelier = "implicit reward: chosen gained more", "likelihood per token: chosen likelier"
     if not known or f["not_numbers"]:
-        rows |= dict.fromkeys((gained, likelier), (UNKNOWN, "not a number" if known else UNKNOWN))
+        rows |= dict.fromkeys((gained, likelier), ("not known", "not a number" if known else "not known"))
         return
     right = numbers.log_ratio_gap > 0
     f["share"], (f["low"], f["high"]) = right.mean(), wilson_interval(int(right.sum()), len(right))
-    rows[f"{gained} (of {len(right)})"] = "a tie, by definition", _share(right)
-    per_token = {m: [numbers[f"{side}_{m}"] / numbers[f"{side}_tokens"] for side in SIDES] for m in MODELS}
-    before, after = (_share(per_token[m][0] > per_token[m][1]) for m in MODELS)
+    rows[f"{gained} (of {len(right)})"] = "a tie, by definition", _interval(right)
+    per_token = {m: [numbers[f"{side}_{m}"] / numbers[f"{side}_tokens"] for side in BOTH] for m in MODELS}
+    before, after = (_interval(per_token[m][0] > per_token[m][1]) for m in MODELS)
     rows[f"{likelier} (of {len(right)})"] = before, after
-    for side in SIDES:
+    for side in BOTH:
         before, after = (numbers[f"{side}_{model}"].mean() for model in MODELS)
         f[f"{side}_fall"] = after / before - 1
         moved = f"{'fell' if after < before else 'rose'} by {abs(after - before):.1f}, {abs(after / before - 1):.1%}"
@@ -105,7 +104,7 @@ def _replies(replies: pd.DataFrame | None, f: dict[str, Any], rows: dict[str, tu
     if missing := [name for m in MODELS for name in (f"{m}_ended", f"{m}_tokens") if name not in replies.columns]:
         raise refused("not_replies", missing=", ".join(missing))
     ended, tokens = ([replies[f"{model}_{what}"] for model in MODELS] for what in ("ended", "tokens"))
-    rows[f"replies that end (of {len(replies)})"] = _share(ended[0]), _share(ended[1])
+    rows[f"replies that end (of {len(replies)})"] = _interval(ended[0]), _interval(ended[1])
     rows["tokens of a reply"] = f"{tokens[0].mean():.0f}", f"{tokens[1].mean():.0f}"
     f |= {"replies": len(replies), "longer": tokens[1].mean() / max(tokens[0].mean(), 1)}
     for when, one in zip(("before", "after"), ended, strict=True):
@@ -124,7 +123,7 @@ def _left_out(data: DataInfo) -> str:
     return ", ".join(parts + ["long prompts not recorded"] * (not data.prompts)) or "nothing"
 
 
-def _found(found: Diagnosis, f: dict[str, Any]) -> str:
+def _diagnosed(found: Diagnosis, f: dict[str, Any]) -> str:
     """What `diagnose` says, in short; the symptom that decides goes into `f`."""
     f |= {"codes": found.codes, "harm": [code for code in found.codes if code not in BOUNDS["unsure"]["codes"]]}
     for one in found.findings:
@@ -148,10 +147,10 @@ def verdict(run: Run | str | Path, replies: pd.DataFrame | None = None) -> Verdi
     rows: dict[str, tuple[str, str]] = {}
     _held_out(run.held_out, f, rows)
     _replies(replies, f, rows)
-    rows["diagnose(run)"] = "", _found(diagnose(run), f)
+    rows["diagnose(run)"] = "", _diagnosed(diagnose(run), f)
     rows["left out of the training data"] = _left_out(run.info.data), ""
     needed = pairs_to_decide(f["share"])
     f["needed"] = f"some {needed} pairs, if the share stays {f['share']:.2f}" if needed < math.inf else "a longer run"
-    words = TEXTS[next(name for name, holds in RULES.items() if holds(f))]
+    words = WORDING[next(name for name, holds in DECIDES.items() if holds(f))]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["before", "after"])
     return Verdict(words["decision"], *(words[name].format_map(f) for name in ("why", "change")), table)

@@ -12,7 +12,7 @@ from helpers import Run, UserError, diagnose, verdict
 from helpers.run.diagnosis import RULES as SYMPTOM_RULES
 from helpers.run.folder import RunInfo
 from helpers.run.metrics import pairs_to_decide, wilson_interval
-from helpers.run.verdict import RULES, TEXTS, Verdict
+from helpers.run.verdict import DECIDES, WORDING, Verdict
 from helpers.teach.lessons import recorded
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results"
@@ -84,14 +84,14 @@ CASES = {
 
 
 def test_each_rule_has_its_run_and_its_text():
-    assert list(RULES) == list(TEXTS) == list(CASES)
+    assert list(DECIDES) == list(WORDING) == list(CASES)
 
 
 @pytest.mark.parametrize("rule", CASES)
 def test_rule(run, rule):
     changes, asked, line = CASES[rule]
     found = verdict(dataclasses.replace(run, **changes), asked)
-    assert found.decision == TEXTS[rule]["decision"] and pd.Series([found.line]).str.contains(line).all(), found.line
+    assert found.decision == WORDING[rule]["decision"] and pd.Series([found.line]).str.contains(line).all(), found.line
     assert "{" not in found.line and "nan" not in found.line.lower().replace("(nan or", "")
 
 
