@@ -7,8 +7,8 @@ import pandas as pd
 import yaml
 from datasets import Dataset
 
-from helpers.after.diagnosis import SYMPTOMS, measure, of_run, to_try
 from helpers.data.report import load_report
+from helpers.run.diagnosis import SYMPTOMS, measure, of_run, to_try
 from helpers.run.folder import Run, RunInfo
 
 _TABLES: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
