@@ -26,6 +26,8 @@ from helpers.train.sweep import Sweep
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 COURSE = sorted((ROOT / "notebooks").glob("*.ipynb"))
+EXTRA = sorted((ROOT / "notebooks" / "extra").glob("*.ipynb"))
+NO_MODEL = ("02_data", "other_losses")
 PAIRS, HELD_OUT = 60, 12
 GPU_RATE = TABLE["start"]["gpu"]["learning_rate"]
 OPENING, NO_THOUGHT = "<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
@@ -127,14 +129,14 @@ def reader(qwen3, tmp_path_factory):
     return Reader(tmp_path_factory.mktemp("reader"), qwen3)
 
 
-@pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", COURSE + EXTRA, ids=lambda path: path.stem)
 def test_no_cell_fails_and_no_model_is_asked_otherwise_than_trained(reader, path, monkeypatch):
     printed = reader.execute(path, monkeypatch)
     assert printed
     if path.stem.startswith("04"):  # thoughts, so thinking is on: a reply begins before its thought
         texts = reader.after_the_opening(path)
         assert "" in texts and all(text.startswith("<think>") for text in texts - {""})
-    elif not path.stem.startswith("02"):  # which loads no model
+    elif path.stem not in NO_MODEL:
         assert reader.after_the_opening(path) == {NO_THOUGHT}
 
 
@@ -146,22 +148,32 @@ def left_by(notebook: str, reader: Reader) -> Path:
 
 
 def test_all_pairs_were_used_at_the_rate_of_the_profile(reader):
-    left_by("06_inspect", reader)
-    run, sweep = Run.load(reader.out / "runs" / "03_train"), Sweep.load(reader.out / "beta_sweep")
+    left_by("05_beta_sweep", reader)
+    run, sweep = Run.load(left_by("03_train", reader) / "03_train"), Sweep.load(reader.out / "beta_sweep")
     runs = [run.info, *(read_info(sweep.run_folder(row.beta, 0)) for row in sweep.finished.itertuples())]
     assert len(runs) == 5
     for info in runs:
         assert (info.train_pairs, info.test_pairs) == (PAIRS - HELD_OUT, HELD_OUT)
         assert info.config["learning_rate"] == GPU_RATE and info.steps == 6
         assert info.template == {"enable_thinking": False}
-    sick = read_info(reader.out / "runs" / "03_sick").config["learning_rate"]
-    assert sick == pytest.approx(15 * GPU_RATE)
     for name in ("04_naive", "04_thinking"):
-        assert read_info(reader.out / "runs" / name).config["learning_rate"] == GPU_RATE
+        assert read_info(left_by("04_thinking_pairs", reader) / name).config["learning_rate"] == GPU_RATE
+
+
+def test_what_goes_to_the_next_person_has_all_pairs_and_the_rate(reader):
+    left_by("hand_over", reader)
     handed = reader.out / "export" / "torchrun"
     assert yaml.safe_load((handed / "settings.yaml").read_text())["learning_rate"] == GPU_RATE
     lines = {name: len((handed / "data" / f"{name}.jsonl").read_text().splitlines()) for name in ("train", "test")}
     assert lines == {"train": PAIRS - HELD_OUT, "test": HELD_OUT}
+
+
+@pytest.mark.parametrize(
+    "notebook, name, times", [("01_setup", "01_first", 5), ("when_training_goes_wrong", "03_sick", 15)]
+)
+def test_a_rate_that_is_larger_on_purpose_follows_the_profile(reader, notebook, name, times):
+    info = read_info(left_by(notebook, reader) / name)
+    assert info.config["learning_rate"] == pytest.approx(times * GPU_RATE)
 
 
 def test_the_prompt_of_a_reply_begins_what_was_trained(reader):
