@@ -36,7 +36,7 @@ OPENING, NO_THOUGHT = "<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
 # the optimizer, which needs one. Replies are cut early: a random model ends none. Of each sequence that goes into a
 # model, what follows the mark that opens the assistant's turn is kept in a file.
 BEFORE = """
-import json, pathlib
+import functools, json, pathlib
 import helpers.train
 from unsloth import FastLanguageModel
 
@@ -58,9 +58,12 @@ def loaded(*given, **named):
     model, tokenizer = original(*given, **named)
     model.get_input_embeddings().register_forward_pre_hook(look, with_kwargs=True)
     generate = model.generate
-    model.generate = lambda *given, max_new_tokens, **more: generate(
-        *given, max_new_tokens=min(max_new_tokens, 12), **more
-    )
+
+    @functools.wraps(generate)  # Unsloth knows its own by the name
+    def short(*given, **more):
+        return generate(*given, **more | {{"max_new_tokens": min(more["max_new_tokens"], 12)}})
+
+    model.generate = short
     return model, tokenizer
 
 
