@@ -74,7 +74,8 @@ def pair_logps(
     collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=max_length)
     result = torch.zeros(4, len(ids), dtype=torch.float64)
     # The trainer's own precision, so that the policy and its reference are rounded alike.
-    autocast = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=inner.dtype == torch.bfloat16)
+    short = inner.dtype in (torch.bfloat16, torch.float16)
+    autocast = torch.autocast(model.device.type, dtype=inner.dtype if short else None, enabled=short)
     with evaluating(model), torch.no_grad(), autocast, fused_lm_head.applied(inner) as fused:
         # Longest first: what a batch frees then has room for the next, and memory does not grow to the end.
         for start in list(reversed(range(0, len(ids), batch_size)))[share[0] :: share[1]]:

@@ -25,7 +25,7 @@ from helpers.session import quiet_progress
 from helpers.train import say
 from helpers.train.processes import check_alike, once, processes, share_step
 from helpers.train.resume import differences, step_of
-from helpers.train.settings import DPOConfig, hardly_moves, run_config
+from helpers.train.settings import DPOConfig, hardly_moves, run_config, what_will_happen
 
 
 class CheckedPairs(NamedTuple):
@@ -162,7 +162,7 @@ class Job:
         self.info.memory_gb = {"needed": round(self._need(), 2), "free": round(free / 1e9, 2)}
 
     def begin(self) -> None:
-        """Say how a step is made, write run.json; UserError if training needs far more memory than is free."""
+        """Say what will happen, write run.json; UserError if training needs far more memory than is free."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for part in self.folder.glob(".*.????????"):  # of a call that was killed while it wrote
             shutil.rmtree(part) if part.is_dir() else part.unlink()
@@ -174,8 +174,9 @@ class Job:
         if plan is not None:
             words = {"s": "s" * (plan.pairs > 1), "checkpointing": "on" if plan.checkpointing else "off"}
             print(say("plan", plan=plan, needed=plan.bytes / 1e9, free=free, **words))
-        alpha = self.policy.model.active_peft_config.lora_alpha
-        if slow := hardly_moves(self.values, len(self.pairs.train.pairs), alpha):
+        alpha, pairs = self.policy.model.active_peft_config.lora_alpha, len(self.pairs.train.pairs)
+        print(what_will_happen(self.values, pairs))
+        if slow := hardly_moves(self.values, pairs, alpha):
             print(slow)
         if need >= free:
             text = f"Training needs about {need:.1f} GB beside the loaded model, and {free:.1f} GB are free."

@@ -133,6 +133,12 @@ def _steps(pairs: int, values: dict[str, Any]) -> int:
     return total if total > 0 else math.ceil(math.ceil(pairs / pairs_a_step(values)) * values["num_train_epochs"])
 
 
+def what_will_happen(values: dict[str, Any], pairs: int) -> str:
+    """What a run on so many `pairs`, by complete `values`, will do. Minutes are said once a step was timed."""
+    steps, batch, rate = _steps(pairs, values), pairs_a_step(values), values["learning_rate"]
+    return say("ahead", pairs=pairs, steps=steps, s="s" * (steps != 1), batch=batch, rate=rate)
+
+
 def hardly_moves(values: dict[str, Any], pairs: int, alpha: float) -> str:
     """What to say of a run on so many `pairs`, by complete `values`, that will end where it began; "" if it will move.
 

@@ -463,6 +463,8 @@ def test_run_folder_is_complete_portable_and_loads_in_a_new_process(policy, pair
     policy, tokenizer = policy
     folder = tmp_path / "run"
     run = train_dpo(policy, tokenizer, *pairs, folder, **SHORT)
+    ahead, _ = capsys.readouterr().out.split("Reference log-probs")
+    assert "16 pairs to train on, 4 steps of 4, learning rate 0.0002." in ahead.splitlines()
     assert run.info.status == "finished" and run.info.steps == 4
     assert run.info.config["beta"] == 0.1 and run.info.versions["trl"]
     assert {"accuracy", "accuracy_interval", "reference_accuracy", "train_seconds"} <= set(run.metrics)

@@ -34,7 +34,7 @@ from helpers.data.load import load_pairs
 from helpers.model.fingerprint import adapter_hash
 from helpers.patches import shared_prompt
 from helpers.train import dpo
-from helpers.train.settings import TABLE, complete_settings, dpo_settings, hardly_moves, run_config
+from helpers.train.settings import TABLE, complete_settings, dpo_settings, hardly_moves, run_config, what_will_happen
 from tests.conftest import strip
 from tools.tables import result
 
@@ -141,6 +141,14 @@ def test_values_with_one_obvious_meaning_have_it(policy):
     assert expected.items() <= values.items() and isinstance(values["max_steps"], int)
     config = run_config(Path("run"), 64, values, values)
     assert config.report_to == [] and not config.precompute_ref_log_probs
+
+
+def test_what_will_happen_is_said_with_the_steps_that_the_trainer_makes():
+    eight = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 5e-5}
+    said = what_will_happen(eight | {"num_train_epochs": 1}, 412)
+    assert said == "412 pairs to train on, 52 steps of 8, learning rate 5e-05."
+    assert "104 steps of 8" in what_will_happen(eight | {"num_train_epochs": 2}, 412)
+    assert "1 step of 8," in what_will_happen(eight | {"num_train_epochs": 2, "max_steps": 1}, 412)
 
 
 def test_a_run_is_told_to_move_hardly_where_the_measured_ones_did():
