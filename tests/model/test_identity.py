@@ -107,6 +107,10 @@ def test_the_embedded_model_is_known_by_its_files(tmp_path):
     assert name_of(copied) == EMBEDDED_HUB_NAME
     (copied / "config.json").write_text((original / "config.json").read_text().replace("100000", "200000"))
     assert name_of(copied) == "copied"
+    shutil.copy(original / "config.json", copied)
+    (copied / "model.safetensors").unlink()  # its settings, and weights of one's own
+    (copied / "model.safetensors").write_bytes(b"0" * (original / "model.safetensors").stat().st_size)
+    assert name_of(copied) == "copied"
     mine = tmp_path / original.name  # its name, and weights of one's own
     tiny().save_pretrained(mine)
     assert name_of(mine) == original.name != EMBEDDED_HUB_NAME
