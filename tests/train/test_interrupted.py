@@ -265,12 +265,24 @@ def test_nothing_is_trained_after_the_last_step(call, name):
 
 
 @pytest.mark.parametrize("name, step", [("epochs", 1), ("by epoch", 1), ("by epoch", 2)])
-def test_ctrl_c_loses_no_evaluation_and_adds_none(call, name, step):
+def test_ctrl_c_loses_no_evaluation_and_adds_none(call, name, step, capsys):
     """In the second step, due for one or in the middle of an epoch that ends with one, and in the last of the epoch."""
     whole = call("whole", **RUNS[name])
     with pytest.raises(KeyboardInterrupt):
         call("run", At("on_step_begin", step, lambda: os.kill(os.getpid(), signal.SIGINT)), **RUNS[name])
     same(call("run", **RUNS[name]), whole)
+    assert f"Resuming from step {step + 1}" in capsys.readouterr().out
+
+
+def test_ctrl_c_in_the_step_after_which_early_stopping_ends_the_run(call):
+    """Evaluated by epoch, so only after the checkpoint that Ctrl-C asks for."""
+    settings = RUNS["early"] | {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    whole = call("whole", **settings)
+    last = whole.info.steps
+    assert 4 < last < 15, "it has to be early stopping that ends it"
+    with pytest.raises(KeyboardInterrupt):
+        call("run", At("on_step_begin", last - 1, lambda: os.kill(os.getpid(), signal.SIGINT)), **settings)
+    same(call("run", **settings), whole)
 
 
 def test_ctrl_c_within_an_epoch_saves_once_and_does_not_evaluate(call, tmp_path):
