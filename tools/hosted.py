@@ -24,10 +24,9 @@ def locked(name: str) -> str:
     return next(line.split()[0] for line in lines if line.startswith(f"{name}=="))
 
 
-def there(names: list[str]) -> list[str]:
-    """Those of the packages that this Python has, each as NAME==VERSION."""
-    has = {one.name.lower(): one.version for one in metadata.distributions()}
-    return [f"{name}=={has[name]}" for name in names if name in has]
+def there() -> dict[str, str]:
+    """The packages that this Python has, each as NAME==VERSION by its name."""
+    return {one.name.lower(): f"{one.name.lower()}=={one.version}" for one in metadata.distributions()}
 
 
 def uv(*arguments: str) -> subprocess.CompletedProcess:
@@ -39,30 +38,32 @@ def main() -> None:
     low, high = re.findall(r"3\.(\d+)", (ROOT / "pyproject.toml").read_text(encoding="utf-8"))[:2]
     if not int(low) <= sys.version_info.minor < int(high):
         sys.exit(f"This is Python 3.{sys.version_info.minor}; it has to be 3.{low} to 3.{int(high) - 1}.")
-    kept = there(KEPT)
-    if not kept or not kept[0].startswith("torch=="):
+    before = there()
+    kept = [before[name] for name in KEPT if name in before]
+    if "torch" not in before:
         sys.exit("This Python has no torch. `make setup` makes an environment that has one.")
-    if not there(["uv"]):
+    if "uv" not in before:
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "uv"], check=True)
-    print(f"{' and '.join(kept)}: kept. Installing the rest, some minutes ...", flush=True)
+    print(f"{' and '.join(kept)}: kept. Installing the rest, a minute or more ...", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder, "kept.txt")
         constraints.write_text("\n".join(kept), encoding="utf-8")
         wanted = [*map(locked, PINNED), *ANY, "--constraint", str(constraints), "--override", "requirements.overrides"]
         done = uv(*wanted)
     if done.returncode:
-        lines = "\n".join(line for line in done.stderr.splitlines() if line.strip())
         sys.exit(
-            f"{lines}\nNothing was installed. If it is torch that does not fit: `pip install {locked('torch')} "
-            f"{locked('torchvision')}` replaces it by the tested one (about 5 GB). Then restart the kernel and try again."
+            f"{done.stderr.strip()}\nNothing was installed. If it is torch that does not fit: `pip install "
+            f"{locked('torch')} {locked('torchvision')}` puts the tested one in its place (about 5 GB). Then restart "
+            "the kernel and run this again."
         )
-    changed = [line.split()[1] for line in done.stderr.splitlines() if line.startswith(" + ")]
     helpers = uv("--no-deps", "--editable", ".")
     if helpers.returncode:
         sys.exit(helpers.stderr)
-    if there(KEPT)[: len(kept)] != kept:
-        sys.exit(f"Something replaced torch: {' '.join(kept)} became {' '.join(there(KEPT))}.")
-    print(f"{len(changed)} packages installed. If the kernel had imported one of them before, restart it now.")
+    after = there()
+    new = set(after.values()) - set(before.values())
+    replaced = sorted(name for name in before if after.get(name) != before[name])
+    print(f"{len(new)} packages installed. Other versions than before: {', '.join(replaced) or 'none'}.")
+    print("Restart the kernel now if it had imported one of these.")
 
 
 if __name__ == "__main__":
