@@ -92,7 +92,7 @@ def test_the_script_of_the_readme(small, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "outputs" / "runs" / "mine" / "adapter" / "adapter_model.safetensors").is_file()
-    # What the README shows of such a run looks like this one.
+    # Apart from its numbers, what the README shows of a run is what this one printed.
+    form = re.compile(r"[ \d.+-]+")
     shown = re.findall(r"^    ((?:step|held out) .*)$", readme, flags=re.M)
-    for form in {re.sub(r"[\d.]+", "N", line) for line in shown}:
-        assert form in re.sub(r"[\d.]+", "N", done.stdout), form
+    assert {form.sub(" ", line) for line in shown} <= {form.sub(" ", line) for line in done.stdout.splitlines()}
