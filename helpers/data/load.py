@@ -26,6 +26,7 @@ from helpers.session import quiet_progress
 
 BUNDLED_PAIRS = Path(__file__).parent / "bundled" / "pairs.jsonl"
 SIDES = ("prompt", "chosen", "rejected")
+MOST_OF_A_NAME = 60  # characters; a longer text is an answer, not the name of a column
 
 
 def _prompt(row: dict[str, Any], layout: Layout) -> Any:
@@ -65,9 +66,14 @@ def _arena(prompt: list[str | None], side: list[str | None]) -> list[dict[str, A
 
 def _elsewhere(row: dict[str, Any], names: set[str]) -> bool:
     """Whether texts that should be answers are the names of two columns, or places in a list of answers."""
+    if max(map(len, names)) > MOST_OF_A_NAME:
+        return False
     places = [int(name) for name in names if re.fullmatch(r"\d", name)]
     lists = [value for value in row.values() if messages.texts_of(value)] if len(places) == 2 else []
-    return names <= row.keys() or any(len(opened(value)) > max(places) for value in lists)
+    columns = {name.strip().casefold() for name in row}
+    return {name.strip().casefold() for name in names} <= columns or any(
+        len(opened(value)) > max(places) for value in lists
+    )
 
 
 def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[str, Any]:
@@ -261,8 +267,9 @@ class _Reader:
     def reading(self) -> list[str]:
         """How the columns were read, a line for each layout and each preference; nothing for the three plain ones."""
         told = set(layouts.USUAL["preference"])  # one beside chosen and rejected might say that they are exchanged
-        texts = [name for name in self.kept if {str, bool} & self.kinds[name] or name.lower() in told]
-        texts = [name for name in texts if name != "origin" and (name != "tools" or not self.tools)]
+        used = {"origin", "chat_template_kwargs", *(["tools"] if self.tools else [])}
+        texts = [name for name in self.kept if self.kinds[name] - {int, float} or name.lower() in told]
+        texts = [name for name in texts if name not in used]
         lines = []
         for layout, judge in self.judges.items():
             if str(layout).removeprefix("prompt <- prompt; ") == str(Layout()) and not texts:

@@ -27,7 +27,7 @@ BIT = {code: 1 << place for place, code in enumerate((*WHAT, *HIDDEN))}  # each 
 LEFTOVER = re.compile(
     r"<[|｜][A-Za-z_▁]{1,30}[|｜]>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>|<extra_id_\d>"
     r"|(?:^|\n)#{2,3} ?(?:Instruction|Response|Human|Assistant):|(?:^\s*|\n)(?:(?i:Human|Assistant|Prompter)|USER): ?"
-    r"|^\s*(?i:User): "
+    r"|^\s*(?i:User): |\b(?:ASSISTANT|Assistant|Bot|AI|Response):\s*\Z"
 )
 # "Answer: 42" is an honest beginning; the other marks are not.
 ANSWER = re.compile("|".join(one.answer.pattern for one in dialogues.SPELLINGS if one.name != "question and answer"))
@@ -156,7 +156,8 @@ def from_turn(prompt: list[dict], begin: int) -> list[dict]:
 
 
 def _has_leftover(text: str) -> bool:
-    signs = "<" in text or "[" in text or "##" in text or "\n" in text or ":" in text[:12]  # asking these is far faster
+    # Asking these is far faster.
+    signs = "<" in text or "[" in text or "##" in text or "\n" in text or ":" in text[:12] or ":" in text[-3:]
     return signs and bool(LEFTOVER.search(text) or ANSWER.match(text) or dialogues.read(text))
 
 
