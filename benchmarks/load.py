@@ -1,6 +1,6 @@
 """Reading 200,000 rows: seconds of CPU, and memory that must not grow with the file.
 
-    python benchmarks/load.py [--rows 200000]
+    python benchmarks/load.py [--rows 200000] [--forms texts]
 
 JSONL of three forms (texts; conversations; two answers and a winner), each read at a tenth of the rows and at all of
 them, by a process of its own that finds nothing in the cache of datasets. Seconds are of this process's CPU. Memory is
@@ -71,13 +71,14 @@ def measure(path: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--forms", nargs="+", default=FORMS)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args.measure)))
         return
     results = {}
-    for form in FORMS:
+    for form in args.forms:
         for count in (args.rows // 10, args.rows):
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / f"{form}.jsonl"

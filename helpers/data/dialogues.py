@@ -8,7 +8,6 @@ from helpers.data import tables
 from helpers.data.preferences import LeftOut
 
 Turns = list[dict[str, Any]]
-ROLES = ("user", "assistant", "system")
 NEVER = "(?!)"
 BEGIN = re.compile(
     r"\s*(?:<s>(?!\s*\[INST\])|<bos>|\[gMASK\]<sop>|<\|begin_of_text\|>|<\|endoftext\|>|<｜begin▁of▁sentence｜>)"
@@ -52,8 +51,8 @@ class Marks:
         return self.inside.sub("\n", self.end.sub("", text.strip())).strip()
 
 
-def _made(entry: dict[str, Any]) -> Marks:
-    roles, end = {role: entry.get(role, NEVER) for role in ROLES}, entry.get("end", NEVER)
+def _spelling(entry: dict[str, Any]) -> Marks:
+    roles, end = {role: entry.get(role, NEVER) for role in ("user", "assistant", "system")}, entry.get("end", NEVER)
     mark = entry["mark"].format("(?:{})".format("|".join(f"(?P<{role}>{name})" for role, name in roles.items())))
     answer = entry["mark"].removeprefix(r"\n\n").format(f"(?:{roles['assistant']})")
     return Marks(
@@ -68,7 +67,7 @@ def _made(entry: dict[str, Any]) -> Marks:
 
 
 (_TABLE,) = tables("dialogues.yaml")
-SPELLINGS = [_made(entry) for entry in _TABLE]
+SPELLINGS = [_spelling(entry) for entry in _TABLE]
 # What a text must begin with to be a dialogue at all: asked first, which is far faster.
 _FIRST = "|".join(
     entry["mark"].removeprefix(r"\n\n").format(f"(?:{entry['user']}|{entry.get('system', NEVER)})")
@@ -76,7 +75,7 @@ _FIRST = "|".join(
     for entry in _TABLE
 )
 START = re.compile(rf"(?:{BEGIN.pattern})?(?:{_FIRST})", re.DOTALL)
-ANSWER = re.compile("|".join(marks.answer.pattern for marks in SPELLINGS))
+ANSWER_MARK = re.compile("|".join(marks.answer.pattern for marks in SPELLINGS))
 
 
 def read(text: Any) -> tuple[Marks, Turns] | None:
@@ -134,7 +133,7 @@ def _goes_on(own: Any, talks: list[Turns]) -> bool:
 
 def _begun(prompt: Any, sides: list[Any]) -> tuple[Marks, Any] | None:
     """The spelling if both answers begin with its mark, and the prompt, which has to begin with one too in prose."""
-    if not all(isinstance(side, str) and ANSWER.match(side) for side in sides):
+    if not all(isinstance(side, str) and ANSWER_MARK.match(side) for side in sides):
         return None
     for marks in SPELLINGS:
         found = [marks.answer.match(side) for side in sides]

@@ -30,7 +30,9 @@ LEFTOVER = re.compile(
     r"|^\s*(?i:User): |\b(?:ASSISTANT|Assistant|Bot|AI|Response):\s*\Z"
 )
 # "Answer: 42" is an honest beginning; the other marks are not.
-ANSWER = re.compile("|".join(one.answer.pattern for one in dialogues.SPELLINGS if one.name != "question and answer"))
+OTHER_MARK = re.compile(
+    "|".join(one.answer.pattern for one in dialogues.SPELLINGS if one.name != "question and answer")
+)
 LATIN1_OF_UTF8 = re.compile("Ã[\u0080-\u00bf]|â€|Â[\u00a0-\u00bf]")
 THOUGHT = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
 # What one look at a completion tells; the start of the text and its length are measured apart.
@@ -158,7 +160,7 @@ def from_turn(prompt: list[dict], begin: int) -> list[dict]:
 def _has_leftover(text: str) -> bool:
     # Asking these is far faster.
     signs = "<" in text or "[" in text or "##" in text or "\n" in text or ":" in text[:12] or ":" in text[-3:]
-    return signs and bool(LEFTOVER.search(text) or ANSWER.match(text) or dialogues.read(text))
+    return signs and bool(LEFTOVER.search(text) or OTHER_MARK.match(text) or dialogues.read(text))
 
 
 _SIDE = ("", "_characters", "_text", "_features")
