@@ -257,7 +257,8 @@ def plot_symptoms(rows: list[dict]) -> plt.Figure:
             axis.plot(held_out, "D", color=colour, markeredgecolor="black", label=f"{state}, held out")
         axis.axhline(math.log(2) if "loss" in label else 0, **DASHED)
         axis.set_title(title, fontsize=10, loc="left")
-        axis.set(xlabel="step", ylabel=label)
+        axis.set_xlabel("step")
+        axis.set_ylabel(label, fontsize=8)  # as long as the axis
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
