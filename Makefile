@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
-NOTEBOOKS = $(wildcard notebooks/*.ipynb)
+NOTEBOOKS = $(wildcard notebooks/*.ipynb notebooks/extra/*.ipynb)
 
 .PHONY: setup run refresh student site test fast lab lint lock newest chromium
 
@@ -17,11 +17,11 @@ $(VENV)/installed: requirements.lock pyproject.toml
 
 # Executed copies land in outputs/; the sources stay as they are.
 run: setup
-	mkdir -p outputs/notebooks
-	$(BIN)/jupyter nbconvert --to notebook --execute --output-dir outputs/notebooks $(NOTEBOOKS)
+	$(BIN)/python tools/refresh.py --copies $(NOTEBOOKS)
 
 # Executes the notebooks and writes them in place, with what they print and draw: what is committed.
-# Some of them: make refresh NOTEBOOKS=notebooks/01_setup.ipynb (06 goes on from the run of 03: name both).
+# Some of them: make refresh NOTEBOOKS=notebooks/01_setup.ipynb (06 and the extras go on
+# from the run of 03: name 03 with them, or they make a short run).
 refresh: setup
 	$(BIN)/python tools/refresh.py $(NOTEBOOKS)
 

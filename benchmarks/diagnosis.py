@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from helpers import Dataset, UserError, add_lora, load_model, load_pairs, split_pairs, train_dpo
-from helpers.after.diagnosis import diagnose
+from helpers.run.diagnosis import diagnose
 from helpers.common import output_folder, write_json
 from helpers.model.generate import generate_replies
 from helpers.run.folder import Run, machine, read_info, versions

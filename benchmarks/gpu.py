@@ -66,6 +66,9 @@ SIDES = {
     # What train_dpo does where memory is short, and where there is room.
     "ours": OURS,
     "kept": OURS | {"checkpointing": False},
+    # The same with the layers' kernels recorded in CUDA graphs (helpers/patches/recorded_stack.py).
+    "ours_recorded": OURS | {"recorded": True},
+    "kept_recorded": OURS | {"checkpointing": False, "recorded": True},
     "offloaded": OURS | {"checkpointing": "unsloth"},
     "two_rows": TWO_ROWS,
     "two_rows_offloaded": TWO_ROWS | {"checkpointing": "unsloth"},
@@ -80,6 +83,7 @@ OF_KIND = {"short": "ours", "room": "kept"}  # the side of train_dpo that an exp
 WAVES = [
     ["usual", "ours", "kept", *(name for name in SIDES if name.startswith("expert"))],
     ["stock", "stock_best"],
+    ["ours_recorded", "kept_recorded"],
     ["ours_1024", "kept_1024", "two_rows_kept"],
     ["explicit", "offloaded", "two_rows", "two_rows_offloaded"],
 ]
@@ -289,7 +293,7 @@ def our_trainer(name: str, folder: str, data, settings: dict) -> tuple:
     from helpers.train.trainer import make_trainer
 
     how, longest = SIDES[name]["checkpointing"], settings["max_length"]
-    shared_prompt.ON_GPU = SIDES[name]["shared"]
+    shared_prompt.ON_GPU, shared_prompt.RECORDED = SIDES[name]["shared"], SIDES[name].get("recorded", False)
     model, tokenizer = FastLanguageModel.from_pretrained(
         folder, max_seq_length=longest, load_in_4bit=True, use_gradient_checkpointing=how
     )

@@ -1,21 +1,26 @@
-"""Which learning rate moves a policy in how many steps: python benchmarks/learning_rate.py --processes 8
+"""Which learning rate moves a policy in how many steps, or with how many pairs: python benchmarks/learning_rate.py
 
 The embedded model, LoRA of rank 16 and alpha 16, beta 0.1, 8 pairs a step from the 360 bundled training pairs (45 steps
 are an epoch), cosine schedule; 120 pairs are held out. Seven rates, 24, 90 and 360 steps, three seeds. For each run:
 log-ratio gap of the held-out pairs as training computes it (bf16 on a GPU), the same in 32 bits with accuracy and the
-changes of either side, and the KL of sampled replies. `--processes` share the runs; after an interruption the same
+changes of either side, and the KL of sampled replies. `--processes 8` share the runs; after an interruption the same
 command goes on.
 
-The last line is one JSON object: for each rate and number of steps the mean over seeds and half of its 95 percent
-interval (Student's t).
+`--pairs 60 180 360 --epochs 1 3` asks for so many pairs and epochs in place of steps; each seed draws its own pairs
+from the 360.
+
+The last line is one JSON object: for each rate and number of pairs and steps the mean over seeds and half of its 95
+percent interval (Student's t).
 """
 
 import argparse
 import json
 import math
 import os
+import random
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -23,31 +28,38 @@ os.environ["DPO_PROFILE"] = "cpu"  # before helpers: the same settings and 16-bi
 
 RATES = (5e-6, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)
 STEPS = (24, 90, 360)
-BETA, TRAIN, HELD_OUT, PROMPTS, NEW_TOKENS = 0.1, 360, 120, 32, 64
+BETA, TRAIN, STEP, HELD_OUT, PROMPTS, NEW_TOKENS = 0.1, 360, 8, 120, 32, 64
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 percent point for so many seeds
+KEYS = ("pairs", "steps", "rate")
 FIGURES = ("gap", "accuracy", "kl", "chosen_change", "rejected_change", "gap_as_trained")
 
 
-def bundled():
+def bundled(pairs: int = TRAIN, seed: int = 0):
+    """So many of the training pairs, as the seed draws them, and the held-out ones."""
     from helpers import load_pairs, split_pairs
 
-    pairs = split_pairs(load_pairs())
-    return pairs["train"].select(range(TRAIN)), pairs["test"].select(range(HELD_OUT))
+    split = split_pairs(load_pairs())
+    drawn = sorted(random.Random(seed).sample(range(TRAIN), pairs))
+    return split["train"].select(drawn), split["test"].select(range(HELD_OUT))
 
 
-def train(folder: Path, runs: list[tuple[int, float]], seeds: int) -> None:
+def place(folder: Path, run: dict) -> Path:
+    return folder / f"{run['pairs']}-{run['steps']}-{run['rate']:g}-{run['seed']}"
+
+
+def train(folder: Path, runs: list[dict]) -> None:
     from helpers import load_model, sweep_beta
 
     model, tokenizer = load_model("embedded")
-    sampling = {"prompts": PROMPTS, "max_new_tokens": NEW_TOKENS}
-    for steps, rate in runs:
-        place = folder / f"{steps}-{rate:g}"
-        settings = {"learning_rate": rate, "max_steps": steps, "save_strategy": "no"}
-        settings |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-        sweep_beta(model, tokenizer, *bundled(), place, betas=(BETA,), seeds=range(seeds), **sampling, **settings)
+    sampling = {"prompts": PROMPTS, "max_new_tokens": NEW_TOKENS, "betas": (BETA,)}
+    for run in runs:
+        settings = {"learning_rate": run["rate"], "max_steps": run["steps"], "save_strategy": "no"}
+        settings |= {"per_device_train_batch_size": STEP, "gradient_accumulation_steps": 1}
+        pairs = bundled(run["pairs"], run["seed"])
+        sweep_beta(model, tokenizer, *pairs, place(folder, run), seeds=(run["seed"],), **sampling, **settings)
 
 
-def score(folder: Path, runs: list[tuple[int, float]], seeds: int) -> list[dict]:
+def score(folder: Path, runs: list[dict]) -> list[dict]:
     """A row for each run, its held-out pairs scored in 32 bits by plain transformers and PEFT."""
     from helpers.model.embedded import embedded_model
     from helpers.model.load import load_tokenizer
@@ -63,25 +75,24 @@ def score(folder: Path, runs: list[tuple[int, float]], seeds: int) -> list[dict]
     tokenizer, test = load_tokenizer("embedded"), bundled()[1]
     reference = pair_logps(base, tokenizer, test)
     rows = []
-    for steps, rate in runs:
-        sweep = Sweep.load(folder / f"{steps}-{rate:g}")
-        for seed in range(seeds):
-            policy = PeftModel.from_pretrained(base, str(sweep.run(BETA, seed).adapter))
-            table = held_out_table(test, reference, pair_logps(policy, tokenizer, test))
-            base = policy.unload()
-            found = preference_metrics(table, BETA)
-            row = sweep.table[sweep.table.seed == seed].iloc[0]
-            rows.append({"rate": rate, "steps": steps, "seed": seed, "gap": found["log_ratio_gap"], "kl": row.kl})
-            rows[-1] |= {name: found[name] for name in ("accuracy", "chosen_change", "rejected_change")}
-            rows[-1] |= {"gap_as_trained": row.log_ratio_gap, "seconds": row.train_seconds, "ended": row.ended}
+    for run in runs:
+        sweep = Sweep.load(place(folder, run))
+        policy = PeftModel.from_pretrained(base, str(sweep.run(BETA, run["seed"]).adapter))
+        table = held_out_table(test, reference, pair_logps(policy, tokenizer, test))
+        base = policy.unload()
+        found = preference_metrics(table, BETA)
+        row = sweep.table.iloc[0]
+        rows.append(run | {"gap": found["log_ratio_gap"], "kl": row.kl})
+        rows[-1] |= {name: found[name] for name in ("accuracy", "chosen_change", "rejected_change")}
+        rows[-1] |= {"gap_as_trained": row.log_ratio_gap, "seconds": row.train_seconds, "ended": row.ended}
     return rows
 
 
 def summary(rows: list[dict]) -> list[dict]:
     table = []
-    for steps, rate in sorted({(row["steps"], row["rate"]) for row in rows}):
-        of_seeds = [row for row in rows if (row["steps"], row["rate"]) == (steps, rate)]
-        line = {"rate": rate, "steps": steps, "seeds": len(of_seeds)}
+    for key in sorted({tuple(row[name] for name in KEYS) for row in rows}):
+        of_seeds = [row for row in rows if tuple(row[name] for name in KEYS) == key]
+        line = dict(zip(KEYS, key, strict=True)) | {"seeds": len(of_seeds)}
         for name in FIGURES:
             values = [row[name] for row in of_seeds]
             half = STUDENT[len(values)] * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
@@ -94,15 +105,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("--pairs", type=int, nargs="+", default=[TRAIN], help=f"to train on, {TRAIN} at most")
+    parser.add_argument("--epochs", type=int, nargs="+", help="in place of --steps")
     parser.add_argument("--seeds", type=int, default=3, choices=(1, *STUDENT), help="number of seeds")
     parser.add_argument("--processes", type=int, default=1, help="that share the runs on one machine")
     parser.add_argument("--folder", type=Path, default=Path("outputs/learning_rate"), help="of the runs; it is kept")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    runs = [(steps, rate) for steps in sorted(args.steps, reverse=True) for rate in args.rates]
+    runs = []
+    for pairs, length, rate, seed in product(args.pairs, args.epochs or args.steps, args.rates, range(args.seeds)):
+        steps = length * math.ceil(pairs / STEP) if args.epochs else length
+        runs.append({"pairs": pairs, "steps": steps, "rate": rate, "seed": seed})
+    runs.sort(key=lambda run: -run["steps"])  # the longest ones first
     if args.share is not None:
-        train(args.folder, runs[args.share :: args.processes], args.seeds)
+        train(args.folder, runs[args.share :: args.processes])
         return
     command = [sys.executable, *sys.argv, "--share"]
     workers = [subprocess.Popen([*command, str(share)]) for share in range(args.processes)]
@@ -112,7 +129,7 @@ def main() -> None:
     from helpers.common import write_json
     from helpers.run.folder import machine, versions
 
-    rows = score(args.folder, runs, args.seeds)
+    rows = score(args.folder, runs)
     result = {"machine": machine(), "versions": versions(), "table": summary(rows), "runs": rows}
     if args.out:
         write_json(args.out, result)

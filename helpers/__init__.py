@@ -8,10 +8,10 @@ The wings behind it, each importing only from those above it:
     shutdown  last cell: free the memory, end the session
     data      a file or a list becomes pairs that can be trusted, with their token ids
     model     profiles, loading, replies, log-probs, hashes, memory
-    run       the run folder, its figures and its model card
+    run       the run folder, its figures, diagnosis, keep or discard, its model card
     train     settings, trainer, `train_dpo`, the SFT start, the beta sweep
     thinking  think tags, thinking pairs, what is wrong with them, how they are scored
-    after     diagnosis, inspection, recommendation, export
+    after     inspection, recommendation, export
     teach     what only a notebook shows: figures and tables of lessons
 """
 
@@ -21,12 +21,11 @@ from datasets import Dataset
 from trl import DPOTrainer
 from unsloth import FastLanguageModel, is_bfloat16_supported as is_bf16_supported
 
-from helpers.after.diagnosis import diagnose
 from helpers.after.export import export_run, kept_update
 from helpers.after.inspection import compare_generations, implicit_rewards, open_run, token_rewards
 from helpers.after.recommend import recommend
 from helpers.after.trl_script import share
-from helpers.common import PROJECT, UserError, output_folder, visible
+from helpers.common import PROJECT, UserError, output_folder
 from helpers.session import quiet_progress
 from helpers.data.check import check_pairs
 from helpers.data.load import BUNDLED_PAIRS, load_pairs
@@ -38,8 +37,10 @@ from helpers.model.load import add_lora, fix_pad_token, load_model, load_tokeniz
 from helpers.model.logps import pair_logps, reference_logps
 from helpers.model.memory import estimate_for, estimate_memory, plan_batch
 from helpers.model.profiles import current_profile
+from helpers.run.diagnosis import diagnose
 from helpers.run.folder import Run, machine, versions
 from helpers.run.metrics import accuracy_by, wilson_interval
+from helpers.run.verdict import verdict
 from helpers.shutdown import shut_down_kernel
 from helpers.thinking.check import check_thinking
 from helpers.thinking.pairs import load_thinking_pairs, render_thinking
@@ -60,6 +61,6 @@ __all__ = [
     "load_report", "load_thinking_pairs", "load_tokenizer", "machine", "make_thinking_pairs", "open_run",
     "output_folder", "pair_logps", "plan_batch", "quiet_progress", "recommend", "reference_logps", "render_thinking",
     "share", "shut_down_kernel", "split_pairs", "split_thinking", "sweep_beta", "text_progress", "think_boundary",
-    "thought_shares", "thought_table", "token_rewards", "tokenize_pairs", "train_dpo", "train_sft", "versions",
-    "visible", "wilson_interval",
+    "thought_shares", "thought_table", "token_rewards", "tokenize_pairs", "train_dpo", "train_sft", "verdict",
+    "versions", "wilson_interval",
 ]  # fmt: skip

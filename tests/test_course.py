@@ -12,9 +12,11 @@ from tests.test_jupyterlab import need_chromium, opened_tab, wait_for
 from tools import pages, student
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+FOLDER = ROOT / "notebooks"
+NOTEBOOKS = [*sorted(FOLDER.glob("*.ipynb")), *sorted((FOLDER / "extra").glob("*.ipynb"))]
 OTHERS = sorted(["index.html", *(f"docs/{path.stem}.html" for path in (ROOT / "docs").glob("*.md"))])
-PAGES = [*OTHERS, *(f"notebooks/{path.stem}.html" for path in NOTEBOOKS)]
+LESSONS = [path.relative_to(ROOT).with_suffix(".html").as_posix() for path in NOTEBOOKS]
+PAGES = [*OTHERS, *LESSONS]
 TEX = re.compile(r"\$\$.+?\$\$|\$[^$\n]+\$", re.DOTALL)
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 each_page = pytest.mark.parametrize("name", PAGES)
@@ -51,7 +53,7 @@ def copies(tmp_path_factory):
 @each_notebook
 def test_a_copy_for_learners_has_no_outputs_and_no_solutions(copies, path):
     source = nbformat.read(path, as_version=nbformat.NO_CONVERT)
-    copy = nbformat.read(copies / path.name, as_version=nbformat.NO_CONVERT)
+    copy = nbformat.read(copies / path.relative_to(FOLDER), as_version=nbformat.NO_CONVERT)
     nbformat.validate(copy)
     assert (copy.nbformat, copy.nbformat_minor) == (source.nbformat, source.nbformat_minor)
     assert [(cell.id, cell.source) for cell in copy.cells] == [
@@ -83,6 +85,11 @@ def site(tmp_path_factory):
     return folder, {name: BeautifulSoup(path.read_text(), "html.parser") for name, path in made.items()}
 
 
+def lesson(site, path: Path) -> BeautifulSoup:
+    """The page of a notebook."""
+    return site[1][path.relative_to(ROOT).with_suffix(".html").as_posix()]
+
+
 # Slow: the fixture takes ten seconds.
 @pytest.mark.slow
 def test_every_notebook_and_doc_has_a_page(site):
@@ -99,7 +106,7 @@ def test_next_leads_through_the_course_in_its_order(site):
         following = site[1][name].select_one("a.next-page")
         name = following and (site[0] / name).parent.joinpath(following["href"]).resolve().relative_to(site[0])
         name = name and name.as_posix()
-    assert names[: len(NOTEBOOKS) + 1] == ["index.html", *(f"notebooks/{path.stem}.html" for path in NOTEBOOKS)]
+    assert names[: len(NOTEBOOKS) + 1] == ["index.html", *LESSONS]
     assert set(PAGES) <= set(names)
 
 
@@ -138,14 +145,15 @@ def test_every_local_link_leads_somewhere(site):
                 assert other.find(id=unquote(address.fragment)), (name, link["href"])
             checked += 1
     assert checked > 500  # contents, previous and next, and the links in the text
-    assert parsed["notebooks/06_inspect.html"].select('a[href="../index.html#when-one-machine-is-too-small"]')
+    hand_over = parsed["notebooks/extra/hand_over.html"]
+    assert hand_over.select('a[href="../../index.html#when-one-machine-is-too-small"]')
 
 
 @pytest.mark.slow
 @each_notebook
 def test_solutions_are_folded(site, path):
     notebook = nbformat.read(path, as_version=4)
-    page = BeautifulSoup(str(site[1][f"notebooks/{path.stem}.html"]), "html.parser")
+    page = BeautifulSoup(str(lesson(site, path)), "html.parser")
     folds = page.select("details.solution")
     count = len(exercises(notebook))
     assert [fold.summary.text for fold in folds] == [f"Solution {number}" for number in range(1, count + 1)]
@@ -170,7 +178,7 @@ def plain(text: str) -> str:
 @pytest.mark.slow
 @each_notebook
 def test_outputs_are_on_the_page_as_text(site, path):
-    page = site[1][f"notebooks/{path.stem}.html"]
+    page = lesson(site, path)
     text = plain(page.select_one("article").text)
     for cell in nbformat.read(path, as_version=4).cells:
         for output in cell.get("outputs", []):
@@ -190,7 +198,7 @@ def test_outputs_are_on_the_page_as_text(site, path):
 def test_formulas_are_mathematics(site, name):
     page = BeautifulSoup(str(site[1][name]), "html.parser")
     shown = page("math")
-    source = ROOT / "notebooks" / f"{Path(name).stem}.ipynb"
+    source = (ROOT / name).with_suffix(".ipynb")
     if source.is_file():
         cells = nbformat.read(source, as_version=4).cells
         prose = [re.sub(r"`[^`\n]*`", "", cell.source) for cell in cells if cell.cell_type == "markdown"]

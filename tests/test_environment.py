@@ -1,5 +1,7 @@
 """The three lists of packages agree, the lock can be installed by anybody, and the wheel has all files."""
 
+import ast
+import json
 import re
 import shutil
 import subprocess
@@ -7,7 +9,10 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
 import yaml
+
+from tools import hosted
 
 ROOT = Path(__file__).parent.parent
 DESIGN = "jupyterlab ipykernel unsloth trl datasets torch bitsandbytes python-dotenv matplotlib nbmake".split()
@@ -63,3 +68,45 @@ def test_wheel_has_every_module_and_data_file(tmp_path):
     packed = set(zipfile.ZipFile(wheel).namelist())
     assert {"helpers/train/dpo.py", "helpers/data/bundled/pairs.jsonl"} <= files
     assert files - packed == set()
+
+
+def test_the_devcontainer_names_commands_that_exist():
+    text = (ROOT / ".devcontainer" / "devcontainer.json").read_text(encoding="utf-8")
+    container = json.loads(text)  # plain JSON, though comments would be allowed
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
+    named = re.findall(r"\bmake ([a-z]+)", text)
+    assert container["postCreateCommand"] == "make setup" and set(named) == {"setup", "lab"} <= targets
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"][0]
+    assert f":{conda.split('=')[1]}-" in container["image"]
+    assert container["forwardPorts"] == [8888]  # Jupyter's own default
+    interpreter = container["customizations"]["vscode"]["settings"]["python.defaultInterpreterPath"]
+    assert interpreter.endswith("/.venv/bin/python")
+
+
+def test_the_hosted_way_installs_what_the_helpers_import():
+    roots = set()
+    for path in (ROOT / "helpers").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            roots |= {name.split(".")[0] for name in names}
+    ours = {"helpers", "IPython", "jupyter_server", ""}  # a notebook's kernel has these
+    packages = {"dotenv": "python-dotenv", "yaml": "pyyaml", "unsloth_zoo": "unsloth-zoo"}
+    needed = {packages.get(root, root) for root in roots - set(sys.stdlib_module_names) - ours}
+    come_along = {"filelock", "huggingface_hub", "jinja2", "requests", "tqdm", "xxhash"}  # torch and datasets need them
+    assert needed - set(hosted.PINNED) - set(hosted.ANY) - set(hosted.KEPT) <= come_along
+    assert [hosted.locked(name) for name in hosted.PINNED] == [f"{name}=={locked()[name]}" for name in hosted.PINNED]
+
+
+def test_the_hosted_way_stops_without_a_torch(monkeypatch):
+    monkeypatch.setattr(hosted, "there", lambda: {"uv": "uv==1"})
+    monkeypatch.setattr(hosted, "uv", lambda *_: pytest.fail("it installs something"))
+    with pytest.raises(SystemExit, match="no torch"):
+        hosted.main()
+
+
+def test_the_cell_for_hosted_notebooks_is_the_same_on_both_pages():
+    cell = re.compile(r"^    !git clone .*\n(?:    .*\n)+", flags=re.M)
+    pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/install.md")]
+    (first,), (second,) = map(cell.findall, pages)
+    assert first == second and (ROOT / re.search(r"%run (\S+)", first)[1]).is_file()

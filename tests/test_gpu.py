@@ -18,7 +18,7 @@ from helpers.data.render import tokenize_pairs
 from helpers.model.generate import generate_replies
 from helpers.model.logps import pair_logps, with_reference
 from helpers.model.memory import ESTIMATE_MARGIN, estimate_for, free_memory, is_out_of_memory
-from helpers.patches import PATCHES, cast_once, fault, fused_lm_head
+from helpers.patches import PATCHES, cast_once, fault, fused_lm_head, recorded_stack
 from helpers.train.dpo import train_dpo
 from helpers.train.settings import DPOConfig, dpo_settings
 from helpers.train.trainer import make_trainer
@@ -222,6 +222,53 @@ def test_weights_cast_once_give_the_same_gradient_with_fewer_kernels(base, pairs
     print("relative difference of the gradients", difference, "kernels", kernels)
     assert gradients[1].norm() > 0 and difference < 0.02
     assert kernels[0] < 0.9 * kernels[1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_recorded_step_gives_the_same_losses_and_gradients(base, pairs, tmp_path, monkeypatch, checkpointing):
+    """Eight steps of two forwards, of several widths; the first forward is not recorded."""
+    model, tokenizer = base
+    gradients, handed, losses, memory = [], [], [], []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 7:
+                self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+                self.profile.start()
+
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            if state.global_step == 7:
+                torch.cuda.synchronize()
+                self.profile.stop()
+                handed.append(sum("LaunchKernel" in event.name for event in self.profile.events()))
+                gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+
+    def count(*args):
+        recorded.append(args)
+        return recording(*args)
+
+    recording, recorded = recorded_stack._Recording, []  # noqa: SLF001  (counts what is recorded)
+    monkeypatch.setattr(recorded_stack, "_Recording", count)
+    for on in (True, False):
+        monkeypatch.setattr("helpers.patches.shared_prompt.RECORDED", on)
+        policy = helpers.add_lora(model, seed=0)
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            size = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 8}
+            trainer = trained(
+                policy, tokenizer, pairs[0], tmp_path, [Watch()], **size, gradient_checkpointing=checkpointing
+            )
+            losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+            memory.append(torch.cuda.max_memory_allocated())
+            del trainer
+        finally:
+            strip(model)
+    apart = max(abs(one - other) for one, other in zip(*losses, strict=True))
+    alike = torch.nn.functional.cosine_similarity(*gradients, dim=0).item()
+    print("widths", len(recorded), "losses apart", apart, "gradients alike", alike, "handed over", handed, memory)
+    assert 1 < len(recorded) <= 8 and losses[0][-1] < 0.6
+    assert apart < 0.04 and alike > 0.98
+    assert handed[0] < 0.3 * handed[1]
 
 
 def test_full_card_is_answered_before_training_and_when_it_runs_out(policy, pairs, cache, tmp_path, monkeypatch):

@@ -84,7 +84,6 @@ class Lab:
 
     def __init__(self, folder: Path):
         shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".*"))
-        (folder / "benchmarks").symlink_to(ROOT / "benchmarks")  # 01 reads a model's sizes there
         own = pd.read_json(BUNDLED_PAIRS, lines=True, nrows=PAIRS)[["prompt", "chosen", "rejected"]]
         own.to_json(folder / "my_pairs.jsonl", orient="records", lines=True)
         quiet = folder / "config/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
@@ -190,7 +189,7 @@ def cells_on_page(page: Page) -> list:
 
 
 # Seconds that a notebook may take on two cores, with room for a slow machine.
-SECONDS = {"01_setup": 180, "02_data": 180, "03_train": 480}
+SECONDS = {"01_setup": 300, "02_data": 180, "03_train": 480}
 
 
 @pytest.mark.parametrize("name", SECONDS)
@@ -229,7 +228,7 @@ def test_runs_in_jupyterlab(lab, page, name):
     if name == "03_train":
         assert "step    1 of 6" in text and "held out at step 6" in text  # progress, as lines
     plots = [place for place, cell in enumerate(saved.cells) if re.search(r"^plot_\w+\(.*\)\Z", cell.source, re.M)]
-    assert len(plots) == {"01_setup": 0, "02_data": 2, "03_train": 5}[name]
+    assert len(plots) == {"01_setup": 0, "02_data": 2, "03_train": 3}[name]
     for place in plots:
         pictures = [output.data.get("image/png") for output in saved.cells[place].outputs]
         assert [base64.b64decode(picture)[:4] for picture in pictures] == [b"\x89PNG"]

@@ -10,15 +10,16 @@ import pytest
 from nbformat import v4
 from PIL import Image
 
-from tools.refresh import faults, fingerprint, refresh
+from tools.refresh import copy, faults, fingerprint, refresh, target
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+COURSE = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = [*COURSE, *sorted((ROOT / "notebooks" / "extra").glob("*.ipynb"))]
 
 
 def test_there_are_notebooks():
-    assert [path.name[:2] for path in NOTEBOOKS] == [f"{number:02d}" for number in range(1, len(NOTEBOOKS) + 1)]
-    assert len(NOTEBOOKS) >= 3
+    assert [path.name[:2] for path in COURSE] == [f"{number:02d}" for number in range(1, len(COURSE) + 1)]
+    assert len(COURSE) >= 3 and len(NOTEBOOKS) > len(COURSE)
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -58,7 +59,18 @@ def test_imports_nothing_deeper_than_the_front_door(notebook):
 def test_parts_of_a_lesson(notebook):
     headings = re.findall(r"^#+ (.+)$", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"), re.M)
     assert {"Recap", "Exercises", "Solutions"} <= set(headings)
-    assert headings[0].startswith(tuple("0123456789"))
+    assert re.match(r"\d\d |Extra: ", headings[0])
+
+
+def test_a_notebook_is_one_sitting(notebook):
+    assert len([cell for cell in notebook.cells if cell.cell_type == "code"]) <= 30
+    assert re.search(r"\*\*Time:\*\* (an|half an|a quarter of an) hour", notebook.cells[0].source)
+
+
+def test_an_extra_leads_back(notebook):
+    if notebook.cells[0].source.startswith("# Extra: "):
+        for cell in (notebook.cells[0], notebook.cells[-2]):
+            assert re.search(r"\]\(\.\./\d\d_\w+\.ipynb\)", cell.source) and "](../../README.md)" in cell.source
 
 
 def test_outputs_are_complete_and_of_this_source(notebook):
@@ -124,6 +136,23 @@ def test_a_notebook_that_fails_stays_as_it_was(tmp_path):
     assert path.read_bytes() == before
     executed = nbformat.read(tmp_path / "rejected" / path.name, as_version=4)
     assert executed.cells[1].outputs[0].data["text/plain"] == "2"
+
+
+@pytest.mark.slow
+def test_a_copy_is_executed_as_far_as_it_runs_and_says_where_it_is(tmp_path, capsys):
+    path = written(tmp_path, "print('so far')", "1 / 0")
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError, match=r"(?s)07_small.ipynb ends where it failed.*cell 2 .*ZeroDivisionError"):
+        copy(path, tmp_path / "copies")
+    executed = nbformat.read(tmp_path / "copies" / path.name, as_version=4)
+    assert executed.cells[1].outputs[0].text == "so far\n" and executed.cells[2].outputs[0].ename == "ZeroDivisionError"
+    assert path.read_bytes() == before
+    assert re.match(r"  cell 1 of 2", capsys.readouterr().out)
+
+
+def test_copies_of_extras_have_a_folder_of_their_own(tmp_path):
+    assert target(ROOT / "notebooks" / "extra" / "one.ipynb", tmp_path) == tmp_path / "extra" / "one.ipynb"
+    assert target(ROOT / "notebooks" / "01_setup.ipynb", tmp_path) == tmp_path / "01_setup.ipynb"
 
 
 def shows(text: str, name: str = "stdout"):

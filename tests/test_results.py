@@ -22,7 +22,8 @@ def cells(name: str) -> list[dict]:
 def written(path: Path) -> str:
     """The prose of a page, be it Markdown or a notebook."""
     if path.suffix == ".ipynb":
-        return "\n".join("".join(cell["source"]) for cell in cells(path.name) if cell["cell_type"] == "markdown")
+        found = cells(path.relative_to(ROOT / "notebooks").as_posix())
+        return "\n".join("".join(cell["source"]) for cell in found if cell["cell_type"] == "markdown")
     return path.read_text(encoding="utf-8")
 
 
@@ -34,7 +35,12 @@ def test_pages_have_the_tables_of_the_committed_results(page):
 
 @pytest.mark.parametrize(
     "page, number",
-    [("README.md", "26 to 35 of 240"), ("docs/gpu.md", "| 23.70 |"), ("docs/results.md", "| 1.00 ± 0.03;")],
+    [
+        ("README.md", "26 to 35 of 240"),
+        ("docs/gpu.md", "| 23.70 |"),
+        ("docs/results.md", "| 1.00 ± 0.03;"),
+        ("docs/results.md", "| 114.26 |"),
+    ],
 )
 def test_check_fails_on_a_number_that_is_not_in_the_results(tmp_path, monkeypatch, page, number):
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
@@ -74,12 +80,16 @@ def test_train_dpo_is_five_times_as_fast_as_the_usual_notebook_on_a_gpu_in_littl
 
 
 def test_before_and_after_in_the_readme_are_on_the_page_of_06():
-    outputs = [output for cell in cells("06_inspect.ipynb") for output in cell.get("outputs", [])]
-    shown = ["".join(text) for output in outputs for text in output.get("data", {}).values()]
+    def shown_in(name: str) -> list[str]:
+        outputs = [output for cell in cells(name) for output in cell.get("outputs", [])]
+        return ["".join(text) for output in outputs for text in output.get("data", {}).values()]
+
+    shown = shown_in("06_inspect.ipynb")
     quotes = re.findall(r"^> \*\*(?:Before|After):\*\* (.+) \.\.\.$", README, re.M)
     assert len(quotes) == 2 and all(any(quote in text for text in shown) for quote in quotes)
     # The two shares of the likelihood are in the legend of a figure there, and cannot be read here.
-    after = next(found[1] for text in shown if (found := re.search(r"^here +(0\.\d+)", text, re.M)))
+    scored = shown_in("extra/memory_and_precision.ipynb")
+    after = next(found[1] for text in scored if (found := re.search(r"^here +(0\.\d+)", text, re.M)))
     assert f"| every pair is a tie | {float(after):.2f} |" in README
 
 
@@ -89,7 +99,7 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "notebooks").glob("*.ipynb"))], ids=lambda path: path.name)
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "notebooks").rglob("*.ipynb"))], ids=lambda path: path.name)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)", written(page))
     targets = [((page.parent / name).resolve() if name else page, anchor) for name, anchor in links]
@@ -102,3 +112,29 @@ def test_the_citation_is_of_this_version():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert (citation["version"], citation["license"]) == (project["version"], project["license"])
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
+
+
+def test_the_lines_of_a_run_in_the_readme_are_on_the_page_of_03():
+    printed = "".join(
+        "".join(out.get("text", "")) for cell in cells("03_train.ipynb") for out in cell.get("outputs", [])
+    )
+    lines = re.findall(r"^    ((?:step|held out) .*)$", README, re.M)
+    assert len(lines) == 3 and all(line in printed for line in lines)
+
+
+def test_public_runs_have_a_source_and_a_reason_to_be_listed():
+    runs = tables.result("public_runs")["runs"]
+    assert len(runs) >= 8 and len({run["name"] for run in runs}) == len(runs)
+    assert all(run["source"].startswith("https://") and run["rate"] > 0 for run in runs)
+    assert sum(bool(run["margin"] and run["beta"]) for run in runs) >= 8  # these have a gap
+
+
+def test_minutes_of_a_card_follow_from_the_measured_one(monkeypatch):
+    rows = re.findall(r"\| (\d+) GB .* \| (\d+) \| (measured|estimate) \|", tables.minutes())
+    assert [size for size, _, _ in rows] == ["8", "16", "24", "80"]
+    assert [kind for _, _, kind in rows] == ["estimate"] * 3 + ["measured"]
+    cards, gpu = tables.result("cards"), tables.result("gpu")
+    cards["cards"][2]["tflop_per_s"] /= 10
+    monkeypatch.setattr(tables, "result", lambda name: {"cards": cards, "gpu": gpu}[name])
+    slower = re.findall(r"\| (\d+) GB .* \| (\d+) \|", tables.minutes())
+    assert abs(int(slower[2][1]) - 10 * int(rows[2][1])) <= 5 and slower[3][1] == rows[3][1]

@@ -3,7 +3,13 @@
 What real weights learn is tested room by room; those tests are slow.
 """
 
+import json
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -14,6 +20,7 @@ from helpers.after.inspection import open_run
 from helpers.run.folder import Run
 from helpers.train.sft import train_sft
 
+SIDES = ("chosen", "rejected")
 QUICK = {
     "max_steps": 2,
     "warmup_steps": 0,
@@ -63,3 +70,29 @@ def test_from_pairs_to_a_merged_model(pairs, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(merged).config.num_hidden_layers == 2
     with pytest.raises(UserError, match="started from a trained adapter"):
         helpers.export_run(run, "trl", tmp_path / "trl", train=train, test=test)
+
+
+@pytest.mark.slow  # a process that imports everything and trains
+def test_the_script_of_the_readme(small, tmp_path):
+    """Line by line as a reader pastes it, on a file of own pairs in the simplest form, in a folder of its own."""
+    root = Path(__file__).parent.parent
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    script = (
+        re.search(r"^    from helpers import .*\n(?:    .*\n|\n)+", readme, flags=re.M)[0]
+        .replace("\n    ", "\n")
+        .strip()
+    )
+    assert sum(line != "" for line in script.splitlines()) <= 6
+    rows = helpers.load_pairs().select(range(0, 480, 20))
+    plain = [{"prompt": row["prompt"][0]["content"]} | {s: row[s][0]["content"] for s in SIDES} for row in rows]
+    lines = "".join(json.dumps(row) + "\n" for row in plain)
+    (tmp_path / "my_pairs.jsonl").write_text(lines, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(root), "DPO_MODEL": str(small), "DPO_CACHE_DIR": str(tmp_path / "c")}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "outputs" / "runs" / "mine" / "adapter" / "adapter_model.safetensors").is_file()
+    # Apart from its numbers, what the README shows of a run is what this one printed.
+    form = re.compile(r"[ \d.+-]+")
+    shown = re.findall(r"^    ((?:step|held out) .*)$", readme, flags=re.M)
+    assert {form.sub(" ", line) for line in shown} <= {form.sub(" ", line) for line in done.stdout.splitlines()}

@@ -22,13 +22,21 @@ from sphinx.util import logging
 ROOT = Path(__file__).parent.parent
 # What the pages are made from; the pages after the notebooks in their order.
 PAGES = ["docs/*.md", "helpers/data/bundled/README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-FILES = ["README.md", "notebooks/*.ipynb", *PAGES, "CITATION.cff", "benchmarks/results/*.png"]
+FILES = [
+    "README.md",
+    "notebooks/*.ipynb",
+    "notebooks/extra/*.ipynb",
+    *PAGES,
+    "CITATION.cff",
+    "benchmarks/results/*.png",
+]
 CONTENTS = """
 ```{{toctree}}
 :hidden:
 :glob:
 
 notebooks/*
+notebooks/extra/*
 {pages}
 ```
 """

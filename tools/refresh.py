@@ -1,8 +1,11 @@
 """Execute notebooks and write them in place, with all that they print and draw: python tools/refresh.py FILES
 
-They run in order and share a new output folder, so that they train and that 06 finds the run of 03. A notebook is
-written if it ran to its end and `faults` finds nothing in it; one that fails stays as it was. Prints one JSON
-object as its last line: the seconds of each.
+They run in order and share a new output folder, so that they train, and that 06 and the extras find the run of 03. A
+notebook is written if it ran to its end and `faults` finds nothing in it; one that fails stays as it was. Prints one
+JSON object as its last line: the seconds of each.
+
+With `--copies` first, executed copies go to outputs/notebooks instead. They run with the reader's own settings and
+output folder, and with whatever they print.
 """
 
 import ast
@@ -13,6 +16,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -29,6 +33,8 @@ from helpers.common import write_atomic  # noqa: E402
 from helpers.run.folder import machine, versions  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # of a terminal: the line is empty again
 LIMIT = 500_000  # bytes of a notebook; a repository page refuses large ones
 # What tqdm writes: a bar, or a count with its time and rate.
 _BAR = re.compile(r"\d+%\|.*\||\[[\d:]+(<[\d:?]+)?, .*/\w+\]\s*$|[\u2588-\u258f]")
@@ -144,6 +150,67 @@ def faults(notebook) -> list[str]:
     return found
 
 
+class Client(NotebookClient):
+    """Executes a notebook and says how far it is: the cell, and the last line that it printed."""
+
+    cell, said = 0, 0.0  # the place of the cell that runs; when the last line was written
+
+    def say(self, cell_index: int, text: str = "") -> None:
+        """Over the line before on a terminal; in a log one line in half a minute is enough."""
+        self.cell = cell_index
+        cells = [cell.cell_type == "code" for cell in self.nb.cells]
+        line = f"  cell {sum(cells[: cell_index + 1])} of {sum(cells)}  {text}"
+        if sys.stdout.isatty():
+            print(f"{CLEAR}{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+        elif time.monotonic() - self.said > 30:
+            print(line.rstrip(), flush=True)
+            self.said = time.monotonic()
+
+    def output(self, outs, msg, display_id, cell_index):
+        """As NotebookClient does, and a stream's last line is shown."""
+        if lines := msg["content"].get("text", "").split("\n"):
+            self.say(cell_index, next((line for line in reversed(lines) if line.strip()), ""))
+        return super().output(outs, msg, display_id, cell_index)
+
+
+def execute(path: Path, **settings: str) -> tuple[nbformat.NotebookNode, list[str]]:
+    """The executed notebook, and what failed in it; `settings` are variables for its environment."""
+    notebook = nbformat.read(path, as_version=4)
+    metadata = notebook.metadata.copy()
+    where = {"metadata": {"path": str(path.parent)}}
+    quiet = ["--IPKernelApp.log_level=40"]  # it would warn that it speaks over TCP, to this machine alone
+    client = Client(notebook, timeout=3600, record_timing=False, resources=where, extra_arguments=quiet)
+    client.on_cell_start = lambda cell, cell_index: cell.cell_type == "code" and client.say(cell_index)
+    problems = []
+    try:
+        client.execute(env=ENVIRONMENT | settings)
+    except (CellControlSignal, DeadKernelError) as error:
+        problems = [f"cell {client.cell} ({notebook.cells[client.cell].id}) failed:\n{error}"]
+    notebook.metadata = metadata | {"executed": fingerprint(notebook)}
+    clean(notebook)
+    return notebook, problems
+
+
+def write(notebook: nbformat.NotebookNode, target: Path) -> None:
+    """Write a notebook where everyone may read it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(target, lambda part: nbformat.write(notebook, part))
+    target.chmod(0o644)  # a temporary file is its owner's alone
+
+
+def copy(path: Path, copies: Path) -> None:
+    """Execute a notebook and write the result into the folder `copies`. Raises RuntimeError if a cell fails."""
+    notebook, problems = execute(path)
+    write(notebook, target(path, copies))
+    if problems:
+        raise RuntimeError("\n".join([f"{target(path, copies)} ends where it failed.", *problems]))
+
+
+def target(path: Path, folder: Path) -> Path:
+    """The place of a notebook's copy in `folder`: extras are in a folder of their own there too."""
+    return folder / (path.relative_to(NOTEBOOKS) if path.is_relative_to(NOTEBOOKS) else path.name)
+
+
 def refresh(path: Path, rejected: Path, **settings: str) -> None:
     """Execute a notebook and write it in place.
 
@@ -154,52 +221,31 @@ def refresh(path: Path, rejected: Path, **settings: str) -> None:
     Raises:
         RuntimeError: a cell fails, or the executed notebook has faults; the text names them.
     """
-    notebook = nbformat.read(path, as_version=4)
-    metadata = notebook.metadata.copy()
-    running = 0
-
-    def note(cell, cell_index):
-        nonlocal running
-        running = cell_index
-
-    client = NotebookClient(
-        notebook,
-        timeout=3600,
-        record_timing=False,
-        on_cell_start=note,
-        resources={"metadata": {"path": str(path.parent)}},
-    )
-    problems = []
-    try:
-        client.execute(env=ENVIRONMENT | settings)
-    except (CellControlSignal, DeadKernelError) as error:
-        problems = [f"cell {running} ({notebook.cells[running].id}) failed:\n{error}"]
-    notebook.metadata = metadata | {"executed": fingerprint(notebook)}
-    clean(notebook)
+    notebook, problems = execute(path, **settings)
     problems = problems or faults(notebook)
-    target = rejected / path.name if problems else path
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(target, lambda part: nbformat.write(notebook, part))
-    target.chmod(0o644)  # a temporary file is its owner's alone
+    place = target(path, rejected) if problems else path
+    write(notebook, place)
     if problems:
-        raise RuntimeError("\n".join([f"{path.name} was left as it was; the executed copy is {target}.", *problems]))
+        raise RuntimeError("\n".join([f"{path.name} was left as it was; the executed copy is {place}.", *problems]))
 
 
-def main(paths: list[Path]) -> None:
+def main(paths: list[Path], copies: bool = False) -> None:
     # A person's own settings are not for the committed outputs.
     settings = dict.fromkeys(("DPO_PROFILE", "DPO_MODEL", "DPO_THINKING_MODEL", "DPO_DATA"), "")
-    seconds = {}
+    seconds, elsewhere = {}, ROOT / "outputs" / "notebooks"
     with tempfile.TemporaryDirectory() as folder:
         for path in sorted(paths):
             began = time.monotonic()
+            print(path.name, flush=True)
             try:
-                refresh(path, ROOT / "outputs" / "notebooks", DPO_OUTPUT_DIR=folder, **settings)
+                copy(path, elsewhere) if copies else refresh(path, elsewhere, DPO_OUTPUT_DIR=folder, **settings)
             except RuntimeError as error:
-                sys.exit(str(error))
+                sys.exit(f"{CLEAR}{error}")
             seconds[path.stem] = round(time.monotonic() - began, 1)
-            print(f"{path.name}: {seconds[path.stem]:.0f} s, {path.stat().st_size / 1000:.0f} kB", flush=True)
+            print(f"{CLEAR}{path.name}: {seconds[path.stem]:.0f} s", flush=True)
     print(json.dumps({"seconds": seconds, "versions": versions(), "machine": machine()}))
 
 
 if __name__ == "__main__":
-    main([Path(name).resolve() for name in sys.argv[1:]])
+    names = [name for name in sys.argv[1:] if name != "--copies"]
+    main([Path(name).resolve() for name in names], copies=len(names) < len(sys.argv) - 1)

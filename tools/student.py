@@ -20,9 +20,11 @@ def without_answers(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def main(target: Path = ROOT / "outputs" / "student") -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        nbformat.write(without_answers(nbformat.read(path, as_version=nbformat.NO_CONVERT)), target / path.name)
+    source = ROOT / "notebooks"
+    for path in sorted(source.rglob("*.ipynb")):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(without_answers(nbformat.read(path, as_version=nbformat.NO_CONVERT)), copy)
     print(f"{target}: to be handed out in place of notebooks/")
 
 

@@ -5,6 +5,7 @@ page and the functions that make them. With --check nothing is written, and the 
 """
 
 import json
+import math
 import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -313,6 +314,72 @@ def learning_rate() -> str:
 {"".join(rows)}"""
 
 
+def how_many() -> str:
+    """One row for so many pairs and epochs: accuracy, gap and KL at each rate."""
+    table = {(row["pairs"], row["steps"], row["rate"]): row for row in result("how_many")["table"]}
+    rates = sorted({rate for *_, rate in table})
+    rows = []
+    for pairs, steps in sorted({key[:2] for key in table}):
+        cells = [f"| {pairs} | {steps // math.ceil(pairs / 8)} | {steps}"]  # a step has 8 pairs
+        for row in (table[pairs, steps, rate] for rate in rates):
+            (accuracy, half), (gap, gap_half), (kl, _) = row["accuracy"], row["gap"], row["kl"]
+            cells.append(f"{accuracy:.2f} ± {half:.2f}; {gap:.2f} ± {gap_half:.2f}; {round(kl, 1) + 0:.1f}")
+        rows.append(" | ".join(cells) + " |\n")
+    return f"""
+| pairs | epochs | steps | {" | ".join(f"rate {rate:.0e}" for rate in rates)} |
+|---|---|---|{"---|" * len(rates)}
+{"".join(rows)}"""
+
+
+def public_runs() -> str:
+    """One row for each public run, by how far its rate and steps would take it."""
+
+    def cell(value: float | str | None, form: str = "") -> str:
+        return "" if value is None else f"{value:{form}}"
+
+    rows = []
+    for run in sorted(result("public_runs")["runs"], key=lambda run: run["rate"] * (run["steps"] or math.inf)):
+        gap = ""
+        if run["margin"] is not None:
+            gap = f"{run['margin'] / run['beta']:.2f}" if run["beta"] else f"margin {run['margin']:.2f}, no beta said"
+        together = run["steps"] and f"{run['rate'] * run['steps']:.0e}"
+        name = f"[{run['name']}]({run['source']})"
+        cells = [
+            name,
+            cell(run["method"]),
+            f"{run['rate']:.0e}",
+            cell(run["r"]),
+            cell(run["alpha"]),
+            cell(run["beta"], "g"),
+        ]
+        cells += [cell(run["steps"]), cell(together), gap, run.get("note", "")]
+        rows.append(f"| {' | '.join(cells)} |\n")
+    return f"""
+| run | trained | rate | r | alpha | beta | steps | rate times steps | gap, nats | |
+|---|---|---|---|---|---|---|---|---|---|
+{"".join(rows)}"""
+
+
+def minutes() -> str:
+    """Minutes for 1,000 pairs by card: what gpu.json measured, scaled by the published peak rate of the other cards."""
+    sides, cards = result("gpu")["sides"], result("cards")["cards"]
+    measured = max(cards, key=lambda card: card["gb"])  # the card of gpu.json
+    rows = []
+    for card in cards:
+        side = (
+            "kept" if 1.25 * sides["kept"]["estimated_gb"] <= card["gb"] else "ours"
+        )  # with the headroom of train_dpo
+        side = side if card["bf16"] else "two_rows"
+        pairs_per_s = with_reference(side) * card["tflop_per_s"] / measured["tflop_per_s"]
+        kind = "measured" if card is measured else "estimate"
+        memory = f"{sides[side]['estimated_gb']:.0f} GB"
+        rows.append(f"| {card['gb']} GB ({card['card']}) | {1000 / pairs_per_s / 60:.0f} | {kind} | {memory} |\n")
+    return f"""
+| card | minutes | | memory needed |
+|---|---|---|---|
+{"".join(rows)}"""
+
+
 def settings() -> str:
     """One row for each kind of setting; the refused ones with their reasons."""
     lists = Path(__file__).parent.parent / "helpers" / "train" / "settings.yaml"
@@ -341,7 +408,7 @@ def rounding() -> str:
 
 
 TABLES = {
-    "README.md": {"summary": summary},
+    "README.md": {"minutes": minutes, "summary": summary},
     "docs/gpu.md": {
         "gpu-expert": gpu_expert,
         "gpu-fair": gpu_fair,
@@ -351,7 +418,12 @@ TABLES = {
         "many-gpus": many_gpus,
     },
     "docs/settings.md": {"settings": settings, "equal": equal, "rounding": rounding},
-    "docs/results.md": {"measured": measured, "precision": precision, "learning-rate": learning_rate},
+    "docs/results.md": {
+        "measured": measured,
+        "precision": precision,
+        "learning-rate": learning_rate,
+        "public-runs": public_runs,
+    },
 }
 
 

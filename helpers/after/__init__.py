@@ -1,4 +1,4 @@
-"""After training: what is wrong with a run, what it changed, which beta to take, handing it over."""
+"""After training: what a run changed, which beta to take, handing it over."""
 
 from pathlib import Path
 

@@ -1,5 +1,6 @@
 """Handing a finished run over: its adapter, the merged model, a GGUF file, or the run itself for more GPUs."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -160,6 +161,8 @@ def merged_model(run: Run) -> tuple[PreTrainedModel, float]:
         return model.merge_and_unload(safe_merge=True), kept
     except ValueError as error:
         raise refused("no_numbers", error=error) from error
+    except RuntimeError as error:  # PEFT cannot merge each kind of LoRA
+        raise refused("no_merge", error=error) from error
 
 
 def _write_merged(run: Run, part: Path) -> float:
@@ -233,7 +236,7 @@ def _write_torchrun(run: Run, part: Path) -> None:
     lora = _lora(run)
     if run.reference is not None:
         shutil.copytree(run.reference, part / "reference")
-    elif lora["lora_alpha"] != lora["r"] or set(lora["target_modules"]) != set(LORA_TARGETS):
+    elif lora["lora_alpha"] != lora["r"] or set(_targets(lora)) != set(LORA_TARGETS) or _more(lora, *_TOLD):
         raise refused("other_lora")
     own = {"model": EMBEDDED if info.model == EMBEDDED_HUB_NAME else info.model, "lora_rank": lora["r"]}
     names = changed_settings(config).keys() | dpo_settings().keys() | RUN_SETTINGS.keys()
@@ -246,13 +249,16 @@ def _write_trl(run: Run, part: Path) -> None:
     if run.reference is not None or info.reference != POLICY_AT_START:
         raise refused("trl_reference")
     lora = _lora(run)
+    if more := _more(lora):
+        raise refused("trl_lora", names=", ".join(more))
     settings = changed_settings(config) | {
         "model_name_or_path": info.model,
         "dtype": "bfloat16" if config["bf16"] else "float16" if config["fp16"] else "float32",
         "precompute_ref_log_probs": True,  # the reference's forward once, as in the run, and not in each step
     }
-    settings |= {"use_peft": True, "lora_r": lora["r"], "lora_target_modules": sorted(lora["target_modules"])}
+    settings |= {"use_peft": True, "lora_r": lora["r"], "lora_target_modules": _targets(lora)}
     settings |= {name: lora[name] for name in ("lora_alpha", "lora_dropout")}
+    settings |= {there: lora[here] for here, there in _TOLD.items() if there not in settings and lora.get(here)}
     more = f", on a CPU also unsloth=={info.versions['unsloth']}"
     if PROFILES[info.profile].load_in_4bit:
         # On a large card the run may have needed no checkpointing; TRL alone needs more memory than Unsloth.
@@ -262,6 +268,30 @@ def _write_trl(run: Run, part: Path) -> None:
     rounded = " from the hub, whose weights were never rounded to 4 bits and\n  differ a little from the run's"
     note = rounded if info.model == EMBEDDED_HUB_NAME else ""
     _write_script(run, part, "trl", dict(sorted(settings.items())), more=more, model_note=note)
+
+
+# Settings of an adapter besides its size and places: those that TRL's script takes, by its name for them, and others.
+_TOLD = {"use_rslora": "use_rslora", "use_dora": "use_dora", "modules_to_save": "lora_modules_to_save"}
+_TOLD |= {"lora_dropout": "lora_dropout"}
+_NOT_TOLD = (
+    "alpha_pattern exclude_modules layers_to_transform lora_bias rank_pattern trainable_token_indices use_qalora"
+)
+# PEFT puts LoRA on experts in one tensor where it is asked for these layers, and twice the rank on the first.
+_FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def _targets(lora: dict[str, Any]) -> list[str]:
+    """The names of layers, or a pattern for them, with which PEFT makes this adapter."""
+    names = lora["target_modules"]
+    fused = (_FUSED.get(name, (name,)) for name in lora.get("target_parameters") or ())
+    return sorted({*([names] if isinstance(names, str) else names), *itertools.chain(*fused)})
+
+
+def _more(lora: dict[str, Any], *others: str) -> list[str]:
+    """Which settings the adapter has that a script is not given; `others` are asked about too."""
+    made = {f".*\\.{name}" for name in lora.get("target_parameters") or ()}  # patterns of PEFT's own
+    found = {name: lora.get(name) for name in [*_NOT_TOLD.split(), *others]}
+    return [name for name, value in found.items() if value and not (isinstance(value, dict) and value.keys() <= made)]
 
 
 def _lora(run: Run) -> dict[str, Any]:

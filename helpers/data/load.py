@@ -1,10 +1,11 @@
 """Preference pairs, read from any usual file and brought to the one form that TRL's DPOTrainer takes as it is."""
 
+import contextlib
 import functools
 import itertools
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from datasets import Dataset, Features, Json, Value
 from trl.data_utils import extract_prompt
 
 from helpers.common import PROJECT, UserError, setting
-from helpers.data import CODE, layouts, messages
+from helpers.data import CODE, dialogues, layouts, messages
 from helpers.data.layouts import RANKED, Layout, asked, listed, lookup, opened
 from helpers.data.messages import WORDS
 from helpers.data.preferences import Judge, LeftOut, is_missing, number_of
@@ -25,6 +26,7 @@ from helpers.session import quiet_progress
 
 BUNDLED_PAIRS = Path(__file__).parent / "bundled" / "pairs.jsonl"
 SIDES = ("prompt", "chosen", "rejected")
+MOST_OF_A_NAME = 60  # characters; a longer text is an answer, not the name of a column
 
 
 def _prompt(row: dict[str, Any], layout: Layout) -> Any:
@@ -42,12 +44,12 @@ def _earlier(row: dict[str, Any], layout: Layout) -> list[dict[str, Any]]:
     """The system turn and the earlier turns that have columns of their own."""
     system, history = lookup(row, layout.system), opened(lookup(row, layout.history))
     nothing = is_missing(system.strip() if isinstance(system, str) else system)
-    turns = [] if nothing else messages.to_messages(system, layout.system, "system", False)
+    turns = [] if nothing else messages.to_messages(system, layout.system, "system")
     if not isinstance(history, list) and not is_missing(history):
         raise LeftOut(f"{layout.history} is {messages.kind_of(history)}, not a list of turns")
     for entry in [] if is_missing(history) else history:
         if not isinstance(entry, list):
-            turns += messages.to_messages([entry], layout.history, "user", False)
+            turns += messages.to_messages([entry], layout.history, "user")
         elif [type(text) for text in entry] == [str, str]:  # LLaMA-Factory: [question, answer]
             turns += _arena(entry[:1], entry[1:])
         else:
@@ -64,9 +66,14 @@ def _arena(prompt: list[str | None], side: list[str | None]) -> list[dict[str, A
 
 def _elsewhere(row: dict[str, Any], names: set[str]) -> bool:
     """Whether texts that should be answers are the names of two columns, or places in a list of answers."""
+    if max(map(len, names)) > MOST_OF_A_NAME:
+        return False
     places = [int(name) for name in names if re.fullmatch(r"\d", name)]
     lists = [value for value in row.values() if messages.texts_of(value)] if len(places) == 2 else []
-    return names <= row.keys() or any(len(opened(value)) > max(places) for value in lists)
+    columns = {name.strip().casefold() for name in row}
+    return {name.strip().casefold() for name in names} <= columns or any(
+        len(opened(value)) > max(places) for value in lists
+    )
 
 
 def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[str, Any]:
@@ -82,20 +89,10 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
         if not layout.name and max(map(len, lists)) > 1:
             raise LeftOut(f"{where}, {better} and {worse} are lists of texts, and nothing tells whose turns these are")
         prompt, sides = None, [_arena(lists[0], side) for side in lists[1:]]
-    # "Human: ..." is markup if the prompt is written in it, or if the whole text begins with such a prompt.
-    marked = isinstance(prompt, str) and messages.dialogue_turns(prompt) is not None
-    both = all(isinstance(side, str) and messages.ASSISTANT_MARK.match(side) for side in sides)
-    if both and not marked and isinstance(prompt, str) and messages.dialogue_turns(f"{prompt}\nAssistant:"):
-        prompt, marked = f"{prompt}\nAssistant:", True
-    whole = all(isinstance(side, str) and side.startswith("\n\nHuman:") for side in sides)
-    dialogue = not layout.prompt or whole or (marked and isinstance(sides[0], str) and sides[0].startswith(prompt))
-    if marked and not dialogue:
-        sides = [messages.ASSISTANT_MARK.sub("", side) if isinstance(side, str) else side for side in sides]
-    chosen = messages.to_messages(sides[0], better, "assistant", dialogue)
-    rejected = messages.to_messages(sides[1], worse, "assistant", dialogue)
-    own = [] if is_missing(prompt) and prompt != "" else messages.to_messages(prompt, where, "user", marked)
-    if marked and own[-1] == {"role": "assistant", "content": ""}:
-        own.pop()
+    prompt, sides, _ = dialogues.as_turns(prompt, sides)
+    chosen = messages.to_messages(sides[0], better, "assistant")
+    rejected = messages.to_messages(sides[1], worse, "assistant")
+    own = [] if is_missing(prompt) and prompt != "" else messages.to_messages(prompt, where, "user")
     if chosen[0]["role"] == rejected[0]["role"] == "assistant":
         if not own:
             reason = f"no prompt, and {better} and {worse} are no dialogues that share one"
@@ -207,6 +204,7 @@ class _Reader:
     def _look(self) -> UserError | None:
         """See every row. Returns the first question about a row's columns."""
         self.judges: dict[Layout, Judge] = {}  # in each, the rows of this layout
+        self.marks: Counter[str] = Counter()  # of dialogues that are written into one text, except Anthropic's
         self.count, self.quoted, self.whole, self.tools, question = 0, 0, False, True, None
         self.kinds: dict[str, set[type]] = defaultdict(set, {name: set() for name in self.source.features or ()})
         for origin, row in self.source.rows():
@@ -231,8 +229,12 @@ class _Reader:
         if layout not in self.judges:
             self.judges[layout] = Judge(layout, row, self.given["wins"], self.given["first_wins"])
         self.judges[layout].see(row)
-        paths = (*layout.prompt, *layout.answers)
-        self.whole = self.whole or any(messages.has_more(lookup(row, path)) for path in paths)
+        cells = [lookup(row, path) for path in (*layout.prompt, *layout.answers)]
+        self.whole = self.whole or any(map(messages.has_more, cells))
+        if any(isinstance(cell, str) and cell[:2] != "\n\n" and dialogues.START.match(cell.lstrip()) for cell in cells):
+            with contextlib.suppress(LeftOut):
+                name = dialogues.as_turns(_prompt(row, layout), cells[len(layout.prompt) :])[2]
+                self.marks += Counter([name] if name else ())
         tools = opened(lookup(row, layout.tools or "tools"))
         whole = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
         self.tools = self.tools and (is_missing(tools) or whole)
@@ -265,8 +267,9 @@ class _Reader:
     def reading(self) -> list[str]:
         """How the columns were read, a line for each layout and each preference; nothing for the three plain ones."""
         told = set(layouts.USUAL["preference"])  # one beside chosen and rejected might say that they are exchanged
-        texts = [name for name in self.kept if {str, bool} & self.kinds[name] or name.lower() in told]
-        texts = [name for name in texts if name != "origin" and (name != "tools" or not self.tools)]
+        used = {"origin", "chat_template_kwargs", *(["tools"] if self.tools else [])}
+        texts = [name for name in self.kept if self.kinds[name] - {int, float} or name.lower() in told]
+        texts = [name for name in texts if name not in used]
         lines = []
         for layout, judge in self.judges.items():
             if str(layout).removeprefix("prompt <- prompt; ") == str(Layout()) and not texts:
@@ -275,6 +278,9 @@ class _Reader:
             read = [f"{layout}", *([judge.reading()] if judge.judges else [])]
             read = [_used(line, judge.sample) for line in read] if layout.name else read
             lines += [f"{self.source.name}: {judge.count} row{'s' * (judge.count != 1)}{name}. {read[0]}", *read[1:]]
+        if self.marks:
+            marks = ", ".join(f"{name} ({count})" for name, count in self.marks.most_common())
+            lines.append(f"turns <- marks in the texts: {marks}")
         if self.quoted:
             lines.append(layouts.QUESTIONS["quotes"].format(name=self.source.name, count=self.quoted))
         return [*lines, f"not read: {listed(texts)}"] if texts else lines

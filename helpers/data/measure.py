@@ -16,7 +16,7 @@ import xxhash
 from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
-from helpers.data import CODE
+from helpers.data import CODE, dialogues
 from helpers.data.findings import WHAT
 from helpers.data.messages import prompt_text
 from helpers.data.render import BOTH, IDS, Renderer, encode, has_thought, mapped, rows_of
@@ -27,6 +27,11 @@ BIT = {code: 1 << place for place, code in enumerate((*WHAT, *HIDDEN))}  # each 
 LEFTOVER = re.compile(
     r"<[|｜][A-Za-z_▁]{1,30}[|｜]>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>|<extra_id_\d>"
     r"|(?:^|\n)#{2,3} ?(?:Instruction|Response|Human|Assistant):|(?:^\s*|\n)(?:(?i:Human|Assistant|Prompter)|USER): ?"
+    r"|^\s*(?i:User): |\b(?:ASSISTANT|Assistant|Bot|AI|Response):\s*\Z"
+)
+# "Answer: 42" is an honest beginning; the other marks are not.
+OTHER_MARK = re.compile(
+    "|".join(one.answer.pattern for one in dialogues.SPELLINGS if one.name != "question and answer")
 )
 LATIN1_OF_UTF8 = re.compile("Ã[\u0080-\u00bf]|â€|Â[\u00a0-\u00bf]")
 THOUGHT = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
@@ -153,8 +158,9 @@ def from_turn(prompt: list[dict], begin: int) -> list[dict]:
 
 
 def _has_leftover(text: str) -> bool:
-    signs = "<" in text or "[" in text or "##" in text or "\n" in text or ":" in text[:12]  # asking these is far faster
-    return signs and LEFTOVER.search(text) is not None
+    # Asking these is far faster.
+    signs = "<" in text or "[" in text or "##" in text or "\n" in text or ":" in text[:12] or ":" in text[-3:]
+    return signs and bool(LEFTOVER.search(text) or OTHER_MARK.match(text) or dialogues.read(text))
 
 
 _SIDE = ("", "_characters", "_text", "_features")

@@ -19,17 +19,6 @@ WHOLE_MESSAGES = List(Json())  # if any message has more than a role and a text
 (WORDS,) = tables("words.yaml")
 ROLES = {spelling: role for role, spellings in WORDS["roles"].items() for spelling in spellings}
 KEPT = WORDS["kept"]
-# Dialogues in one text, the most certain spelling first: Anthropic's, one with a line for each turn, one in a single
-# line with or without Vicuna's opening sentence.
-TURNS = (
-    re.compile(r"(?:^|\n\n)(Human|Assistant|System): ?"),
-    re.compile(r"(?:^|\n)(Human|Assistant|System|User|Prompter): ?", re.IGNORECASE),
-    re.compile(r"(?:^|(?<=\s)|(?<=</s>))(Human|Assistant|User|USER|ASSISTANT): ?"),
-    re.compile(r"(?:^|\n)<extra_id_1>(User|Assistant)\n"),  # HelpSteer2's; the first turn of a user has none
-)
-MARKS = ("human:", "assistant:", "user:", "prompter:", "<extra_id_1>")  # asked first, which is far faster
-OPENING = re.compile(r"A chat between .{0,400}", re.DOTALL)
-ASSISTANT_MARK = re.compile(r"\A\s*Assistant: ?", re.IGNORECASE)
 LOOKS_LIKE_MESSAGES = re.compile(
     r"""\s*(?:array\()?\[?\s*\{\s*(?:["'](?:role|content|from|value)|[^{}]*,\s*["'](?:role|from))["']\s*:"""
 )
@@ -94,36 +83,13 @@ def kind_of(value: Any) -> str:
     return WORDS["kinds"].get(name := type(value).__name__, f"a {name}")
 
 
-def dialogue_turns(text: str) -> list[dict[str, Any]] | None:
-    r"""The turns of a dialogue in one text ("\n\nHuman: ... \n\nAssistant: ..." and the like); None for any other."""
-    low = text.lower()
-    if not any(mark in low for mark in MARKS):
-        return None
-    if "\n<extra_id_1>Assistant\n" in text and not text.startswith("<extra_id"):
-        text = f"<extra_id_1>User\n{text}"
-    certain = text.startswith("\n\n")  # Anthropic's marks; the others must be those of a whole dialogue
-    for place, pattern in enumerate(TURNS):
-        opening, *parts = pattern.split(text if certain else text.lstrip())
-        turns = [
-            {"role": ROLES[name.lower()], "content": content.strip().removesuffix("</s>")}
-            for name, content in zip(parts[::2], parts[1::2], strict=True)
-        ]
-        roles = [turn["role"] for turn in turns if turn["role"] != "system"]
-        alternate = len(roles) > 1 and roles == (["user", "assistant"] * len(roles))[: len(roles)]
-        if not opening.strip() and (alternate or (certain and roles[:1] == ["user"])):
-            return turns
-        if place == 2 and alternate and OPENING.fullmatch(opening):
-            return [{"role": "system", "content": opening.strip()}, *turns]
-    return None
-
-
 def texts_of(value: Any) -> list[str | None] | None:
     """A list of texts (or nulls), or its JSON, as Chatbot Arena has for the turns of one side; else None."""
     value = opened(value)
     return value if isinstance(value, list) and value and all(isinstance(item, str | None) for item in value) else None
 
 
-def to_messages(value: Any, column: str, role: str, dialogue: bool) -> list[dict[str, Any]]:
+def to_messages(value: Any, column: str, role: str) -> list[dict[str, Any]]:
     """Any spelling of one or more turns as messages; a plain string becomes one turn of `role`."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{", "a"):
         found = opened(value)
@@ -136,7 +102,7 @@ def to_messages(value: Any, column: str, role: str, dialogue: bool) -> list[dict
         elif found is value and LOOKS_LIKE_MESSAGES.match(value):
             raise LeftOut(f"{column} looks like a list of messages but is no JSON")
     if isinstance(value, str):
-        return (dialogue_turns(value) if dialogue else None) or [{"role": role, "content": value}]
+        return [{"role": role, "content": value}]
     if isinstance(value, dict):
         value = value["messages"] if isinstance(value.get("messages"), list) else [value]
     if not isinstance(value, list) or not value:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from helpers.model import Model, Tokenizer
 
+OF_ADAPTER = r"lora_|\.modules_to_save\.|\.trainable_tokens_"  # in the names of weights that are not the base's
 # Base model -> (its samples and changes, base_hash): it takes seconds if a model has billions of weights.
 _BASES: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[str, str]]" = weakref.WeakKeyDictionary()
 
@@ -58,7 +59,7 @@ def base_hash(model: Model) -> str:
     tensors = {
         re.sub(r"^base_model\.model\.|\.(token_adapter|base_layer|original_module)\b", "", name): tensor
         for name, tensor in model.state_dict().items()
-        if not re.search(r"lora_|\.modules_to_save\.|\.trainable_tokens_", name)  # the adapter's
+        if not re.search(OF_ADAPTER, name)
     }
     sampled = {name: t.flatten()[:: max(1, t.numel() // 64)] for name, t in tensors.items()}
     changes = sum(tensor._version for tensor in tensors.values())  # noqa: SLF001  (named in torch's own documentation)

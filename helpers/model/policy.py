@@ -1,13 +1,22 @@
 """The policy: a model with its adapter and tokenizer, and what is known of it."""
 
 import functools
+import re
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
 from helpers.model import Model, Tokenizer, refusal
-from helpers.model.fingerprint import adapter_hash, adapter_weights, base_hash, base_model, fingerprint, is_fresh
+from helpers.model.fingerprint import (
+    OF_ADAPTER,
+    adapter_hash,
+    adapter_weights,
+    base_hash,
+    base_model,
+    fingerprint,
+    is_fresh,
+)
 from helpers.model.load import public_name
 
 
@@ -22,8 +31,23 @@ def check_adapter(model: PeftModel) -> None:
         raise refusal("adapter start", value=config.init_lora_weights)
     if config.bias != "none":
         raise refusal("adapter bias", value=config.bias)
-    if isinstance(model.get_base_model().get_output_embeddings(), LoraLayer):
+    inner = model.get_base_model()
+    if isinstance(inner, PeftModel):
+        raise refusal("adapter in an adapter")
+    for setting in ("layer_replication", "alora_invocation_tokens"):
+        if getattr(config, setting, None):
+            raise refusal("adapter setting", setting=setting)
+    if isinstance(inner.get_output_embeddings(), LoraLayer):
         raise refusal("adapter on the output layer")
+    if isinstance(inner.get_input_embeddings(), LoraLayer) and inner.config.get_text_config().tie_word_embeddings:
+        raise refusal("adapter on tied embeddings")
+    if any(layer.merged for layer in model.modules() if isinstance(layer, LoraLayer)):
+        raise refusal("adapter merged")
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    if not trained or any(layer.disable_adapters for layer in model.modules() if isinstance(layer, LoraLayer)):
+        raise refusal("adapter frozen")
+    if others := [name for name in trained if not re.search(OF_ADAPTER, name)]:
+        raise refusal("base trained", name=others[0], number=len(others))
 
 
 class Policy:

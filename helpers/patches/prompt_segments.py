@@ -4,6 +4,7 @@ A mask of our own would cost the fused attention kernels. Unsloth's layers have 
 prompts (`prefix_seg_info`, made for GRPO); ours is put there. `shared_prompt` decides when.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +26,18 @@ class Keys(NamedTuple):
 
 
 def segment_keys(sizes: list[list[int]], device: torch.device) -> Keys:
-    """The keys of each segment on `device`; `sizes` are those of a prompt and its completions, for each pair."""
+    """The keys of each segment on `device`; `sizes` are those of a prompt and its completions, for each pair.
+
+    The last row is what fills the batch up. Its keys are filled up too, so that the places of batches of one width
+    are as many, mostly.
+    """
     queries, index = [size for row in sizes for size in row], []
     segments = iter(torch.arange(sum(queries)).split(queries))
     for _, *completions in sizes:
         prompt = next(segments)
         index += [prompt, *(torch.cat([prompt, next(segments)]) for _ in completions)]
+    step = sum(queries) // 2
+    index.append(torch.cat([index[-1][:1].expand(-sum(map(len, index)) % step), index.pop()]))
     keys = [len(seen) for seen in index]
     ends_q, ends_k = (torch.tensor([0, *counts]).cumsum(0).int().to(device) for counts in (queries, keys))
     return Keys(torch.cat(index).to(device), ends_q, ends_k, max(queries), max(keys))
@@ -50,6 +57,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Keys, scale
 
 def take_segments() -> None:
     """Give Unsloth's layers an attention for `Keys`, where they look for that of GRPO's shared prompts."""
+    from unsloth.models import llama, qwen3
     from unsloth.utils import attention_dispatch
 
     grpo = attention_dispatch._flex_shared_prefix_attention  # noqa: SLF001  (see above)
@@ -60,6 +68,16 @@ def take_segments() -> None:
         return (_attend if isinstance(info, Keys) else grpo)(q, k, v, info, **options)
 
     attention_dispatch._flex_shared_prefix_attention = attend  # noqa: SLF001  (see above)
+    # Positions that start again look like packed sequences, and to find where they start waits for the GPU.
+    for place in (llama, qwen3):
+        place.get_packed_info_from_kwargs = _not_packed(place.get_packed_info_from_kwargs)
+
+
+def _not_packed(packed_info: Callable[..., Any]) -> Callable[..., Any]:
+    def found(given: dict[str, Any], *others: Any) -> Any:
+        return None if isinstance(given.get("prefix_seg_info"), Keys) else packed_info(given, *others)
+
+    return found
 
 
 def self_test() -> None:
@@ -81,16 +99,16 @@ def self_test() -> None:
 def _compare() -> None:
     from unsloth.utils import attention_dispatch as dispatch
 
-    sizes = {"bsz": 1, "q_len": 7, "kv_seq_len": 7, "n_heads": 2, "head_dim": 16, "requires_grad": True}
-    unused, keys = ("seq_info", "attention_mask", "causal_mask"), segment_keys([[3, 2, 2]], torch.device("cuda"))
+    sizes = {"bsz": 1, "q_len": 8, "kv_seq_len": 8, "n_heads": 2, "head_dim": 16, "requires_grad": True}
+    unused, keys = ("seq_info", "attention_mask", "causal_mask"), segment_keys([[3, 2, 2], [1]], torch.device("cuda"))
     context = dispatch.AttentionContext(**sizes, **dict.fromkeys(unused), prefix_seg_info=keys)
     config = dispatch.AttentionConfig(backend=dispatch.SDPA, n_kv_heads=2, n_groups=1)
     take_segments()
-    drawn = torch.randn(3, 1, 2, 7, 16, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    drawn = torch.randn(3, 1, 2, 8, 16, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     q, k, v = (one.bfloat16().requires_grad_() for one in drawn)
     found = dispatch.run_attention(config=config, context=context, Q=q, K=k, V=v).transpose(1, 2)
-    segment = torch.tensor([0, 0, 0, 1, 1, 2, 2], device="cuda")
-    seen = (segment[:, None] == segment) | (segment == 0)
+    segment = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3], device="cuda")
+    seen = (segment[:, None] == segment) | ((segment == 0) & (segment[:, None] < 3))
     expected = scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=seen.tril())
     close = torch.allclose(found.float(), expected, atol=0.05)
     gradients = (torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in (found, expected))

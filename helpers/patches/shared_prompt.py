@@ -23,6 +23,8 @@ _KNOWN = ("llama", "qwen2", "qwen3")
 _BATCH = ("input_ids", "attention_mask", "labels")
 # Set to False, a GPU computes each pair as two rows: for benchmarks/gpu.py and tests, which compare.
 ON_GPU = True
+# Set to True, `recorded_stack` works, and rows have few widths: for benchmarks/gpu.py and tests, until it is measured.
+RECORDED = False
 
 
 class Packed(NamedTuple):
@@ -42,14 +44,23 @@ def _mask(sizes: list[list[int]], dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
+def _filler(tokens: int) -> int:
+    """How many tokens fill a row up: at least one, at most 128 or, if kernels are recorded, a sixteenth of the row.
+
+    For each new width kernels are chosen, loaded and recorded, and the fast ones want a multiple of 8.
+    """
+    step = max(128, RECORDED * 2 ** (tokens.bit_length() - 5))
+    return step - tokens % step
+
+
 def pack(
     ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype, one_row: bool
 ) -> Packed | None:
     """The batch [chosen; rejected] with each prompt once, as a row for each pair or all in `one_row`.
 
     The prompt's last token opens either completion, since it has to predict both first tokens; the last token of a
-    completion predicts nothing and is left out. One row is filled up to a multiple of 128 tokens: for each new width
-    matrix kernels are chosen and loaded, and the fast ones want a multiple of 8. None if the rows are no pairs with
+    completion predicts nothing and is left out. One row is filled up to few different widths, all multiples of 128 (see
+    `_filler`). None if the rows are no pairs with
     equal prompts and something after them.
     """
     if len(ids) % 2:
@@ -72,14 +83,14 @@ def pack(
     following = labels[row, column + 1]
     flat = {"input_ids": (ids[row, column], 0), "position_ids": (column, 0), "shift_labels": (following, -100)}
     if one_row:
-        fill = -len(row) % 128
+        fill = _filler(len(row))
         inputs: dict[str, Any] = {name: pad(one[None], (0, fill), value=value) for name, (one, value) in flat.items()}
     else:
         inputs = {name: pad_sequence(one.split([*map(sum, sizes)]), True, value) for name, (one, value) in flat.items()}
     given, packed = (row[following != -100], column[following != -100]), (inputs["shift_labels"] != -100).nonzero().T
     inputs = {name: values.to(device) for name, values in inputs.items()}
     if one_row:
-        inputs["prefix_seg_info"] = segment_keys(sizes + ([[fill]] if fill else []), device)
+        inputs["prefix_seg_info"] = segment_keys([*sizes, [fill]], device)
     else:
         inputs["attention_mask"] = _mask(sizes, dtype)
     return Packed(inputs, *(tuple(index.to(device) for index in places) for places in (given, packed)))

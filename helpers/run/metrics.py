@@ -23,6 +23,16 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     return (share + spread / 2 - half) / (1 + spread), (share + spread / 2 + half) / (1 + spread)
 
 
+def pairs_to_decide(share: float) -> float:
+    """How many pairs a `wilson_interval` around this `share` needs to leave out one half; infinite for one half itself.
+
+    >>> pairs_to_decide(0.55)
+    385
+    """
+    z = NormalDist().inv_cdf(0.975)
+    return math.ceil((z / (2 * share - 1)) ** 2) if share != 0.5 else math.inf
+
+
 def held_out_table(test: Dataset, reference: PairLogps, policy: PairLogps) -> pd.DataFrame:
     """One row for each pair of `test`, as `Run.held_out` keeps it, from the log-probs under `reference` and `policy`.
 

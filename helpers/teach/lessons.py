@@ -1,12 +1,14 @@
-"""What notebooks show of benchmarks/diagnosis.py: each symptom sick and cured, and common advice, tried."""
+"""What only a lesson needs: its share of the pairs, and what benchmarks/diagnosis.py made, cured and tried."""
 
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
+from datasets import Dataset
 
-from helpers.after.diagnosis import SYMPTOMS, measure, of_run, to_try
+from helpers.data.report import load_report
+from helpers.run.diagnosis import SYMPTOMS, measure, of_run, to_try
 from helpers.run.folder import Run, RunInfo
 
 _TABLES: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
@@ -85,3 +87,17 @@ def advice(results: list[dict]) -> pd.DataFrame:
         fell = f"from {start['cured'].mean():.0f} to {end['cured'].mean():.0f}, with it to {end['sick'].mean():.0f}"
         rows.append(row | {"log-prob of a chosen answer, nats": fell, "seeds": len(values)})
     return pd.DataFrame(rows)
+
+
+def lesson_pairs(pairs: Dataset) -> Dataset:
+    """The first 192 of the bundled `pairs`, so that training takes minutes; a reader's own are all taken.
+
+    Prints what was taken.
+    """
+    report = load_report(pairs)
+    if report is None or not report.bundled:
+        print(f"Training on all {len(pairs)} pairs.")
+        return pairs
+    taken = pairs.select(range(min(192, len(pairs))))
+    print(f"Training on {len(taken)} of {len(pairs)} bundled pairs, so that it takes minutes.")
+    return taken

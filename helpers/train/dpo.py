@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import errno
+import os
 import re
 import time
 import uuid
@@ -37,7 +39,8 @@ from helpers.train.resume import ENDED, Checkpoints, last_complete
 from helpers.train.settings import complete_settings
 from helpers.train.trainer import check_start, make_trainer
 
-NOT_WRITTEN = r"os error \d|inline_container|iostream error"  # safetensors and tokenizers; torch.save, in two places
+CUT_SHORT = "inline_container|iostream error"  # torch.save, in two places
+NOT_WRITTEN = rf"os error \d|{CUT_SHORT}"  # the first is said by safetensors and tokenizers
 
 
 def train_dpo(
@@ -123,6 +126,14 @@ def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback
             return once(lambda: _finish(job, trainer, table, seconds, initial))
 
 
+def _why(error: BaseException) -> str:
+    """The system's words for why a file was not written. torch.save says none if it was cut short: the disk is full."""
+    text = getattr(error, "strerror", None) or str(error)
+    if re.search(CUT_SHORT, text):
+        return os.strerror(errno.ENOSPC)
+    return text.partition(" (os error ")[0].rpartition(": ")[2] if " (os error " in text else text
+
+
 @contextlib.contextmanager
 def _undone(job: Job) -> Iterator[dict[str, torch.Tensor]]:
     """Gives the adapter's weights; puts them back if the block ends in an error, and says a full disk or memory."""
@@ -132,8 +143,7 @@ def _undone(job: Job) -> Iterator[dict[str, torch.Tensor]]:
     except BaseException as error:
         job.policy.put_back(initial)
         if isinstance(error, OSError) or re.search(NOT_WRITTEN, str(error)):
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(say("not_written", folder=job.folder, reason=reason)) from error
+            raise UserError(say("not_written", folder=job.folder, reason=_why(error))) from error
         if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
             job.write(Status.OUT_OF_MEMORY)
             raise UserError(say("out_of_memory", **job.info.memory_gb, savings=job.savings())) from error
@@ -168,7 +178,7 @@ def _keep(path: Path, logps: PairLogps) -> None:
     try:
         write_logps(path, logps)
     except Exception as error:  # safetensors has a type of its own
-        print(say("not_cached", folder=path.parent, reason=error))
+        print(say("not_cached", folder=path.parent, reason=_why(error)))
 
 
 def _trainer(job: Job, reference: dict[str, PairLogps], callbacks: Iterable[TrainerCallback]) -> trl.DPOTrainer:

@@ -57,15 +57,22 @@ class Checkpoints(TrainerCallback):
         if state.is_world_process_zero:
             if control.should_training_stop:
                 (folder / ENDED).touch()
-            write_json(folder / "complete.json", {f.name: f.stat().st_size for f in folder.iterdir() if f.is_file()})
+            files = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+            files.pop("complete.json", None)  # of a checkpoint that is written twice, at its step and as its epoch ends
+            write_json(folder / "complete.json", files)
             if not (folder.parents[1] / "run.json").exists():
                 write_info(folder.parents[1], self.info)
         control.should_training_stop |= self.asked
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """transformers' hook, also called where an epoch is left; what is due at its end is then not yet due."""
+        """transformers' hook, also called where Ctrl-C leaves an epoch; what is due at its end is then not yet due.
+
+        At the real end it is done, and whether the training has ended is asked anew, since early stopping may say so.
+        """
         if self.asked and state.epoch % 1 and state.global_step < state.max_steps:
             control.should_log = control.should_evaluate = control.should_save = False
+        elif self.asked:
+            control.should_save, control.should_training_stop = True, state.global_step >= state.max_steps
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

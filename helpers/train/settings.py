@@ -4,13 +4,13 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterable
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import trl
 import unsloth
 from peft import PeftModel
+from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 from transformers.integrations import integration_utils
 
@@ -26,6 +26,8 @@ from helpers.train.processes import processes
 
 RUN_SETTINGS: dict[str, Any] = TABLE["run"]
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(trl.DPOConfig)}
+_TYPES = get_type_hints(trl.DPOConfig)
+_KINDS: dict[type, str] = {bool: "True or False", int: "a whole number", float: "a number"}
 
 
 def check_settings(names: Iterable[str]) -> None:
@@ -50,7 +52,7 @@ class DPOConfig(trl.DPOConfig):
         check_settings(settings)
         try:
             super().__init__(*args, **settings)
-        except (TypeError, ValueError) as error:
+        except (AttributeError, OverflowError, TypeError, ValueError) as error:
             raise UserError(f"DPOConfig does not take these settings: {error}") from error
 
 
@@ -71,6 +73,31 @@ def dpo_settings(model: PreTrainedModel | PeftModel | None = None) -> dict[str, 
     return settings | ({"fp16": not bf16} if profile.name == "gpu" else {})  # GPUs before Ampere
 
 
+def _kind(name: str) -> type | None:
+    """Of a setting that is a number or True or False, which of these."""
+    kinds = set(get_args(_TYPES[name]) or (_TYPES[name],)) - {type(None)}
+    return next((one for one in _KINDS if kinds == {one}), None)
+
+
+def _not_a_value(name: str, value: Any, usual: dict[str, Any]) -> str:
+    above = " above 0" if name in TABLE["above_0"].split() else ""
+    left_out = f"; left out, it is {usual[name]}" if name in usual else ""
+    return f"{name}={value!r}: it has to be {_KINDS[_kind(name) or float]}{above}{left_out}."
+
+
+def _typed(name: str, value: Any, usual: dict[str, Any]) -> Any:
+    """The `value` of a setting; a text that names a number is that number: YAML reads 5e-6 as a text."""
+    kind = _kind(name)
+    if kind is None or (value is None and type(None) in get_args(_TYPES[name])):
+        return value
+    plain = value.item() if hasattr(value, "item") else value  # of numpy
+    try:
+        found = TypeAdapter(kind, config={"allow_inf_nan": False}).validate_python(plain)
+    except ValidationError:
+        raise UserError(_not_a_value(name, value, usual)) from None
+    return value if kind is float and not isinstance(value, str) else found
+
+
 def complete_settings(model: PeftModel, settings: dict[str, Any]) -> dict[str, Any]:
     """`dpo_settings(model)` with the caller's `settings` in them; UserError if they or the adapter can't be had."""
     if isinstance(model, PeftModel):  # of a sweep it is the base
@@ -82,18 +109,12 @@ def complete_settings(model: PeftModel, settings: dict[str, Any]) -> dict[str, A
         reason = TABLE["refused"].get(f"{name}={value}") or TABLE["refused"].get(name)
         if reason and value not in (None, False, DEFAULTS[name]):
             raise UserError(f"{name}={value!r}: {reason}")
-        # A text that names a number is that number: YAML reads 5e-6 as a text.
-        if isinstance(value, str) and (type(DEFAULTS[name]) in (int, float) or name in ("eval_steps", "ld_alpha")):
-            try:
-                number = float(value)
-            except ValueError:
-                raise UserError(f"{name}={value!r}: it has to be a number.") from None
-            values[name] = int(number) if number.is_integer() else number
+        values[name] = _typed(name, value, usual)
     for name in TABLE["above_0"].split():
-        whole = isinstance(DEFAULTS[name], int)
-        if not isinstance(values[name], Integral if whole else Real) or not 0 < values[name] < math.inf:
-            kind = "whole number" if whole else "number"
-            raise UserError(f"{name}={values[name]!r}: it has to be a {kind} above 0; left out, it is {usual[name]}.")
+        value = values.get(name)
+        if value is None and name in usual or value is not None and value <= 0:
+            raise UserError(_not_a_value(name, value, usual))
+    values = {name: value for name, value in values.items() if name not in TABLE["refused"]}  # at their defaults
     values |= {"report_to": values["report_to"] or "none", "precompute_ref_log_probs": False}  # they are, in any case
     _check_choices(values)
     return values

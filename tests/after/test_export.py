@@ -460,9 +460,37 @@ def test_runs_that_no_script_repeats_are_refused(made, pairs, tmp_path):
         export_run(other, "torchrun", tmp_path / "torchrun", train=pairs[0], test=pairs[1])
     other = dataclasses.replace(made, folder=tmp_path / "run")
     shutil.copytree(made.adapter, other.adapter)
-    (other.adapter / "adapter_config.json").write_text(json.dumps(lora | {"lora_alpha": 2 * lora["r"]}))
-    with pytest.raises(UserError, match="not made by add_lora"):
-        export_run(other, "torchrun", tmp_path / "torchrun", train=pairs[0], test=pairs[1])
+    lora["target_modules"] = LORA_TARGETS
+    changes = [{"lora_alpha": 2 * lora["r"]}, {"use_dora": True}, {"lora_dropout": 0.1}, {"modules_to_save": ["a"]}]
+    for change in [*changes, {"target_modules": LORA_TARGETS[:4]}]:
+        (other.adapter / "adapter_config.json").write_text(json.dumps(lora | change))
+        with pytest.raises(UserError, match="not made by add_lora"):
+            export_run(other, "torchrun", tmp_path / "torchrun", train=pairs[0], test=pairs[1])
+    for change in [{"rank_pattern": {"q_proj": 2}}, {"layers_to_transform": [0]}, {"trainable_token_indices": [3]}]:
+        (other.adapter / "adapter_config.json").write_text(json.dumps(lora | change))
+        for form, sentence in (("torchrun", "not made by add_lora"), ("trl", f"cannot be given: {[*change][0]}")):
+            with pytest.raises(UserError, match=sentence):
+                export_run(other, form, tmp_path / form, train=pairs[0], test=pairs[1])
+
+
+def test_script_of_trl_makes_the_adapter_of_the_run(made, pairs, tmp_path):
+    """Of another kind than the usual, by a pattern, and on experts in one tensor as PEFT writes them."""
+    lora = json.loads((made.adapter / "adapter_config.json").read_text())
+    own = dataclasses.replace(made, folder=tmp_path / "run")
+    shutil.copytree(made.adapter, own.adapter)
+    pattern = {r".*\.gate_up_proj": 2 * lora["r"]}
+    fused = {"target_modules": LORA_TARGETS[:4], "target_parameters": ["gate_up_proj", "down_proj"]}
+    fused |= {"rank_pattern": pattern, "alpha_pattern": pattern}
+    rest = {"use_rslora": True, "use_dora": True, "modules_to_save": ["lm_head"], "target_modules": r".*\.q_proj"}
+    found = []
+    for number, change in enumerate((rest, fused)):
+        (own.adapter / "adapter_config.json").write_text(json.dumps(lora | change))
+        folder = export_run(own, "trl", tmp_path / f"trl-{number}", train=pairs[0], test=pairs[1])
+        found.append(yaml.safe_load((folder / "dpo.yaml").read_text()))
+    export_run(own, "torchrun", tmp_path / "torchrun", train=pairs[0], test=pairs[1])
+    told = {"use_rslora": True, "use_dora": True, "lora_modules_to_save": ["lm_head"]}
+    assert told.items() <= found[0].items() and found[0]["lora_target_modules"] == [r".*\.q_proj"]
+    assert set(found[1]["lora_target_modules"]) == set(LORA_TARGETS) and not told.keys() & found[1].keys()
 
 
 def test_processes_that_shard_a_model_are_what_accelerate_reads(made, pairs, tmp_path):

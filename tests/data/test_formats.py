@@ -699,3 +699,84 @@ def test_a_rule_and_its_mirror_give_the_same_pairs(values):
     pairs = load_pairs(rows, wins=rule)
     assert [plain(row) for row in pairs] == [plain(row) for row in load_pairs(mirrored, wins=rule)]
     accounted(pairs, len(rows))
+
+
+# Before the question, between question and answer, after the answer.
+SPELLED = {
+    "Human in lines": ("Human: ", "\nAssistant: ", ""),
+    "Anthropic": ("\n\nHuman: ", "\n\nAssistant: ", ""),
+    "Open Assistant": ("<|prompter|>", "<|endoftext|><|assistant|>", "<|endoftext|>"),
+    "ChatML": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"),
+    "Llama 2": ("<s>[INST] ", " [/INST] ", " </s>"),
+    "Llama 3": (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+    ),
+    "Gemma": ("<bos><start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>\n"),
+    "Zephyr": ("<|system|>\n</s>\n<|user|>\n", "</s>\n<|assistant|>\n", "</s>"),
+    "DeepSeek": ("<｜begin▁of▁sentence｜><｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
+    "DeepSeek in words": ("User: ", "\n\nAssistant: ", "<｜end▁of▁sentence｜>"),
+    "Alpaca": ("### Instruction:\n", "\n\n### Response:\n", ""),
+    "Guanaco in one line": ("### Human: ", "### Assistant: ", ""),
+    "Vicuna": ("USER: ", " ASSISTANT: ", "</s>"),
+    "bot": ("User: ", "\nBot: ", ""),
+    "Q and A": ("Q: ", "\nA: ", ""),
+    "brackets": ("[USER] ", "\n[ASSISTANT] ", ""),
+    "ChatGLM": ("[Round 1]\n\n问：", "\n\n答：", ""),
+    "HelpSteer": ("<extra_id_0>System\n\n<extra_id_1>User\n", "\n<extra_id_1>Assistant\n", "\n<extra_id_1>"),
+    "Command R": (
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>",
+        "<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+        "<|END_OF_TURN_TOKEN|>",
+    ),
+    "gpt-oss": ("<|start|>user<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>", "<|return|>"),
+    "Granite": (
+        "<|start_of_role|>user<|end_of_role|>",
+        "<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>",
+        "<|end_of_text|>",
+    ),
+    "OpenChat": ("GPT4 Correct User: ", "<|end_of_turn|>GPT4 Correct Assistant: ", "<|end_of_turn|>"),
+    "Baichuan": ("<reserved_106>", "<reserved_107>", ""),
+}
+
+
+@pytest.mark.parametrize("name", SPELLED)
+@pytest.mark.parametrize(
+    "where", ["prompt", "answers beside a question", "answers alone", "all three", "each its mark"]
+)
+def test_marks_of_turns_are_read_wherever_they_stand(name, where, capsys):
+    before, between, after = SPELLED[name]
+    asked, answers = f"{before}{Q}{between}", [f"{ONE}{after}", f"{TWO}{after}"]
+    chosen, rejected = answers if where == "prompt" else [f"{asked}{answer}" for answer in answers]
+    row = {"prompt": asked, "chosen": chosen, "rejected": rejected}
+    if where == "answers beside a question":
+        row["prompt"] = Q
+    elif where == "answers alone":
+        del row["prompt"]
+    elif where == "each its mark":
+        row = {"prompt": f"{before}{Q}", "chosen": f"{between}{answers[0]}", "rejected": f"{between}{answers[1]}"}
+    assert [plain(pair) for pair in load_pairs([row])] == [A_FIRST]
+    assert ("turns <- marks in the texts" in capsys.readouterr().out) == (name != "Anthropic")
+
+
+@pytest.mark.parametrize(
+    "prompt, chosen, rejected",
+    [
+        ("Write a talk.", "Human: Hi.\nAssistant: Yes?", "Human: Go.\nAssistant: No."),  # of other questions
+        (Q, f"Human: {Q}\nAssistant: {ONE}", TWO),  # one of the two alone
+        (Q, f"Assistant: {ONE}", f"Assistant: {TWO}"),
+        (f"Question: {Q}\nAnswer: It is", ONE, TWO),  # the answer is begun
+        ("Question: Which?\nA: red\nB: blue", ONE, TWO),
+    ],
+)
+def test_prose_that_looks_like_marks_stays_text(prompt, chosen, rejected):
+    assert [plain(pair) for pair in load_pairs([{"prompt": prompt, "chosen": chosen, "rejected": rejected}])] == [
+        [f"u:{prompt}", f"a:{chosen}", f"a:{rejected}"]
+    ]
+
+
+def test_marks_in_one_answer_alone_are_no_pair():
+    rows = [{"prompt": Q, "chosen": f"<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n{ONE}", "rejected": TWO}]
+    with pytest.raises(UserError, match="only one of the two answers is a whole dialogue"):
+        load_pairs(rows)

@@ -107,6 +107,10 @@ def test_the_embedded_model_is_known_by_its_files(tmp_path):
     assert name_of(copied) == EMBEDDED_HUB_NAME
     (copied / "config.json").write_text((original / "config.json").read_text().replace("100000", "200000"))
     assert name_of(copied) == "copied"
+    shutil.copy(original / "config.json", copied)
+    (copied / "model.safetensors").unlink()  # its settings, and weights of one's own
+    (copied / "model.safetensors").write_bytes(b"0" * (original / "model.safetensors").stat().st_size)
+    assert name_of(copied) == "copied"
     mine = tmp_path / original.name  # its name, and weights of one's own
     tiny().save_pretrained(mine)
     assert name_of(mine) == original.name != EMBEDDED_HUB_NAME
@@ -151,6 +155,14 @@ REFUSED = {
     "olora": "init_lora_weights='olora'",
     "bias": "bias='all'",
     "output layer": "LoRA on the output layer.*modules_to_save",
+    "tied embeddings": "LoRA on the embedding, .* output layer.*target_modules",
+    "on an adapter": "an adapter on top of an adapter",
+    "more layers": "made with layer_replication",
+    "invoked": "made with alora_invocation_tokens",
+    "merged": "merged into the weights.*unmerge_adapter",
+    "frozen": "frozen or switched off.*is_trainable=True",
+    "switched off": "frozen or switched off",
+    "base trained": r"1 weights of the base .*norm\.weight.*requires_grad_",
 }
 
 
@@ -165,20 +177,44 @@ def test_adapters_that_a_run_cannot_keep_are_refused_at_the_start(kind):
         config = LoraConfig(**LORA, init_lora_weights=kind)
     elif kind == "bias":
         config = LoraConfig(**LORA, bias="all")
-    elif kind == "output layer":
-        config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    elif kind in ("output layer", "tied embeddings"):
+        config = LoraConfig(r=4, target_modules=["q_proj", "lm_head" if kind == "output layer" else "embed_tokens"])
+    elif kind == "more layers":
+        config = LoraConfig(**LORA, layer_replication=[(0, 2), (1, 2)])
+    elif kind == "invoked":
+        config = LoraConfig(**LORA, alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM")
     else:
         config = LoraConfig(**LORA)
         name = "mine" if kind == "another name" else "default"
-    model = get_peft_model(tiny(), config, adapter_name=name)
+    model = get_peft_model(tiny(tie_word_embeddings=kind == "tied embeddings"), config, adapter_name=name)
     if kind == "two":
         model.add_adapter("other", LoraConfig(**LORA))
+    elif kind == "on an adapter":
+        model = get_peft_model(model, LoraConfig(**LORA))
+    elif kind == "merged":
+        model.merge_adapter()
+    elif kind == "frozen":
+        model.requires_grad_(False)
+    elif kind == "switched off":
+        model.base_model.disable_adapter_layers()
+    elif kind == "base trained":
+        model.get_base_model().model.norm.requires_grad_(True)
     with pytest.raises(UserError, match=REFUSED[kind]):
         complete_settings(model, {})
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"init_lora_weights": "gaussian"}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}]
+    "more",
+    [
+        {},
+        {"init_lora_weights": "gaussian"},
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 32}, "layers_to_transform": [0]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"trainable_token_indices": [3, 4]},
+    ],
 )
 def test_adapters_that_a_run_can_keep(more):
     check_adapter(get_peft_model(tiny(), LoraConfig(**LORA | more)))

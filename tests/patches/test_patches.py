@@ -120,6 +120,7 @@ BROKEN = [
     ("shared_prompt", gone(trl.trainer.utils, "add_fused_lm_head")),
     ("shared_prompt", without_mask),
     ("prompt_segments", functools.partial(other_unsloth, file="utils/attention_dispatch.py", name="prefix_seg_info")),
+    ("recorded_stack", gone(torch.cuda, "graph_pool_handle")),
     ("cast_once", gone(torch, "_foreach_copy_")),
     ("cast_once", put(torch, "_foreach_add_", lambda first, second: None)),
     ("given_ids", gone(trl.DPOTrainer, "_prepare_dataset")),

@@ -1,13 +1,22 @@
-"""What a model card says of a run. No model is loaded."""
+"""What a model card says of a run, and that the code on it does what it says."""
 
+import ast
 import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import trl
 import yaml
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from helpers import add_lora, check_pairs, export_run, load_model, load_pairs, train_dpo, verdict
 from helpers.run.card import changed_settings, model_card
 from helpers.run.folder import Run, RunInfo, describe_config
 
@@ -16,9 +25,8 @@ CONFIG = describe_config(trl.DPOConfig(output_dir="output", learning_rate=1e-3, 
 
 @pytest.fixture
 def run(first, tmp_path) -> Run:
-    metrics = {"accuracy": 0.75, "accuracy_interval": [0.5, 0.875]}
     held_out = pd.DataFrame({"origin": [f"pairs.jsonl:{line}" for line in range(1, 7)]})
-    return Run(tmp_path, RunInfo.from_json(first | {"config": CONFIG}), [], metrics, held_out)
+    return Run(tmp_path, RunInfo.from_json(first | {"config": CONFIG}), [], {}, held_out)
 
 
 def front_matter(card: str) -> dict:
@@ -30,11 +38,81 @@ def test_card_names_data_settings_figures_and_limits(run):
     assert front_matter(card)["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     for part in ("192 preference pairs", "120 held out, from `pairs.jsonl`", "learning_rate: 0.001", "## Limits"):
         assert part in card
-    assert "| accuracy | 0.75 |\n| accuracy_interval | 0.500 to 0.875 |" in card
-    assert "rounded to 4 bits" in card and "`AutoPeftModelForCausalLM.from_pretrained(FOLDER)`" in card
+    assert "rounded to 4 bits" in card
+    assert verdict(run).to_markdown() in card and "\n\n|  | before | after |\n| --- |" in card
     assert "the weights keep 93% of the adapter's update" in model_card(run, "merged", kept=0.93)
     (run.folder / "reference").mkdir()
     assert "an adapter trained before" in model_card(run, "gguf")
+
+
+# ------------------------------------------------------------------------------------------------ how to ask it
+
+QUESTION = "What is a hash table?"  # of the code on a card
+
+
+def code_of(card: str) -> str:
+    return re.search(r"```python\n(.*?)\n```\n", card, re.DOTALL)[1]
+
+
+def test_template_options_are_on_every_card_and_are_data_only(run):
+    for form in ("run", "adapter", "merged", "gguf"):
+        assert "chat_template_kwargs" not in model_card(run, form)
+    run.info.template = {"enable_thinking": False, "x=1); print(7 #": "```\n`{info}`"}
+    for form in ("run", "adapter", "merged"):
+        tree = ast.parse(code_of(model_card(run, form)))
+        options = next(line for line in tree.body if isinstance(line, ast.Assign) and line.targets[0].id == "options")
+        assert ast.literal_eval(options.value) == run.info.template
+    card = model_card(run, "gguf")
+    assert '{"enable_thinking": false,' in card and "```python" not in card
+    assert code_of(model_card(run, "merged")).startswith("from transformers import AutoModelForCausalLM\n")
+
+
+PROBE = """
+import json, sys
+assert not {"helpers", "trl", "unsloth"} & set(sys.modules)
+print("\\nIDS" + json.dumps([prompt["input_ids"][0].tolist(), type(model).__name__]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["run", "adapter", "merged"])
+def test_code_of_a_card_asks_as_it_was_trained(hybrid, form, tmp_path):
+    """In a new process, as it stands on the card, in the folder of the card."""
+    run, base, trained = hybrid
+    assert run.info.template == {"enable_thinking": False}
+    folder = run.folder if form == "run" else export_run(run, form, tmp_path / form)
+    if form != "merged":  # the card names the base as the hub would, or as a folder next to it
+        (folder / run.info.model).symlink_to(base)
+    code = code_of((folder / "README.md").read_text(encoding="utf-8"))
+    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code + PROBE], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    ids, kind = json.loads(done.stdout.rpartition("IDS")[2])
+    assert kind == ("Qwen3ForCausalLM" if form == "merged" else "PeftModelForCausalLM")
+    assert ids == trained  # not only its beginning: without the empty thought it would be that too
+
+
+@pytest.fixture(scope="module")
+def hybrid(qwen3, tmp_path_factory):
+    """(run, base folder, ids of the prompt of the pair about QUESTION): two steps of a tiny random Qwen3."""
+    folder = tmp_path_factory.mktemp("hybrid")
+    base = folder / "tiny-qwen3"
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=len(qwen3), **sizes, **heads)).save_pretrained(base)
+    qwen3.save_pretrained(base)
+    say = {"chosen": "A table that finds a value by its key.", "rejected": "A table for breakfast."}
+    pairs = load_pairs([{"prompt": text} | say for text in (QUESTION, "What is a heap?", "A tree?", "A trie?")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DPO_MODEL", str(base))
+        model, tokenizer = load_model()
+        model = add_lora(model.float(), rank=2)
+        steps = {"max_steps": 2, "bf16": False, "eval_strategy": "no", "load_best_model_at_end": False}
+        run = train_dpo(model, tokenizer, pairs.select(range(3)), pairs.select([3]), folder / "run", **steps)
+        yield run, base, check_pairs(pairs, tokenizer).ids[0]["prompt_ids"]
 
 
 def test_only_a_licence_that_is_known_is_named(run):

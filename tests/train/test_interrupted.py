@@ -264,13 +264,34 @@ def test_nothing_is_trained_after_the_last_step(call, name):
     same(call("run", **RUNS[name]), whole)
 
 
-@pytest.mark.parametrize("name", ["epochs", "by epoch"])
-def test_ctrl_c_loses_no_evaluation_and_adds_none(call, name):
-    """In the second step, which is due for one, or is in the middle of an epoch that ends with one."""
+@pytest.mark.parametrize("name, step", [("epochs", 1), ("by epoch", 1), ("by epoch", 2)])
+def test_ctrl_c_loses_no_evaluation_and_adds_none(call, name, step, capsys):
+    """In the second step, due for one or in the middle of an epoch that ends with one, and in the last of the epoch."""
     whole = call("whole", **RUNS[name])
     with pytest.raises(KeyboardInterrupt):
-        call("run", At("on_step_begin", 1, lambda: os.kill(os.getpid(), signal.SIGINT)), **RUNS[name])
+        call("run", At("on_step_begin", step, lambda: os.kill(os.getpid(), signal.SIGINT)), **RUNS[name])
     same(call("run", **RUNS[name]), whole)
+    assert f"Resuming from step {step + 1}" in capsys.readouterr().out
+
+
+def test_ctrl_c_in_the_step_after_which_early_stopping_ends_the_run(call):
+    """Evaluated by epoch, so only after the checkpoint that Ctrl-C asks for."""
+    settings = RUNS["early"] | {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    whole = call("whole", **settings)
+    last = whole.info.steps
+    assert 4 < last < 15, "it has to be early stopping that ends it"
+    with pytest.raises(KeyboardInterrupt):
+        call("run", At("on_step_begin", last - 1, lambda: os.kill(os.getpid(), signal.SIGINT)), **settings)
+    same(call("run", **settings), whole)
+
+
+def test_ctrl_c_within_an_epoch_saves_once_and_does_not_evaluate(call, tmp_path):
+    """What is due at the end of the epoch is not yet due where Ctrl-C leaves it."""
+    with pytest.raises(KeyboardInterrupt):
+        call("run", At("on_step_begin", 1, lambda: os.kill(os.getpid(), signal.SIGINT)), **RUNS["by epoch"])
+    (state,) = (tmp_path / "run" / "checkpoints").glob("checkpoint-*/trainer_state.json")
+    assert [row for row in json.loads(state.read_text())["log_history"] if "eval_loss" in row] == []
+    assert not (state.parent / "ended").exists()
 
 
 def test_ctrl_c_in_the_last_step_is_evaluated_where_the_epoch_is_left(call):
@@ -342,9 +363,8 @@ def test_full_disk_loses_nothing_and_the_run_goes_on_when_there_is_room(call, di
         room = sum((saved / name).stat().st_size + 50_000 for name in room_for)
         (disk / "filler").write_bytes(b"0" * (shutil.disk_usage(disk).free - room))
 
-    with pytest.raises(UserError, match="could not be written to .*run .*checkpoint is kept; make room") as error:
+    with pytest.raises(UserError, match=r"to .*run \(No space left on device\). .*checkpoint is kept; make room"):
         call("disk/run", At(hook, step, fill))
-    print(type(error.value.__cause__), error.value)
     assert all(torch.equal(value, call.fresh[name]) for name, value in get_peft_model_state_dict(call.policy).items())
     with pytest.raises(UserError, match="could not be written"):
         call("disk/run")

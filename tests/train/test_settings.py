@@ -12,6 +12,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import trl
@@ -98,7 +99,20 @@ def test_losses_and_divergences_are_those_that_trl_has():
         ({"num_train_epochs": 0}, "num_train_epochs=0: it has to be a number above 0"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0: it has to be a whole number above 0"),
         ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size=0: it has to be a whole number above 0"),
-        ({"gradient_accumulation_steps": "two"}, "gradient_accumulation_steps='two': it has to be a number"),
+        ({"gradient_accumulation_steps": "two"}, "steps='two': it has to be a whole number above 0"),
+        ({"learning_rate": None}, "learning_rate=None: it has to be a number above 0; left out, it is"),
+        ({"learning_rate": -1e-5}, "learning_rate=-1e-05: it has to be a number above 0"),
+        ({"max_steps": None}, "max_steps=None: it has to be a whole number"),
+        ({"max_steps": math.inf}, "max_steps=inf: it has to be a whole number"),
+        ({"eval_steps": 0}, r"eval_steps=0: it has to be a number above 0\."),
+        ({"save_steps": -1}, "save_steps=-1: it has to be a number above 0"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of=0: it has to be a whole number above 0"),
+        ({"bf16": "half"}, "bf16='half': it has to be True or False"),
+        ({"ld_alpha": [0.5]}, r"ld_alpha=\[0.5\]: it has to be a number"),
+        ({"seed": 0.5}, "seed=0.5: it has to be a whole number"),
+        ({"weight_decay": math.nan}, "weight_decay=nan: it has to be a number"),
+        ({"train_sampling_strategy": "sorted"}, "train_sampling_strategy='sorted': TRL .* has random, sequential"),
+        ({"metric_for_best_model": []}, "DPOConfig does not take these settings"),
         ({"batch_size": 0}, "no setting 'batch_size'.*gradient_accumulation_steps are the pairs of a step"),
         ({"loss_type": "dpo"}, "loss_type='dpo': TRL .* has sigmoid, hinge, ipo"),
         ({"loss_type": ["sigmoid", "kto"]}, "loss_type='kto': TRL"),
@@ -149,6 +163,16 @@ def test_what_will_happen_is_said_with_the_steps_that_the_trainer_makes():
     assert said == "412 pairs to train on, 52 steps of 8, learning rate 5e-05."
     assert "104 steps of 8" in what_will_happen(eight | {"num_train_epochs": 2}, 412)
     assert "1 step of 8," in what_will_happen(eight | {"num_train_epochs": 2, "max_steps": 1}, 412)
+
+
+def test_a_value_of_another_type_is_what_it_says(policy):
+    """From YAML, a command line or numpy; `bool("no")` would be True."""
+    given = {"gradient_checkpointing": "no", "disable_dropout": "false", "max_length": 64.0, "seed": np.int64(3)}
+    values = complete_settings(policy, given | {"beta": np.float64(0.3), "accelerator_config": False})
+    assert values["gradient_checkpointing"] is False and values["disable_dropout"] is False
+    assert [(type(values[name]), values[name]) for name in ("max_length", "seed")] == [(int, 64), (int, 3)]
+    assert values["beta"] == 0.3
+    run_config(Path("run"), 64, values, values)
 
 
 def test_a_run_is_told_to_move_hardly_where_the_measured_ones_did():

@@ -17,8 +17,8 @@ import pandas as pd
 import yaml
 from transformers import Trainer, TrainingArguments
 
-from helpers.after import refused
 from helpers.data.findings import Report
+from helpers.run import refused
 from helpers.run.folder import Run, Status, describe_config, read_info
 from helpers.run.metrics import wilson_interval
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, TrainerState
 
 from benchmarks.diagnosis import CASES, Bench
 from helpers import DPOConfig, DPOTrainer, UserError, diagnose, load_pairs
-from helpers.after.diagnosis import LIMIT_TABLE, LIMITS, RULES, SYMPTOMS, Diagnosis, Symptom, measure, of_run
+from helpers.run.diagnosis import LIMIT_TABLE, LIMITS, RULES, SYMPTOMS, Diagnosis, Symptom, measure, of_run
 from helpers.run.folder import Run, Status, write_info
 from helpers.teach.lessons import DRAWN, SHOWN, advice, guide, recorded
 from helpers.teach.plots import plot_symptoms, symptom_table

@@ -1,0 +1,146 @@
+"""Dialogues that are written into one text, by the marks of dialogues.yaml."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from helpers.data import tables
+from helpers.data.preferences import LeftOut
+
+Turns = list[dict[str, Any]]
+NEVER = "(?!)"
+BEGIN = re.compile(
+    r"\s*(?:<s>(?!\s*\[INST\])|<bos>|\[gMASK\]<sop>|<\|begin_of_text\|>|<\|endoftext\|>|<｜begin▁of▁sentence｜>)"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Marks:
+    """One spelling; an entry of dialogues.yaml."""
+
+    name: str
+    mark: re.Pattern  # with a group for each role
+    answer: re.Pattern  # the mark of an assistant at the beginning of a text
+    end: re.Pattern
+    inside: re.Pattern
+    opening: re.Pattern
+    token: bool
+
+    def turns(self, text: str) -> Turns | None:
+        """The turns of a whole dialogue; None for any other text."""
+        marks = list(self.mark.finditer(text))
+        if not marks:
+            return None
+        ends = [*(mark.start() for mark in marks[1:]), len(text)]
+        turns = [
+            {"role": mark.lastgroup, "content": self.bare(text[mark.end() : end])}
+            for mark, end in zip(marks, ends, strict=True)
+        ]
+        if opening := text[: marks[0].start()].strip():
+            if not self.opening.fullmatch(opening):
+                return None
+            turns.insert(0, {"role": "system", "content": opening})
+        if turns[0] == {"role": "system", "content": ""}:
+            del turns[0]
+        roles = [turn["role"] for turn in turns if turn["role"] != "system"]
+        alternate = len(roles) > 1 and roles == (["user", "assistant"] * len(roles))[: len(roles)]
+        return turns if alternate or (self.token and roles[:1] == ["user"]) else None
+
+    def bare(self, text: str) -> str:
+        """The text of one turn."""
+        return self.inside.sub("\n", self.end.sub("", text.strip())).strip()
+
+
+def _spelling(entry: dict[str, Any]) -> Marks:
+    roles, end = {role: entry.get(role, NEVER) for role in ("user", "assistant", "system")}, entry.get("end", NEVER)
+    mark = entry["mark"].format("(?:{})".format("|".join(f"(?P<{role}>{name})" for role, name in roles.items())))
+    answer = entry["mark"].removeprefix(r"\n\n").format(f"(?:{roles['assistant']})")
+    return Marks(
+        entry["name"],
+        re.compile(mark),
+        re.compile(rf"\A\s*(?:(?:{end})\s*)?{answer}"),
+        re.compile(rf"(?:\s*(?:{end}))+\s*\Z"),
+        re.compile(entry.get("inside", NEVER)),
+        re.compile(entry.get("opening", NEVER), re.DOTALL),
+        entry.get("token", False),
+    )
+
+
+(_TABLE,) = tables("dialogues.yaml")
+SPELLINGS = [_spelling(entry) for entry in _TABLE]
+# What a text must begin with to be a dialogue at all: asked first, which is far faster.
+_FIRST = "|".join(
+    entry["mark"].removeprefix(r"\n\n").format(f"(?:{entry['user']}|{entry.get('system', NEVER)})")
+    + (f"|{entry['opening']}" if "opening" in entry else "")
+    for entry in _TABLE
+)
+START = re.compile(rf"(?:{BEGIN.pattern})?(?:{_FIRST})", re.DOTALL)
+ANSWER_MARK = re.compile("|".join(marks.answer.pattern for marks in SPELLINGS))
+
+
+def read(text: Any) -> tuple[Marks, Turns] | None:
+    r"""The turns of a dialogue in one text ("\n\nHuman: ... \n\nAssistant: ..." and the like), and how it is spelled.
+
+    None for any other text or value.
+    """
+    if not isinstance(text, str):
+        return None
+    bare = text.lstrip()
+    if "\n<extra_id_1>Assistant\n" in text and not bare.startswith("<extra_id"):  # HelpSteer2's first user has no mark
+        text = bare = f"<extra_id_1>User\n{bare}"
+    if not START.match(bare):
+        return None
+    text = BEGIN.sub("", text if text.startswith("\n\n") else bare, count=1)
+    return next(((marks, turns) for marks in SPELLINGS if (turns := marks.turns(text))), None)
+
+
+def as_turns(prompt: Any, sides: list[Any]) -> tuple[Any, list[Any], str]:
+    """A prompt and its two answers, each as turns if marks tell these, else as it is; and the name of the spelling.
+
+    A prompt in marks ends with a question. Answers are whole dialogues if both are, in one spelling, and go on from
+    the prompt; else a mark before the answer alone is taken off, if the prompt has such marks too. Raises LeftOut if
+    marks that nobody writes in prose stand in one of the answers only.
+    """
+    asked, talks = read(prompt), [read(side) for side in sides]
+    if asked and asked[1][-1] == {"role": "assistant", "content": ""}:
+        asked[1].pop()
+    if asked and not asked[0].token and asked[1][-1]["role"] != "user":
+        asked = None
+    whole = [talk for talk in talks if talk and (talk[0].token or talk[1][-1]["role"] == "assistant")]
+    if len(whole) == 2 and whole[0][0] is whole[1][0]:
+        marks = whole[0][0]
+        own = asked[1] if asked else prompt
+        if marks.token or not prompt or _goes_on(own, [turns for _, turns in whole]):
+            return own, [turns for _, turns in whole], marks.name
+    elif any(talk and talk[0].token for talk in whole) and all(isinstance(side, str) for side in sides):
+        raise LeftOut("only one of the two answers is a whole dialogue with marks")
+    asked = asked or _begun(prompt, sides)
+    if asked:
+        marks, prompt = asked
+        sides = [
+            marks.end.sub("", marks.answer.sub("", side, count=1)) if isinstance(side, str) else side for side in sides
+        ]
+    return prompt, sides, asked[0].name if asked else ""
+
+
+def _goes_on(own: Any, talks: list[Turns]) -> bool:
+    """Whether the last question of a prompt, a text or turns, is asked in both talks."""
+    last = own[-1] if isinstance(own, list) else own
+    question = " ".join(str(last.get("content") if isinstance(last, dict) else last).split())
+    users = [[" ".join(turn["content"].split()) for turn in talk if turn["role"] == "user"] for talk in talks]
+    return all(any(question in user for user in one) for one in users)
+
+
+def _begun(prompt: Any, sides: list[Any]) -> tuple[Marks, Any] | None:
+    """The spelling if both answers begin with its mark, and the prompt, which has to begin with one too in prose."""
+    if not all(isinstance(side, str) and ANSWER_MARK.match(side) for side in sides):
+        return None
+    for marks in SPELLINGS:
+        found = [marks.answer.match(side) for side in sides]
+        if all(found):
+            if not (isinstance(prompt, str) and START.match(prompt.lstrip())):
+                # Anthropic's mark of an answer alone is a word of prose.
+                return (marks, prompt) if marks.token and prompt and marks is not SPELLINGS[0] else None
+            talk = read(f"{prompt}\n\n{found[0][0].lstrip()}")
+            return (talk[0] if all(map(talk[0].answer.match, sides)) else marks, talk[1][:-1]) if talk else None
+    return None
