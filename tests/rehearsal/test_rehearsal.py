@@ -84,14 +84,16 @@ def tiny(folder: Path, tokenizer) -> Path:
 
 
 def write_own_pairs(file: Path) -> None:
-    """Comparisons as an arena publishes them: no topics, no flaws, and the winner by its letter."""
+    """Comparisons as an arena publishes them: no topics, no flaws, and the winner by its letter. The answers are cut
+    after eight words, since a vocabulary as large as Qwen3's makes each token dear."""
     rows = [json.loads(line) for line in BUNDLED_PAIRS.read_text(encoding="utf-8").splitlines()]
+    cut = [(row["prompt"], *(" ".join(row[side].split()[:8]) for side in ("chosen", "rejected"))) for row in rows]
+    cut = [row for row in cut if row[1] != row[2]]
+    names = ("question", "response_a", "response_b", "winner")
     with file.open("w", encoding="utf-8") as out:
-        for number, row in enumerate(rows[:: len(rows) // PAIRS]):
-            sides = [row["chosen"], row["rejected"]][:: -1 if number % 2 else 1]
-            names = ("question", "response_a", "response_b", "winner")
-            one = dict(zip(names, (row["prompt"], *sides, "ab"[number % 2]), strict=True))
-            out.write(json.dumps(one) + "\n")
+        for number, (prompt, *sides) in enumerate(cut[:: len(cut) // PAIRS][:PAIRS]):
+            ordered = sides[:: -1 if number % 2 else 1]
+            out.write(json.dumps(dict(zip(names, (prompt, *ordered, "ab"[number % 2]), strict=True))) + "\n")
 
 
 class Reader:
