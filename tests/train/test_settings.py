@@ -11,6 +11,7 @@ import math
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,6 +156,12 @@ def test_values_with_one_obvious_meaning_have_it(policy):
     assert expected.items() <= values.items() and isinstance(values["max_steps"], int)
     config = run_config(Path("run"), 64, values, values)
     assert config.report_to == [] and not config.precompute_ref_log_probs
+
+
+def test_ld_alpha_in_several_processes_is_refused(policy, monkeypatch):
+    monkeypatch.setattr("helpers.train.settings.processes", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(UserError, match="ld_alpha needs a run in one process"):
+        complete_settings(policy, {"ld_alpha": 0.5})
 
 
 def test_a_value_of_another_type_is_what_it_says(policy):
