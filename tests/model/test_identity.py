@@ -258,6 +258,17 @@ def test_every_trained_tensor_is_the_adapters_and_none_the_bases(kind):
     assert all(torch.equal(at_start[name], weight) for name, weight in policy.weights().items())
 
 
+def test_a_base_that_was_changed_is_another_base():
+    model = tiny()
+    found = [base_hash(model)]
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    found.append(base_hash(model))
+    model.model.norm.weight.data = model.model.norm.weight.data + 1  # behind torch's back
+    found.append(base_hash(model))
+    assert len(set(found)) == 3 and base_hash(model) == found[-1]
+
+
 def test_a_fresh_adapter_is_fresh():
     assert is_fresh(get_peft_model(tiny(), LoraConfig(**LORA)))
     assert is_fresh(get_peft_model(tiny(), LoraConfig(r=4, target_modules=["embed_tokens"])))

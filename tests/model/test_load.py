@@ -214,6 +214,10 @@ def test_adapter_of_a_model_in_a_folder(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     monkeypatch.setenv("DPO_MODEL", str(tmp_path / "mine"))
     assert load.adapter_base(str(tmp_path / "adapter")) == str(tmp_path / "mine")
+    (tmp_path / "another").mkdir()
+    monkeypatch.setenv("DPO_MODEL", str(tmp_path / "another"))
+    with pytest.raises(UserError, match="folder named 'mine'.*DPO_MODEL"):
+        load.adapter_base(str(tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize(

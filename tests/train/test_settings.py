@@ -11,6 +11,7 @@ import math
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -163,6 +164,12 @@ def test_what_will_happen_is_said_with_the_steps_that_the_trainer_makes():
     assert said == "412 pairs to train on, 52 steps of 8, learning rate 5e-05."
     assert "104 steps of 8" in what_will_happen(eight | {"num_train_epochs": 2}, 412)
     assert "1 step of 8," in what_will_happen(eight | {"num_train_epochs": 2, "max_steps": 1}, 412)
+
+
+def test_ld_alpha_in_several_processes_is_refused(policy, monkeypatch):
+    monkeypatch.setattr("helpers.train.settings.processes", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(UserError, match="ld_alpha needs a run in one process"):
+        complete_settings(policy, {"ld_alpha": 0.5})
 
 
 def test_a_value_of_another_type_is_what_it_says(policy):
