@@ -314,23 +314,6 @@ def learning_rate() -> str:
 {"".join(rows)}"""
 
 
-def how_many() -> str:
-    """One row for so many pairs and epochs: accuracy, gap and KL at each rate."""
-    table = {(row["pairs"], row["steps"], row["rate"]): row for row in result("how_many")["table"]}
-    rates = sorted({rate for *_, rate in table})
-    rows = []
-    for pairs, steps in sorted({key[:2] for key in table}):
-        cells = [f"| {pairs} | {steps // math.ceil(pairs / 8)} | {steps}"]  # a step has 8 pairs
-        for row in (table[pairs, steps, rate] for rate in rates):
-            (accuracy, half), (gap, gap_half), (kl, _) = row["accuracy"], row["gap"], row["kl"]
-            cells.append(f"{accuracy:.2f} ± {half:.2f}; {gap:.2f} ± {gap_half:.2f}; {round(kl, 1) + 0:.1f}")
-        rows.append(" | ".join(cells) + " |\n")
-    return f"""
-| pairs | epochs | steps | {" | ".join(f"rate {rate:.0e}" for rate in rates)} |
-|---|---|---|{"---|" * len(rates)}
-{"".join(rows)}"""
-
-
 def public_runs() -> str:
     """One row for each public run, by how far its rate and steps would take it."""
 
