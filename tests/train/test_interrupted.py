@@ -276,7 +276,7 @@ def test_ctrl_c_loses_no_evaluation_and_adds_none(call, name, step, capsys):
 
 def test_ctrl_c_in_the_step_after_which_early_stopping_ends_the_run(call):
     """Evaluated by epoch, so only after the checkpoint that Ctrl-C asks for."""
-    settings = RUNS["early"] | {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    settings = RUNS["early"] | {"early_stopping": 1, "eval_strategy": "epoch", "save_strategy": "epoch"}
     whole = call("whole", **settings)
     last = whole.info.steps
     assert 4 < last < 15, "it has to be early stopping that ends it"
