@@ -473,7 +473,7 @@ def test_run_folder_is_complete_portable_and_loads_in_a_new_process(policy, pair
     assert dataclasses.asdict(again) | {"held_out": 0} == dataclasses.asdict(run) | {"held_out": 0}
     text = "".join(path.read_text() for path in folder.rglob("*") if path.suffix in (".json", ".jsonl", ".md"))
     assert str(Path.home()) not in text and str(tmp_path) not in text
-    assert f"| accuracy | {run.metrics['accuracy']:.4g} |" in (folder / "README.md").read_text()
+    assert helpers.verdict(run).to_markdown() in (folder / "README.md").read_text()
     assert not (folder / "checkpoints").exists()
 
     code = f"""
