@@ -271,8 +271,8 @@ def _write_trl(run: Run, part: Path) -> None:
 
 
 # Settings of an adapter besides its size and places: those that TRL's script takes, by its name for them, and others.
-_TOLD = {"use_rslora": "use_rslora", "use_dora": "use_dora", "modules_to_save": "lora_modules_to_save"}
-_TOLD |= {"lora_dropout": "lora_dropout"}
+_TOLD = {name: name for name in ("use_rslora", "use_dora", "lora_dropout")}
+_TOLD |= {"modules_to_save": "lora_modules_to_save"}
 _NOT_TOLD = (
     "alpha_pattern exclude_modules layers_to_transform lora_bias rank_pattern trainable_token_indices use_qalora"
 )

@@ -28,8 +28,8 @@ class Keys(NamedTuple):
 def segment_keys(sizes: list[list[int]], device: torch.device) -> Keys:
     """The keys of each segment on `device`; `sizes` are those of a prompt and its completions, for each pair.
 
-    The last row is what fills the batch up. Its keys are filled up too, so that the places of batches of one width
-    are as many, mostly.
+    The last row is what fills the batch up. Its keys are filled up too: batches of one width then mostly have equally
+    many places in `index`.
     """
     queries, index = [size for row in sizes for size in row], []
     segments = iter(torch.arange(sum(queries)).split(queries))

@@ -2,12 +2,11 @@
 
 A step hands some 6,000 kernels over one by one, and the GPU often waits for the next one. A CUDA graph starts them all
 at once: the same kernels, with the same results. Recording is torch's public CUDAGraph. What is private: Unsloth's
-layers look into the positions for sequences, which waits for the GPU and may not be recorded, and its checkpointing
-into the machine's memory can be told by a name only.
+layers look into the positions for sequences, which waits for the GPU and may not be recorded, and only a private name
+shows that checkpoints go to the machine's memory.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ from helpers.patches import expect, shared_prompt, works
 from helpers.patches.fused_lm_head import own_forward
 from helpers.patches.prompt_segments import Keys, take_segments
 
-_MOST = 12  # recorded widths; each keeps gradients of the adapter, a batch of other widths is not recorded any more
+_MOST = 12  # recorded widths, each of which keeps gradients of the adapter; with one more all recording ends
 
 
 class _Recording:
@@ -96,7 +95,7 @@ def self_test() -> None:
 
 def _rounded(size: int) -> int:
     """An upper bound that few sizes have: the next power of two."""
-    return 2 ** math.ceil(math.log2(size))
+    return 1 << (size - 1).bit_length()
 
 
 class _Stack:
