@@ -66,9 +66,9 @@ SIDES = {
     # What train_dpo does where memory is short, and where there is room.
     "ours": OURS,
     "kept": OURS | {"checkpointing": False},
-    # The same with the layers' kernels recorded in CUDA graphs (helpers/patches/recorded_stack.py).
-    "ours_recorded": OURS | {"recorded": True},
-    "kept_recorded": OURS | {"checkpointing": False, "recorded": True},
+    # The same without the layers' kernels recorded in CUDA graphs (helpers/patches/recorded_stack.py).
+    "ours_one_by_one": OURS | {"recorded": False},
+    "kept_one_by_one": OURS | {"checkpointing": False, "recorded": False},
     "offloaded": OURS | {"checkpointing": "unsloth"},
     "two_rows": TWO_ROWS,
     "two_rows_offloaded": TWO_ROWS | {"checkpointing": "unsloth"},
@@ -83,7 +83,7 @@ OF_KIND = {"short": "ours", "room": "kept"}  # the side of train_dpo that an exp
 WAVES = [
     ["usual", "ours", "kept", *(name for name in SIDES if name.startswith("expert"))],
     ["stock", "stock_best"],
-    ["ours_recorded", "kept_recorded"],
+    ["ours_one_by_one", "kept_one_by_one"],
     ["ours_1024", "kept_1024", "two_rows_kept"],
     ["explicit", "offloaded", "two_rows", "two_rows_offloaded"],
 ]
@@ -293,7 +293,7 @@ def our_trainer(name: str, folder: str, data, settings: dict) -> tuple:
     from helpers.train.trainer import make_trainer
 
     how, longest = SIDES[name]["checkpointing"], settings["max_length"]
-    shared_prompt.ON_GPU, shared_prompt.RECORDED = SIDES[name]["shared"], SIDES[name].get("recorded", False)
+    shared_prompt.ON_GPU, shared_prompt.RECORDED = SIDES[name]["shared"], SIDES[name].get("recorded", True)
     model, tokenizer = FastLanguageModel.from_pretrained(
         folder, max_seq_length=longest, load_in_4bit=True, use_gradient_checkpointing=how
     )
@@ -315,17 +315,20 @@ def our_trainer(name: str, folder: str, data, settings: dict) -> tuple:
     return trainer, result
 
 
-def reference_rate(name: str, trainer) -> float:
-    """Pairs a second of the pass that caches the reference's log-probs: 8 at once, alone on the card, and warm."""
+def reference_rate(name: str, trainer, batch: int = BATCH) -> float:
+    """Pairs a second of the pass that caches the reference's log-probs: `batch` at once, alone on the card, and warm.
+
+    TRL always takes as many as in training.
+    """
     import torch
 
-    rows = trainer.train_dataset.select(range(BATCH * 4))
+    rows = trainer.train_dataset.select(range(batch * 4))
     if SIDES[name]["by"] == "train_dpo":
         from helpers.model.logps import pair_logps
 
         def score() -> None:
             pair_logps(
-                trainer.model, trainer.processing_class, rows, max_length=trainer.args.max_length, batch_size=BATCH
+                trainer.model, trainer.processing_class, rows, max_length=trainer.args.max_length, batch_size=batch
             )
     else:
 
@@ -429,6 +432,8 @@ def side(name: str, folder: str, longest: int, say) -> dict:
     peak = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     if options["cached"]:
         result["reference_pairs_per_s"] = reference_rate(name, trainer)
+        if options["by"] == "train_dpo":
+            result["reference_pairs_per_s_at_32"] = reference_rate(name, trainer, 32)
     if name == "offloaded":
         result["generation_tokens_per_s"] = generation_rate(trainer.model, trainer.processing_class)
     return (

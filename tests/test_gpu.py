@@ -1,5 +1,6 @@
 """What only a GPU can show: Unsloth's patched trainer and kernels, 4-bit weights, and running out of its memory."""
 
+import contextlib
 import gc
 import json
 import math
@@ -271,24 +272,33 @@ def test_a_recorded_step_gives_the_same_losses_and_gradients(base, pairs, tmp_pa
     assert handed[0] < 0.3 * handed[1]
 
 
+@contextlib.contextmanager
+def nearly_full(left: float):
+    """In the block so many bytes of the card are free."""
+    held = [torch.empty(int(free_memory(torch.device("cuda")) - left), dtype=torch.uint8, device="cuda")]
+    try:
+        yield
+    finally:
+        held.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def test_full_card_is_answered_before_training_and_when_it_runs_out(policy, pairs, cache, tmp_path, monkeypatch):
     policy, tokenizer = policy
-    torch.cuda.empty_cache()
-    held = torch.empty(int(torch.cuda.mem_get_info()[0] - 60e6), dtype=torch.uint8, device="cuda")
 
     def train():
         return train_dpo(policy, tokenizer, *pairs, tmp_path / "run", max_steps=1)
 
-    with pytest.raises(UserError, match="(?s)GB are free.*max_length="):
-        train()
-    with monkeypatch.context() as patch:
-        patch.setattr("helpers.train.job.free_memory", lambda device: 1e12)
-        with pytest.raises(UserError, match="(?s)Out of memory.*per_device_train_batch_size=4") as caught:
+    with nearly_full(40e6):
+        with pytest.raises(UserError, match="(?s)GB are free.*max_length="):
             train()
-    assert is_out_of_memory(caught.value.__cause__)  # of torch's allocator, or of the driver that loads a kernel
-    del held, caught
-    gc.collect()
-    torch.cuda.empty_cache()
+        with monkeypatch.context() as patch:
+            patch.setattr("helpers.train.job.free_memory", lambda device: 1e12)
+            with pytest.raises(UserError, match="(?s)Out of memory.*per_device_train_batch_size=4") as caught:
+                train()
+        assert is_out_of_memory(caught.value.__cause__)  # of torch's allocator, or of the driver that loads a kernel
+        del caught
     assert train().info.status == "finished"  # the same call, once there is room
 
 
@@ -298,10 +308,8 @@ def test_full_card_gets_checkpointing_and_a_run_keeps_what_it_began_with(policy,
     kept, recomputed = (
         estimate_for(policy, ids, settings | {"gradient_checkpointing": on}).training for on in (False, True)
     )
-    torch.cuda.empty_cache()
     left = 1.2 * kept  # keeping everything would fit, but not with room for the estimate's error
     assert ESTIMATE_MARGIN * recomputed < left
-    held = torch.empty(int(free_memory(policy.device) - left), dtype=torch.uint8, device="cuda")
 
     def train(**options):
         capsys.readouterr()
@@ -309,10 +317,9 @@ def test_full_card_gets_checkpointing_and_a_run_keeps_what_it_began_with(policy,
         print(run.info.memory_gb)
         return run.info.config["gradient_checkpointing"], capsys.readouterr().out
 
-    checkpointing, printed = train()
+    with nearly_full(left):
+        checkpointing, printed = train()
     assert checkpointing and "checkpointing on" in printed and "without checkpointing" in printed
-    del held
-    torch.cuda.empty_cache()
     checkpointing, printed = train()
     assert checkpointing and "finished already" in printed
     checkpointing, printed = train(beta=0.2, replace=True)  # another run

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import unsloth
 from torch.nn.functional import scaled_dot_product_attention
@@ -25,22 +26,36 @@ class Keys(NamedTuple):
     longest_k: int
 
 
+def places(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The numbers of all runs one after the other: from each of `begins`, as many as its size."""
+    ends = sizes.cumsum()
+    return np.arange(ends[-1]) + np.repeat(begins - ends + sizes, sizes)
+
+
 def segment_keys(sizes: list[list[int]], device: torch.device) -> Keys:
     """The keys of each segment on `device`; `sizes` are those of a prompt and its completions, for each pair.
 
     The last row is what fills the batch up. Its keys are filled up too: batches of one width then mostly have equally
     many places in `index`.
     """
-    queries, index = [size for row in sizes for size in row], []
-    segments = iter(torch.arange(sum(queries)).split(queries))
-    for _, *completions in sizes:
-        prompt = next(segments)
-        index += [prompt, *(torch.cat([prompt, next(segments)]) for _ in completions)]
-    step = sum(queries) // 2
-    index.append(torch.cat([index[-1][:1].expand(-sum(map(len, index)) % step), index.pop()]))
-    keys = [len(seen) for seen in index]
-    ends_q, ends_k = (torch.tensor([0, *counts]).cumsum(0).int().to(device) for counts in (queries, keys))
-    return Keys(torch.cat(index).to(device), ends_q, ends_k, max(queries), max(keys))
+    queries = np.array([size for row in sizes for size in row])
+    tokens, fill, begin, keys = int(queries.sum()), sizes[-1][0], 0, []
+    runs: list[tuple[int, int]] = []  # of keys: where one begins, and its size
+    for prompt, *completions in sizes:
+        runs.append((begin, prompt))
+        own = begin + prompt
+        for size in completions:
+            runs += [(begin, prompt), (own, size)]
+            own += size
+        keys += [prompt, *(prompt + size for size in completions)]
+        begin = own
+    more = -sum(keys) % (tokens // 2)
+    keys[-1] += more
+    index = places(*np.array(runs).T)
+    index = np.concatenate([index[:-fill], np.full(more, index[-fill]), index[-fill:]])
+    ends = torch.from_numpy(np.array([queries, keys]).cumsum(axis=1).astype(np.int32)).to(device)
+    ends_q, ends_k = torch.nn.functional.pad(ends, (1, 0))
+    return Keys(torch.from_numpy(index).to(device), ends_q, ends_k, int(queries.max()), max(keys))
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Keys, scale: float | None = None) -> torch.Tensor:

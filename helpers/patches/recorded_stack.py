@@ -104,27 +104,27 @@ class _Stack:
     def __init__(self, layers: torch.nn.Module) -> None:
         self.layers, self.plain = layers, layers.forward
         self.recordings: dict[tuple[int, ...], _Recording] = {}
-        self.on, self.warm = True, False
+        self.weights: list[Tensor] = []  # the same in each step; to look for them takes longer than to start a graph
+        self.on = True
         self.pool, self.start = torch.cuda.graph_pool_handle(), torch.zeros((), requires_grad=True)
 
     def forward(self, *args: Any, **given: Any) -> Any:
         keys = given.get("prefix_seg_info")
-        weights = [weight for weight in self.layers.parameters() if weight.requires_grad]
         able = self.on and isinstance(keys, Keys) and not args and self.layers.training and torch.is_grad_enabled()
-        if not able or any(weight.grad is not None for weight in weights):
+        if not able or any(weight.grad is not None for weight in self.weights):
             return self.plain(*args, **given)
-        if not self.warm:  # the first batch loads and chooses kernels, which may not be recorded
-            self.warm = True
+        if not self.weights:  # the first batch loads and chooses kernels, which may not be recorded
+            self.weights = [weight for weight in self.layers.parameters() if weight.requires_grad]
             return self.plain(*args, **given)
         longest = _rounded(keys.longest_q), _rounded(keys.longest_k)
         inputs = [given["input_ids"], given["position_ids"], keys.index, keys.ends_q, keys.ends_k]
         shape = (*longest, *(one.numel() for one in inputs))
-        if shape not in self.recordings and not self._record(shape, weights, inputs, given):
+        if shape not in self.recordings and not self._record(shape, inputs, given):
             return self.plain(*args, **given)
         result = _Replay.apply(self.recordings[shape], self.start, *inputs)
         return BaseModelOutputWithPast(last_hidden_state=result)
 
-    def _record(self, shape: tuple, weights: list[Tensor], inputs: list[Tensor], given: dict[str, Any]) -> bool:
+    def _record(self, shape: tuple, inputs: list[Tensor], given: dict[str, Any]) -> bool:
         others = {name: one for name, one in given.items() if name not in ("input_ids", "position_ids")}
 
         def run(ids: Tensor, positions: Tensor, *keys: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class _Stack:
         try:
             if len(self.recordings) == _MOST:
                 raise RuntimeError(f"batches of more than {_MOST} widths")
-            self.recordings[shape] = _Recording(run, weights, inputs, self.pool)
+            self.recordings[shape] = _Recording(run, self.weights, inputs, self.pool)
         except RuntimeError as error:  # torch's errors of CUDA, out of memory too
             first = str(error).strip().partition("\n")[0]
             print(f"The kernels of a step are handed over one by one from here on ({first[:200]}).", flush=True)

@@ -9,22 +9,22 @@ trainer expects. That relies on models that take any mask, and on what TRL's fus
 import functools
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from helpers.patches import expect, works
-from helpers.patches.prompt_segments import segment_keys, take_segments
+from helpers.patches.prompt_segments import places, segment_keys, take_segments
 
 # Architectures whose attention takes any mask and whose positions are all in position_ids.
 _KNOWN = ("llama", "qwen2", "qwen3")
 _BATCH = ("input_ids", "attention_mask", "labels")
 # Set to False, a GPU computes each pair as two rows: for benchmarks/gpu.py and tests, which compare.
 ON_GPU = True
-# Set to True, `recorded_stack` works, and rows have few widths: for benchmarks/gpu.py and tests, until it is measured.
-RECORDED = False
+# Set to False, no kernels are recorded (`recorded_stack`), and rows have more widths: for the same.
+RECORDED = True
 
 
 class Packed(NamedTuple):
@@ -65,35 +65,38 @@ def pack(
     """
     if len(ids) % 2:
         return None
-    device, pairs = ids.device, len(ids) // 2
-    ids, labels, last = ids.cpu(), labels.cpu(), mask.sum(dim=1).cpu() - 1  # each comparison would wait for the GPU
-    starts = (labels != -100).long().argmax(dim=1)
-    in_prompt = torch.arange(ids.shape[1]) < starts[:pairs, None]
+    # In numpy, and of few pieces: a GPU waits for this at the start of each step.
+    pairs, last = len(ids) // 2, (mask.sum(dim=1) - 1).cpu().numpy()
+    device, ids, labels = ids.device, ids.cpu().numpy(), labels.cpu().numpy()
+    starts = (labels != -100).argmax(axis=1)
+    in_prompt = np.arange(ids.shape[1]) < starts[:pairs, None]
     differ = (starts[:pairs] != starts[pairs:]).any() or ((ids[:pairs] != ids[pairs:]) & in_prompt).any()
     if differ or starts.min() <= (1 if one_row else 0):
         return None
-    ends = list(zip((starts[:pairs] - 1).tolist(), *last.view(2, pairs).tolist(), strict=True))
-    sizes = [[prompt, chosen - prompt, rejected - prompt] for prompt, chosen, rejected in ends]
+    prompts, chosen, rejected = starts[:pairs] - 1, last[:pairs], last[pairs:]
+    sizes = np.stack([prompts, chosen - prompts, rejected - prompts], axis=1).tolist()
     # Runs of a row, from a column to another, in the order of what is packed; rejected comes without the prompt.
-    runs = [
-        run for pair, (start, *end) in enumerate(ends) for run in ((pair, 0, end[0]), (pair + pairs, start, end[1]))
-    ]
-    row = torch.cat([torch.full((end - start,), row) for row, start, end in runs])
-    column = torch.cat([torch.arange(start, end) for _, start, end in runs])
+    begins = np.stack([np.zeros_like(prompts), prompts], axis=1).ravel()
+    length = np.stack([chosen, rejected], axis=1).ravel() - begins
+    row, column = np.repeat(np.arange(2 * pairs).reshape(2, pairs).T.ravel(), length), places(begins, length)
     following = labels[row, column + 1]
-    flat = {"input_ids": (ids[row, column], 0), "position_ids": (column, 0), "shift_labels": (following, -100)}
+    told, names, rest = following != -100, ("input_ids", "position_ids", "shift_labels"), (0, 0, -100)
+    flat = np.stack([ids[row, column], column, following])
     if one_row:
         fill = _filler(len(row))
-        inputs: dict[str, Any] = {name: pad(one[None], (0, fill), value=value) for name, (one, value) in flat.items()}
-    else:
-        inputs = {name: pad_sequence(one.split([*map(sum, sizes)]), True, value) for name, (one, value) in flat.items()}
-    given, packed = (row[following != -100], column[following != -100]), (inputs["shift_labels"] != -100).nonzero().T
-    inputs = {name: values.to(device) for name, values in inputs.items()}
-    if one_row:
+        filled = np.concatenate([flat, np.tile(np.array(rest)[:, None], fill)], axis=1)
+        inputs: dict[str, Any] = dict(zip(names, torch.from_numpy(filled).to(device)[:, None], strict=True))
         inputs["prefix_seg_info"] = segment_keys([*sizes, [fill]], device)
+        packed = np.zeros_like(row), np.arange(len(row))
     else:
+        parts = [torch.from_numpy(one).split([*map(sum, sizes)]) for one in flat]
+        rows = zip(names, parts, rest, strict=True)
+        inputs = {name: pad_sequence(part, True, value).to(device) for name, part, value in rows}
         inputs["attention_mask"] = _mask(sizes, dtype)
-    return Packed(inputs, *(tuple(index.to(device) for index in places) for places in (given, packed)))
+        length = length.reshape(pairs, 2).sum(axis=1)
+        packed = np.repeat(np.arange(pairs), length), places(np.zeros_like(length), length)
+    where = torch.from_numpy(np.stack([row, column, *packed])[:, told]).to(device)
+    return Packed(inputs, tuple(where[:2]), tuple(where[2:]))
 
 
 def _share(inner: PreTrainedModel) -> None:

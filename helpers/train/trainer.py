@@ -17,6 +17,7 @@ from helpers.model.generate import evaluating
 from helpers.patches.cached_reference import use_cached_reference
 from helpers.patches.cast_once import cast_weights_once
 from helpers.patches.given_ids import trainer_class
+from helpers.patches.optimizer_waits import update_without_waits
 from helpers.patches.recorded_stack import record_stack
 from helpers.patches.shared_prompt import share_prompts
 from helpers.patches.unsloth_checkpointing import set_checkpointing
@@ -92,9 +93,11 @@ def make_trainer(
     if not config.precompute_ref_log_probs:
         use_cached_reference(trainer)
     share_prompts(model.get_base_model())
-    if model.device.type == "cuda" and config.bf16:
-        cast_weights_once(trainer)
-        record_stack(trainer)
+    if model.device.type == "cuda":
+        update_without_waits(trainer)
+        if config.bf16:
+            cast_weights_once(trainer)
+            record_stack(trainer)
     weigh_pairs(trainer)
     if trainer.accelerator.distributed_type != DistributedType.NO:
         share_steps(trainer)
