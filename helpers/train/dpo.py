@@ -24,7 +24,15 @@ from helpers.common import UserError
 from helpers.data.check import MAX_PROMPT_LENGTH
 from helpers.data.findings import Report
 from helpers.model import Model, Tokenizer
-from helpers.model.logps import PairLogps, pair_logps, read_logps, reference_file, with_reference, write_logps
+from helpers.model.logps import (
+    PairLogps,
+    in_32_bits,
+    pair_logps,
+    read_logps,
+    reference_file,
+    with_reference,
+    write_logps,
+)
 from helpers.model.memory import is_out_of_memory, return_freed_memory
 from helpers.model.policy import Policy
 from helpers.patches import works
@@ -121,8 +129,7 @@ def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback
             reference = _reference(job)
             seconds = {"reference_seconds": time.monotonic() - began}
             trainer, seconds["train_seconds"] = _train(job, reference, callbacks, begun=before is not None)
-            test = job.pairs.test
-            table = held_out_table(test.pairs, reference["test"], _score(job, job.policy, test.ids))
+            table = _held_out(job, reference["test"], initial)
             return once(lambda: _finish(job, trainer, table, seconds, initial))
 
 
@@ -161,17 +168,29 @@ def _score(job: Job, policy: Policy, ids: Dataset) -> PairLogps:
 def _reference(job: Job) -> dict[str, PairLogps]:
     """Log-probs of "train" and "test" under the reference, from the cache if they are there."""
     print(f"Reference log-probs of {sum(len(report.ids) for report in job.pairs.sets.values())} pairs ...", flush=True)
+    return {name: _reference_of(job, report) for name, report in job.pairs.sets.items()}
+
+
+def _reference_of(job: Job, report: Report) -> PairLogps:
     policy = job.reference or job.policy
+    path = reference_file(policy.model, policy.tokenizer, report.hash, job.values["max_length"])
+    logps = once(lambda: read_logps(path, len(report.ids)))
+    if logps is None:
+        logps = _score(job, policy, report.ids)
+        once(lambda: _keep(path, logps))
+    return logps
 
-    def of(report: Report) -> PairLogps:
-        path = reference_file(policy.model, policy.tokenizer, report.hash, job.values["max_length"])
-        logps = once(lambda: read_logps(path, len(report.ids)))
-        if logps is None:
-            logps = _score(job, policy, report.ids)
-            once(lambda: _keep(path, logps))
-        return logps
 
-    return {name: of(report) for name, report in job.pairs.sets.items()}
+def _held_out(job: Job, reference: PairLogps, initial: dict[str, torch.Tensor]) -> pd.DataFrame:
+    """The held-out pairs under policy and `reference`, on a CPU in 32 bits; `initial` is the adapter at its start."""
+    test, models = job.pairs.test, [one.model for one in (job.policy, job.reference) if one is not None]
+    with in_32_bits(*models) as other:
+        policy, trained = _score(job, job.policy, test.ids), job.policy.weights()
+        if other:
+            job.policy.put_back(initial)
+            reference = _reference_of(job, test)
+            job.policy.put_back(trained)
+    return held_out_table(test.pairs, reference, policy)
 
 
 def _keep(path: Path, logps: PairLogps) -> None:
