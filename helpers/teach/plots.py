@@ -263,9 +263,24 @@ def plot_symptoms(rows: list[dict]) -> plt.Figure:
     return figure
 
 
+def text_table(table: pd.DataFrame, *, index: bool = True) -> HTML:
+    """The `table` for reading: texts in full, to the left and with their line breaks; numbers to the right, fractions
+    with two digits; with the labels of its rows unless `index` is False. Nothing in it is taken for HTML or a formula.
+    """
+
+    def cell(kind: str, value: Any, side: str = "left") -> str:
+        text = html.escape(f"{value:.2f}" if isinstance(value, float) and side == "right" else str(value), quote=False)
+        return f'<{kind} style="text-align:{side};vertical-align:top;white-space:pre-wrap">{text}</{kind}>'
+
+    sides = ["right" if pd.api.types.is_numeric_dtype(dtype) else "left" for dtype in table.dtypes]
+    lines = [[cell("th", "")] * index + [cell("th", *one) for one in zip(table.columns, sides, strict=True)]]
+    for label, *values in table.itertuples(name=None):
+        lines.append([cell("th", label)] * index + [cell("td", *one) for one in zip(values, sides, strict=True)])
+    rows = "".join(f"<tr>{''.join(line)}</tr>\n" for line in lines)
+    return HTML(f'<table class="tex2jax_ignore mathjax_ignore">\n{rows}</table>')  # or `$5 and $6` becomes a formula
+
+
 def symptom_table(rows: list[dict]) -> HTML:
     """The words and numbers of each symptom of `guide`, in full width."""
     names = [name for name in rows[0] if name != "figure"]
-    head = "".join(f'<th style="text-align:left">{html.escape(name)}</th>' for name in names)
-    cells = [[f'<td style="text-align:left">{html.escape(str(row[name]))}</td>' for name in names] for row in rows]
-    return HTML(f"<table><tr>{head}</tr><tr>{'</tr><tr>'.join(map(''.join, cells))}</tr></table>")
+    return text_table(pd.DataFrame(rows, columns=names, dtype=object), index=False)

@@ -3,6 +3,7 @@
 import math
 
 import pandas as pd
+from bs4 import BeautifulSoup
 
 from helpers.run.metrics import accuracy_by
 from helpers.teach import plots
@@ -52,6 +53,27 @@ def test_log_ratios_and_lengths():
     histogram, scatter = plots.plot_lengths([3, 5], [4, 4]).axes
     assert scatter.collections[0].get_offsets().tolist() == [[4, 3], [4, 5]]
     assert histogram.get_xlabel() == "tokens in the completion"
+
+
+def test_a_table_of_texts_is_read_from_the_left_and_holds_no_html():
+    texts = ["<script>alert(1)</script> & $5", "two\nlines"]
+    table = pd.DataFrame({"<b>text": texts, "margin": [-0.5, 1.234], "count": [3, 40]}, index=["<i>first", 7])
+    page = BeautifulSoup(plots.text_table(table).data, "html.parser")
+    rows = [[(cell.text, "text-align:left" in cell["style"]) for cell in row.select("th, td")] for row in page("tr")]
+    assert rows[0] == [("", True), ("<b>text", True), ("margin", False), ("count", False)]
+    assert rows[1] == [("<i>first", True), (texts[0], True), ("-0.50", False), ("3", False)]
+    assert rows[2] == [("7", True), (texts[1], True), ("1.23", False), ("40", False)]
+    assert {tag.name for tag in page.find_all()} == {"table", "tr", "th", "td"}
+    assert "mathjax_ignore" in page.table["class"]
+
+
+def test_the_table_of_symptoms_has_its_words_and_no_row_labels():
+    rows = [{"symptom": "loss < 0", "cured": 0.123, "figure": object()}]
+    page = BeautifulSoup(plots.symptom_table(rows).data, "html.parser")
+    assert [[cell.text for cell in row.select("th, td")] for row in page("tr")] == [
+        ["symptom", "cured"],
+        ["loss < 0", "0.123"],
+    ]
 
 
 def test_the_picture_of_the_readme_shows_every_run():
