@@ -7,6 +7,7 @@ python tests/train/test_interrupted.py FOLDER_OF_A_MODEL EMPTY_FOLDER SECONDS SE
 
 import contextlib
 import datetime
+import errno
 import json
 import os
 import random
@@ -150,7 +151,7 @@ def main(model_folder: str, folder: Path, until: float, seeds: list[int]) -> Non
         whole[name] = outcome(folder / name)
         seen[name] = json.loads((folder / name / "seen.json").read_text())
     for seed in seeds:
-        if seed >= 4 and time.time() > until:  # the first four draw each place once
+        if seed >= 20 and time.time() > until:
             break
         draw, own = random.Random(seed), folder / f"seed-{seed}"
         own.mkdir()
@@ -370,6 +371,32 @@ def test_full_disk_loses_nothing_and_the_run_goes_on_when_there_is_room(call, di
         call("disk/run")
     (disk / "filler").unlink()
     same(call("disk/run"), whole)
+
+
+@pytest.mark.parametrize(
+    "hook, error",
+    [
+        ("on_log", ConnectionError("the dashboard is gone")),
+        ("on_save", OSError(errno.ENOSPC, "No space left on device", "dashboard.log")),
+    ],
+)
+def test_an_error_of_a_reporter_is_not_one_of_writing_the_run(call, hook, error):
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as found:
+        call("run", At(hook, 1, fail), max_steps=2, eval_strategy="no", save_steps=1)
+    assert found.value is error
+    assert all(torch.equal(value, call.fresh[name]) for name, value in get_peft_model_state_dict(call.policy).items())
+
+
+def test_an_error_of_trls_own_cache_is_not_one_of_writing_the_run(call, monkeypatch, tmp_path):
+    """TRL scores the reference for `ld_alpha`, and keeps that next to the data set."""
+    place = tmp_path / "a file"
+    place.touch()
+    monkeypatch.setattr(Dataset, "_get_cache_file_path", lambda *_: str(place / "reference.arrow"))
+    with pytest.raises(OSError, match="a file"):
+        call("run", max_steps=1, ld_alpha=0.5)
 
 
 def test_another_run_is_put_aside_only_if_asked(call, tmp_path):
