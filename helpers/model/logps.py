@@ -75,7 +75,7 @@ def pair_logps(
     order = np.argsort(pair_lengths(ids), kind="stable")
     collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=max_length)
     result = torch.zeros(4, len(ids), dtype=torch.float64)
-    # The trainer's own precision, so that the policy and its reference are rounded alike.
+    # As the trainer computes unless bf16 or fp16 is set otherwise, so that policy and reference are rounded alike.
     short = inner.dtype in (torch.bfloat16, torch.float16)
     autocast = torch.autocast(model.device.type, dtype=inner.dtype if short else None, enabled=short)
     with evaluating(model), torch.no_grad(), autocast, fused_lm_head.applied(inner) as fused:

@@ -6,8 +6,9 @@ import errno
 import os
 import re
 import time
+import traceback
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,6 +106,8 @@ def train_dpo(
     with one_voice(Path(folder)):
         values = complete_settings(model, settings)
         if early_stopping is not None:
+            if isinstance(early_stopping, bool) or not isinstance(early_stopping, int) or early_stopping < 1:
+                raise UserError(say("no_patience", number=early_stopping))
             if values.get("eval_strategy") == "no":
                 raise UserError('early_stopping counts evaluations, and eval_strategy="no" makes none. Leave one out.')
             callbacks = [EarlyStoppingCallback(early_stopping), *callbacks]
@@ -124,13 +127,15 @@ def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback
             job.policy.put_back(once(lambda: load_file(job.folder / "adapter" / "adapter_model.safetensors")))
             return once(lambda: Run.load(job.folder))
         with _undone(job) as initial, own_forward((job.reference or job.policy).inner), own_forward(job.policy.inner):
-            once(job.begin)
+            with _written(job.folder):
+                once(job.begin)
             began = time.monotonic()
             reference = _reference(job)
             seconds = {"reference_seconds": time.monotonic() - began}
             trainer, seconds["train_seconds"] = _train(job, reference, callbacks, begun=before is not None)
             table = _held_out(job, reference["test"], initial)
-            return once(lambda: _finish(job, trainer, table, seconds, initial))
+            with _written(job.folder):
+                return once(lambda: _finish(job, trainer, table, seconds, initial))
 
 
 def _why(error: BaseException) -> str:
@@ -141,16 +146,32 @@ def _why(error: BaseException) -> str:
     return text.partition(" (os error ")[0].rpartition(": ")[2] if " (os error " in text else text
 
 
+def _of_a_checkpoint(error: Exception) -> bool:
+    """Whether `error` is from writing one. What reporters and other callbacks raise is also an OSError."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names, owners = {frame.f_code.co_name for frame in frames}, [frame.f_locals.get("self") for frame in frames]
+    return "_save_checkpoint" in names or any(isinstance(one, Checkpoints) for one in owners)
+
+
+@contextlib.contextmanager
+def _written(folder: Path, is_from: Callable[[Exception], bool] = lambda error: True) -> Iterator[None]:
+    """Raises UserError if the run could not be written to `folder` in the block, in which `is_from` says what did."""
+    try:
+        yield
+    except Exception as error:
+        if (isinstance(error, OSError) or re.search(NOT_WRITTEN, str(error))) and is_from(error):
+            raise UserError(say("not_written", folder=folder, reason=_why(error))) from error
+        raise
+
+
 @contextlib.contextmanager
 def _undone(job: Job) -> Iterator[dict[str, torch.Tensor]]:
-    """Gives the adapter's weights; puts them back if the block ends in an error, and says a full disk or memory."""
+    """Gives the adapter's weights; puts them back if the block ends in an error, and says if memory was short."""
     initial = job.policy.weights()
     try:
         yield initial
     except BaseException as error:
         job.policy.put_back(initial)
-        if isinstance(error, OSError) or re.search(NOT_WRITTEN, str(error)):
-            raise UserError(say("not_written", folder=job.folder, reason=_why(error))) from error
         if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
             job.write(Status.OUT_OF_MEMORY)
             raise UserError(say("out_of_memory", **job.info.memory_gb, savings=job.savings())) from error
@@ -240,7 +261,7 @@ def _train(job: Job, reference: dict, callbacks: Iterable[TrainerCallback], begu
         kept = checkpoint.with_name(Path(best or checkpoint).name)
         job.policy.put_back(load_file(kept / "adapter_model.safetensors"))
     else:
-        with checkpoints.listening():
+        with checkpoints.listening(), _written(job.folder, _of_a_checkpoint):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - began
     if device.type == "cuda":
