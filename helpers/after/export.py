@@ -1,5 +1,6 @@
 """Handing a finished run over: its adapter, the merged model, a GGUF file, or the run itself for more GPUs."""
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from helpers.after import refused
 from helpers.after.inspection import load_policy
-from helpers.common import setting
+from helpers.common import setting, why_not_written
 from helpers.data.check import check_pairs
 from helpers.data.render import template_options
 from helpers.model.embedded import EMBEDDED_HUB_NAME
@@ -56,8 +57,9 @@ def export_run(
             "trl": the same with TRL's script, for those without this package; on GPUs several times slower.
         train, test: for the last two: the pairs that were given to `train_dpo`, compared with the run's by their hash.
         hub: a repository on the hub (OWNER/NAME) to which the folder is also uploaded; a new one is made private.
-        replace: write even if `folder` exists. An old export is removed; a folder that holds anything else (your notes,
-            what was trained there) is kept next to the new one as `NAME.old-1` and so on.
+        replace: write even if `folder` exists. An old export is removed if it is as it was written; a folder that holds
+            anything else (your notes, a card that you edited, what was trained there) is kept next to the new one as
+            `NAME.old-1` and so on.
 
     Raises UserError for another `to`, a folder that exists, a base model or a converter that is not here, other pairs,
     a run that a script can't repeat, no token, a refusal by the hub, no room on the disk.
@@ -80,17 +82,38 @@ def export_run(
             _write_pairs(run, part, train, test)
         else:
             (part / "README.md").write_text(model_card(run, to, kept), encoding="utf-8")
+        card = (part / "README.md").read_bytes()
+        (part / "README.md").write_bytes(card + _mark(part, card))
         if folder.exists():
-            old, new = ({path.relative_to(root) for path in root.rglob("*")} for root in (folder, part))
-            (shutil.rmtree if old <= new else set_aside)(folder)
+            (shutil.rmtree if _is_as_exported(folder) else set_aside)(folder)
         part.rename(folder)
-    except OSError as error:
-        raise refused("disk", folder=folder.name, error=error.strerror or error) from error
+    except Exception as error:
+        if (reason := why_not_written(error)) is None:
+            raise
+        raise refused("disk", folder=folder.name, error=reason) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     if hub is not None:
         _upload(folder, hub)
     return folder
+
+
+def _mark(folder: Path, card: bytes) -> bytes:
+    """The last line of an export's README.md, which no page shows: a hash of the `card` and of what is next to it."""
+    digest = hashlib.sha256(card)
+    for path in sorted(folder.rglob("*")):
+        digest.update(f"\n{path.relative_to(folder).as_posix()} ".encode())
+        if path.is_file() and path != folder / "README.md":
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"\n<!-- export_run: {digest.hexdigest()[:20]} -->\n".encode()
+
+
+def _is_as_exported(folder: Path) -> bool:
+    """Whether `folder` holds an export in which nothing was changed."""
+    file = folder / "README.md"
+    card, *mark = file.read_bytes().rpartition(b"\n<!-- export_run: ") if file.is_file() else (b"",)
+    return b"".join(mark) == _mark(folder, card)
 
 
 def _upload(folder: Path, name: str) -> None:

@@ -2,9 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
-import os
-import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -20,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 
-from helpers.common import UserError
+from helpers.common import UserError, why_not_written
 from helpers.data.check import MAX_PROMPT_LENGTH
 from helpers.data.findings import Report
 from helpers.model import Model, Tokenizer
@@ -38,9 +35,6 @@ from helpers.train.processes import alone_in, once, one_voice, processes
 from helpers.train.resume import ENDED, Checkpoints, last_complete
 from helpers.train.settings import complete_settings
 from helpers.train.trainer import check_start, make_trainer
-
-CUT_SHORT = "inline_container|iostream error"  # torch.save, in two places
-NOT_WRITTEN = rf"os error \d|{CUT_SHORT}"  # the first is said by safetensors and tokenizers
 
 
 def train_dpo(
@@ -126,14 +120,6 @@ def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback
             return once(lambda: _finish(job, trainer, table, seconds, initial))
 
 
-def _why(error: BaseException) -> str:
-    """The system's words for why a file was not written. torch.save says none if it was cut short: the disk is full."""
-    text = getattr(error, "strerror", None) or str(error)
-    if re.search(CUT_SHORT, text):
-        return os.strerror(errno.ENOSPC)
-    return text.partition(" (os error ")[0].rpartition(": ")[2] if " (os error " in text else text
-
-
 @contextlib.contextmanager
 def _undone(job: Job) -> Iterator[dict[str, torch.Tensor]]:
     """Gives the adapter's weights; puts them back if the block ends in an error, and says a full disk or memory."""
@@ -142,8 +128,8 @@ def _undone(job: Job) -> Iterator[dict[str, torch.Tensor]]:
         yield initial
     except BaseException as error:
         job.policy.put_back(initial)
-        if isinstance(error, OSError) or re.search(NOT_WRITTEN, str(error)):
-            raise UserError(say("not_written", folder=job.folder, reason=_why(error))) from error
+        if reason := why_not_written(error):
+            raise UserError(say("not_written", folder=job.folder, reason=reason)) from error
         if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
             job.write(Status.OUT_OF_MEMORY)
             raise UserError(say("out_of_memory", **job.info.memory_gb, savings=job.savings())) from error
@@ -178,7 +164,7 @@ def _keep(path: Path, logps: PairLogps) -> None:
     try:
         write_logps(path, logps)
     except Exception as error:  # safetensors has a type of its own
-        print(say("not_cached", folder=path.parent, reason=_why(error)))
+        print(say("not_cached", folder=path.parent, reason=why_not_written(error) or error))
 
 
 def _trainer(job: Job, reference: dict[str, PairLogps], callbacks: Iterable[TrainerCallback]) -> trl.DPOTrainer:

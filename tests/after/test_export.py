@@ -240,6 +240,22 @@ def test_nothing_is_overwritten(made, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "adapter.old-1"]
 
 
+@pytest.mark.parametrize("name", ["README.md", "adapter_config.json", "mine/note.txt"])
+def test_an_export_that_was_edited_is_kept(made, tmp_path, name):
+    folder = export_run(made, "adapter", tmp_path / "adapter")
+    (folder / name).parent.mkdir(exist_ok=True)
+    with (folder / name).open("a", encoding="utf-8") as file:
+        file.write("mine")
+    edited = texts(folder)
+    export_run(made, "adapter", folder, replace=True)
+    kept = tmp_path / "adapter.old-1"
+    assert (kept / name).read_text(encoding="utf-8").endswith("mine") and texts(kept) == edited
+    assert "mine" not in texts(folder)
+    other = dataclasses.replace(made, info=dataclasses.replace(made.info, steps=5))  # what it replaces nobody edited
+    export_run(other, "adapter", folder, replace=True)
+    assert "5 steps" in texts(folder) and sorted(path.name for path in tmp_path.iterdir()) == ["adapter", kept.name]
+
+
 @pytest.mark.slow
 def test_run_folder_has_the_same_card(run):
     card = (run.folder / "README.md").read_text(encoding="utf-8")
