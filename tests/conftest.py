@@ -130,3 +130,15 @@ def policy(base):
     model, tokenizer = base
     yield helpers.add_lora(model, seed=0), tokenizer
     strip(model)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """The folder of a file system of its own, of 64 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    if os.name != "posix" or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a file system, and not in every container")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # weights may still be mapped

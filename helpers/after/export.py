@@ -1,8 +1,10 @@
 """Handing a finished run over: its adapter, the merged model, a GGUF file, or the run itself for more GPUs."""
 
+import errno
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -217,8 +219,10 @@ def _write_gguf(run: Run, part: Path) -> float:
     command = [sys.executable, converter, merged, "--outfile", part / "model-q8_0.gguf", "--outtype", "q8_0"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise refused("converter", last=" ".join(last))
+        last = " ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-1:])
+        if (full := os.strerror(errno.ENOSPC)) in last:
+            raise OSError(errno.ENOSPC, full)
+        raise refused("converter", last=last)
     shutil.rmtree(merged)
     return kept
 

@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from helpers.common import UserError, write_atomic, write_json
+from helpers.common import UserError, why_not_written, write_atomic, write_json
 from helpers.model.fingerprint import config_hash
 from helpers.model.generate import Reply, repetition
 from helpers.model.load import add_lora
@@ -111,8 +111,12 @@ def _save(sweep: Sweep) -> None:  # by pandas, which writes NaN as null
     records = {name: json.loads(getattr(sweep, name).to_json(orient="records")) for name in ("table", "history")}
     rounded = sweep.gaps.round(4)
     gaps = [{"beta": beta, "seed": seed, "gaps": rounded[beta, seed].tolist()} for beta, seed in list(rounded)]
-    write_json(sweep.folder / "sweep.json", {"info": sweep.info, **records, "gaps": gaps})
-    write_atomic(sweep.folder / "table.csv", lambda path: sweep.table.to_csv(path, index=False))
+    try:
+        write_json(sweep.folder / "sweep.json", {"info": sweep.info, **records, "gaps": gaps})
+        write_atomic(sweep.folder / "table.csv", lambda path: sweep.table.to_csv(path, index=False))
+    except OSError as error:
+        text = f"The sweep could not be written to {sweep.folder} ({why_not_written(error)}). Its runs are kept; "
+        raise UserError(text + "make room and call sweep_beta again.") from error
 
 
 def _open_sweep(folder: Path, info: dict[str, Any]) -> Sweep:

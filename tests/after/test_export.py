@@ -256,6 +256,41 @@ def test_an_export_that_was_edited_is_kept(made, tmp_path, name):
     assert "5 steps" in texts(folder) and sorted(path.name for path in tmp_path.iterdir()) == ["adapter", kept.name]
 
 
+def fill(disk: Path, room: int) -> None:
+    (disk / "filler").write_bytes(b"0" * (shutil.disk_usage(disk).free - room))
+
+
+def test_full_disk_is_said_and_nothing_is_left(made, pairs, disk):
+    """Of a copy, for which shutil lists paths, and of a file of our own."""
+    fill(disk, 0)
+    for form in ("adapter", "trl"):
+        with pytest.raises(UserError, match=rf"^{form} could not be written \(No space left on device\)"):
+            export_run(made, form, disk / form, train=pairs[0], test=pairs[1])
+    assert [path.name for path in disk.iterdir()] == ["filler"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("written", [[], ["model.safetensors"], ["model.safetensors", "tokenizer.json"]])
+def test_full_disk_under_a_merged_model(small_run, small, disk, tmp_path, monkeypatch, written):
+    """In the weights (safetensors), the tokenizer (tokenizers), and in what follows."""
+    monkeypatch.setenv("DPO_MODEL", str(small))
+    whole = export_run(small_run, "merged", tmp_path / "whole")
+    fill(disk, sum((whole / name).stat().st_size + 8192 for name in written))
+    with pytest.raises(UserError, match=r"^m could not be written \(No space left on device\)"):
+        export_run(small_run, "merged", disk / "m")
+    assert [path.name for path in disk.iterdir()] == ["filler"]
+
+
+@pytest.mark.slow
+def test_full_disk_under_a_gguf_file(small_run, small, disk, tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_MODEL", str(small))
+    (tmp_path / "convert_hf_to_gguf.py").write_text("import sys; open(sys.argv[3], 'wb').write(bytes(100 << 20))")
+    converters_in(tmp_path, monkeypatch)
+    with pytest.raises(UserError, match=r"^m could not be written \(No space left on device\)"):
+        export_run(small_run, "gguf", disk / "m")
+    assert list(disk.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_run_folder_has_the_same_card(run):
     card = (run.folder / "README.md").read_text(encoding="utf-8")

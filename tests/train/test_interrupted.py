@@ -329,18 +329,6 @@ def test_run_folder_that_was_moved_keeps_its_best_checkpoint(call, tmp_path, hoo
     same(call("moved", **settings), whole)
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """The folder of a file system of its own, of 64 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
-    if os.name != "posix" or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root may mount a file system, and not in every container")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # weights may still be mapped
-
-
 WEIGHTS, TOKENIZER = "adapter_model.safetensors", "tokenizer.json"
 
 

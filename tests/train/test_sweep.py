@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -213,6 +214,21 @@ def test_what_cannot_be_swept_is_refused(made, base, pairs):
     with pytest.raises(UserError, match="without one"):
         sweep_beta(policy, base[1], *pairs, made.folder)
     policy.unload()
+
+
+@pytest_slow
+def test_full_disk_loses_no_run(small, pairs, disk, monkeypatch, capsys):
+    monkeypatch.setattr("helpers.model.logps.cache_folder", lambda: disk / "cache")
+    model, call = helpers.load_model(str(small)), {"betas": (0.1,), "prompts": 0} | SHORT
+    sweep = sweep_beta(*model, *pairs, disk / "sweep", **call)
+    (disk / "sweep" / "sweep.json").unlink()
+    (disk / "filler").write_bytes(b"0" * shutil.disk_usage(disk).free)
+    with pytest.raises(UserError, match=r"sweep could not be written to .*sweep \(No space left .*\)\. Its runs are kept"):
+        sweep_beta(*model, *pairs, disk / "sweep", **call)
+    (disk / "filler").unlink()
+    capsys.readouterr()
+    pd.testing.assert_frame_equal(sweep_beta(*model, *pairs, disk / "sweep", **call).gaps, sweep.gaps)
+    assert "finished already" in capsys.readouterr().out
 
 
 def log_ratio(policy, tokenizer, prompt, reply: list[int]) -> float:
