@@ -1,7 +1,9 @@
 """Handing a finished run over: its adapter, the merged model, a GGUF file, or the run itself for more GPUs."""
 
+import contextlib
 import errno
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -21,12 +23,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from helpers.after import refused
-from helpers.after.inspection import load_policy
+from helpers.after.inspection import compare_base, load_policy
 from helpers.common import setting, why_not_written
 from helpers.data.check import check_pairs
 from helpers.data.render import template_options
 from helpers.model.embedded import EMBEDDED_HUB_NAME
-from helpers.model.load import LORA_TARGETS, adapter_base, load_tokenizer, not_found
+from helpers.model.load import CHATML, LORA_TARGETS, adapter_base, load_model, load_tokenizer, not_found
 from helpers.model.memory import pairs_a_step
 from helpers.model.profiles import EMBEDDED, PROFILES
 from helpers.patches.llama_cpp import converter_places
@@ -129,7 +131,15 @@ def _upload(folder: Path, name: str) -> None:
         raise refused("hub", name=name, error=said, folder=folder.name) from None  # its text may quote the request
 
 
+def _check_base(run: Run) -> None:
+    """Raise UserError unless the base that is here is the one that `run` was trained on."""
+    with contextlib.redirect_stdout(io.StringIO()):  # Unsloth says how it loads it
+        model, _ = load_model(_base_of(run), chat_template=CHATML)  # whose own may be in the run alone
+    compare_base(run, model)
+
+
 def _write_adapter(run: Run, part: Path) -> None:
+    _check_base(run)
     shutil.copytree(run.adapter, part, dirs_exist_ok=True)
 
 
@@ -191,7 +201,7 @@ def merged_model(run: Run) -> tuple[PreTrainedModel, float]:
 
 
 def _write_merged(run: Run, part: Path) -> float:
-    load_policy(run)  # raises UserError unless the base is the one that was trained on
+    load_policy(run)  # raises UserError as `_check_base` does, and if the adapter cannot be loaded
     model, kept = merged_model(run)
     try:
         model.generation_config.validate(strict=True)
@@ -327,6 +337,7 @@ def _lora(run: Run) -> dict[str, Any]:
 
 def _write_script(run: Run, part: Path, form: str, settings: dict[str, Any], **values: str) -> None:
     """Put the script of this `form` and its settings into the folder, and a README with these `values`."""
+    _check_base(run)
     shutil.copy(Path(__file__).with_name(f"{form}_script.py"), part / "train.py")
     readme = (TEMPLATES / f"{form}_export.md").read_text(encoding="utf-8")
     readme = readme.format(run=run, batch=pairs_a_step(run.info.config), **values)

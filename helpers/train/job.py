@@ -104,7 +104,7 @@ class Job:
             base=self.policy.base,
             base_config=config_hash(self.policy.model),
             start=self.policy.adapter,
-            reference=runs.POLICY_AT_START if self.reference is None else self.reference.fingerprint,
+            reference=runs.POLICY_AT_START if self.reference is None else self.reference.as_reference,
             versions=runs.versions(),
             machine=runs.machine() if number == 1 else f"{number} x {runs.machine()}",
             status=runs.Status.RUNNING,

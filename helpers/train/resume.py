@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from helpers.common import write_json
 from helpers.model.memory import BATCH_SETTINGS, pairs_a_step
+from helpers.model.policy import same_reference
 from helpers.run.card import changed_settings
 from helpers.run.folder import RunInfo, write_info
 from helpers.train import TABLE
@@ -115,7 +116,8 @@ def differences(before: RunInfo, info: RunInfo) -> list[str]:
     there, now = result_settings(before.config), result_settings(info.config)
     names = sorted(name for name in there.keys() | now.keys() if there.get(name) != now.get(name))
     changed = [f"{name} {before.config.get(name)} there, {info.config.get(name)} now" for name in names]
-    changed += [f"other {name}" for name in ("model", "base", "reference") if before[name] != info[name]]
+    changed += [f"other {name}" for name in ("model", "base") if before[name] != info[name]]
+    changed += ["other reference"] * (not same_reference(before.reference, info.reference))
     changed += ["other settings of the base"] * (before.base_config not in ("", info.base_config))
     changed += ["other data"] * ((before.data.train, before.data.test) != (info.data.train, info.data.test))
     # The adapter's hash is that of the run's start, or of its end if the cell is run twice.
