@@ -1,11 +1,13 @@
 """What tests share: one tokenizer, one loaded model, a clean environment."""
 
 import copy
+import datetime
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -142,3 +144,14 @@ def disk(tmp_path):
         pytest.skip("only root may mount a file system, and not in every container")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)  # weights may still be mapped
+
+
+@pytest.fixture
+def day(monkeypatch):
+    """A function: makes it that day of January 2026 for a chat template that writes the date."""
+
+    def now_is(number: int) -> None:
+        today = SimpleNamespace(now=lambda: datetime.datetime(2026, 1, number))
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", today)
+
+    return now_is

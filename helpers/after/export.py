@@ -34,6 +34,7 @@ from helpers.model.profiles import EMBEDDED, PROFILES
 from helpers.patches.llama_cpp import converter_places
 from helpers.run.card import TEMPLATES, changed_settings, model_card
 from helpers.run.folder import POLICY_AT_START, Run, set_aside
+from helpers.train.job import hash_without_date
 from helpers.train.settings import RUN_SETTINGS, dpo_settings
 
 
@@ -242,10 +243,14 @@ def _write_pairs(run: Run, part: Path, train: Dataset | None, test: Dataset | No
     if train is None or test is None:
         raise refused("no_pairs")
     tokenizer, longest = load_tokenizer(_base_of(run)), run.info.config["max_length"]
+    reports = {
+        name: check_pairs(given, tokenizer, longest, test=other, **run.info.prompts_rule)
+        for name, given, other in (("train", train, test), ("test", test, None))
+    }
+    dated = hash_without_date(*reports.values(), tokenizer)
     (part / "data").mkdir()
-    for name, given, other in (("train", train, test), ("test", test, None)):
-        report = check_pairs(given, tokenizer, longest, test=other, **run.info.prompts_rule)
-        if report.hash != getattr(run.info.data, name):
+    for name, report in reports.items():
+        if report.hash != getattr(run.info.data, name) and (not dated or dated != run.info.data.given):
             counts = {"here": len(report.pairs), "there": run.info[f"{name}_pairs"]}
             raise refused("other_pairs", name=name, run=run.folder.name, **counts)
         (part / "data" / f"{name}.jsonl").write_text(_json_lines(report.pairs), encoding="utf-8")

@@ -189,7 +189,7 @@ def _trainer(job: Job, reference: dict[str, PairLogps], callbacks: Iterable[Trai
 
 def _train(job: Job, reference: dict, callbacks: Iterable[TrainerCallback], begun: bool) -> tuple[Trainer, float]:
     """Train from the last whole checkpoint, or from the start; returns the trainer and the seconds of its steps."""
-    device, checkpoints = job.policy.device, Checkpoints(job.info)
+    device, checkpoints = job.policy.device, Checkpoints(job.begin_again)
     loaded = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     trainer = _trainer(job, reference, [*callbacks, checkpoints])
     trainer.args.restore_callback_states_from_checkpoint = True  # how long early stopping has waited
@@ -223,7 +223,7 @@ def _train(job: Job, reference: dict, callbacks: Iterable[TrainerCallback], begu
 
 def _finish(job: Job, trainer: Trainer, held_out: pd.DataFrame, seconds: dict, initial: dict) -> Run:
     """Write what the run leaves; `initial` are the adapter's weights at its start."""
-    job.folder.mkdir(parents=True, exist_ok=True)  # it may have been removed while training
+    job.begin_again()  # its folder may have been removed while training
     policy, state, trained = job.policy, trainer.state, job.policy.weights()
     policy.put_back(initial)
     if job.reference is None and not policy.is_fresh:

@@ -6,7 +6,7 @@ import json
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from helpers.common import write_json
 from helpers.model.memory import BATCH_SETTINGS, pairs_a_step
 from helpers.model.policy import same_reference
 from helpers.run.card import changed_settings
-from helpers.run.folder import RunInfo, write_info
+from helpers.run.folder import RunInfo
 from helpers.train import TABLE
 from helpers.train.processes import processes
 
@@ -30,10 +30,10 @@ class Checkpoints(TrainerCallback):
     """Marks each checkpoint as complete, with its files' sizes; the one that ends the training has a file ENDED.
 
     Ctrl-C or the stop button ends the step in progress, saves it and stops; a second one stops at once. If the run's
-    folder was removed, its run.json is made again.
+    folder was removed, `begin_again` writes what it held besides.
     """
 
-    info: RunInfo
+    begin_again: Callable[[], None]
     asked: bool = False  # by Ctrl-C
     begun: int = 0  # the step of the checkpoint that this call goes on from
 
@@ -61,8 +61,7 @@ class Checkpoints(TrainerCallback):
             files = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
             files.pop("complete.json", None)  # of a checkpoint that is written twice, at its step and as its epoch ends
             write_json(folder / "complete.json", files)
-            if not (folder.parents[1] / "run.json").exists():
-                write_info(folder.parents[1], self.info)
+            self.begin_again()
         control.should_training_stop |= self.asked
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -22,10 +22,10 @@ from helpers.model.load import add_lora
 from helpers.model.logps import sample_twice, sampled_kl
 from helpers.model.memory import BATCH_SETTINGS
 from helpers.model.policy import Policy
-from helpers.run.folder import USUAL_RULE, Run, describe_config, machine, versions
+from helpers.run.folder import USUAL_RULE, Run, describe_config, machine, read_info, versions
 from helpers.train import say
 from helpers.train.dpo import run_job
-from helpers.train.job import CheckedPairs, Job, check_both
+from helpers.train.job import CheckedPairs, Job, check_both, hash_without_date
 from helpers.train.resume import result_settings
 from helpers.train.settings import DPOConfig, complete_settings
 
@@ -131,6 +131,15 @@ def _open_sweep(folder: Path, info: dict[str, Any]) -> Sweep:
     return sweep
 
 
+def _take_tokens(pairs: CheckedPairs, folder: Path, given: str) -> None:
+    """If the template writes the date: take the tokens that the sweep in `folder` began with, on whatever day."""
+    for run in sorted(folder.glob("beta-*")) if given else ():
+        info = read_info(run)
+        if info is not None and info.data.given == given:
+            pairs.take_from(run)
+            return
+
+
 def sweep_beta(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -177,14 +186,16 @@ def sweep_beta(
     sampling = {"prompts": rows, "max_new_tokens": max_new_tokens}
     folder.mkdir(parents=True, exist_ok=True)
     config = describe_config(DPOConfig(output_dir=str(folder), **values))
+    given = hash_without_date(pairs.train, pairs.test, tokenizer)
     identity = {
         "model": [policy.name, policy.base],
         "model's settings": config_hash(model),
-        "data": [pairs.train.hash, pairs.test.hash],
+        "data": [given] if given else [pairs.train.hash, pairs.test.hash],
         "settings": {name: value for name, value in config.items() if name not in ("beta", "seed")},
         "sampling": sampling | {"prompts": len(rows)},
     }
     sweep = _open_sweep(folder, {"identity": identity, "versions": versions(), "machine": machine()})
+    _take_tokens(pairs, folder, given)
     if rows and "reference" not in sweep.info:
         sweep.info["reference"] = _describe_replies(sample_twice(model, tokenizer, **sampling, seed=0))
     todo = [(beta, seed) for seed in seeds for beta in betas if (beta, seed) not in set(sweep.gaps)]  # unfinished ones

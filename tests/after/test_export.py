@@ -1,5 +1,6 @@
 """What a finished run hands over: adapter, merged model, GGUF, and the run itself in more processes."""
 
+import copy
 import dataclasses
 import http.server
 import json
@@ -35,6 +36,7 @@ from helpers.model.logps import pair_logps
 from helpers.run.card import model_card
 from helpers.run.folder import POLICY_AT_START, DataInfo, Run, RunInfo, Status, describe_config
 from helpers.train import resume
+from helpers.train.job import hash_without_date
 
 ROOT = Path(__file__).parent.parent.parent
 TOKEN = "hf_" + "Secret" * 6
@@ -82,7 +84,7 @@ def made_up(folder: Path, train, test, tokenizer, small: Path, **rule) -> Run:
         config=describe_config(trl.DPOConfig(output_dir=str(folder), max_length=512, report_to="none", **settings)),
         train_pairs=len(reports[0].pairs),
         test_pairs=len(reports[1].pairs),
-        data=DataInfo(reports[0].hash, reports[1].hash),
+        data=DataInfo(reports[0].hash, reports[1].hash, given=hash_without_date(*reports, tokenizer)),
         base=base_hash(base),
         base_config=config_hash(base),
         start="",
@@ -360,6 +362,27 @@ def test_other_pairs_and_other_references_are_refused(made, pairs, tmp_path):
     changed = dataclasses.replace(made, folder=tmp_path / "run")
     with pytest.raises(UserError, match="started from a trained adapter"):
         export_run(changed, "trl", tmp_path / "trl", train=train, test=test)
+
+
+def test_template_that_writes_the_date_makes_no_other_pairs_tomorrow(
+    pairs, tokenizer, small, tmp_path, day, monkeypatch
+):
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
+    base = shutil.copytree(small, tmp_path / small.name)
+    dated.save_pretrained(base)
+    monkeypatch.setenv("DPO_MODEL", str(base))
+    day(1)
+    run = made_up(tmp_path / "run", *pairs, dated, base)
+    day(2)
+    folder = export_run(run, "trl", tmp_path / "trl", train=pairs[0], test=pairs[1])
+    assert len((folder / "data" / "train.jsonl").read_text().splitlines()) == 16
+    with pytest.raises(UserError, match="train= is not what the run run was given"):
+        export_run(run, "trl", tmp_path / "other", train=pairs[0].select(range(1, 16)), test=pairs[1])
+    dated.chat_template = dated.chat_template.replace("%d", "day %d")
+    dated.save_pretrained(base)
+    with pytest.raises(UserError, match="is not what the run run was given.*another chat template"):
+        export_run(run, "trl", tmp_path / "other", train=pairs[0], test=pairs[1])
 
 
 @pytest.mark.slow

@@ -99,9 +99,7 @@ def test_a_model_and_the_base_of_an_adapter_are_found_from_any_working_directory
     save(places / "elsewhere" / "models" / "mine", tokenizer, seed=1)  # not that of the working directory
     monkeypatch.setattr(load, "PROJECT", places / "home")
     monkeypatch.setenv("DPO_MODEL", "models/mine")
-    for name in ("../adapter", str(places / "adapter"), "~/../adapter"):
-        found, _ = helpers.load_model(name)
-        assert torch.equal(found.get_input_embeddings().weight, weight)
+    assert torch.equal(helpers.load_model("../adapter")[0].get_input_embeddings().weight, weight)
     assert torch.equal(helpers.load_model()[0].get_input_embeddings().weight, weight)
     assert not torch.equal(helpers.load_model("models/mine")[0].get_input_embeddings().weight, weight)
 
@@ -183,7 +181,7 @@ def test_another_model_of_the_same_folder_name_is_no_base_of_the_run(
         return export_run(run, form, tmp_path / "out [1]", train=pairs[0], test=pairs[1])
 
     monkeypatch.setenv("DPO_MODEL", str(other))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=rf"not the one under the run in run \[1\]: mine \[v2\] has {has}"):
         written()
     assert not (tmp_path / "out [1]").exists()
     shutil.rmtree(other)
