@@ -28,7 +28,6 @@ from helpers.train.processes import check_alike, once, processes, share_step
 from helpers.train.resume import differences, step_of
 from helpers.train.settings import DPOConfig, hardly_moves, run_config, what_will_happen
 
-
 TOKENS = "tokens"  # in the folder of a run whose template writes the date: the ids that it began with
 
 
@@ -143,9 +142,9 @@ class Job:
                 raise
             runs.set_aside(self.folder)
         finished, checkpoints = before and before.end, any(self.folder.glob("checkpoints/checkpoint-*"))
-        if before and before.data.given == (given := self.info.data.given) and given:
-            if finished or self.tokens.is_dir():
-                self.info.data = before.data
+        dated = bool(before and before.data.given and before.data.given == self.info.data.given)
+        if before and dated and (finished or self.tokens.is_dir()):
+            self.info.data = before.data
         self._choose_step(before if finished or checkpoints else None, free)
         changed = differences(before, self.info) if before else []
         if changed and (finished or checkpoints) and not replace:

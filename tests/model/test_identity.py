@@ -169,11 +169,9 @@ def test_another_model_of_the_same_folder_name_is_no_base_of_the_run(
         config["rope_parameters"]["rope_theta"] *= 2
         (other / "config.json").write_text(json.dumps(config))
     (tmp_path / "convert_hf_to_gguf.py").write_text("import sys; open(sys.argv[3], 'w').close()")
-    places = lambda: (tmp_path, ("convert_hf_to_gguf.py",))  # noqa: E731
-    monkeypatch.setattr("helpers.after.export.converter_places", places)
-    said = r"not the one under the run in run \[1\]: mine \[v2\] has " + (
-        "other w" if change == "weights" else "the same w"
-    )
+    places = (tmp_path, ("convert_hf_to_gguf.py",))
+    monkeypatch.setattr("helpers.after.export.converter_places", lambda: places)
+    has = {"weights": "other weights", "settings": "the same weights, but another config.json"}[change]
 
     def written():
         if form == "open_run":
