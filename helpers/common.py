@@ -1,5 +1,6 @@
 """What every wing needs. Nothing heavy is imported here, so that `helpers.session` can set the order of imports."""
 
+import errno
 import json
 import os
 import re
@@ -39,6 +40,27 @@ def write_atomic(path: Path, write: Callable[[str], object]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a value that JSON can hold to `path`, by `write_atomic`."""
     write_atomic(path, lambda part: Path(part).write_text(json.dumps(value, indent=1), encoding="utf-8"))
+
+
+_CUT_SHORT = "inline_container|iostream error"  # torch.save, in two places
+
+
+def why_not_written(error: BaseException) -> str | None:
+    """The system's words for why a file was not written; None if `error` is about something else.
+
+    safetensors and tokenizers put them into exceptions of their own, shutil into a list of paths. torch.save says
+    nothing if a file was cut short: the disk is full.
+    """
+    text = "" if isinstance(error, UserError) else str(error)
+    if re.search(_CUT_SHORT, text):
+        return os.strerror(errno.ENOSPC)
+    if re.search(r" \(os error \d", text):
+        return text.partition(" (os error ")[0].rpartition(": ")[2]
+    if not isinstance(error, OSError):
+        return None
+    if number := re.search(r"\[Errno (\d+)\]", text):
+        return os.strerror(int(number[1]))
+    return error.strerror or text or type(error).__name__
 
 
 def visible(text: str, limit: int = 1000) -> str:

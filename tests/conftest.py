@@ -1,11 +1,13 @@
 """What tests share: one tokenizer, one loaded model, a clean environment."""
 
 import copy
+import datetime
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -130,3 +132,26 @@ def policy(base):
     model, tokenizer = base
     yield helpers.add_lora(model, seed=0), tokenizer
     strip(model)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """The folder of a file system of its own, of 64 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    if os.name != "posix" or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a file system, and not in every container")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # weights may still be mapped
+
+
+@pytest.fixture
+def day(monkeypatch):
+    """A function: makes it that day of January 2026 for a chat template that writes the date."""
+
+    def now_is(number: int) -> None:
+        today = SimpleNamespace(now=lambda: datetime.datetime(2026, 1, number))
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", today)
+
+    return now_is

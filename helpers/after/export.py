@@ -1,7 +1,12 @@
 """Handing a finished run over: its adapter, the merged model, a GGUF file, or the run itself for more GPUs."""
 
+import contextlib
+import errno
+import hashlib
+import io
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,17 +23,18 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from helpers.after import refused
-from helpers.after.inspection import load_policy
-from helpers.common import setting
+from helpers.after.inspection import compare_base, load_policy
+from helpers.common import setting, why_not_written
 from helpers.data.check import check_pairs
 from helpers.data.render import template_options
 from helpers.model.embedded import EMBEDDED_HUB_NAME
-from helpers.model.load import LORA_TARGETS, adapter_base, load_tokenizer, not_found
+from helpers.model.load import CHATML, LORA_TARGETS, adapter_base, load_model, load_tokenizer, not_found
 from helpers.model.memory import pairs_a_step
 from helpers.model.profiles import EMBEDDED, PROFILES
 from helpers.patches.llama_cpp import converter_places
 from helpers.run.card import TEMPLATES, changed_settings, model_card
 from helpers.run.folder import POLICY_AT_START, Run, set_aside
+from helpers.train.job import hash_without_date
 from helpers.train.settings import RUN_SETTINGS, dpo_settings
 
 
@@ -56,8 +62,9 @@ def export_run(
             "trl": the same with TRL's script, for those without this package; on GPUs several times slower.
         train, test: for the last two: the pairs that were given to `train_dpo`, compared with the run's by their hash.
         hub: a repository on the hub (OWNER/NAME) to which the folder is also uploaded; a new one is made private.
-        replace: write even if `folder` exists. An old export is removed; a folder that holds anything else (your notes,
-            what was trained there) is kept next to the new one as `NAME.old-1` and so on.
+        replace: write even if `folder` exists. An old export is removed if it is as it was written; a folder that holds
+            anything else (your notes, a card that you edited, what was trained there) is kept next to the new one as
+            `NAME.old-1` and so on.
 
     Raises UserError for another `to`, a folder that exists, a base model or a converter that is not here, other pairs,
     a run that a script can't repeat, no token, a refusal by the hub, no room on the disk.
@@ -80,17 +87,38 @@ def export_run(
             _write_pairs(run, part, train, test)
         else:
             (part / "README.md").write_text(model_card(run, to, kept), encoding="utf-8")
+        card = (part / "README.md").read_bytes()
+        (part / "README.md").write_bytes(card + _mark(part, card))
         if folder.exists():
-            old, new = ({path.relative_to(root) for path in root.rglob("*")} for root in (folder, part))
-            (shutil.rmtree if old <= new else set_aside)(folder)
+            (shutil.rmtree if _is_as_exported(folder) else set_aside)(folder)
         part.rename(folder)
-    except OSError as error:
-        raise refused("disk", folder=folder.name, error=error.strerror or error) from error
+    except Exception as error:
+        if (reason := why_not_written(error)) is None:
+            raise
+        raise refused("disk", folder=folder.name, error=reason) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     if hub is not None:
         _upload(folder, hub)
     return folder
+
+
+def _mark(folder: Path, card: bytes) -> bytes:
+    """The last line of an export's README.md, which no page shows: a hash of the `card` and of what is next to it."""
+    digest = hashlib.sha256(card)
+    for path in sorted(folder.rglob("*")):
+        digest.update(f"\n{path.relative_to(folder).as_posix()} ".encode())
+        if path.is_file() and path != folder / "README.md":
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"\n<!-- export_run: {digest.hexdigest()[:20]} -->\n".encode()
+
+
+def _is_as_exported(folder: Path) -> bool:
+    """Whether `folder` holds an export in which nothing was changed."""
+    file = folder / "README.md"
+    card, *mark = file.read_bytes().rpartition(b"\n<!-- export_run: ") if file.is_file() else (b"",)
+    return b"".join(mark) == _mark(folder, card)
 
 
 def _upload(folder: Path, name: str) -> None:
@@ -104,7 +132,15 @@ def _upload(folder: Path, name: str) -> None:
         raise refused("hub", name=name, error=said, folder=folder.name) from None  # its text may quote the request
 
 
+def _check_base(run: Run) -> None:
+    """Raise UserError unless the base that is here is the one that `run` was trained on."""
+    with contextlib.redirect_stdout(io.StringIO()):  # Unsloth says how it loads it
+        model, _ = load_model(_base_of(run), chat_template=CHATML)  # whose own may be in the run alone
+    compare_base(run, model)
+
+
 def _write_adapter(run: Run, part: Path) -> None:
+    _check_base(run)
     shutil.copytree(run.adapter, part, dirs_exist_ok=True)
 
 
@@ -166,7 +202,7 @@ def merged_model(run: Run) -> tuple[PreTrainedModel, float]:
 
 
 def _write_merged(run: Run, part: Path) -> float:
-    load_policy(run)  # raises UserError unless the base is the one that was trained on
+    load_policy(run)  # raises UserError as `_check_base` does, and if the adapter cannot be loaded
     model, kept = merged_model(run)
     try:
         model.generation_config.validate(strict=True)
@@ -194,8 +230,10 @@ def _write_gguf(run: Run, part: Path) -> float:
     command = [sys.executable, converter, merged, "--outfile", part / "model-q8_0.gguf", "--outtype", "q8_0"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise refused("converter", last=" ".join(last))
+        last = " ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-1:])
+        if (full := os.strerror(errno.ENOSPC)) in last:
+            raise OSError(errno.ENOSPC, full)
+        raise refused("converter", last=last)
     shutil.rmtree(merged)
     return kept
 
@@ -205,10 +243,14 @@ def _write_pairs(run: Run, part: Path, train: Dataset | None, test: Dataset | No
     if train is None or test is None:
         raise refused("no_pairs")
     tokenizer, longest = load_tokenizer(_base_of(run)), run.info.config["max_length"]
+    reports = {
+        name: check_pairs(given, tokenizer, longest, test=other, **run.info.prompts_rule)
+        for name, given, other in (("train", train, test), ("test", test, None))
+    }
+    dated = hash_without_date(*reports.values(), tokenizer)
     (part / "data").mkdir()
-    for name, given, other in (("train", train, test), ("test", test, None)):
-        report = check_pairs(given, tokenizer, longest, test=other, **run.info.prompts_rule)
-        if report.hash != getattr(run.info.data, name):
+    for name, report in reports.items():
+        if report.hash != getattr(run.info.data, name) and (not dated or dated != run.info.data.given):
             counts = {"here": len(report.pairs), "there": run.info[f"{name}_pairs"]}
             raise refused("other_pairs", name=name, run=run.folder.name, **counts)
         (part / "data" / f"{name}.jsonl").write_text(_json_lines(report.pairs), encoding="utf-8")
@@ -300,6 +342,7 @@ def _lora(run: Run) -> dict[str, Any]:
 
 def _write_script(run: Run, part: Path, form: str, settings: dict[str, Any], **values: str) -> None:
     """Put the script of this `form` and its settings into the folder, and a README with these `values`."""
+    _check_base(run)
     shutil.copy(Path(__file__).with_name(f"{form}_script.py"), part / "train.py")
     readme = (TEMPLATES / f"{form}_export.md").read_text(encoding="utf-8")
     readme = readme.format(run=run, batch=pairs_a_step(run.info.config), **values)

@@ -25,10 +25,11 @@ from helpers.after import refused
 from helpers.common import visible
 from helpers.data.render import BOTH, Prompt, Renderer, tokenize_pairs, turns_of
 from helpers.model import Model, Tokenizer
-from helpers.model.fingerprint import base_hash, fingerprint, hash_tensors
+from helpers.model.fingerprint import base_hash, config_hash, hash_tensors
 from helpers.model.generate import generate_replies, repetition
 from helpers.model.load import load_model, not_found
 from helpers.model.logps import pair_logps
+from helpers.model.policy import Policy, same_reference
 from helpers.run.folder import LORA_SCALE, POLICY_AT_START, Run
 from helpers.run.metrics import held_out_table
 
@@ -91,9 +92,18 @@ def _check_reference(run: Run, ref_model: Model | None) -> None:
     passed = run.info.reference != POLICY_AT_START
     if passed and ref_model is None:
         raise refused("reference_needed", run=run.folder.name)
-    if ref_model is not None and fingerprint(ref_model) != run.info.reference:
+    if ref_model is not None and not same_reference(run.info.reference, Policy(ref_model, None).as_reference):
         what = "another model than" if passed else "no model that was passed, so not"
         raise refused("other_reference", run=run.folder.name, what=what)
+
+
+def compare_base(run: Run, model: Model) -> None:
+    """Raise UserError unless the base of `model` is that of the run: the same weights, the same settings."""
+    in_32_bits = not getattr(model, "is_loaded_in_4bit", False)  # as a run may have been trained
+    if run.info.base != base_hash(model) and not (in_32_bits and run.info.base == base_hash(model.float())):
+        raise refused("other_base", run=run.folder.name, model=run.info.model)
+    if run.info.base_config not in ("", config_hash(model)):
+        raise refused("other_base_config", run=run.folder.name, model=run.info.model)
 
 
 def load_policy(run: Run) -> tuple[PeftModel, Tokenizer]:
@@ -103,9 +113,7 @@ def load_policy(run: Run) -> tuple[PeftModel, Tokenizer]:
     except (OSError, RuntimeError, ValueError) as error:
         raise not_found(str(run.adapter), error) from error
     model, _ = load_model(str(run.adapter), chat_template=tokenizer.chat_template)
-    in_32_bits = not getattr(model, "is_loaded_in_4bit", False)  # as a run may have been trained
-    if run.info.base != base_hash(model) and not (in_32_bits and run.info.base == base_hash(model.float())):
-        raise refused("other_base", run=run.folder.name, model=run.info.model)
+    compare_base(run, model)
     return model, tokenizer
 
 

@@ -77,7 +77,7 @@ def fingerprint(model: Model) -> str:
 def config_hash(model: Model) -> str:
     """20 hex digits of the settings of `model` that may change what it computes, e.g. `rope_parameters`."""
     values = base_model(model).config.to_diff_dict()
-    harmless = "architectures dtype transformers_version unsloth_fixed use_cache".split()
+    harmless = "architectures dtype model_name transformers_version unsloth_fixed unsloth_version use_cache".split()
     values = {name: one for name, one in values.items() if name not in harmless and not name.endswith("token_id")}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:20]
 

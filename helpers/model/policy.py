@@ -14,6 +14,7 @@ from helpers.model.fingerprint import (
     adapter_weights,
     base_hash,
     base_model,
+    config_hash,
     fingerprint,
     is_fresh,
 )
@@ -50,6 +51,11 @@ def check_adapter(model: PeftModel) -> None:
         raise refusal("base trained", name=others[0], number=len(others))
 
 
+def same_reference(there: str, now: str) -> bool:
+    """Whether the reference that a run has `there` is the one of `now`; older runs say nothing of its settings."""
+    return there == now or now.startswith(f"{there} ")
+
+
 class Policy:
     """A model in hand, with or without an adapter, and its tokenizer.
 
@@ -63,7 +69,10 @@ class Policy:
     base = property(lambda self: base_hash(self.model))
     adapter = property(lambda self: adapter_hash(self.model))
     is_fresh = property(lambda self: is_fresh(self.model))
-    fingerprint = property(lambda self: fingerprint(self.model))
+    as_reference = property(
+        lambda self: f"{fingerprint(self.model)} {config_hash(self.model)}",
+        doc="Hashes of a `ref_model`, for run.json: its weights, its adapter, its settings.",
+    )
     inner = property(lambda self: base_model(self.model))
     device = property(lambda self: self.model.device)
 

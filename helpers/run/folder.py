@@ -58,7 +58,7 @@ class RunInfo:
     data: DataInfo
     base: str  # hash of the base model's weights
     start: str  # hash of the adapter before training
-    reference: str  # POLICY_AT_START, or the hash of the ref_model
+    reference: str  # POLICY_AT_START, or `Policy.as_reference` of the ref_model; older runs lack its settings
     versions: dict[str, str]
     machine: str
     status: Status

@@ -2,9 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
-import os
-import re
 import time
 import traceback
 import uuid
@@ -21,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 
-from helpers.common import UserError
+from helpers.common import UserError, why_not_written
 from helpers.data.check import MAX_PROMPT_LENGTH
 from helpers.data.findings import Report
 from helpers.model import Model, Tokenizer
@@ -47,9 +44,6 @@ from helpers.train.processes import alone_in, once, one_voice, processes
 from helpers.train.resume import ENDED, Checkpoints, last_complete
 from helpers.train.settings import complete_settings
 from helpers.train.trainer import check_start, make_trainer
-
-CUT_SHORT = "inline_container|iostream error"  # torch.save, in two places
-NOT_WRITTEN = rf"os error \d|{CUT_SHORT}"  # the first is said by safetensors and tokenizers
 
 
 def train_dpo(
@@ -138,14 +132,6 @@ def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback
                 return once(lambda: _finish(job, trainer, table, seconds, initial))
 
 
-def _why(error: BaseException) -> str:
-    """The system's words for why a file was not written. torch.save says none if it was cut short: the disk is full."""
-    text = getattr(error, "strerror", None) or str(error)
-    if re.search(CUT_SHORT, text):
-        return os.strerror(errno.ENOSPC)
-    return text.partition(" (os error ")[0].rpartition(": ")[2] if " (os error " in text else text
-
-
 def _of_a_checkpoint(error: Exception) -> bool:
     """Whether `error` is from writing one. What reporters and other callbacks raise is also an OSError."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -159,8 +145,8 @@ def _written(folder: Path, is_from: Callable[[Exception], bool] = lambda error: 
     try:
         yield
     except Exception as error:
-        if (isinstance(error, OSError) or re.search(NOT_WRITTEN, str(error))) and is_from(error):
-            raise UserError(say("not_written", folder=folder, reason=_why(error))) from error
+        if is_from(error) and (reason := why_not_written(error)):
+            raise UserError(say("not_written", folder=folder, reason=reason)) from error
         raise
 
 
@@ -218,7 +204,7 @@ def _keep(path: Path, logps: PairLogps) -> None:
     try:
         write_logps(path, logps)
     except Exception as error:  # safetensors has a type of its own
-        print(say("not_cached", folder=path.parent, reason=_why(error)))
+        print(say("not_cached", folder=path.parent, reason=why_not_written(error) or error))
 
 
 def _trainer(job: Job, reference: dict[str, PairLogps], callbacks: Iterable[TrainerCallback]) -> trl.DPOTrainer:
@@ -243,7 +229,7 @@ def _trainer(job: Job, reference: dict[str, PairLogps], callbacks: Iterable[Trai
 
 def _train(job: Job, reference: dict, callbacks: Iterable[TrainerCallback], begun: bool) -> tuple[Trainer, float]:
     """Train from the last whole checkpoint, or from the start; returns the trainer and the seconds of its steps."""
-    device, checkpoints = job.policy.device, Checkpoints(job.info)
+    device, checkpoints = job.policy.device, Checkpoints(job.begin_again)
     loaded = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     trainer = _trainer(job, reference, [*callbacks, checkpoints])
     trainer.args.restore_callback_states_from_checkpoint = True  # how long early stopping has waited
@@ -277,7 +263,7 @@ def _train(job: Job, reference: dict, callbacks: Iterable[TrainerCallback], begu
 
 def _finish(job: Job, trainer: Trainer, held_out: pd.DataFrame, seconds: dict, initial: dict) -> Run:
     """Write what the run leaves; `initial` are the adapter's weights at its start."""
-    job.folder.mkdir(parents=True, exist_ok=True)  # it may have been removed while training
+    job.begin_again()  # its folder may have been removed while training
     policy, state, trained = job.policy, trainer.state, job.policy.weights()
     policy.put_back(initial)
     if job.reference is None and not policy.is_fresh:

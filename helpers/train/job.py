@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ from helpers.train.processes import check_alike, once, processes, share_step
 from helpers.train.resume import differences, step_of
 from helpers.train.settings import DPOConfig, hardly_moves, run_config, what_will_happen
 
+TOKENS = "tokens"  # in the folder of a run whose template writes the date: the ids that it began with
+
 
 class CheckedPairs(NamedTuple):
     """Pairs that were checked for a tokenizer: the reports of both sets, and the rule for long prompts."""
@@ -36,6 +39,12 @@ class CheckedPairs(NamedTuple):
     rule: dict[str, Any]
 
     sets = property(lambda self: {"train": self.train, "test": self.test})
+
+    def take_from(self, folder: Path) -> None:
+        """Take the tokens that the run in `folder` began with, if its template writes the date."""
+        for name, report in self.sets.items() if (folder / TOKENS).is_dir() else ():
+            # In memory: the files may be removed while they are used.
+            report.take(Dataset.load_from_disk(str(folder / TOKENS / name), keep_in_memory=True))
 
 
 def check_both(train: Dataset, test: Dataset, tokenizer: Tokenizer, max_length: int, **rule: Any) -> CheckedPairs:
@@ -55,11 +64,14 @@ def check_both(train: Dataset, test: Dataset, tokenizer: Tokenizer, max_length: 
     return pairs
 
 
-def _hash_without_date(pairs: CheckedPairs, tokenizer: Tokenizer) -> str:
-    """Of rows and template, if this writes today's date, so that the tokens are others tomorrow; else nothing."""
+def hash_without_date(train: Report, test: Report, tokenizer: Tokenizer) -> str:
+    """Of the pairs in `train` and `test` and the template of `tokenizer`, if that writes the date; else nothing.
+
+    The tokens of such pairs are others tomorrow.
+    """
     if "strftime_now" not in str(tokenizer.chat_template):
         return ""
-    rows = [tokenizer.chat_template, *pairs.train.pairs, *pairs.test.pairs]
+    rows = [tokenizer.chat_template, *train.pairs, *test.pairs]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:20]
 
 
@@ -79,7 +91,7 @@ class Job:
     # By `values` as they are now: of this process's trainer; as in one process, so that any number can go on.
     config = property(lambda self: self._config(share_step(self.values)))
     described = property(lambda self: runs.describe_config(self._config(self.values)))
-    tokens = property(lambda self: self.folder / "tokens", doc="Of a run whose template writes the date.")
+    tokens = property(lambda self: self.folder / TOKENS)
 
     def _config(self, share: dict[str, Any]) -> DPOConfig:
         return run_config(self.folder, len(self.pairs.train.pairs), self.values, share)
@@ -89,10 +101,8 @@ class Job:
         loaded, number = [load_report(report.pairs) for report in (train, test)], processes().num_processes
         share_step(self.values)
         findings, reading = {one.code: one.count for one in train.findings}, loaded[0].reading if loaded[0] else []
-        bundled, given = (
-            all(one and one.bundled for one in loaded),
-            _hash_without_date(self.pairs, self.policy.tokenizer),
-        )
+        bundled = all(one and one.bundled for one in loaded)
+        given = hash_without_date(train, test, self.policy.tokenizer)
         data = runs.DataInfo(train.hash, test.hash, findings, train.prompts, bundled, reading, given)
         self.info = runs.RunInfo(
             model=self.policy.name,
@@ -104,7 +114,7 @@ class Job:
             base=self.policy.base,
             base_config=config_hash(self.policy.model),
             start=self.policy.adapter,
-            reference=runs.POLICY_AT_START if self.reference is None else self.reference.fingerprint,
+            reference=runs.POLICY_AT_START if self.reference is None else self.reference.as_reference,
             versions=runs.versions(),
             machine=runs.machine() if number == 1 else f"{number} x {runs.machine()}",
             status=runs.Status.RUNNING,
@@ -119,9 +129,8 @@ class Job:
         free = min(gather_object([free_memory(self.policy.device)]))  # of the fullest card
         found = once(lambda: (self._earlier(replace, free), self.values, self.info, self.plan))
         before, self.values, self.info, self.plan = found
-        if before is not None and self.tokens.is_dir():  # those that it began with
-            for name, report in self.pairs.sets.items():
-                report.take(Dataset.load_from_disk(str(self.tokens / name)))
+        if before is not None:
+            self.pairs.take_from(self.folder)
         return before
 
     def _earlier(self, replace: bool, free: float) -> runs.RunInfo | None:
@@ -133,7 +142,8 @@ class Job:
                 raise
             runs.set_aside(self.folder)
         finished, checkpoints = before and before.end, any(self.folder.glob("checkpoints/checkpoint-*"))
-        if before and self.tokens.is_dir() and before.data.given == self.info.data.given:
+        dated = bool(before and before.data.given and before.data.given == self.info.data.given)
+        if before and dated and (finished or self.tokens.is_dir()):
             self.info.data = before.data
         self._choose_step(before if finished or checkpoints else None, free)
         changed = differences(before, self.info) if before else []
@@ -166,10 +176,7 @@ class Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         for part in self.folder.glob(".*.????????"):  # of a call that was killed while it wrote
             shutil.rmtree(part) if part.is_dir() else part.unlink()
-        if self.info.data.given and not (self.folder / "run.json").exists():
-            for name, report in self.pairs.sets.items():
-                with quiet_progress(len(report.ids)):
-                    report.ids.save_to_disk(self.tokens / name)
+        self._keep_tokens()
         need, free, plan = self.info.memory_gb["needed"], self.info.memory_gb["free"], self.plan
         if plan is not None:
             words = {"s": "s" * (plan.pairs > 1), "checkpointing": "on" if plan.checkpointing else "off"}
@@ -185,6 +192,23 @@ class Job:
                 raise UserError(f"{text}\n{self.savings()}")
             print(f"{text} It may not fit.\n{self.savings()}")
         self.write(runs.Status.RUNNING)
+
+    def _keep_tokens(self) -> None:
+        if not self.info.data.given or (self.tokens.is_dir() and (self.folder / "run.json").exists()):
+            return
+        part = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{TOKENS}."))
+        for name, report in self.pairs.sets.items():
+            with quiet_progress(len(report.ids)):
+                report.ids.save_to_disk(part / name)
+        shutil.rmtree(self.tokens, ignore_errors=True)  # of a call that was killed before it wrote run.json
+        part.rename(self.tokens)
+
+    def begin_again(self) -> None:
+        """Write what `begin` wrote, if the folder was removed while training."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._keep_tokens()
+        if not (self.folder / "run.json").exists():
+            self.write(runs.Status.RUNNING)
 
     def write(self, status: runs.Status) -> None:
         """Write run.json with this `status`."""

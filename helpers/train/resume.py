@@ -6,7 +6,7 @@ import json
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from helpers.common import write_json
 from helpers.model.memory import BATCH_SETTINGS, pairs_a_step
+from helpers.model.policy import same_reference
 from helpers.run.card import changed_settings
-from helpers.run.folder import RunInfo, write_info
+from helpers.run.folder import RunInfo
 from helpers.train import TABLE
 from helpers.train.processes import processes
 
@@ -29,10 +30,10 @@ class Checkpoints(TrainerCallback):
     """Marks each checkpoint as complete, with its files' sizes; the one that ends the training has a file ENDED.
 
     Ctrl-C or the stop button ends the step in progress, saves it and stops; a second one stops at once. If the run's
-    folder was removed, its run.json is made again.
+    folder was removed, `begin_again` writes what it held besides.
     """
 
-    info: RunInfo
+    begin_again: Callable[[], None]
     asked: bool = False  # by Ctrl-C
     begun: int = 0  # the step of the checkpoint that this call goes on from
 
@@ -60,8 +61,7 @@ class Checkpoints(TrainerCallback):
             files = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
             files.pop("complete.json", None)  # of a checkpoint that is written twice, at its step and as its epoch ends
             write_json(folder / "complete.json", files)
-            if not (folder.parents[1] / "run.json").exists():
-                write_info(folder.parents[1], self.info)
+            self.begin_again()
         control.should_training_stop |= self.asked
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -115,7 +115,8 @@ def differences(before: RunInfo, info: RunInfo) -> list[str]:
     there, now = result_settings(before.config), result_settings(info.config)
     names = sorted(name for name in there.keys() | now.keys() if there.get(name) != now.get(name))
     changed = [f"{name} {before.config.get(name)} there, {info.config.get(name)} now" for name in names]
-    changed += [f"other {name}" for name in ("model", "base", "reference") if before[name] != info[name]]
+    changed += [f"other {name}" for name in ("model", "base") if before[name] != info[name]]
+    changed += ["other reference"] * (not same_reference(before.reference, info.reference))
     changed += ["other settings of the base"] * (before.base_config not in ("", info.base_config))
     changed += ["other data"] * ((before.data.train, before.data.test) != (info.data.train, info.data.test))
     # The adapter's hash is that of the run's start, or of its end if the cell is run twice.

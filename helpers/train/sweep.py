@@ -15,17 +15,17 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from helpers.common import UserError, write_atomic, write_json
+from helpers.common import UserError, why_not_written, write_atomic, write_json
 from helpers.model.fingerprint import config_hash
 from helpers.model.generate import Reply, repetition
 from helpers.model.load import add_lora
 from helpers.model.logps import sample_twice, sampled_kl
 from helpers.model.memory import BATCH_SETTINGS
 from helpers.model.policy import Policy
-from helpers.run.folder import USUAL_RULE, Run, describe_config, machine, versions
+from helpers.run.folder import USUAL_RULE, Run, describe_config, machine, read_info, versions
 from helpers.train import say
 from helpers.train.dpo import run_job
-from helpers.train.job import CheckedPairs, Job, check_both
+from helpers.train.job import CheckedPairs, Job, check_both, hash_without_date
 from helpers.train.resume import result_settings
 from helpers.train.settings import DPOConfig, complete_settings
 
@@ -111,8 +111,12 @@ def _save(sweep: Sweep) -> None:  # by pandas, which writes NaN as null
     records = {name: json.loads(getattr(sweep, name).to_json(orient="records")) for name in ("table", "history")}
     rounded = sweep.gaps.round(4)
     gaps = [{"beta": beta, "seed": seed, "gaps": rounded[beta, seed].tolist()} for beta, seed in list(rounded)]
-    write_json(sweep.folder / "sweep.json", {"info": sweep.info, **records, "gaps": gaps})
-    write_atomic(sweep.folder / "table.csv", lambda path: sweep.table.to_csv(path, index=False))
+    try:
+        write_json(sweep.folder / "sweep.json", {"info": sweep.info, **records, "gaps": gaps})
+        write_atomic(sweep.folder / "table.csv", lambda path: sweep.table.to_csv(path, index=False))
+    except OSError as error:
+        text = f"The sweep could not be written to {sweep.folder} ({why_not_written(error)}). Its runs are kept; "
+        raise UserError(text + "make room and call sweep_beta again.") from error
 
 
 def _open_sweep(folder: Path, info: dict[str, Any]) -> Sweep:
@@ -125,6 +129,15 @@ def _open_sweep(folder: Path, info: dict[str, Any]) -> Sweep:
     if changed := [name for name in now if there.get(name, now[name]) != now[name]]:
         raise UserError(say("other_sweep", folder=folder, changed=" and ".join(changed)))
     return sweep
+
+
+def _take_tokens(pairs: CheckedPairs, folder: Path, given: str) -> None:
+    """If the template writes the date: take the tokens that the sweep in `folder` began with, on whatever day."""
+    for run in sorted(folder.glob("beta-*")) if given else ():
+        info = read_info(run)
+        if info is not None and info.data.given == given:
+            pairs.take_from(run)
+            return
 
 
 def sweep_beta(
@@ -173,14 +186,16 @@ def sweep_beta(
     sampling = {"prompts": rows, "max_new_tokens": max_new_tokens}
     folder.mkdir(parents=True, exist_ok=True)
     config = describe_config(DPOConfig(output_dir=str(folder), **values))
+    given = hash_without_date(pairs.train, pairs.test, tokenizer)
     identity = {
         "model": [policy.name, policy.base],
         "model's settings": config_hash(model),
-        "data": [pairs.train.hash, pairs.test.hash],
+        "data": [given] if given else [pairs.train.hash, pairs.test.hash],
         "settings": {name: value for name, value in config.items() if name not in ("beta", "seed")},
         "sampling": sampling | {"prompts": len(rows)},
     }
     sweep = _open_sweep(folder, {"identity": identity, "versions": versions(), "machine": machine()})
+    _take_tokens(pairs, folder, given)
     if rows and "reference" not in sweep.info:
         sweep.info["reference"] = _describe_replies(sample_twice(model, tokenizer, **sampling, seed=0))
     todo = [(beta, seed) for seed in seeds for beta in betas if (beta, seed) not in set(sweep.gaps)]  # unfinished ones

@@ -1,5 +1,6 @@
 """What a finished run hands over: adapter, merged model, GGUF, and the run itself in more processes."""
 
+import copy
 import dataclasses
 import http.server
 import json
@@ -28,12 +29,14 @@ from helpers import UserError, check_pairs, export_run, load_pairs, train_dpo
 from helpers.after import export, trl_script
 from helpers.common import cache_folder
 from helpers.data.render import template_options
-from helpers.model.embedded import EMBEDDED_HUB_NAME, embedded_model
+from helpers.model.embedded import embedded_model
+from helpers.model.fingerprint import base_hash, config_hash
 from helpers.model.load import LORA_TARGETS
 from helpers.model.logps import pair_logps
 from helpers.run.card import model_card
 from helpers.run.folder import POLICY_AT_START, DataInfo, Run, RunInfo, Status, describe_config
 from helpers.train import resume
+from helpers.train.job import hash_without_date
 
 ROOT = Path(__file__).parent.parent.parent
 TOKEN = "hf_" + "Secret" * 6
@@ -65,18 +68,25 @@ def run(pairs, tmp_path_factory) -> Run:
     )
 
 
-def made_up(folder: Path, train, test, tokenizer, **rule) -> Run:
-    """A run without a model, for what is written from its figures, settings and pairs alone."""
+@pytest.fixture(autouse=True)
+def base_of_small_runs(small, monkeypatch):
+    monkeypatch.setenv("DPO_MODEL", str(small))
+
+
+def made_up(folder: Path, train, test, tokenizer, small: Path, **rule) -> Run:
+    """A run on the small model that trained nothing, for what is written from its figures, settings and pairs."""
+    base, _ = helpers.load_model(str(small))
     reports = [check_pairs(pairs, tokenizer, 512, **rule) for pairs in (train, test)]
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": False}
     info = RunInfo(
-        model=EMBEDDED_HUB_NAME,
+        model=small.name,
         profile="cpu",
         config=describe_config(trl.DPOConfig(output_dir=str(folder), max_length=512, report_to="none", **settings)),
         train_pairs=len(reports[0].pairs),
         test_pairs=len(reports[1].pairs),
-        data=DataInfo(reports[0].hash, reports[1].hash),
-        base="",
+        data=DataInfo(reports[0].hash, reports[1].hash, given=hash_without_date(*reports, tokenizer)),
+        base=base_hash(base),
+        base_config=config_hash(base),
         start="",
         reference=POLICY_AT_START,
         versions={"trl": "1.15.0", "peft": "0.21.2", "unsloth": "2026.10.9"},
@@ -89,15 +99,15 @@ def made_up(folder: Path, train, test, tokenizer, **rule) -> Run:
     run = Run(folder, info, [], {"accuracy": 0.75}, None)
     run.adapter.mkdir(parents=True)
     lora = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj"]}
-    config = {"base_model_name_or_path": EMBEDDED_HUB_NAME} | lora
+    config = {"base_model_name_or_path": small.name} | lora
     (run.adapter / "adapter_config.json").write_text(json.dumps(config))
     (run.adapter / "adapter_model.safetensors").write_bytes(b"")
     return run
 
 
 @pytest.fixture(scope="module")
-def made(pairs, tokenizer, tmp_path_factory) -> Run:
-    return made_up(tmp_path_factory.mktemp("made") / "short", *pairs, tokenizer)
+def made(pairs, tokenizer, small, tmp_path_factory) -> Run:
+    return made_up(tmp_path_factory.mktemp("made") / "short", *pairs, tokenizer, small)
 
 
 def texts(folder: Path) -> str:
@@ -240,6 +250,55 @@ def test_nothing_is_overwritten(made, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "adapter.old-1"]
 
 
+@pytest.mark.parametrize("name", ["README.md", "adapter_config.json", "mine/note.txt"])
+def test_an_export_that_was_edited_is_kept(made, tmp_path, name):
+    folder = export_run(made, "adapter", tmp_path / "adapter")
+    (folder / name).parent.mkdir(exist_ok=True)
+    with (folder / name).open("a", encoding="utf-8") as file:
+        file.write("mine")
+    edited = texts(folder)
+    export_run(made, "adapter", folder, replace=True)
+    kept = tmp_path / "adapter.old-1"
+    assert (kept / name).read_text(encoding="utf-8").endswith("mine") and texts(kept) == edited
+    assert "mine" not in texts(folder)
+    other = dataclasses.replace(made, info=dataclasses.replace(made.info, steps=5))  # what it replaces nobody edited
+    export_run(other, "adapter", folder, replace=True)
+    assert "5 steps" in texts(folder) and sorted(path.name for path in tmp_path.iterdir()) == ["adapter", kept.name]
+
+
+def fill(disk: Path, room: int) -> None:
+    (disk / "filler").write_bytes(b"0" * (shutil.disk_usage(disk).free - room))
+
+
+def test_full_disk_is_said_and_nothing_is_left(made, pairs, disk):
+    """Of a copy, for which shutil lists paths, and of a file of our own."""
+    fill(disk, 0)
+    for form in ("adapter", "trl"):
+        with pytest.raises(UserError, match=rf"^{form} could not be written \(No space left on device\)"):
+            export_run(made, form, disk / form, train=pairs[0], test=pairs[1])
+    assert [path.name for path in disk.iterdir()] == ["filler"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("written", [[], ["model.safetensors"], ["model.safetensors", "tokenizer.json"]])
+def test_full_disk_under_a_merged_model(small_run, disk, tmp_path, written):
+    """In the weights (safetensors), the tokenizer (tokenizers), and in what follows."""
+    whole = export_run(small_run, "merged", tmp_path / "whole")
+    fill(disk, sum((whole / name).stat().st_size + 8192 for name in written))
+    with pytest.raises(UserError, match=r"^m could not be written \(No space left on device\)"):
+        export_run(small_run, "merged", disk / "m")
+    assert [path.name for path in disk.iterdir()] == ["filler"]
+
+
+@pytest.mark.slow
+def test_full_disk_under_a_gguf_file(small_run, disk, tmp_path, monkeypatch):
+    (tmp_path / "convert_hf_to_gguf.py").write_text("import sys; open(sys.argv[3], 'wb').write(bytes(100 << 20))")
+    converters_in(tmp_path, monkeypatch)
+    with pytest.raises(UserError, match=r"^m could not be written \(No space left on device\)"):
+        export_run(small_run, "gguf", disk / "m")
+    assert list(disk.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_run_folder_has_the_same_card(run):
     card = (run.folder / "README.md").read_text(encoding="utf-8")
@@ -254,7 +313,7 @@ def test_run_folder_has_the_same_card(run):
 def test_no_path_of_this_machine_and_no_token(form, run, pairs, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     written = texts(export_run(run, form, tmp_path / form, train=pairs[0], test=pairs[1]))
-    assert TOKEN not in written
+    assert TOKEN not in written and (form != "torchrun" or "model: embedded" in written)
     for path in (tmp_path, run.folder, ROOT, Path.home(), cache_folder()):
         assert str(path) not in written
 
@@ -305,12 +364,33 @@ def test_other_pairs_and_other_references_are_refused(made, pairs, tmp_path):
         export_run(changed, "trl", tmp_path / "trl", train=train, test=test)
 
 
+def test_template_that_writes_the_date_makes_no_other_pairs_tomorrow(
+    pairs, tokenizer, small, tmp_path, day, monkeypatch
+):
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
+    base = shutil.copytree(small, tmp_path / small.name)
+    dated.save_pretrained(base)
+    monkeypatch.setenv("DPO_MODEL", str(base))
+    day(1)
+    run = made_up(tmp_path / "run", *pairs, dated, base)
+    day(2)
+    folder = export_run(run, "trl", tmp_path / "trl", train=pairs[0], test=pairs[1])
+    assert len((folder / "data" / "train.jsonl").read_text().splitlines()) == 16
+    with pytest.raises(UserError, match="train= is not what the run run was given"):
+        export_run(run, "trl", tmp_path / "other", train=pairs[0].select(range(1, 16)), test=pairs[1])
+    dated.chat_template = dated.chat_template.replace("%d", "day %d")
+    dated.save_pretrained(base)
+    with pytest.raises(UserError, match="is not what the run run was given.*another chat template"):
+        export_run(run, "trl", tmp_path / "other", train=pairs[0], test=pairs[1])
+
+
 @pytest.mark.slow
-def test_long_prompts_are_treated_as_in_the_run(pairs, tokenizer, tmp_path):
+def test_long_prompts_are_treated_as_in_the_run(pairs, tokenizer, small, tmp_path):
     train, test = pairs
     longest = [{"role": "user", "content": "word " * 100}]
     train = train.map(lambda row, place: {"prompt": longest if place == 3 else row["prompt"]}, with_indices=True)
-    run = made_up(tmp_path / "run", train, test, tokenizer, max_prompt_length=100, on_long_prompt="drop")
+    run = made_up(tmp_path / "run", train, test, tokenizer, small, max_prompt_length=100, on_long_prompt="drop")
     assert run.info.train_pairs == 15
     data = export_run(run, "trl", tmp_path / "trl", train=train, test=test) / "data"
     assert len((data / "train.jsonl").read_text().splitlines()) == 15
@@ -321,10 +401,10 @@ def test_long_prompts_are_treated_as_in_the_run(pairs, tokenizer, tmp_path):
     written = export_run(run, "torchrun", tmp_path / "torchrun", train=train, test=test) / "settings.yaml"
     settings = yaml.safe_load(written.read_text())
     assert (settings["max_prompt_length"], settings["on_long_prompt"]) == (100, "drop")
-    assert settings["eval_strategy"] == "no" and settings["model"] == "embedded"
+    assert settings["eval_strategy"] == "no" and settings["model"] == "small"
 
 
-def test_rows_keep_what_they_pass_to_the_chat_template(pairs, tokenizer, tmp_path):
+def test_rows_keep_what_they_pass_to_the_chat_template(pairs, tokenizer, small, tmp_path):
     """TRL's script reads `tools` and `chat_template_kwargs` of each row, from JSON lines that datasets reads."""
     rows = pairs[0].select(range(3)).to_list()
     city = {"type": "object", "properties": {"city": {"type": "string"}}}
@@ -335,7 +415,7 @@ def test_rows_keep_what_they_pass_to_the_chat_template(pairs, tokenizer, tmp_pat
     rows[1] |= {"tools": json.dumps(tools), "chat_template_kwargs": None}
     rows[2] |= {"tools": None, "chat_template_kwargs": None}
     train, test = datasets.Dataset.from_list(rows), pairs[1]
-    run = made_up(tmp_path / "run", train, test, tokenizer)
+    run = made_up(tmp_path / "run", train, test, tokenizer, small)
     data = export_run(run, "trl", tmp_path / "trl", train=train, test=test) / "data"
     read = datasets.load_dataset(str(data), cache_dir=str(tmp_path / "cache"))
     assert [template_options(row) for row in read["train"]] == [template_options(row) for row in train]
@@ -427,10 +507,7 @@ def losses_of(history: list[dict]) -> list[float]:
 
 
 @pytest.mark.slow
-def test_trl_in_two_processes_killed_and_resumed_has_the_losses_of_the_run(
-    small_run, small, pairs, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("DPO_MODEL", str(small))
+def test_trl_in_two_processes_killed_and_resumed_has_the_losses_of_the_run(small_run, small, pairs, tmp_path):
     folder = export_run(small_run, "trl", tmp_path / "trl", train=pairs[0], test=pairs[1])
     options = ["--model_name_or_path", str(small), "--dtype", "float32"]
     out = run_in_two(folder, *options, kill_at=3)
@@ -442,8 +519,7 @@ def test_trl_in_two_processes_killed_and_resumed_has_the_losses_of_the_run(
 
 
 @pytest.mark.slow
-def test_torchrun_in_two_processes_repeats_the_run(small_run, small, pairs, tmp_path, monkeypatch):
-    monkeypatch.setenv("DPO_MODEL", str(small))
+def test_torchrun_in_two_processes_repeats_the_run(small_run, small, pairs, tmp_path):
     folder = export_run(small_run, "torchrun", tmp_path / "torchrun", train=pairs[0], test=pairs[1])
     run_in_two(folder, f"model={small}", "folder=again")
     again = Run.load(folder / "again")

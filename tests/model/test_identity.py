@@ -1,6 +1,7 @@
 """Who the model is: its folder, its base, its adapter, and what decides the reference's log-probs."""
 
 import copy
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -87,6 +88,24 @@ def test_a_relative_folder_that_is_passed_starts_at_the_working_directory(places
     assert helpers.load_tokenizer().name_or_path == str(places / "project" / "models" / "mine")
 
 
+def test_a_model_and_the_base_of_an_adapter_are_found_from_any_working_directory(places, tokenizer, monkeypatch):
+    folder = save(places / "home" / "models" / "mine", tokenizer)
+    model, _ = helpers.load_model("~/models/mine")
+    weight = model.get_input_embeddings().weight
+    assert model.config.name_or_path == str(folder)
+    model = helpers.add_lora(model)
+    model.save_pretrained(places / "adapter")
+    config = places / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "mine"}))
+    tokenizer.save_pretrained(places / "adapter")
+    save(places / "elsewhere" / "models" / "mine", tokenizer, seed=1)  # not that of the working directory
+    monkeypatch.setattr(load, "PROJECT", places / "home")
+    monkeypatch.setenv("DPO_MODEL", "models/mine")
+    assert torch.equal(helpers.load_model("../adapter")[0].get_input_embeddings().weight, weight)
+    assert torch.equal(helpers.load_model()[0].get_input_embeddings().weight, weight)
+    assert not torch.equal(helpers.load_model("models/mine")[0].get_input_embeddings().weight, weight)
+
+
 def test_settings_of_the_project_are_read_from_another_folder(places, monkeypatch):
     (places / "home" / ".env").write_text("DPO_TEST_D=from the project\n")
     monkeypatch.setattr(session, "PROJECT", places / "home")
@@ -124,25 +143,79 @@ def pairs():
     return loaded.select(range(6)), loaded.select(range(16, 19))
 
 
-@pytest.mark.slow
-def test_another_model_of_the_same_folder_name_is_no_base_of_the_run(tmp_path, tokenizer, pairs, monkeypatch):
-    first, second = (save(tmp_path / name / "mine [v2]", tokenizer, seed=i) for i, name in enumerate("ab"))
-    generation = json.loads((first / "generation_config.json").read_text()) | {"do_sample": False, "temperature": 0.5}
-    (first / "generation_config.json").write_text(json.dumps(generation))  # which transformers does not save again
-    model, _ = helpers.load_model(str(first))
-    run = train_dpo(helpers.add_lora(model.float()), tokenizer, *pairs, tmp_path / "run [1]", **QUICK)
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory, tokenizer, pairs):
+    """(run, folder of its base): a run on a model in a folder of one's own."""
+    folder = save(tmp_path_factory.mktemp("a") / "mine [v2]", tokenizer, seed=0)
+    generation = json.loads((folder / "generation_config.json").read_text()) | {"do_sample": False, "temperature": 0.5}
+    (folder / "generation_config.json").write_text(json.dumps(generation))  # which transformers does not save again
+    model, _ = helpers.load_model(str(folder))
+    run = train_dpo(helpers.add_lora(model.float()), tokenizer, *pairs, folder.parent / "run [1]", **QUICK)
     assert run.info.model == "mine [v2]"
-    monkeypatch.setenv("DPO_MODEL", str(second))
-    with pytest.raises(UserError, match=r"not the one under the run in run \[1\]"):
-        open_run(run)
-    with pytest.raises(UserError, match=r"not the one under the run in run \[1\]"):
-        export_run(run, "merged", tmp_path / "merged [1]")
-    assert not (tmp_path / "merged [1]").exists()
-    monkeypatch.setenv("DPO_MODEL", str(first))
+    return run, folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["adapter", "merged", "gguf", "torchrun", "trl", "open_run"])
+@pytest.mark.parametrize("change", ["weights", "settings"])
+def test_another_model_of_the_same_folder_name_is_no_base_of_the_run(
+    mine, tmp_path, tokenizer, pairs, monkeypatch, form, change
+):
+    run, folder = mine
+    other = tmp_path / folder.name
+    if change == "weights":
+        save(other, tokenizer, seed=1)
+    else:
+        shutil.copytree(folder, other)
+        config = json.loads((other / "config.json").read_text())
+        config["rope_parameters"]["rope_theta"] *= 2
+        (other / "config.json").write_text(json.dumps(config))
+    (tmp_path / "convert_hf_to_gguf.py").write_text("import sys; open(sys.argv[3], 'w').close()")
+    places = (tmp_path, ("convert_hf_to_gguf.py",))
+    monkeypatch.setattr("helpers.after.export.converter_places", lambda: places)
+    has = {"weights": "other weights", "settings": "the same weights, but another config.json"}[change]
+
+    def written():
+        if form == "open_run":
+            return open_run(run)
+        return export_run(run, form, tmp_path / "out [1]", train=pairs[0], test=pairs[1])
+
+    monkeypatch.setenv("DPO_MODEL", str(other))
+    with pytest.raises(UserError, match=rf"not the one under the run in run \[1\]: mine \[v2\] has {has}"):
+        written()
+    assert not (tmp_path / "out [1]").exists()
+    shutil.rmtree(other)
+    shutil.copytree(folder, other)  # the base itself, in another place
+    written()
+
+
+@pytest.mark.slow
+def test_a_merged_model_is_the_policy_of_its_run(mine, tmp_path, tokenizer, pairs, monkeypatch):
+    run, folder = mine
+    monkeypatch.setenv("DPO_MODEL", str(folder))
     opened = open_run(run)
     merged, _ = helpers.load_model(str(export_run(run, "merged", tmp_path / "merged [1]")))
     there, here = (pair_logps(one.float(), tokenizer, pairs[1]).chosen for one in (opened.model, merged))
     assert torch.allclose(there, here, atol=0.02)
+
+
+@pytest.mark.slow
+def test_a_reference_with_other_settings_is_another_reference(mine, tmp_path, tokenizer, pairs, monkeypatch):
+    _, folder = mine
+    monkeypatch.setenv("DPO_MODEL", str(folder))
+    (model, _), (reference, _) = helpers.load_model(), helpers.load_model()
+    call = {"folder": tmp_path / "run", "ref_model": reference.float()} | QUICK
+    policy = helpers.add_lora(model.float())
+    run = train_dpo(policy, tokenizer, *pairs, **call)
+    open_run(run, ref_model=reference)
+    reference.config.rope_parameters["rope_theta"] *= 2
+    with pytest.raises(UserError, match="run is another model than the ref_model"):
+        open_run(run, ref_model=reference)
+    with pytest.raises(UserError, match="other reference"):
+        train_dpo(policy, tokenizer, *pairs, **call)
+    older = dataclasses.replace(run, info=dataclasses.replace(run.info))
+    older.info.reference = run.info.reference.rpartition(" ")[0]  # did not say
+    open_run(older, ref_model=reference)
 
 
 # ------------------------------------------------------------------------------------------------ adapters

@@ -6,7 +6,6 @@ python tests/train/test_interrupted.py FOLDER_OF_A_MODEL EMPTY_FOLDER SEED SEED 
 """
 
 import contextlib
-import datetime
 import errno
 import json
 import os
@@ -322,18 +321,6 @@ def test_run_folder_that_was_moved_keeps_its_best_checkpoint(call, tmp_path, hoo
     same(call("moved", **settings), whole)
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """The folder of a file system of its own, of 64 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
-    if os.name != "posix" or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root may mount a file system, and not in every container")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # weights may still be mapped
-
-
 WEIGHTS, TOKENIZER = "adapter_model.safetensors", "tokenizer.json"
 
 
@@ -445,30 +432,25 @@ def test_folder_that_vanishes_is_made_again_with_the_adapter_that_it_began_with(
     assert all(torch.equal(tensor, kept[name]) for name, tensor in call.fresh.items())
 
 
-def test_template_that_writes_the_date_makes_no_other_run_tomorrow(call, tmp_path, monkeypatch, capsys):
+def test_template_that_writes_the_date_makes_no_other_run_tomorrow(call, day, tmp_path, capsys):
     call.tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + call.tokenizer.chat_template
-    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Day(1))
+    day(1)
     whole = call("whole")
+    crashes = At("on_step_begin", 5, crash)
     with pytest.raises(Crash):
-        call("run", At("on_step_begin", 3, crash))
-    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Day(2))
-    same(call("run"), whole)
-    assert "Resuming from step 2" in capsys.readouterr().out
-    same(call("run"), whole)
-    assert "finished already" in capsys.readouterr().out
+        call("run", crashes)
+    with pytest.raises(Crash):
+        call("gone", At("on_step_begin", 3, lambda: shutil.rmtree(tmp_path / "gone")), crashes)
+    day(2)
+    for name in ("run", "gone"):
+        same(call(name, At("on_step_begin", 6, lambda name=name: shutil.rmtree(tmp_path / name))), whole)
+        assert "Resuming from step 4" in capsys.readouterr().out
+        shutil.rmtree(tmp_path / name / "tokens")  # for what is finished they are not needed
+        same(call(name), whole)
+        assert "finished already" in capsys.readouterr().out
     call.tokenizer.chat_template = call.tokenizer.chat_template.replace("%d", "day %d")
     with pytest.raises(UserError, match="other data"):
         call("run")
-
-
-class Day:
-    """A `datetime` at a day of January 2026."""
-
-    def __init__(self, day: int):
-        self.day = day
-
-    def now(self) -> datetime.datetime:
-        return datetime.datetime(2026, 1, self.day)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -213,6 +214,46 @@ def test_what_cannot_be_swept_is_refused(made, base, pairs):
     with pytest.raises(UserError, match="without one"):
         sweep_beta(policy, base[1], *pairs, made.folder)
     policy.unload()
+
+
+@pytest_slow
+def test_full_disk_loses_no_run(small, pairs, disk, monkeypatch, capsys):
+    monkeypatch.setattr("helpers.model.logps.cache_folder", lambda: disk / "cache")
+    model, call = helpers.load_model(str(small)), {"betas": (0.1,), "prompts": 0} | SHORT
+    sweep = sweep_beta(*model, *pairs, disk / "sweep", **call)
+    (disk / "sweep" / "sweep.json").unlink()
+    (disk / "filler").write_bytes(b"0" * shutil.disk_usage(disk).free)
+    with pytest.raises(UserError, match=r"to .*sweep \(No space left .*\)\. Its runs are kept"):
+        sweep_beta(*model, *pairs, disk / "sweep", **call)
+    (disk / "filler").unlink()
+    capsys.readouterr()
+    pd.testing.assert_frame_equal(sweep_beta(*model, *pairs, disk / "sweep", **call).gaps, sweep.gaps)
+    assert "finished already" in capsys.readouterr().out
+
+
+@pytest_slow
+def test_template_that_writes_the_date_makes_no_other_sweep_tomorrow(small, pairs, day, tmp_path, monkeypatch, capsys):
+    """Nor other tokens for what it trains tomorrow: the runs of a sweep differ in beta and seed alone."""
+    monkeypatch.setattr("helpers.model.logps.cache_folder", lambda: tmp_path / "cache")
+    model, tokenizer = helpers.load_model(str(small))
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
+    call = {"prompts": 0, "learning_rate": 0.1} | SHORT
+    day(1)
+    whole = sweep_beta(model, tokenizer, *pairs, tmp_path / "whole", betas=(0.1, 0.5), **call)
+    sweep_beta(model, tokenizer, *pairs, tmp_path / "sweep", betas=(0.1,), **call)
+    with pytest.raises(KeyboardInterrupt):
+        sweep_beta(model, tokenizer, *pairs, tmp_path / "cut", betas=(0.3,), callbacks=[PressStop()], **call)
+    capsys.readouterr()
+    day(2)
+    sweep = sweep_beta(model, tokenizer, *pairs, tmp_path / "sweep", betas=(0.1, 0.5), **call)
+    assert "run 1 of 1: beta 0.5" in capsys.readouterr().out
+    pd.testing.assert_frame_equal(sweep.gaps, whole.gaps, atol=1e-3)
+    again = sweep_beta(model, tokenizer, *pairs, tmp_path / "cut", betas=(0.3, 0.5), **call)
+    assert "Resuming from step 2" in capsys.readouterr().out
+    assert np.allclose(again.gaps[0.5, 0], whole.gaps[0.5, 0], atol=1e-3)
+    assert {run.info.data.train for run in map(again.run, (0.3, 0.5))} == {whole.run(0.1).info.data.train}
+    with pytest.raises(UserError, match="other data"):
+        sweep_beta(model, tokenizer, pairs[1], pairs[0], tmp_path / "sweep", betas=(0.1,), **call)
 
 
 def log_ratio(policy, tokenizer, prompt, reply: list[int]) -> float:
