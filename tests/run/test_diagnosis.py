@@ -155,7 +155,6 @@ def test_every_run_of_the_sweep_and_of_others(name):
     )
 
 
-FALLING = "chosen_falls"
 # limit: the number that it is for, the symptom (or the note), and the runs in which the number decides.
 SIGNS = {
     "start_off": ("start_off", "wrong_reference", lambda f: True),
@@ -174,14 +173,19 @@ SIGNS = {
     "gain_lost": ("gain_lost", "overfitting", lambda f: f["loss_rise"] > 0.03),
     "chosen_fall": (
         "chosen_fall",
-        f"{FALLING}, note",
+        "chosen_falls, note",
         lambda f: f["loss"] in ("sigmoid", "hinge") and f["chosen_end"] > f["rejected_end"],
     ),
-    "fall_speed": ("fall_speed", FALLING, lambda f: f["beta"] < 0.1 and f["loss"] == "sigmoid"),
-    "fall_held": ("chosen_fall", FALLING, lambda f: f["beta"] >= 0.1 and -f["chosen_end"] > 30),
-    "fall_nats": ("fall_nats", FALLING, lambda f: f["beta"] >= 0.1 and f["chosen_fall"] > 0.5),
+    "fall_speed": ("fall_speed", "chosen_falls", lambda f: f["beta"] < 0.1 and f["loss"] == "sigmoid"),
+    "fall_held": ("chosen_fall", "chosen_falls", lambda f: f["beta"] >= 0.1 and -f["chosen_end"] > 30),
+    "fall_nats": ("fall_nats", "chosen_falls", lambda f: f["beta"] >= 0.1 and f["chosen_fall"] > 0.5),
     "cut": ("cut", "never_ends", lambda f: True),
 }
+
+
+@functools.cache
+def diagnosed() -> dict[str, Diagnosis]:
+    return {name: diagnose(source, **known) for name, (source, known, _) in ALL.items()}
 
 
 @functools.cache
@@ -191,8 +195,7 @@ def numbers() -> dict[str, tuple[dict, list[str]]]:
     for name, (source, known, wanted) in ALL.items():
         f = measure(of_run(source) if isinstance(source, Run) else {"history": source} | known)
         f["fall_nats"] = -f["chosen_end"]
-        notes = [f"{one.code}, note" for one in diagnose(source, **known).notes]
-        found[name] = f, [*wanted, *notes]
+        found[name] = f, [*wanted, *(f"{one.code}, note" for one in diagnosed()[name].notes)]
     return found
 
 
@@ -200,9 +203,9 @@ def nearest(limit: str) -> tuple[float, float]:
     """Of the committed runs the healthy one and the sick one whose numbers are nearest to the limit. For a limit of a
     note: the healthy ones without it and with it."""
     number, code, decides = SIGNS[limit]
-    wanted_codes = [(f[number], codes) for f, codes in numbers().values() if f[number] > -math.inf and decides(f)]
-    sick = [value for value, codes in wanted_codes if code in codes]
-    well = [value for value, codes in wanted_codes if code not in codes and not set(codes) & set(RULES)]
+    decided = [(f[number], codes) for f, codes in numbers().values() if f[number] > -math.inf and decides(f)]
+    sick = [value for value, codes in decided if code in codes]
+    well = [value for value, codes in decided if code not in codes and not set(codes) & set(RULES)]
     above = min(sick) > LIMITS[limit]
     return (max(well, default=math.nan), min(sick)) if above else (min(well, default=math.nan), max(sick))
 
@@ -230,9 +233,8 @@ def test_each_limit_has_its_reason_and_its_margins_or_is_no_sign():
 def test_table_of_rule_against_run(capsys):
     """Printed with -s. A healthy run within a tenth of a limit is reported, and must be one that is known."""
     rows = []
-    for name, (source, known, wanted) in ALL.items():
-        diagnosis = diagnose(source, **known)
-        kind = "sick" if wanted else "healthy"
+    for name, diagnosis in diagnosed().items():
+        kind = "sick" if ALL[name][2] else "healthy"
         rows += [(code, kind, name) for code in diagnosis.codes]
         rows += [(f"{one.code}, note", kind, name) for one in diagnosis.notes]
     fired = pd.DataFrame(rows, columns=["rule", "runs", "name"])
