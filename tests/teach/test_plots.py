@@ -50,7 +50,7 @@ def test_log_ratios_and_lengths():
         {"chosen_policy": [-9.0], "chosen_reference": [-10.0], "rejected_policy": [-5.0], "rejected_reference": [-2.0]}
     )
     axis = plots.plot_log_ratios(table).axes[0]
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["the reference", "chosen", "rejected"]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["chosen", "rejected", "the reference"]
     assert axis.get_title() == "mean of chosen +1.00, of rejected -3.00"
     histogram, scatter = plots.plot_lengths([3, 5], [4, 4]).axes
     assert scatter.collections[0].get_offsets().tolist() == [[4, 3], [4, 5]]
