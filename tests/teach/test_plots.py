@@ -21,6 +21,7 @@ def test_training_curves_show_every_point_and_the_line_of_no_learning():
     assert drawn[0] == [[0.7, 0.6], [0.65], [math.log(2)] * 2]
     assert drawn[2] == [[0.0, 1.0], [0.8], [0.5] * 2]
     assert all(axis.get_xlabel() and axis.get_ylabel() for axis in axes)
+    assert all(float(tick).is_integer() for axis in axes for tick in axis.get_xticks())
 
 
 def test_shares_of_zero_and_one_are_drawn():
@@ -48,8 +49,9 @@ def test_log_ratios_and_lengths():
     table = pd.DataFrame(
         {"chosen_policy": [-9.0], "chosen_reference": [-10.0], "rejected_policy": [-5.0], "rejected_reference": [-2.0]}
     )
-    labels = [text.get_text() for text in plots.plot_log_ratios(table).axes[0].get_legend().get_texts()]
-    assert labels == ["chosen, mean +1.00", "rejected, mean -3.00"]
+    axis = plots.plot_log_ratios(table).axes[0]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["chosen", "rejected", "the reference"]
+    assert axis.get_title() == "mean of chosen +1.00, of rejected -3.00"
     histogram, scatter = plots.plot_lengths([3, 5], [4, 4]).axes
     assert scatter.collections[0].get_offsets().tolist() == [[4, 3], [4, 5]]
     assert histogram.get_xlabel() == "tokens in the completion"
