@@ -365,7 +365,8 @@ def diagnose(
     Raises:
         UserError: no such folder, an unfinished run, or no history.
     """
-    known = ({} if report is None else {"train_pairs": len(report.pairs)}) | _of_source(source)
+    known: dict[str, Any] = {} if report is None else {"train_pairs": len(report.pairs)}
+    known |= _of_source(source)
     settings = describe_config(config) if isinstance(config, TrainingArguments) else config or {}
     findings = {one.code: one.count for one in report.findings} if report is not None else None
     given = {"train_pairs": train_pairs, "test_pairs": test_pairs, "findings": findings}
