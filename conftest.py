@@ -19,9 +19,11 @@ FIRST = (
     "train/test_rows",
     "train/test_dpo",
     "train/test_processes",
+    "train/test_settings",
     "after/test_export",
     "train/test_sweep",
     "patches/test_shared_prompt",
+    "model/test_identity",
     "model/test_load",
     "model/test_generate",
 )

@@ -63,8 +63,7 @@ def test_parts_of_a_lesson(notebook):
 
 
 def test_a_notebook_is_one_sitting(notebook):
-    most = 34 if notebook.cells[0].source.startswith("# 04") else 30  # 04 waits for its next execution
-    assert len([cell for cell in notebook.cells if cell.cell_type == "code"]) <= most
+    assert len([cell for cell in notebook.cells if cell.cell_type == "code"]) <= 30
     assert re.search(r"\*\*Time:\*\* (an|half an|a quarter of an) hour", notebook.cells[0].source)
 
 

@@ -87,7 +87,7 @@ def test_before_and_after_in_the_readme_are_on_the_page_of_06():
     shown = shown_in("06_inspect.ipynb")
     quotes = re.findall(r"^> \*\*(?:Before|After):\*\* (.+) \.\.\.$", README, re.M)
     assert len(quotes) == 2 and all(any(quote in text for text in shown) for quote in quotes)
-    # The two shares of the likelihood are in the legend of a figure there, and cannot be read here.
+    # The two shares of the likelihood are in the title of a figure there, and cannot be read here.
     scored = shown_in("extra/memory_and_precision.ipynb")
     after = next(found[1] for text in scored if (found := re.search(r"^here +(0\.\d+)", text, re.M)))
     assert f"| every pair is a tie | {float(after):.2f} |" in README

@@ -196,35 +196,37 @@ def fix_pad_token(model: Model | None, tokenizer: Tokenizer) -> None:
 
 
 def add_lora(
-    model: PreTrainedModel, *, rank: int = 16, seed: int = 0, target_modules: Sequence[str] = LORA_TARGETS
+    model: PreTrainedModel, *, rank: int = 16, seed: int = 0, target_modules: Sequence[str] | str = LORA_TARGETS
 ) -> PeftModel:
     """Add a fresh LoRA adapter on the seven projections (Hu et al. 2021, arXiv:2106.09685); only it is trained.
 
     alpha = rank, so the adapter's update is scaled by 1; dropout 0, which Unsloth's fast path asks for. The A matrices
     are drawn with `seed`, the B matrices start at zero, so the policy starts equal to the base `model`, which is
     changed in place: `model = add_lora(model)`. Twice the `rank` is twice the trained parameters. `target_modules` are
-    the layers' names, for architectures in which they differ. Raises UserError if there are none.
+    the layers' names, for architectures in which they differ, or one string as PEFT takes it: "all-linear", or a
+    regular expression for a layer's whole name. Raises UserError if there are none.
     """
 
     def names_of(inside: PreTrainedModel | PeftModel, *kinds: type) -> set[str]:
         return {name.rpartition(".")[2] for name, layer in inside.named_modules() if isinstance(layer, kinds)}
 
-    names, targets = names_of(model, Linear, Conv1D), ", ".join(target_modules)
+    names, pattern = names_of(model, Linear, Conv1D), target_modules if isinstance(target_modules, str) else None
+    wanted = [] if pattern else list(target_modules)
     try:
         policy = FastLanguageModel.get_peft_model(
             model,
             r=rank,
             lora_alpha=rank,
             lora_dropout=0,
-            target_modules=list(target_modules),
+            target_modules=pattern or wanted,
             bias="none",
             use_gradient_checkpointing=current_profile().name == "gpu",
             random_state=seed,
         )
     except ValueError as error:
         layers = ", ".join(sorted(names - {"lm_head"}))
-        raise refusal("other layers", targets=targets, reason=error, layers=layers) from error
-    if missing := set(target_modules) - names:
+        raise refusal("other layers", targets=pattern or ", ".join(wanted), reason=error, layers=layers) from error
+    if missing := set(wanted) - names:
         found = names_of(policy, LoraLayer) - {"base_layer"}
         print(f"The model has no layers {', '.join(sorted(missing))}; LoRA is on {', '.join(sorted(found))}.")
     return policy

@@ -3,9 +3,11 @@
 Training, sweep and inspection all score through `pair_logps`, so that their figures can be compared.
 """
 
+import contextlib
 import hashlib
 import math
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +75,7 @@ def pair_logps(
     order = np.argsort(pair_lengths(ids), kind="stable")
     collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=max_length)
     result = torch.zeros(4, len(ids), dtype=torch.float64)
-    # The trainer's own precision, so that the policy and its reference are rounded alike.
+    # As the trainer computes unless bf16 or fp16 is set otherwise, so that policy and reference are rounded alike.
     short = inner.dtype in (torch.bfloat16, torch.float16)
     autocast = torch.autocast(model.device.type, dtype=inner.dtype if short else None, enabled=short)
     with evaluating(model), torch.no_grad(), autocast, fused_lm_head.applied(inner) as fused:
@@ -86,6 +88,24 @@ def pair_logps(
             result[:2, index] = torch.stack(_sums(model, batch, fused).double().cpu().chunk(2))
             result[2:, index] = torch.stack(batch["completion_mask"].sum(dim=1).double().cpu().chunk(2))
     return PairLogps(*result)
+
+
+@contextlib.contextmanager
+def in_32_bits(*models: Model) -> Iterator[bool]:
+    """In the block `models` that are on a CPU compute in 32 bits; then their weights are as before, bit for bit.
+
+    In bf16 a quarter of what a short run moves is rounded away (docs/results.md). A GPU's models stay as they are.
+    Yields whether any did not compute in 32 bits before.
+    """
+    weights = [weight for model in models if model.device.type == "cpu" for weight in model.parameters()]
+    short = [(weight, weight.dtype) for weight in weights if weight.dtype in (torch.bfloat16, torch.float16)]
+    try:
+        for weight, _ in short:
+            weight.data = weight.data.float()
+        yield bool(short)
+    finally:
+        for weight, dtype in short:
+            weight.data = weight.data.to(dtype)
 
 
 def reference_file(model: Model, tokenizer: Tokenizer, data: str, max_length: int) -> Path:
@@ -167,8 +187,9 @@ def sampled_kl(policy: PeftModel, tokenizer: Tokenizer, prompts: Prompts, **samp
     # In the two columns that `pair_logps` scores; neither reply is preferred.
     columns = (prompt_ids(tokenizer, prompts), ids[:number], ids[number:])
     rows = Dataset.from_dict(dict(zip(IDS, columns, strict=True)), features=IDS)
-    of_policy = pair_logps(policy, tokenizer, rows)
-    with policy.disable_adapter():
-        of_reference = pair_logps(policy, tokenizer, rows)
+    with in_32_bits(policy):
+        of_policy = pair_logps(policy, tokenizer, rows)
+        with policy.disable_adapter():
+            of_reference = pair_logps(policy, tokenizer, rows)
     ratios = (of_policy.chosen - of_reference.chosen + of_policy.rejected - of_reference.rejected) / 2
     return SampledKL(float(ratios.mean()), float(ratios.std() / math.sqrt(number)), replies)

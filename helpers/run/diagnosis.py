@@ -22,7 +22,6 @@ from helpers.run import refused
 from helpers.run.folder import Run, Status, describe_config, read_info
 from helpers.run.metrics import wilson_interval
 
-ENOUGH_PAIRS = 30  # held out; below, the interval of an accuracy is wider than 0.34 and tells little from chance
 PER_TOKEN = ("ipo", "sigmoid_norm")  # losses that count per token: no limit on a sum over an answer fits them
 NOTE = "note"
 LN2 = math.log(2)  # the loss of a policy that equals its reference
@@ -30,6 +29,7 @@ LN2 = math.log(2)  # the loss of a policy that equals its reference
 # that decides between them; and what cannot be judged without more.
 LIMIT_TABLE, SYMPTOMS, UNSEEN = yaml.safe_load_all(Path(__file__).with_name("symptoms.yaml").read_text("utf-8"))
 LIMITS: dict[str, float] = {name: row["limit"] for name, row in LIMIT_TABLE.items()}
+ENOUGH_PAIRS = LIMIT_TABLE["enough_pairs"]["limit"]
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,11 @@ def _moves(rows: pd.DataFrame, ends: pd.DataFrame, f: dict[str, Any]) -> dict[st
     first of `rows` is to the last."""
     last, beta = ends.mean(), f["beta"]
     chosen, rejected, logp = last["rewards/chosen"] / beta, last["rewards/rejected"] / beta, last["logps/chosen"]
-    tokens = 100 if f["loss"] in PER_TOKEN and abs(logp) < 20 else 1  # of an answer, if means over tokens were logged
+    means = f["loss"] in PER_TOKEN and abs(logp) < LIMITS["token_logp"]  # over the tokens of an answer were logged
     found = {"chosen_end": chosen, "rejected_end": rejected, "gap": chosen - rejected, "logp_end": logp}
     still = last["rewards/chosen"] == last["rewards/rejected"] == 0  # at any beta
-    found |= {"moved": 0.0 if still else max(abs(chosen), abs(rejected)) * tokens, "logp_start": logp - chosen}
+    found |= {"moved": 0.0 if still else max(abs(chosen), abs(rejected)), "logp_start": logp - chosen}
+    found["moved"] *= LIMITS["answer_tokens"] if means else 1
     found["chosen_fall"] = chosen / (logp - chosen or math.nan)
     found["fall_speed"] = found["chosen_fall"] / (ends.step.max() or math.nan)
     if not f["started"] and len(rows):
@@ -169,7 +170,7 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
     f |= {"held_loss_best": held.loss.min(), "held_loss_end": held.loss.tail(1).mean()}
     f["loss_rise"], gain = f["held_loss_end"] - f["held_loss_best"], f["start"] - f["held_loss_best"]
     f["gain_lost"] = math.inf if gain <= 0 else f["loss_rise"] / gain
-    f["noise"] = 0.5 / math.sqrt(pairs or math.inf)  # the loss of a pair varies by about half a nat
+    f["noise"] = LIMITS["noise"] / math.sqrt(pairs or math.inf)
     best = held.nsmallest(1, "loss")
     f["best_at"] = f"step {best.step.mean():g}" if best.step.any() else f"epoch {best.epoch.mean():g}"
     for name, one in (("first", held.head(1)), ("best", held.nlargest(1, accuracy)), ("end", held.tail(1))):
@@ -178,13 +179,17 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
             f[f"low_{name}"], f[f"high_{name}"] = wilson_interval(round(value * pairs), pairs)
     f["early"] = held.place.min() / (rows.place.max() or math.nan)
     f |= _moves(held if len(held) > 1 else train, held.tail(1) if len(held) else train.tail(half), f)
-    return f
+    return f | _second_signs(f)
 
 
 def _leaks(f: dict[str, Any]) -> bool:
     """An accuracy that the surface explains, or too good to be true, before half of the run is over."""
     explained = f["low_first"] > LIMITS["leak_explained"] and f["surface"] >= f["low_first"]
-    return f["early"] <= 0.5 and f["pairs"] >= ENOUGH_PAIRS and (explained or f["low_first"] > LIMITS["leak"])
+    return (
+        f["early"] <= LIMITS["leak_early"]
+        and f["pairs"] >= ENOUGH_PAIRS
+        and (explained or f["low_first"] > LIMITS["leak"])
+    )
 
 
 def _rises(f: dict[str, Any], limit: str) -> bool:
@@ -192,11 +197,22 @@ def _rises(f: dict[str, Any], limit: str) -> bool:
     return f["loss_rise"] > max(LIMITS["loss_rise"], f["noise"]) and f["gain_lost"] > LIMITS[limit]
 
 
-def _falls(f: dict[str, Any]) -> bool | str:
-    """A symptom if the chosen falls at once, against a beta that should hold it, or the held-out loss rises too."""
-    fell = f["chosen_fall"] > LIMITS["chosen_fall"] and f["chosen_end"] > f["rejected_end"]
+def _second_signs(f: dict[str, Any]) -> dict[str, float]:
+    """What makes a chosen that falls a symptom, one of three: it falls "fast", at any beta; it fell far at a beta that
+    should have "held" it; the held-out loss "rose" again. Each with its number, NaN where it is no sign."""
     far = f["chosen_fall"] > LIMITS["fall_held"] and -f["chosen_end"] > LIMITS["fall_nats"]
-    harms = f["fall_speed"] > LIMITS["fall_speed"] or (f["beta"] >= 0.1 and far) or _rises(f, "gain_waver")
+    signs = {
+        "fast": (f["fall_speed"] > LIMITS["fall_speed"], f["fall_speed"]),
+        "held": (f["beta"] >= LIMITS["beta_holds"] and far, f["beta"]),
+        "rose": (_rises(f, "gain_waver"), f["loss_rise"]),
+    }
+    return {name: number if holds else math.nan for name, (holds, number) in signs.items()}
+
+
+def _falls(f: dict[str, Any]) -> bool | str:
+    """A symptom with a second sign, a note without."""
+    fell = f["chosen_fall"] > LIMITS["chosen_fall"] and f["chosen_end"] > f["rejected_end"]
+    harms = not all(math.isnan(f[name]) for name in ("fast", "held", "rose"))
     return fell and f["loss"] not in PER_TOKEN and (harms or NOTE)
 
 
@@ -207,7 +223,11 @@ RULES: dict[str, Callable[[dict[str, Any]], bool | str]] = {
     "wrong_reference": lambda f: (
         f["start_off"] > LIMITS["start_off"]
         # Without step 1: both sides much likelier than under the reference in the first row already, and no more later.
-        or (f["first_at"] < 0.4 and f["flat_from"] > LIMITS["flat_from"] and f["flat_by"] < LIMITS["flat_by"])
+        or (
+            f["first_at"] < LIMITS["flat_at"]
+            and f["flat_from"] > LIMITS["flat_from"]
+            and f["flat_by"] < LIMITS["flat_by"]
+        )
     ),
     "diverged": lambda f: f["loss_peak"] > LIMITS["loss_peak"] * f["start"] / LN2,
     "leak": lambda f: _leaks(f) or f["low_best"] > LIMITS["leak_note"] and NOTE,
@@ -217,14 +237,14 @@ RULES: dict[str, Callable[[dict[str, Any]], bool | str]] = {
     ),
     "loss_zero": lambda f: f["loss"] == "sigmoid" and f["loss_half"] < LIMITS["loss_half"],
     "chosen_falls": _falls,
-    "not_moving": lambda f: f["moved"] < LIMITS["moved"] and not f["over"] < 0.5,
+    "not_moving": lambda f: f["moved"] < LIMITS["moved"] and not f["over"] < LIMITS["over"],
     "never_ends": lambda f: f["cut"] > LIMITS["cut"],
     "no_preference": lambda f: (
         f["low_end"] < 0.5 <= f["high_end"]
         and f["accuracy_end"] < LIMITS["accuracy_end"]
         and f["pairs"] >= ENOUGH_PAIRS
         and f["moved"] >= LIMITS["moved"]
-        and not f["over"] < 0.5
+        and not f["over"] < LIMITS["over"]
     ),
 }
 
@@ -244,7 +264,7 @@ def _symptom(code: str, note: bool, f: dict[str, Any]) -> Symptom:
     ruled_out = {
         ("nan", 1): f["fp16"] is not True,
         ("loss_zero", 1): f["accuracy_first"] <= LIMITS["leak_note"],
-        ("chosen_falls", 1): f["beta"] >= 0.1,
+        ("chosen_falls", 1): f["beta"] >= LIMITS["beta_holds"],
         ("not_moving", 0): f["gradient"] == 0 or f["logp_end"] == 0,
         ("not_moving", 1): f["gradient"] > 0,
         ("not_moving", 2): f["logp_end"] != 0,
@@ -254,7 +274,8 @@ def _symptom(code: str, note: bool, f: dict[str, Any]) -> Symptom:
     likely = {
         ("leak", 1): f["findings"] is not None and not f["surface"],
         ("loss_zero", 1): f["surface"] > 0,
-        ("chosen_falls", 1): f["beta"] < 0.1,
+        ("chosen_falls", 1): f["beta"] < LIMITS["beta_holds"],
+        ("nan", 1): f["fp16"] is True,
         ("overfitting", 1): f["num_train_epochs"] <= 1,
     }
     known = SYMPTOMS[code]
@@ -279,7 +300,7 @@ def _unseen(f: dict[str, Any]) -> list[str]:
         "few": f["evaluations"] and 0 < f["pairs"] < ENOUGH_PAIRS,
         "config": f["loss"] == "None" or math.isnan(f["beta"]),
         "loss_type": f["loss"] not in ("None", "sigmoid"),
-        "over": f["over"] < 0.5,
+        "over": f["over"] < LIMITS["over"],
         "report": f["findings"] is None,
         "others": f["others"],
     }
@@ -336,7 +357,7 @@ def diagnose(
         source: a Run or its folder, also of one that ran out of memory; a trainer; its `state.log_history`; or TRL's
             output or checkpoint folder.
         config: the DPOConfig, or a dict with its `beta`, `loss_type`, `learning_rate`, ..., where the source has none.
-        train_pairs, test_pairs: how many pairs, where the source does not say.
+        train_pairs, test_pairs: how many pairs, where the source does not say. A `report` says how many to train on.
         report: of `check_pairs` for the training pairs.
 
     What stays unknown is named as not judged, never assumed.
@@ -344,7 +365,8 @@ def diagnose(
     Raises:
         UserError: no such folder, an unfinished run, or no history.
     """
-    known = _of_source(source)
+    known: dict[str, Any] = {} if report is None else {"train_pairs": len(report.pairs)}
+    known |= _of_source(source)
     settings = describe_config(config) if isinstance(config, TrainingArguments) else config or {}
     findings = {one.code: one.count for one in report.findings} if report is not None else None
     given = {"train_pairs": train_pairs, "test_pairs": test_pairs, "findings": findings}

@@ -6,5 +6,5 @@ from helpers.teach.lessons import advice, guide, lesson_pairs, recorded
 from helpers.teach.plots import (
     plot_changes, plot_compared, plot_frontier, plot_gaps_and_margins, plot_lengths, plot_log_ratios, plot_margins,
     plot_rewards_by_length, plot_shares, plot_symptoms, plot_thought_lengths, plot_token_rewards, plot_training,
-    symptom_table,
+    symptom_table, text_table,
 )  # fmt: skip

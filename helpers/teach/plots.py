@@ -9,9 +9,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import HTML
+from matplotlib.ticker import MaxNLocator
 
 # The two colours differ in lightness too, so that they can be told apart in grey print and by the colour-blind.
 CHOSEN, REJECTED = "#1b6ca8", "#d9822b"
+REFERENCE, POLICY = "#a0a0a0", "#2f7d4f"  # the two models, where no side of a pair is meant
 OF_CHOSEN, OF_REJECTED = ({"color": color, "alpha": 0.6} for color in (CHOSEN, REJECTED))  # in a histogram
 DASHED = {"color": "grey", "linestyle": "--", "linewidth": 1}  # a line to compare with
 
@@ -26,7 +28,10 @@ def _subplots(*shape: int, **options: Any) -> tuple[plt.Figure, Any]:
 def _label(axis: plt.Axes, xlabel: str, ylabel: str = "", title: str = "", legend: str | None = None) -> None:
     """Name both axes, and show the legend under the heading `legend`."""
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axis.title.set_fontsize(10)
     axis.legend(title=legend, fontsize=8)
+    if xlabel == "step":  # there is no half of one
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _series(history: list[dict], name: str) -> pd.Series:
@@ -60,7 +65,7 @@ def plot_training(history: list[dict]) -> plt.Figure:
         ("rewards/accuracies", "accuracy", "share of pairs with margin > 0", 0.5, "a coin"),
     )
     for axis, (name, title, label, line, meaning) in zip(axes, parts, strict=True):
-        axis.plot(_series(history, name), color=CHOSEN, marker="o", markersize=3, label="training batches")
+        axis.plot(_series(history, name), color=POLICY, marker="o", markersize=3, label="training batches")
         if len(held_out := _series(history, f"eval_{name}")):
             axis.plot(held_out, "D", color="black", label="held out")
         axis.axhline(line, **DASHED, label=meaning)
@@ -72,10 +77,10 @@ def plot_log_ratios(table: pd.DataFrame) -> plt.Figure:
     """Log-ratio of both sides for each pair of `Run.held_out`: which side moved, and which way?"""
     figure, axis = _subplots(figsize=(7, 3.4))
     chosen, rejected = (table[f"{side}_policy"] - table[f"{side}_reference"] for side in ("chosen", "rejected"))
-    styles = {f"chosen, mean {chosen.mean():+.2f}": OF_CHOSEN, f"rejected, mean {rejected.mean():+.2f}": OF_REJECTED}
-    _histograms(axis, *zip((chosen, rejected), *zip(*styles.items(), strict=True), strict=True))
-    axis.axvline(0, **DASHED)
-    _label(axis, "log policy - log reference (nats)", "held-out pairs")
+    _histograms(axis, (chosen, "chosen", OF_CHOSEN), (rejected, "rejected", OF_REJECTED))
+    axis.axvline(0, **DASHED, label="the reference")
+    means = f"mean of chosen {chosen.mean():+.2f}, of rejected {rejected.mean():+.2f}"
+    _label(axis, "log policy - log reference (nats)", "held-out pairs", means)
     return figure
 
 
@@ -106,27 +111,32 @@ def plot_margins(rewards: pd.DataFrame) -> plt.Figure:
         for name in ("reference", "policy")
     )
     figure, axes = _subplots(1, 2, figsize=(11, 3.4), sharey=True)
-    _histograms(axes[0], (rewards.margin, f"after, mean {rewards.margin.mean():+.2f}", OF_CHOSEN))
+    _histograms(axes[0], (rewards.margin, "after", {"color": POLICY, "alpha": 0.6}))
     axes[0].axvline(0, **DASHED, label="before: 0 for every pair")
-    _label(axes[0], "implicit reward of chosen - of rejected", "pairs", "relative to the reference")
+    mean = f"relative to the reference: mean after training {rewards.margin.mean():+.2f}"
+    _label(axes[0], "implicit reward of chosen - of rejected", "pairs", mean)
     _histograms(
         axes[1],
-        (before, f"before (reference), {(before > 0).mean():.0%} above 0", OF_REJECTED),
-        (after, f"after (policy), {(after > 0).mean():.0%} above 0", OF_CHOSEN | {"hatch": "//"}),
+        (before, "before (reference)", {"color": REFERENCE, "alpha": 0.8}),
+        (after, "after (policy)", {"color": POLICY, "alpha": 0.5, "hatch": "//"}),
     )
     axes[1].axvline(0, **DASHED)
-    _label(axes[1], "log-prob per token, chosen - rejected (nats)", title="each model by itself")
+    above = f"each model by itself: above 0 before {(before > 0).mean():.0%}, after {(after > 0).mean():.0%}"
+    _label(axes[1], "log-prob per token, chosen - rejected (nats)", title=above)
     return figure
 
 
 def plot_rewards_by_length(rewards: pd.DataFrame) -> plt.Figure:
     """Implicit reward against length, as from `implicit_rewards`: is it the length that is rewarded?"""
     figure, axis = _subplots(figsize=(7, 3.6))
+    found = []
     for side, color, marker in (("chosen", CHOSEN, "o"), ("rejected", REJECTED, "x")):
         tokens, reward = rewards[f"{side}_tokens"], rewards[f"{side}_reward"]
-        axis.scatter(tokens, reward, s=18, color=color, marker=marker, label=f"{side}, r = {tokens.corr(reward):+.2f}")
+        axis.scatter(tokens, reward, s=18, color=color, marker=marker, label=side)
+        found.append(f"{side} r = {tokens.corr(reward):+.2f}")
     axis.axhline(0, **DASHED)
-    _label(axis, "tokens in the completion", "implicit reward (beta x log-ratio)", legend="r: correlation with length")
+    title = f"correlation of reward and length: {', '.join(found)}"
+    _label(axis, "tokens in the completion", "implicit reward (beta x log-ratio)", title)
     return figure
 
 
@@ -258,14 +268,30 @@ def plot_symptoms(rows: list[dict]) -> plt.Figure:
         axis.axhline(math.log(2) if "loss" in label else 0, **DASHED)
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_ylabel(label, fontsize=8)  # as long as the axis
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
+def text_table(table: pd.DataFrame, *, index: bool = True) -> HTML:
+    """The `table` for reading: texts in full, to the left and with their line breaks; numbers to the right, fractions
+    with two digits; with the labels of its rows unless `index` is False. Nothing in it is taken for HTML or a formula.
+    """
+
+    def cell(kind: str, value: Any, side: str = "left") -> str:
+        text = html.escape(f"{value:.2f}" if isinstance(value, float) and side == "right" else str(value), quote=False)
+        return f'<{kind} style="text-align:{side};vertical-align:top;white-space:pre-wrap">{text}</{kind}>'
+
+    sides = ["right" if pd.api.types.is_numeric_dtype(dtype) else "left" for dtype in table.dtypes]
+    lines = [[cell("th", "")] * index + [cell("th", *one) for one in zip(table.columns, sides, strict=True)]]
+    for label, *values in table.itertuples(name=None):
+        lines.append([cell("th", label)] * index + [cell("td", *one) for one in zip(values, sides, strict=True)])
+    rows = "".join(f"<tr>{''.join(line)}</tr>\n" for line in lines)
+    return HTML(f'<table class="tex2jax_ignore mathjax_ignore">\n{rows}</table>')  # or `$5 and $6` becomes a formula
+
+
 def symptom_table(rows: list[dict]) -> HTML:
     """The words and numbers of each symptom of `guide`, in full width."""
     names = [name for name in rows[0] if name != "figure"]
-    head = "".join(f'<th style="text-align:left">{html.escape(name)}</th>' for name in names)
-    cells = [[f'<td style="text-align:left">{html.escape(str(row[name]))}</td>' for name in names] for row in rows]
-    return HTML(f"<table><tr>{head}</tr><tr>{'</tr><tr>'.join(map(''.join, cells))}</tr></table>")
+    return text_table(pd.DataFrame(rows, columns=names, dtype=object), index=False)

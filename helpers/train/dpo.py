@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import time
+import traceback
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,15 @@ from helpers.common import UserError, why_not_written
 from helpers.data.check import MAX_PROMPT_LENGTH
 from helpers.data.findings import Report
 from helpers.model import Model, Tokenizer
-from helpers.model.logps import PairLogps, pair_logps, read_logps, reference_file, with_reference, write_logps
+from helpers.model.logps import (
+    PairLogps,
+    in_32_bits,
+    pair_logps,
+    read_logps,
+    reference_file,
+    with_reference,
+    write_logps,
+)
 from helpers.model.memory import is_out_of_memory, return_freed_memory
 from helpers.model.policy import Policy
 from helpers.patches import works
@@ -91,6 +100,8 @@ def train_dpo(
     with one_voice(Path(folder)):
         values = complete_settings(model, settings)
         if early_stopping is not None:
+            if isinstance(early_stopping, bool) or not isinstance(early_stopping, int) or early_stopping < 1:
+                raise UserError(say("no_patience", number=early_stopping))
             if values.get("eval_strategy") == "no":
                 raise UserError('early_stopping counts evaluations, and eval_strategy="no" makes none. Leave one out.')
             callbacks = [EarlyStoppingCallback(early_stopping), *callbacks]
@@ -110,26 +121,43 @@ def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback
             job.policy.put_back(once(lambda: load_file(job.folder / "adapter" / "adapter_model.safetensors")))
             return once(lambda: Run.load(job.folder))
         with _undone(job) as initial, own_forward((job.reference or job.policy).inner), own_forward(job.policy.inner):
-            once(job.begin)
+            with _written(job.folder):
+                once(job.begin)
             began = time.monotonic()
             reference = _reference(job)
             seconds = {"reference_seconds": time.monotonic() - began}
             trainer, seconds["train_seconds"] = _train(job, reference, callbacks, begun=before is not None)
-            test = job.pairs.test
-            table = held_out_table(test.pairs, reference["test"], _score(job, job.policy, test.ids))
-            return once(lambda: _finish(job, trainer, table, seconds, initial))
+            table = _held_out(job, reference["test"], initial)
+            with _written(job.folder):
+                return once(lambda: _finish(job, trainer, table, seconds, initial))
+
+
+def _of_a_checkpoint(error: Exception) -> bool:
+    """Whether `error` is from writing one. What reporters and other callbacks raise is also an OSError."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names, owners = {frame.f_code.co_name for frame in frames}, [frame.f_locals.get("self") for frame in frames]
+    return "_save_checkpoint" in names or any(isinstance(one, Checkpoints) for one in owners)
+
+
+@contextlib.contextmanager
+def _written(folder: Path, is_from: Callable[[Exception], bool] = lambda error: True) -> Iterator[None]:
+    """Raises UserError if the run could not be written to `folder` in the block, in which `is_from` says what did."""
+    try:
+        yield
+    except Exception as error:
+        if is_from(error) and (reason := why_not_written(error)):
+            raise UserError(say("not_written", folder=folder, reason=reason)) from error
+        raise
 
 
 @contextlib.contextmanager
 def _undone(job: Job) -> Iterator[dict[str, torch.Tensor]]:
-    """Gives the adapter's weights; puts them back if the block ends in an error, and says a full disk or memory."""
+    """Gives the adapter's weights; puts them back if the block ends in an error, and says if memory was short."""
     initial = job.policy.weights()
     try:
         yield initial
     except BaseException as error:
         job.policy.put_back(initial)
-        if reason := why_not_written(error):
-            raise UserError(say("not_written", folder=job.folder, reason=reason)) from error
         if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
             job.write(Status.OUT_OF_MEMORY)
             raise UserError(say("out_of_memory", **job.info.memory_gb, savings=job.savings())) from error
@@ -147,17 +175,29 @@ def _score(job: Job, policy: Policy, ids: Dataset) -> PairLogps:
 def _reference(job: Job) -> dict[str, PairLogps]:
     """Log-probs of "train" and "test" under the reference, from the cache if they are there."""
     print(f"Reference log-probs of {sum(len(report.ids) for report in job.pairs.sets.values())} pairs ...", flush=True)
+    return {name: _reference_of(job, report) for name, report in job.pairs.sets.items()}
+
+
+def _reference_of(job: Job, report: Report) -> PairLogps:
     policy = job.reference or job.policy
+    path = reference_file(policy.model, policy.tokenizer, report.hash, job.values["max_length"])
+    logps = once(lambda: read_logps(path, len(report.ids)))
+    if logps is None:
+        logps = _score(job, policy, report.ids)
+        once(lambda: _keep(path, logps))
+    return logps
 
-    def of(report: Report) -> PairLogps:
-        path = reference_file(policy.model, policy.tokenizer, report.hash, job.values["max_length"])
-        logps = once(lambda: read_logps(path, len(report.ids)))
-        if logps is None:
-            logps = _score(job, policy, report.ids)
-            once(lambda: _keep(path, logps))
-        return logps
 
-    return {name: of(report) for name, report in job.pairs.sets.items()}
+def _held_out(job: Job, reference: PairLogps, initial: dict[str, torch.Tensor]) -> pd.DataFrame:
+    """The held-out pairs under policy and `reference`, on a CPU in 32 bits; `initial` is the adapter at its start."""
+    test, models = job.pairs.test, [one.model for one in (job.policy, job.reference) if one is not None]
+    with in_32_bits(*models) as other:
+        policy, trained = _score(job, job.policy, test.ids), job.policy.weights()
+        if other:
+            job.policy.put_back(initial)
+            reference = _reference_of(job, test)
+            job.policy.put_back(trained)
+    return held_out_table(test.pairs, reference, policy)
 
 
 def _keep(path: Path, logps: PairLogps) -> None:
@@ -207,7 +247,7 @@ def _train(job: Job, reference: dict, callbacks: Iterable[TrainerCallback], begu
         kept = checkpoint.with_name(Path(best or checkpoint).name)
         job.policy.put_back(load_file(kept / "adapter_model.safetensors"))
     else:
-        with checkpoints.listening():
+        with checkpoints.listening(), _written(job.folder, _of_a_checkpoint):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - began
     if device.type == "cuda":

@@ -107,7 +107,8 @@ def complete_settings(model: PeftModel, settings: dict[str, Any]) -> dict[str, A
     values = usual | settings
     for name, value in settings.items():
         reason = TABLE["refused"].get(f"{name}={value}") or TABLE["refused"].get(name)
-        if reason and value not in (None, False, DEFAULTS[name]):
+        off = (None, DEFAULTS[name]) if DEFAULTS[name] is True else (None, False, DEFAULTS[name])
+        if reason and value not in off:
             raise UserError(f"{name}={value!r}: {reason}")
         values[name] = _typed(name, value, usual)
     for name in TABLE["above_0"].split():
@@ -120,6 +121,10 @@ def complete_settings(model: PeftModel, settings: dict[str, Any]) -> dict[str, A
     return values
 
 
+def _figure(metric: Any) -> str:
+    return str(metric).removeprefix("eval_")
+
+
 def _check_choices(values: dict[str, Any]) -> None:
     """Raise UserError for a value that TRL would refuse only in a step, or never, or transformers far from here."""
 
@@ -130,12 +135,15 @@ def _check_choices(values: dict[str, Any]) -> None:
     losses, reporters = given("loss_type"), integration_utils.INTEGRATION_TO_CALLBACK
     for name, text in TABLE["choices"].items():
         for one in given(name):
-            if str(one).removeprefix("eval_") not in text.split():
+            if _figure(one) not in text.split():
                 raise UserError(f"{name}={one!r}: TRL {trl.__version__} has {', '.join(text.split())}.")
     for name in set(given("report_to")) - {"none", "all", *integration_utils.get_available_reporting_integrations()}:
         if name not in reporters:
             raise UserError(f'report_to={name!r}: transformers knows {", ".join(reporters)}, and "none".')
         raise UserError(f'report_to="{name}" needs a package that is not here: `pip install {name}`.')
+    metric = _figure(values.get("metric_for_best_model"))
+    if metric in TABLE["either_may_be_better"].split() and values.get("greater_is_better") is None:
+        raise UserError(say("which_is_better", metric=metric))
     smoothing, alpha = values.get("label_smoothing", 0), values.get("ld_alpha")
     smoothed = {loss: TABLE["smoothed"][loss] for loss in losses if loss in TABLE["smoothed"]}
     for loss, (low, high) in smoothed.items():
@@ -182,6 +190,8 @@ def run_config(folder: Path, pairs: int, values: dict[str, Any], share: dict[str
         if given.get(f"{other}_strategy") == "epoch" and f"{part}_steps" not in given:
             config[f"{part}_strategy"] = "epoch"
     config |= given
+    if _figure(config["metric_for_best_model"]) in TABLE["lower_is_better"].split():
+        config.setdefault("greater_is_better", False)
     both = "no" not in (config["eval_strategy"], config["save_strategy"])
     config["load_best_model_at_end"] = given.get("load_best_model_at_end", both)
     if config["eval_strategy"] != "steps":

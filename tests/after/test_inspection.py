@@ -432,12 +432,11 @@ def test_margins_and_lengths_are_those_of_the_table():
         }
     )
     left, right = plots.plot_margins(rewards).axes
-    assert [text.get_text() for text in left.get_legend().get_texts()] == [
-        "after, mean +0.05",
-        "before: 0 for every pair",
-    ]
-    labels = [text.get_text() for text in right.get_legend().get_texts()]
-    assert labels == ["before (reference), 50% above 0", "after (policy), 50% above 0"]
+    named = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in (left, right)]
+    assert named == [["after", "before: 0 for every pair"], ["before (reference)", "after (policy)"]]
+    assert left.get_title().endswith("mean after training +0.05")
+    assert right.get_title().endswith("above 0 before 50%, after 50%")
     axis = plots.plot_rewards_by_length(rewards).axes[0]
     assert axis.collections[1].get_offsets().tolist() == [[20, -0.2], [10, 0.1]]
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["chosen, r = -1.00", "rejected, r = -1.00"]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["chosen", "rejected"]
+    assert axis.get_title().endswith("chosen r = -1.00, rejected r = -1.00")

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -394,6 +396,23 @@ def test_fused_experts_are_part_of_the_merged_model():
         assert 0.99 < kept_update(model, torch.float32) < 1.01 and kept_update(model, torch.float16) < 1.01
         merged = model.merge_and_unload(safe_merge=True)(ids).logits
     assert torch.allclose(merged, policy, atol=1e-4) and not torch.allclose(policy, reference, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_fused_experts_are_trained_and_handed_over(pairs, tokenizer, tmp_path, monkeypatch):
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "head_dim": 8}
+    folder = save(tmp_path / "mine", tokenizer, kind=Qwen3MoeForCausalLM, config=Qwen3MoeConfig, **experts)
+    monkeypatch.setenv("DPO_MODEL", str(folder))
+    model, _ = helpers.load_model()
+    run = train_dpo(helpers.add_lora(model.float()), tokenizer, *pairs, tmp_path / "run", **QUICK)
+    trained = load_file(run.adapter / "adapter_model.safetensors")
+    assert any("experts" in name and "lora_B" in name and weight.any() for name, weight in trained.items())
+    merged = AutoModelForCausalLM.from_pretrained(export_run(run, "merged", tmp_path / "merged"), dtype=torch.float32)
+    found = pair_logps(merged, tokenizer, pairs[1])
+    for side in ("chosen", "rejected"):
+        policy, reference = (run.held_out[f"{side}_{one}"].to_numpy() for one in ("policy", "reference"))
+        assert getattr(found, side).numpy() == pytest.approx(policy, abs=1e-3)
+        assert abs(policy - reference).max() > 0.1
 
 
 # ------------------------------------------------------------------------------------------------ what is computed

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import helpers
 from helpers import UserError
@@ -198,6 +199,32 @@ def test_lora_is_on_the_seven_projections_and_starts_as_the_base(base):
         assert all(not p.any() for name, p in policy.named_parameters() if "lora_B" in name)
     finally:
         policy.unload()
+
+
+def two_layers() -> LlamaForCausalLM:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 8}
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))
+
+
+@pytest.mark.parametrize(
+    "targets, layers, names",
+    [
+        ("all-linear", {0, 1}, set(load.LORA_TARGETS)),
+        (r".*layers\.1\..*(q|v)_proj", {1}, {"q_proj", "v_proj"}),
+        (("k_proj", "o_proj"), {0, 1}, {"k_proj", "o_proj"}),
+    ],
+)
+def test_layers_are_named_as_peft_takes_them(targets, layers, names, capsys):
+    policy = helpers.add_lora(two_layers(), target_modules=targets)
+    adapted = [name.split(".") for name, _ in policy.named_modules()]
+    adapted = [parts for parts in adapted if parts[-1] == "lora_A"]
+    assert {(int(parts[-4]), parts[-2]) for parts in adapted} == {(layer, name) for layer in layers for name in names}
+    assert "The model has no layers" not in capsys.readouterr().out
+
+
+def test_layers_that_no_string_names():
+    with pytest.raises(UserError, match=r"LoRA cannot be added to q_proj of this model .*It has down_proj, gate_proj"):
+        helpers.add_lora(two_layers(), target_modules="q_proj")
 
 
 def test_broken_adapter_folder_is_named(tmp_path):

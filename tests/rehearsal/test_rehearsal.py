@@ -161,7 +161,7 @@ def test_all_pairs_were_used_at_the_rate_of_the_profile(reader):
         assert (info.train_pairs, info.test_pairs) == (PAIRS - HELD_OUT, HELD_OUT)
         assert info.steps == 6
         assert info.template == {"enable_thinking": False}
-    assert run.info.config["learning_rate"] == GPU_RATE  # 05 has one of its own
+        assert info.config["learning_rate"] == GPU_RATE
     for name in ("04_naive", "04_thinking"):
         assert read_info(left_by("04_thinking_pairs", reader) / name).config["learning_rate"] == GPU_RATE
 

@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -135,6 +135,14 @@ def test_there_are_enough_public_runs_and_each_has_its_source():
     assert sum(bool(run["wanted"]) and "says" in run for run in own) >= 6
 
 
+def test_each_rule_counts_its_runs_and_says_why_there_is_none_of_others():
+    lab = Counter(one["case"] for _, one in COMMITTED if one["state"] == "sick")
+    others = Counter(code for run in FIELD for code in run["wanted"])
+    counts = {code: {"lab": lab[code], "public": others[code]} for code in RULES}
+    assert counts == {code: words["seen"] for code, words in SYMPTOMS.items()}
+    assert {code for code in RULES if not others[code]} == {code for code in RULES if SYMPTOMS[code].get("lab_only")}
+
+
 @pytest.mark.parametrize("name", [name for name in ALL if not name.startswith("lab")])
 def test_every_run_of_the_sweep_and_of_others(name):
     source, known, wanted = ALL[name]
@@ -147,40 +155,59 @@ def test_every_run_of_the_sweep_and_of_others(name):
     )
 
 
-# limit: the number that it is for, the symptom, and the runs in which the number decides.
+# limit: the number that it is for, the symptom (or the note), and the runs in which the number decides.
 SIGNS = {
     "start_off": ("start_off", "wrong_reference", lambda f: True),
     "flat_from": ("flat_from", "wrong_reference", lambda f: f["first_at"] < 0.4),
+    "flat_at": ("first_at", "wrong_reference", lambda f: f["flat_from"] > 30 and f["flat_by"] < 0.1),
     "flat_by": ("flat_by", "wrong_reference", lambda f: f["first_at"] < 0.4 and f["flat_from"] > 10),
     "moved": ("moved", "not_moving", lambda f: not f["over"] < 0.5),
     "loss_peak": ("loss_peak", "diverged", lambda f: f["loss"] == "sigmoid"),
     "loss_half": ("loss_half", "loss_zero", lambda f: f["loss"] == "sigmoid"),
     "leak": ("low_first", "leak", lambda f: f["early"] <= 0.5 and not f["surface"] > 0),
     "leak_explained": ("low_first", "leak", lambda f: f["early"] <= 0.5 and f["surface"] >= f["low_first"]),
+    "leak_note": ("low_best", "leak, note", lambda f: True),
     "accuracy_end": ("accuracy_end", "no_preference", lambda f: f["low_end"] < 0.5),
+    "loss_rise": ("loss_rise", "overfitting, note", lambda f: f["gain_lost"] > 0.25),
+    "gain_waver": ("gain_lost", "overfitting, note", lambda f: f["loss_rise"] > max(0.03, f["noise"])),
     "gain_lost": ("gain_lost", "overfitting", lambda f: f["loss_rise"] > 0.03),
+    "chosen_fall": (
+        "chosen_fall",
+        "chosen_falls, note",
+        lambda f: f["loss"] in ("sigmoid", "hinge") and f["chosen_end"] > f["rejected_end"],
+    ),
     "fall_speed": ("fall_speed", "chosen_falls", lambda f: f["beta"] < 0.1 and f["loss"] == "sigmoid"),
     "fall_held": ("chosen_fall", "chosen_falls", lambda f: f["beta"] >= 0.1 and -f["chosen_end"] > 30),
+    "fall_nats": ("fall_nats", "chosen_falls", lambda f: f["beta"] >= 0.1 and f["chosen_fall"] > 0.5),
     "cut": ("cut", "never_ends", lambda f: True),
 }
 
 
 @functools.cache
+def diagnosed() -> dict[str, Diagnosis]:
+    return {name: diagnose(source, **known) for name, (source, known, _) in ALL.items()}
+
+
+@functools.cache
 def numbers() -> dict[str, tuple[dict, list[str]]]:
-    """What `measure` finds in each committed run, and its wanted codes."""
-    return {
-        name: (measure(of_run(source) if isinstance(source, Run) else {"history": source} | known), wanted)
-        for name, (source, known, wanted) in ALL.items()
-    }
+    """What `measure` finds in each committed run; its wanted codes, and the notes that it gets."""
+    found = {}
+    for name, (source, known, wanted) in ALL.items():
+        f = measure(of_run(source) if isinstance(source, Run) else {"history": source} | known)
+        f["fall_nats"] = -f["chosen_end"]
+        found[name] = f, [*wanted, *(f"{one.code}, note" for one in diagnosed()[name].notes)]
+    return found
 
 
 def nearest(limit: str) -> tuple[float, float]:
-    """Of the committed runs the healthy one and the sick one whose numbers are nearest to the limit."""
+    """Of the committed runs the healthy one and the sick one whose numbers are nearest to the limit. For a limit of a
+    note: the healthy ones without it and with it."""
     number, code, decides = SIGNS[limit]
-    well = [f[number] for f, wanted in numbers().values() if not wanted and f[number] > -math.inf and decides(f)]
-    sick = [f[number] for f, wanted in numbers().values() if code in wanted and f[number] > -math.inf and decides(f)]
-    above = max(sick) > max(well, default=-math.inf)
-    return (max(well, default=math.nan), min(sick)) if above else (min(well), max(sick))
+    decided = [(f[number], codes) for f, codes in numbers().values() if f[number] > -math.inf and decides(f)]
+    sick = [value for value, codes in decided if code in codes]
+    well = [value for value, codes in decided if code not in codes and not set(codes) & set(RULES)]
+    above = min(sick) > LIMITS[limit]
+    return (max(well, default=math.nan), min(sick)) if above else (min(well, default=math.nan), max(sick))
 
 
 @pytest.mark.parametrize("limit", SIGNS)
@@ -190,35 +217,46 @@ def test_limit_has_room_on_both_sides(limit):
     assert (well, sick) == pytest.approx(
         (LIMIT_TABLE[limit]["well"], LIMIT_TABLE[limit]["sick"]), rel=0.02, nan_ok=True
     )
-    low, high = sorted((well, sick)) if well == well else (-math.inf, sick)
-    assert low * 1.02 < LIMITS[limit] < high / 1.02
+    for number, other in ((well, sick), (sick, well)):
+        assert not 1 / 1.02 < number / LIMITS[limit] < 1.02
+        assert not (number > LIMITS[limit] and other > LIMITS[limit])
+        assert not (number < LIMITS[limit] and other < LIMITS[limit])
+
+
+def test_each_limit_has_its_reason_and_its_margins_or_is_no_sign():
+    assert all(row["why"] for row in LIMIT_TABLE.values())
+    assert set(SIGNS) == {limit for limit, row in LIMIT_TABLE.items() if "sick" in row}
+    conditions = {"answer_tokens", "token_logp", "over", "leak_early", "enough_pairs", "noise", "beta_holds"}
+    assert set(LIMIT_TABLE) - set(SIGNS) == conditions
 
 
 def test_table_of_rule_against_run(capsys):
     """Printed with -s. A healthy run within a tenth of a limit is reported, and must be one that is known."""
     rows = []
-    for name, (source, known, wanted) in ALL.items():
-        diagnosis = diagnose(source, **known)
-        kind = "sick" if wanted else "healthy"
+    for name, diagnosis in diagnosed().items():
+        kind = "sick" if ALL[name][2] else "healthy"
         rows += [(code, kind, name) for code in diagnosis.codes]
         rows += [(f"{one.code}, note", kind, name) for one in diagnosis.notes]
     fired = pd.DataFrame(rows, columns=["rule", "runs", "name"])
     close = {
         (limit, name)
         for limit, (number, _, decides) in SIGNS.items()
-        for name, (f, wanted) in numbers().items()
-        if not wanted and decides(f) and 0.9 < f[number] / LIMITS[limit] < 1.1
+        for name, (f, codes) in numbers().items()
+        if not set(codes) & set(RULES) and decides(f) and 0.9 < f[number] / LIMITS[limit] < 1.1
     }
     with capsys.disabled():
         print(f"\n{pd.crosstab(fired.rule, fired.runs)}\n{len(ALL)} runs")
-        print("\n".join(f"within a tenth of {limit}: {name}" for limit, name in sorted(close)))
+        for limit, runs in Counter(limit for limit, _ in close).items():
+            names = sorted(name for other, name in close if other == limit)
+            print(f"within a tenth of {limit}: {runs} healthy runs, {names[0]} ... {names[-1]}")
     assert set(fired.rule) - set(RULES) == {f"{code}, note" for code in ("leak", "overfitting", "chosen_falls")}
     assert set(fired.rule) >= set(RULES)
     assert not fired[fired.runs == "healthy"].rule.isin(RULES).any()
-    assert {limit for limit, _ in close} <= CLOSE
+    assert {limit for limit, _ in close} == CLOSE
 
 
-CLOSE: set[str] = set()  # limits that a healthy run comes near
+# Limits that a healthy run comes near: of a note only. Nine of ten pairs right is what the sweep reaches.
+CLOSE = {"leak_note"}
 
 
 # ------------------------------------------------------------------------------------------------ other histories
@@ -301,7 +339,7 @@ def test_the_likelier_cause_comes_first():
     assert "length" in diagnose(run).findings[0].causes[0][0]
     source, known, wanted = next(one for one in ALL.values() if one[2] == ["leak"] and isinstance(one[0], list))
     assert "length" in diagnose(source, **known).findings[0].causes[0][0]
-    nothing_found = SimpleNamespace(findings=[])
+    nothing_found = SimpleNamespace(findings=[], pairs=range(48000))
     assert "nearly the same" in diagnose(source, report=nothing_found, **known).findings[0].causes[0][0]
 
 
@@ -385,6 +423,22 @@ def test_rows_without_rewards_and_several_evaluation_sets():
     assert diagnosis.codes == ["overfitting"] and "evaluation sets after the first: old" in str(diagnosis)
 
 
+def found_by_check(pairs: int, **counts: int) -> SimpleNamespace:
+    """What `diagnose` reads of a report: so many pairs, with findings by their code."""
+    findings = [SimpleNamespace(code=code, count=count) for code, count in counts.items()]
+    return SimpleNamespace(findings=findings, pairs=range(pairs))
+
+
+def test_a_report_says_how_many_pairs_were_trained_on():
+    """Without their number neither cut answers nor a surface could be judged."""
+    history = committed("never_ends-sick-0").history
+    known = {"config": DPO, "test_pairs": 40}
+    assert diagnose(history, **known, report=found_by_check(64, over_max_length=64)).codes == ["never_ends"]
+    assert diagnose(history, **known, train_pairs=640, report=found_by_check(64, over_max_length=64)).codes == []
+    diagnosis = diagnose(committed("leak-sick-0").history, **known, report=found_by_check(64, length_leak=64))
+    assert diagnosis.codes == ["leak"] and "right in 100% of the training pairs" in str(diagnosis)
+
+
 def test_an_evaluation_before_training_is_the_start_and_no_result():
     run = committed("wrong_reference-sick-0")
     rest = [row for row in run.history if row["step"] > 1]
@@ -394,9 +448,8 @@ def test_an_evaluation_before_training_is_the_start_and_no_result():
     off = zero | {"eval_rewards/chosen": 1.1, "eval_rewards/rejected": 0.8}
     assert diagnose([off, *rest], **known).codes == ["wrong_reference"]
     leak = [row for row in committed("leak-sick-1").history if row["step"] > 1]
-    names = {"length_leak": 64}
-    report = SimpleNamespace(findings=[SimpleNamespace(code=code, count=count) for code, count in names.items()])
-    assert diagnose([zero, *leak], **known, train_pairs=64, report=report).codes == ["leak"]
+    report = found_by_check(64, length_leak=64)
+    assert diagnose([zero, *leak], **known, report=report).codes == ["leak"]
 
 
 def test_a_run_that_is_hardly_begun_is_not_called_still():
@@ -460,6 +513,17 @@ def test_a_chosen_that_falls_needs_a_second_sign():
     assert falling([0.6, 0.55, 0.5], chosen=-12, loss_type="sigmoid_norm").codes == []
 
 
+def test_the_second_sign_is_named_and_a_note_says_what_would_settle_it():
+    fast = diagnose(committed("chosen_falls-sick-0"))
+    assert "second sign: it lost 11.5% of that at each step, too fast at any beta" in fast.findings[0].evidence
+    rose = falling([0.6, 0.5, 0.56], chosen=-4).findings[0].evidence
+    assert "second sign: the held-out loss rose by 0.060 after its best" in rose and "at each step" not in rose
+    assert "second sign" not in falling([0.6, 0.55, 0.5], chosen=-12, beta=0.1).findings[0].evidence
+    note = falling([0.6, 0.55, 0.5], chosen=-4).notes[0]
+    assert "second sign" not in note.evidence
+    assert "verdict(run, replies=compare_generations(run, prompts))" in note.test and "would show" in note.test
+
+
 def test_log_probs_per_token_move_less():
     """0.1 nats for each token is far, and for a whole answer it is nothing."""
     assert falling([0.69, 0.68, 0.67], chosen=-0.005, loss_type="sigmoid_norm", logp=-1.5).codes == []
@@ -476,6 +540,12 @@ def test_cures_come_in_the_order_of_the_run_s_numbers_with_the_number_to_try():
     assert [cure for _, cure in diagnose(run).findings[0].causes][0] == "a tenth of it (0.0005)"
     sick = committed("out_of_memory-sick-0")
     assert "per_device_train_batch_size (2048)" in diagnose(sick).findings[0].causes[0][1]
+
+
+def test_16_bits_are_the_likelier_cause_of_nan_where_they_were_set():
+    source, known, _ = ALL["Gemma in fp16 on a V100: every metric is NaN"]
+    assert [cure for _, cure in diagnose(source, **known).findings[0].causes][0] == "bf16=True, or 32 bits"
+    assert len(diagnose(source).findings[0].causes) == 1
 
 
 def test_log_probs_of_zero_are_no_answers():

@@ -3,6 +3,7 @@
 import math
 
 import pandas as pd
+from bs4 import BeautifulSoup
 
 from helpers.run.metrics import accuracy_by
 from helpers.teach import plots
@@ -20,6 +21,7 @@ def test_training_curves_show_every_point_and_the_line_of_no_learning():
     assert drawn[0] == [[0.7, 0.6], [0.65], [math.log(2)] * 2]
     assert drawn[2] == [[0.0, 1.0], [0.8], [0.5] * 2]
     assert all(axis.get_xlabel() and axis.get_ylabel() for axis in axes)
+    assert all(float(tick).is_integer() for axis in axes for tick in axis.get_xticks())
 
 
 def test_shares_of_zero_and_one_are_drawn():
@@ -47,11 +49,33 @@ def test_log_ratios_and_lengths():
     table = pd.DataFrame(
         {"chosen_policy": [-9.0], "chosen_reference": [-10.0], "rejected_policy": [-5.0], "rejected_reference": [-2.0]}
     )
-    labels = [text.get_text() for text in plots.plot_log_ratios(table).axes[0].get_legend().get_texts()]
-    assert labels == ["chosen, mean +1.00", "rejected, mean -3.00"]
+    axis = plots.plot_log_ratios(table).axes[0]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["chosen", "rejected", "the reference"]
+    assert axis.get_title() == "mean of chosen +1.00, of rejected -3.00"
     histogram, scatter = plots.plot_lengths([3, 5], [4, 4]).axes
     assert scatter.collections[0].get_offsets().tolist() == [[4, 3], [4, 5]]
     assert histogram.get_xlabel() == "tokens in the completion"
+
+
+def test_a_table_of_texts_is_read_from_the_left_and_holds_no_html():
+    texts = ["<script>alert(1)</script> & $5", "two\nlines"]
+    table = pd.DataFrame({"<b>text": texts, "margin": [-0.5, 1.234], "count": [3, 40]}, index=["<i>first", 7])
+    page = BeautifulSoup(plots.text_table(table).data, "html.parser")
+    rows = [[(cell.text, "text-align:left" in cell["style"]) for cell in row.select("th, td")] for row in page("tr")]
+    assert rows[0] == [("", True), ("<b>text", True), ("margin", False), ("count", False)]
+    assert rows[1] == [("<i>first", True), (texts[0], True), ("-0.50", False), ("3", False)]
+    assert rows[2] == [("7", True), (texts[1], True), ("1.23", False), ("40", False)]
+    assert {tag.name for tag in page.find_all()} == {"table", "tr", "th", "td"}
+    assert "mathjax_ignore" in page.table["class"]
+
+
+def test_the_table_of_symptoms_has_its_words_and_no_row_labels():
+    rows = [{"symptom": "loss < 0", "cured": 0.123, "figure": object()}]
+    page = BeautifulSoup(plots.symptom_table(rows).data, "html.parser")
+    assert [[cell.text for cell in row.select("th, td")] for row in page("tr")] == [
+        ["symptom", "cured"],
+        ["loss < 0", "0.123"],
+    ]
 
 
 def test_the_picture_of_the_readme_shows_every_run():

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import trl
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -34,6 +35,7 @@ import helpers
 from helpers import UserError, train_dpo
 from helpers.data.load import load_pairs
 from helpers.model.fingerprint import adapter_hash
+from helpers.model.policy import Policy
 from helpers.patches import shared_prompt
 from helpers.train import dpo
 from helpers.train.settings import TABLE, complete_settings, dpo_settings, hardly_moves, run_config, what_will_happen
@@ -129,6 +131,13 @@ def test_losses_and_divergences_are_those_that_trl_has():
         ({"sync_ref_model": True}, "sync_ref_model=True: .*cannot follow the policy"),
         ({"use_liger_kernel": True}, "use_liger_kernel=True: .*after its reference was scored"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_length': "),
+        ({"dataloader_in_order": False}, "dataloader_in_order=False: .*another order each time"),
+        ({"ignore_data_skip": True}, "ignore_data_skip=True: a resumed run would train on other pairs"),
+        ({"neftune_noise_alpha": 5}, "neftune_noise_alpha=5: it would add noise"),
+        ({"torch_compile_backend": "eager"}, "torch_compile_backend='eager': .*another shape in every batch"),
+        ({"torch_compile_mode": "default"}, "torch_compile_mode='default': .*another shape in every batch"),
+        ({"metric_for_best_model": "eval_entropy"}, "of this figure neither .*greater_is_better=True or False"),
+        ({"metric_for_best_model": "logits/rejected"}, "metric_for_best_model='logits/rejected': of this figure"),
         ({"eval_strategy": "sometimes"}, "DPOConfig does not take these settings: .*sometimes"),
         ({"eval_steps": 10, "save_steps": 15}, "multiple"),
         ({"eval_strategy": "epoch", "save_steps": 5}, "save and eval strategy to match"),
@@ -230,13 +239,30 @@ def test_evaluating_and_saving_follow_each_other(policy, settings, expected):
 
 
 @pytest.mark.parametrize(
-    "metric, better", [("eval_loss", False), ("eval_rewards/accuracies", True), ("rewards/margins", True)]
+    "metric, better",
+    [
+        ("eval_loss", False),
+        ("eval_rewards/accuracies", True),
+        ("rewards/margins", True),
+        ("eval_rewards/rejected", False),
+        ("logps/rejected", False),
+        ("logps/chosen", True),
+    ],
 )
 def test_the_best_checkpoint_by_another_metric_is_not_its_worst(policy, metric, better):
     values = complete_settings(policy, {"metric_for_best_model": metric})
     assert run_config(Path("run"), 64, values, values).greater_is_better is better
     values["greater_is_better"] = not better  # who says so gets it
     assert run_config(Path("run"), 64, values, values).greater_is_better is not better
+
+
+def test_either_end_of_the_entropy_is_kept_if_it_is_said(policy):
+    for better in (True, False):
+        values = complete_settings(policy, {"metric_for_best_model": "entropy", "greater_is_better": better})
+        assert run_config(Path("run"), 64, values, values).greater_is_better is better
+    sides = [set(TABLE[name].split()) for name in ("lower_is_better", "either_may_be_better")]
+    higher = {"rewards/accuracies", "rewards/margins", "rewards/chosen", "logps/chosen", "mean_token_accuracy"}
+    assert set(TABLE["choices"]["metric_for_best_model"].split()) == {"loss"}.union(higher, *sides)
 
 
 def test_label_smoothing_that_the_loss_does_not_read_is_said(policy, capsys):
@@ -248,6 +274,9 @@ def test_label_smoothing_that_the_loss_does_not_read_is_said(policy, capsys):
 
 
 def test_early_stopping_without_evaluations_and_sets_that_are_none(policy, loaded, pairs, tmp_path):
+    for number in (0, -1, "2", 1.5, True, False):
+        with pytest.raises(UserError, match=f"^early_stopping={number!r}: it is the number of evaluations to wait"):
+            train_dpo(policy, loaded[1], *pairs, tmp_path / "run", early_stopping=number)
     with pytest.raises(UserError, match='early_stopping.*eval_strategy="no"'):
         train_dpo(policy, loaded[1], *pairs, tmp_path / "run", early_stopping=1, eval_strategy="no")
     with pytest.raises(UserError, match="test has to be pairs.*NoneType.*others to measure on"):
@@ -335,7 +364,9 @@ def logged(history: list[dict]) -> list[list[float]]:
     """Of each step; without the accuracy of the first, where every pair is a tie and rounding decides."""
     names = ("loss", "rewards/margins", "rewards/chosen", "rewards/accuracies", "grad_norm")
     rows = [row for row in history if "loss" in row]
-    return [[float(row[name]) for name in names if row is not rows[0] or name != names[3]] for row in rows]
+    figures = [[float(row[name]) for name in names if row is not rows[0] or name != names[3]] for row in rows]
+    held_out = [row for row in history if "eval_loss" in row]
+    return figures + [[float(row[f"eval_{name}"]) for name in names[:4]] for row in held_out]
 
 
 SMOOTHED = {"robust": 0.1, "exo_pair": 1e-3, "aot": 0.1, "aot_unpaired": 0.1}
@@ -352,11 +383,24 @@ SAME = {
     "forward_kl": {"f_divergence_type": "forward_kl"},
     "beta": {"beta": 0.7},
     "sequential": {"train_sampling_strategy": "sequential"},
+    # Three held-out pairs, in batches of two and one.
+    "per_device_eval_batch_size": {"per_device_eval_batch_size": 2, "eval_strategy": "steps", "eval_steps": 1},
 }
 
 
 CASES = [(name, False) for name in SAME]
-CASES += [(name, True) for name in ("sigmoid", "ld_alpha", "use_weighting", "max_length")]  # with another reference
+CASES += [  # with another reference
+    (name, True) for name in ("sigmoid", "ld_alpha", "use_weighting", "max_length", "per_device_eval_batch_size")
+]
+
+
+def name_of(name: str, trained_before: bool) -> str:
+    return f"{name}, reference trained before" if trained_before else name
+
+
+def test_every_heeded_setting_has_a_case_and_every_case_is_on_the_page():
+    assert set(names_of("heeded")) <= {setting for settings in SAME.values() for setting in settings}
+    assert list(result("settings")["differences"]) == [name_of(*case) for case in CASES]
 
 
 @pytest.mark.slow
@@ -366,15 +410,15 @@ def test_losses_are_those_of_trl_alone_measured(name, trained_before, alike, loa
     settings = QUICK | SAME[name]
     found = train_dpo(ours, loaded[1], *pairs, tmp_path / "run", **settings).history
     config = trl.DPOConfig(output_dir=str(tmp_path / "trl"), **dpo_settings() | {"max_length": 512} | settings)
-    trainer = trl.DPOTrainer(plain, args=config, train_dataset=pairs[0], processing_class=loaded[1])
+    sets = {"train_dataset": pairs[0], "eval_dataset": pairs[1]}
+    trainer = trl.DPOTrainer(plain, args=config, **sets, processing_class=loaded[1])
     trainer.train()
     if "ref" in plain.peft_config:
         plain.delete_adapter("ref")
     expected = logged(trainer.state.log_history)
-    assert len(expected) == 2 and expected[0] != expected[1]
+    assert len(expected) == (4 if "eval_steps" in settings else 2) and expected[0] != expected[1]
     ours, theirs = torch.tensor(sum(logged(found), [])), torch.tensor(sum(expected, []))
-    case = f"{name}, reference trained before" if trained_before else name
-    measured["differences"][case] = float((ours - theirs).abs().max())
+    measured["differences"][name_of(name, trained_before)] = float((ours - theirs).abs().max())
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
@@ -419,20 +463,37 @@ class Steps(TrainerCallback):
 
 
 @pytest.mark.slow
-def test_a_cache_that_is_not_of_this_model_stops_the_run(policy, loaded, pairs, cache, tmp_path):
-    train_dpo(policy, loaded[1], *pairs, tmp_path / "first", **QUICK | {"max_steps": 1})
-    from safetensors.torch import load_file, save_file
-
-    strip(loaded[0])
-    model, steps = helpers.add_lora(loaded[0], seed=0), Steps()
+@pytest.mark.parametrize("dtype, shift", [(torch.float32, 1.5), (torch.bfloat16, 8.0)])
+def test_a_cache_that_is_not_of_this_model_stops_the_run(dtype, shift, loaded, pairs, cache, tmp_path):
+    """In bf16 by what rounding, which allows some two nats here, does not explain."""
+    settings = QUICK | {"bf16": dtype == torch.bfloat16, "max_steps": 1}
+    model, steps = helpers.add_lora(copy.deepcopy(loaded[0]).to(dtype), seed=0), Steps()
+    before, fresh = adapter_hash(model), Policy(model, loaded[1]).weights()
+    train_dpo(model, loaded[1], *pairs, tmp_path / "first", **settings)
+    Policy(model, loaded[1]).put_back(fresh)
     for path in cache.iterdir():
-        save_file({name: values + 1.5 * (name == "chosen") for name, values in load_file(path).items()}, path)
-    before = adapter_hash(model)
-    with pytest.raises(
-        UserError, match=r"differ by 1\.50 nats \(rounding .*cached for another model \(delete .*reference"
-    ):
-        train_dpo(model, loaded[1], *pairs, tmp_path / "second", callbacks=[steps], **QUICK)
+        save_file({name: values + shift * (name == "chosen") for name, values in load_file(path).items()}, path)
+    message = r"differ by (.*) nats \(rounding .*cached for another model \(delete .*reference"
+    with pytest.raises(UserError, match=message) as error:
+        train_dpo(model, loaded[1], *pairs, tmp_path / "second", callbacks=[steps], **settings)
+    assert float(re.search(message, str(error.value))[1]) == pytest.approx(shift, abs=0.01 * shift)
     assert steps.done == 0 and adapter_hash(model) == before
+
+
+@pytest.mark.slow
+def test_a_setting_that_trl_heeds_otherwise_than_the_reference_is_named(policy, loaded, pairs, tmp_path, monkeypatch):
+    """As if a version of TRL weighed the policy's tokens by itself. Of the given settings one is about log-probs."""
+    make, steps, before = dpo.make_trainer, Steps(), adapter_hash(policy)
+
+    def weighed(*given):
+        trainer = make(*given)
+        trainer.ld_alpha = 0.5
+        return trainer
+
+    monkeypatch.setattr(dpo, "make_trainer", weighed)
+    with pytest.raises(UserError, match=r"so nothing was trained\. Likely cause: use_weighting\.$"):
+        train_dpo(policy, loaded[1], *pairs, tmp_path / "run", callbacks=[steps], use_weighting=True, **QUICK)
+    assert steps.done == 0 and adapter_hash(policy) == before
 
 
 @pytest.mark.slow
