@@ -25,7 +25,7 @@ from helpers.model.policy import Policy
 from helpers.run.folder import USUAL_RULE, Run, describe_config, machine, read_info, versions
 from helpers.train import say
 from helpers.train.dpo import run_job
-from helpers.train.job import CheckedPairs, Job, check_both, hash_without_date
+from helpers.train.job import TOKENS, CheckedPairs, Job, check_both, hash_without_date
 from helpers.train.resume import result_settings
 from helpers.train.settings import DPOConfig, complete_settings
 
@@ -135,7 +135,7 @@ def _take_tokens(pairs: CheckedPairs, folder: Path, given: str) -> None:
     """If the template writes the date: take the tokens that the sweep in `folder` began with, on whatever day."""
     for run in sorted(folder.glob("beta-*")) if given else ():
         info = read_info(run)
-        if info is not None and info.data.given == given:
+        if info is not None and info.data.given == given and (run / TOKENS).is_dir():
             pairs.take_from(run)
             return
 
