@@ -439,8 +439,8 @@ def test_template_that_writes_the_date_makes_no_other_run_tomorrow(call, day, tm
     whole = call("whole", **settings)
     with pytest.raises(Crash):
         call("run", At("on_step_begin", 5, crash), **settings)
+    vanish = At("on_step_begin", 3, lambda: shutil.rmtree(tmp_path / "gone"))
     with pytest.raises(Crash):
-        vanish = At("on_step_begin", 3, lambda: shutil.rmtree(tmp_path / "gone"))
         call("gone", vanish, At("on_step_begin", 5, crash), **settings)
     day(2)
     for name in ("run", "gone"):
