@@ -437,11 +437,11 @@ def test_template_that_writes_the_date_makes_no_other_run_tomorrow(call, day, tm
     settings = RUNS["steps"] | {"load_best_model_at_end": False}  # the best may be among what is removed
     day(1)
     whole = call("whole", **settings)
-    crashes = At("on_step_begin", 5, crash)
     with pytest.raises(Crash):
-        call("run", crashes, **settings)
+        call("run", At("on_step_begin", 5, crash), **settings)
+    vanish = At("on_step_begin", 3, lambda: shutil.rmtree(tmp_path / "gone"))
     with pytest.raises(Crash):
-        call("gone", At("on_step_begin", 3, lambda: shutil.rmtree(tmp_path / "gone")), crashes, **settings)
+        call("gone", vanish, At("on_step_begin", 5, crash), **settings)
     day(2)
     for name in ("run", "gone"):
         vanish = At("on_step_begin", 6, lambda name=name: shutil.rmtree(tmp_path / name))
