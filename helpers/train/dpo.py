@@ -127,7 +127,7 @@ def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback
             reference = _reference(job)
             seconds = {"reference_seconds": time.monotonic() - began}
             trainer, seconds["train_seconds"] = _train(job, reference, callbacks, begun=before is not None)
-            table = _held_out(job, reference["test"], initial)
+            table = _scored(job, reference["test"], initial)
             with _written(job.folder):
                 return once(lambda: _finish(job, trainer, table, seconds, initial))
 
@@ -188,7 +188,7 @@ def _reference_of(job: Job, report: Report) -> PairLogps:
     return logps
 
 
-def _held_out(job: Job, reference: PairLogps, initial: dict[str, torch.Tensor]) -> pd.DataFrame:
+def _scored(job: Job, reference: PairLogps, initial: dict[str, torch.Tensor]) -> pd.DataFrame:
     """The held-out pairs under policy and `reference`, on a CPU in 32 bits; `initial` is the adapter at its start."""
     test, models = job.pairs.test, [one.model for one in (job.policy, job.reference) if one is not None]
     with in_32_bits(*models) as other:
