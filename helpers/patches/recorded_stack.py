@@ -19,7 +19,7 @@ from helpers.patches import expect, shared_prompt, works
 from helpers.patches.fused_lm_head import own_forward
 from helpers.patches.prompt_segments import Keys, take_segments
 
-_MOST = 12  # recorded widths, each of which keeps gradients of the adapter; with one more all recording ends
+_MOST = 12  # recorded widths, each of which keeps gradients of the adapter; other widths are not recorded
 
 
 class _Recording:
@@ -119,7 +119,8 @@ class _Stack:
         longest = _rounded(keys.longest_q), _rounded(keys.longest_k)
         inputs = [given["input_ids"], given["position_ids"], keys.index, keys.ends_q, keys.ends_k]
         shape = (*longest, *(one.numel() for one in inputs))
-        if shape not in self.recordings and not self._record(shape, inputs, given):
+        full = len(self.recordings) == _MOST
+        if shape not in self.recordings and (full or not self._record(shape, inputs, given)):
             return self.plain(*args, **given)
         result = _Replay.apply(self.recordings[shape], self.start, *inputs)
         return BaseModelOutputWithPast(last_hidden_state=result)
@@ -135,8 +136,6 @@ class _Stack:
 
         torch.cuda.empty_cache()  # recordings have memory of their own
         try:
-            if len(self.recordings) == _MOST:
-                raise RuntimeError(f"batches of more than {_MOST} widths")
             self.recordings[shape] = _Recording(run, self.weights, inputs, self.pool)
         except RuntimeError as error:  # torch's errors of CUDA, out of memory too
             first = str(error).strip().partition("\n")[0]
