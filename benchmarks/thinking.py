@@ -1,11 +1,11 @@
 """What thinking pairs teach, over three seeds: python benchmarks/thinking.py [--seeds 0 1 2] [--folder F]
 
-Pairs and settings are those of `04_thinking_pairs`, on the embedded model. Each seed starts with SFT on well-formed
-thoughts. DPO follows, once on pairs whose sides both think, once on naive pairs (chosen thinks, rejected is an answer
-without a thought), both with the SFT loss of the chosen side added. The first seed also does DPO without that loss, and
-DPO of either kind without SFT. All runs are tested on the same held-out pairs, whose sides both think at similar
-length, and by replies to 80 held-out word problems; the notebook asks the first 40 of them. It takes about three
-quarters of an hour on one CPU core. The last line is one JSON object.
+Pairs and settings are those of `04_thinking_pairs`, on the embedded model; but the naive sets have half as many pairs.
+Each seed starts with SFT on well-formed thoughts. DPO follows, once on pairs whose sides both think, once on naive
+pairs (chosen thinks, rejected is an answer without a thought), both with the SFT loss of the chosen side added. The
+first seed also does DPO without that loss, and DPO of either kind without SFT. All runs are tested on the same held-out
+pairs, whose sides both think at similar length, and by replies to 80 held-out word problems; the notebook asks the
+first 40 of them. It takes about three quarters of an hour on one CPU core. The last line is one JSON object.
 """
 
 import argparse  # noqa: I001  (helpers before peft: it imports Unsloth first)
