@@ -193,7 +193,7 @@ def return_freed_memory() -> None:
 def free_memory(device: torch.device) -> float:
     """Bytes that are free on `device`, the model's: of the GPU, with what torch holds unused, or of the machine."""
     if device.type == "cuda":
-        gc.collect()  # what an earlier trainer recorded is in no other way free again
+        gc.collect()  # frees what an earlier trainer recorded
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

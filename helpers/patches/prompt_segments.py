@@ -27,7 +27,7 @@ class Keys(NamedTuple):
 
 
 def places(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """The numbers of all runs one after the other: from each of `begins`, as many as its size."""
+    """arange(begin, begin + size) for each of `begins` and its size, one after the other."""
     ends = sizes.cumsum()
     return np.arange(ends[-1]) + np.repeat(begins - ends + sizes, sizes)
 

@@ -23,7 +23,7 @@ _KNOWN = ("llama", "qwen2", "qwen3")
 _BATCH = ("input_ids", "attention_mask", "labels")
 # Set to False, a GPU computes each pair as two rows: for benchmarks/gpu.py and tests, which compare.
 ON_GPU = True
-# Set to False, no kernels are recorded (`recorded_stack`), and rows have more widths: for the same.
+# Set to False, no kernels are recorded (`recorded_stack`), and rows have more widths; for the same comparisons.
 RECORDED = True
 
 
@@ -60,12 +60,11 @@ def pack(
 
     The prompt's last token opens either completion, since it has to predict both first tokens; the last token of a
     completion predicts nothing and is left out. One row is filled up to few different widths, all multiples of 128 (see
-    `_filler`). None if the rows are no pairs with
-    equal prompts and something after them.
+    `_filler`). None if the rows are no pairs with equal prompts and something after them.
     """
     if len(ids) % 2:
         return None
-    # In numpy, and of few pieces: a GPU waits for this at the start of each step.
+    # numpy, which is faster here: a GPU waits for this at the start of each step.
     pairs, last = len(ids) // 2, (mask.sum(dim=1) - 1).cpu().numpy()
     device, ids, labels = ids.device, ids.cpu().numpy(), labels.cpu().numpy()
     starts = (labels != -100).argmax(axis=1)

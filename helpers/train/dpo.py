@@ -191,9 +191,9 @@ def _reference_of(job: Job, report: Report) -> PairLogps:
 def _scored(job: Job, reference: PairLogps, initial: dict[str, torch.Tensor]) -> pd.DataFrame:
     """The held-out pairs under policy and `reference`, on a CPU in 32 bits; `initial` is the adapter at its start."""
     test, models = job.pairs.test, [one.model for one in (job.policy, job.reference) if one is not None]
-    with in_32_bits(*models) as other:
+    with in_32_bits(*models) as widened:
         policy, trained = _score(job, job.policy, test.ids), job.policy.weights()
-        if other:
+        if widened:  # the reference was scored in 16 bits, as training needs it
             job.policy.put_back(initial)
             reference = _reference_of(job, test)
             job.policy.put_back(trained)
