@@ -197,7 +197,7 @@ class Bench:
         try:
             run = train_dpo(self.policy, self.tokenizer, train, test, folder, ref_model=reference, **settings)
         except UserError:
-            if name != "out_of_memory":
+            if name not in ("out_of_memory", "nan"):
                 raise
             run = Run(folder, read_info(folder), [], {}, None)
         return run, label

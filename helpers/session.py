@@ -30,6 +30,7 @@ quiet_libraries()
 os.environ.setdefault("UNSLOTH_DATASET_NUM_PROC", "none")
 
 import datasets  # noqa: E402
+import torch  # noqa: E402
 import unsloth  # noqa: E402, F401  (after the check and the progress bars, before anything of TRL)
 from huggingface_hub.utils import enable_progress_bars  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
@@ -39,6 +40,9 @@ disable_progress_bar()  # takes the hub's bars along
 enable_progress_bars()
 # Unsloth sets this for a library that the hub no longer uses; in a process started from here it only warns.
 os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)
+# cuDNN's attention gives gradients that are not a number on an H100 or H200, at lengths of 64 modulo 128 (seen with
+# cuDNN 9.19; github.com/pytorch/pytorch/issues/196678). torch has other kernels.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @contextlib.contextmanager

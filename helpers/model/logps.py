@@ -24,6 +24,7 @@ from helpers.model.fingerprint import base_model, config_hash, fingerprint, toke
 from helpers.model.generate import Reply, evaluating, generate_replies
 from helpers.model.load import check_token
 from helpers.patches import fused_lm_head
+from helpers.patches.shared_prompt import can_share
 
 
 class PairLogps(NamedTuple):
@@ -74,7 +75,7 @@ def pair_logps(
     ids, inner = _ids(pairs, tokenizer).select_columns(list(IDS)), base_model(model)
     order = np.argsort(pair_lengths(ids), kind="stable")
     collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=max_length)
-    result = torch.zeros(4, len(ids), dtype=torch.float64)
+    result, sums = torch.zeros(4, len(ids), dtype=torch.float64), []
     # As the trainer computes unless bf16 or fp16 is set otherwise, so that policy and reference are rounded alike.
     short = inner.dtype in (torch.bfloat16, torch.float16)
     autocast = torch.autocast(model.device.type, dtype=inner.dtype if short else None, enabled=short)
@@ -84,9 +85,12 @@ def pair_logps(
             index = order[start : start + batch_size]
             batch = collate(ids.select(index).to_list())
             check_token(model, tokenizer, int(batch["input_ids"].max()))
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            result[:2, index] = torch.stack(_sums(model, batch, fused).double().cpu().chunk(2))
-            result[2:, index] = torch.stack(batch["completion_mask"].sum(dim=1).double().cpu().chunk(2))
+            result[2:, index] = torch.stack(batch["completion_mask"].sum(dim=1).double().chunk(2))
+            if not (fused and can_share(inner)):
+                batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            sums.append((index, _sums(model, batch, fused)))  # a GPU computes while the next batch is laid out
+        for index, values in sums:
+            result[:2, index] = torch.stack(values.double().cpu().chunk(2))
     return PairLogps(*result)
 
 

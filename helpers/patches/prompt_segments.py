@@ -32,6 +32,12 @@ def places(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return np.arange(ends[-1]) + np.repeat(begins - ends + sizes, sizes)
 
 
+def moved(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A tensor on `device`, which the CPU does not wait for: memory that may be paged out would make it wait."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def segment_keys(sizes: list[list[int]], device: torch.device) -> Keys:
     """The keys of each segment on `device`; `sizes` are those of a prompt and its completions, for each pair.
 
@@ -53,9 +59,9 @@ def segment_keys(sizes: list[list[int]], device: torch.device) -> Keys:
     keys[-1] += more
     index = places(*np.array(runs).T)
     index = np.concatenate([index[:-fill], np.full(more, index[-fill]), index[-fill:]])
-    ends = torch.from_numpy(np.array([queries, keys]).cumsum(axis=1).astype(np.int32)).to(device)
+    ends = moved(np.array([queries, keys]).cumsum(axis=1).astype(np.int32), device)
     ends_q, ends_k = torch.nn.functional.pad(ends, (1, 0))
-    return Keys(torch.from_numpy(index).to(device), ends_q, ends_k, int(queries.max()), max(keys))
+    return Keys(moved(index, device), ends_q, ends_k, int(queries.max()), max(keys))
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Keys, scale: float | None = None) -> torch.Tensor:

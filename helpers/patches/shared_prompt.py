@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from helpers.patches import expect, works
-from helpers.patches.prompt_segments import places, segment_keys, take_segments
+from helpers.patches.prompt_segments import moved, places, segment_keys, take_segments
 
 # Architectures whose attention takes any mask and whose positions are all in position_ids.
 _KNOWN = ("llama", "qwen2", "qwen3")
@@ -54,9 +54,9 @@ def _filler(tokens: int) -> int:
 
 
 def pack(
-    ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype, one_row: bool
+    ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, inner: PreTrainedModel, one_row: bool
 ) -> Packed | None:
-    """The batch [chosen; rejected] with each prompt once, as a row for each pair or all in `one_row`.
+    """The batch [chosen; rejected] for `inner` with each prompt once, as a row for each pair or all in `one_row`.
 
     The prompt's last token opens either completion, since it has to predict both first tokens; the last token of a
     completion predicts nothing and is left out. One row is filled up to few different widths, all multiples of 128 (see
@@ -66,7 +66,7 @@ def pack(
         return None
     # numpy, which is faster here: a GPU waits for this at the start of each step.
     pairs, last = len(ids) // 2, (mask.sum(dim=1) - 1).cpu().numpy()
-    device, ids, labels = ids.device, ids.cpu().numpy(), labels.cpu().numpy()
+    device, ids, labels = inner.device, ids.cpu().numpy(), labels.cpu().numpy()
     starts = (labels != -100).argmax(axis=1)
     in_prompt = np.arange(ids.shape[1]) < starts[:pairs, None]
     differ = (starts[:pairs] != starts[pairs:]).any() or ((ids[:pairs] != ids[pairs:]) & in_prompt).any()
@@ -84,17 +84,17 @@ def pack(
     if one_row:
         fill = _filler(len(row))
         filled = np.concatenate([flat, np.tile(np.array(rest)[:, None], fill)], axis=1)
-        inputs: dict[str, Any] = dict(zip(names, torch.from_numpy(filled).to(device)[:, None], strict=True))
+        inputs: dict[str, Any] = dict(zip(names, moved(filled, device)[:, None], strict=True))
         inputs["prefix_seg_info"] = segment_keys([*sizes, [fill]], device)
         packed = np.zeros_like(row), np.arange(len(row))
     else:
         parts = [torch.from_numpy(one).split([*map(sum, sizes)]) for one in flat]
         rows = zip(names, parts, rest, strict=True)
         inputs = {name: pad_sequence(part, True, value).to(device) for name, part, value in rows}
-        inputs["attention_mask"] = _mask(sizes, dtype)
+        inputs["attention_mask"] = _mask(sizes, inner.dtype)
         length = length.reshape(pairs, 2).sum(axis=1)
         packed = np.repeat(np.arange(pairs), length), places(np.zeros_like(length), length)
-    where = torch.from_numpy(np.stack([row, column, *packed])[:, told]).to(device)
+    where = moved(np.stack([row, column, *packed])[:, told], device)
     return Packed(inputs, tuple(where[:2]), tuple(where[2:]))
 
 
@@ -105,8 +105,10 @@ def _share(inner: PreTrainedModel) -> None:
     def forward(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> ModelOutput:
         batch: list[Any] = [kwargs.get(name) for name in _BATCH]
         complete = fused_lm_head and all(one is not None for one in batch)
-        packed = pack(*batch, inner.dtype, one_row=inner.device.type == "cuda") if complete else None
+        packed = pack(*batch, inner, one_row=inner.device.type == "cuda") if complete else None
         if packed is None:
+            if complete:
+                kwargs |= {name: one.to(inner.device) for name, one in zip(_BATCH, batch, strict=True)}
             return fused(*args, fused_lm_head=fused_lm_head, **kwargs)
         others = {name: value for name, value in kwargs.items() if name not in _BATCH}
         outputs = fused(*args, fused_lm_head=True, **others, **packed.inputs)
@@ -161,6 +163,7 @@ def share_prompts(inner: PreTrainedModel) -> None:
 
     `inner` is the model inside a PeftModel, after TRL's `add_fused_lm_head`. Batches that are no pairs with equal
     prompts (a row that truncation left without completion) run as before, and so do architectures not in `_KNOWN`.
+    A batch on the CPU is laid out there and then moved, so that it does not wait for what a GPU has in hand.
     """
     if can_share(inner):
         if inner.device.type == "cuda":

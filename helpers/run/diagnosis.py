@@ -154,7 +154,8 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
     f |= {"status": known.get("status"), "findings": findings, "steps": len(train), "evaluations": len(held)}
     f |= {"train_pairs": known.get("train_pairs") or math.nan, "pairs": pairs}
     f["others"] = ", ".join(name.removeprefix("eval_").removesuffix("_") for name in others)
-    f["not_numbers"] = sum(not math.isfinite(float(value)) for value in values)
+    f["not_numbers"] = sum(not math.isfinite(float(value)) for value in values) or math.nan
+    f["stopped_at"] = known.get("steps") if f["status"] == Status.NOT_FINITE else math.nan
     if findings is not None:
         surface = max(findings.get("length_leak", 0), findings.get("feature_leak", 0))
         f |= {"findings_cut": findings.get("over_max_length", 0), "surface": surface / f["train_pairs"]}
@@ -219,7 +220,7 @@ def _falls(f: dict[str, Any]) -> bool | str:
 # code -> whether a run has the symptom, in the order in which symptoms are named; NOTE where it is worth a note only.
 RULES: dict[str, Callable[[dict[str, Any]], bool | str]] = {
     "out_of_memory": lambda f: f["status"] == Status.OUT_OF_MEMORY,
-    "nan": lambda f: f["not_numbers"] > 0,
+    "nan": lambda f: f["not_numbers"] > 0 or f["stopped_at"] > 0,
     "wrong_reference": lambda f: (
         f["start_off"] > LIMITS["start_off"]
         # Without step 1: both sides much likelier than under the reference in the first row already, and no more later.
@@ -290,7 +291,7 @@ def _symptom(code: str, note: bool, f: dict[str, Any]) -> Symptom:
 
 def _unseen(f: dict[str, Any]) -> list[str]:
     """What this history could not show, and what would."""
-    if f["status"] == Status.OUT_OF_MEMORY:
+    if f["status"] in (Status.OUT_OF_MEMORY, Status.NOT_FINITE):
         return []
     missing = {
         "training": not f["steps"],
@@ -309,14 +310,15 @@ def _unseen(f: dict[str, Any]) -> list[str]:
 
 def of_run(run: Run) -> dict[str, Any]:
     """What `measure` needs of a `run`."""
-    names = ("config", "train_pairs", "test_pairs", "status", "memory_gb")
+    names = ("config", "train_pairs", "test_pairs", "status", "steps", "memory_gb")
     return {name: run.info[name] for name in names} | {"history": run.history, "findings": run.info.data.findings}
 
 
 def _of_folder(folder: Path) -> dict[str, Any]:
     """What `measure` needs, from a run folder, or from TRL's output or checkpoint folder."""
     if info := read_info(folder):
-        return of_run(Run(folder, info, [], {}, None) if info.status == Status.OUT_OF_MEMORY else Run.load(folder))
+        stopped = info.status in (Status.OUT_OF_MEMORY, Status.NOT_FINITE)
+        return of_run(Run(folder, info, [], {}, None) if stopped else Run.load(folder))
     states = [*folder.glob("trainer_state.json"), *folder.glob("checkpoint-*/trainer_state.json")]
     if not states:
         raise refused("no_history", folder=folder.name)

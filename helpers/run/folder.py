@@ -31,6 +31,7 @@ class Status(StrEnum):
     RUNNING = "running"
     FINISHED = "finished"
     OUT_OF_MEMORY = "out of memory"
+    NOT_FINITE = "stopped by a gradient that is not finite"
 
 
 @dataclass
@@ -62,7 +63,7 @@ class RunInfo:
     versions: dict[str, str]
     machine: str
     status: Status
-    steps: int | None = None  # None until it is finished, as is `end`
+    steps: int | None = None  # None until it is finished, as is `end`; of one NOT_FINITE the step that was not
     end: str | None = None  # hash of the trained adapter
     lora: dict[str, dict[str, Any]] = field(default_factory=dict)  # LORA_SCALE of "adapter", "reference"
     # GB "needed" by the estimate and "free" at the start; on a GPU also measured, of the fullest: "used", "peak".
@@ -126,7 +127,7 @@ class Run:
         if info is None:
             raise UserError(f"{folder.name} is no run folder: it has no run.json. 03_train makes one.")
         if info.status != Status.FINISHED:
-            cure = "See diagnose(folder), then call" if info.status == Status.OUT_OF_MEMORY else "Call"
+            cure = "Call" if info.status == Status.RUNNING else "See diagnose(folder), then call"
             raise UserError(f"The run in {folder.name} is {info.status}. {cure} train_dpo again to finish it.")
         table = folder / "held_out.jsonl"
         try:

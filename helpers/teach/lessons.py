@@ -36,6 +36,8 @@ def _before_and_after(runs: list[tuple[dict, Run]], number: str) -> pd.DataFrame
 
 
 def _spread(values: pd.Series) -> str:
+    if values.isna().all():
+        return "none"
     numbers = values.mean(), values.min(), values.max()
     mean, low, high = (f"{number:,.0f}" if abs(number) >= 100 else f"{number:.2f}" for number in numbers)
     return mean if low == high else f"{mean} ({low} to {high})"

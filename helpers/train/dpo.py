@@ -92,7 +92,8 @@ def train_dpo(
 
     Raises:
         UserError: no adapter, a setting that can't be had, errors in the pairs, another run in the folder, too little
-            memory (before training by an estimate, or when it ran out), a policy that does not start as its reference.
+            memory (before training by an estimate, or when it ran out), a policy that does not start as its reference,
+            a gradient that is not finite.
         KeyboardInterrupt: after an interruption, once everything is saved.
     """
     if not isinstance(model, PeftModel):
@@ -161,6 +162,10 @@ def _undone(job: Job) -> Iterator[dict[str, torch.Tensor]]:
         if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
             job.write(Status.OUT_OF_MEMORY)
             raise UserError(say("out_of_memory", **job.info.memory_gb, savings=job.savings())) from error
+        if isinstance(error, FloatingPointError):
+            (step,) = error.args
+            job.write(Status.NOT_FINITE, steps=step)
+            raise UserError(say("not_finite", step=step, rate=job.values["learning_rate"])) from error
         raise
 
 

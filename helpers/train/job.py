@@ -210,9 +210,9 @@ class Job:
         if not (self.folder / "run.json").exists():
             self.write(runs.Status.RUNNING)
 
-    def write(self, status: runs.Status) -> None:
-        """Write run.json with this `status`."""
-        runs.write_info(self.folder, dataclasses.replace(self.info, status=status))
+    def write(self, status: runs.Status, steps: int | None = None) -> None:
+        """Write run.json with this `status`, and after so many `steps`."""
+        runs.write_info(self.folder, dataclasses.replace(self.info, status=status, steps=steps))
 
     def savings(self) -> str:
         """What to change if memory is short, each with what it saves by the estimate."""

@@ -234,9 +234,9 @@ def _one_run(
             kl = sampled_kl(model, base.tokenizer, **sampling, seed=seed)
             row |= {"kl": kl.kl, "kl_error": kl.error} | _describe_replies(kl.replies)
         return row | {"sampling_seconds": time.monotonic() - begin, "status": "finished"}, history, gaps
-    except UserError:  # of a setting, memory or disk: it would stop every other run too
-        raise
     except Exception as error:
+        if isinstance(error, UserError) and not isinstance(error.__cause__, FloatingPointError):
+            raise  # of a setting, memory or disk: it would stop every other run too
         row["status"] = f"failed: {error or type(error).__name__}"
         print(f"beta {beta:g}, seed {seed} {row['status']}")
         return row, history, None

@@ -9,7 +9,14 @@ import trl
 from accelerate import DistributedType
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 
 from helpers.common import UserError, cache_folder
 from helpers.data.render import pair_lengths
@@ -46,6 +53,28 @@ class _TextProgress(TrainerCallback):
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: dict, **kwargs: Any) -> None:
         if state.is_world_process_zero and "eval_rewards/accuracies" in metrics:
             print(f"held out at step {state.global_step}:   {_figures_of(metrics, 'eval_')}", flush=True)
+
+
+class _FiniteGradients(TrainerCallback):
+    """Raises FloatingPointError with the first step whose gradient is not finite, when a step is next logged or saved.
+
+    Until then the answer stays on the device, so that no step waits for it. Where a GradScaler leaves such steps out
+    (fp16), they do no harm.
+    """
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.first = torch.tensor(0)  # no step yet
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        weights = [weight for group in kwargs["optimizer"].param_groups for weight in group["params"]]
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        first = self.first.to(norm.device)
+        self.first = torch.where((first == 0) & ~norm.isfinite(), state.global_step + 1, first)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        waits = control.should_log or control.should_evaluate or control.should_save
+        if waits and (first := int(self.first)):
+            raise FloatingPointError(first)
 
 
 def _figures_of(logs: dict[str, Any], part: str = "") -> str:
@@ -102,6 +131,8 @@ def make_trainer(
     if trainer.accelerator.distributed_type != DistributedType.NO:
         share_steps(trainer)
     text_progress(trainer)
+    if not config.fp16:
+        trainer.add_callback(_FiniteGradients())
     return trainer
 
 

@@ -88,7 +88,9 @@ def test_segments_of_one_row_give_the_same_log_probs_and_gradient(policy):
     policy, tokenizer = policy
     inputs = batch(tokenizer)
     plain, plain_gradient = scores_and_gradient(policy, inputs)
-    packed = pack(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], torch.float32, one_row=True)
+    packed = pack(
+        inputs["input_ids"], inputs["attention_mask"], inputs["labels"], policy.get_base_model(), one_row=True
+    )
     assert packed is not None
     keys = packed.inputs.pop("prefix_seg_info")
     ids = packed.inputs["input_ids"]

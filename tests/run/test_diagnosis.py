@@ -355,6 +355,17 @@ def test_folder_that_ran_out_of_memory(tmp_path):
         diagnose(tmp_path)
 
 
+def test_folder_of_a_run_that_a_gradient_stopped(tmp_path):
+    info = committed("healthy-0").info
+    info.status, info.steps = Status.NOT_FINITE, 3
+    write_info(tmp_path, info)
+    diagnosis = diagnose(tmp_path)
+    assert diagnosis.codes == ["nan"] and not diagnosis.unseen
+    assert "gradient of step 3" in diagnosis.findings[0].evidence
+    with pytest.raises(UserError, match=r"not finite. See diagnose"):
+        Run.load(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------ other sources
 
 DPO = DPOConfig(output_dir="unused", beta=0.1, learning_rate=1e-3, report_to="none", use_cpu=True, bf16=False)
