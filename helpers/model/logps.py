@@ -4,7 +4,6 @@ Training, sweep and inspection all score through `pair_logps`, so that their fig
 """
 
 import contextlib
-import functools
 import hashlib
 import math
 import uuid
@@ -17,6 +16,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from helpers.common import cache_folder, write_atomic
 from helpers.data.render import IDS, data_hash, pair_lengths, prompt_ids, tokenize_pairs
@@ -25,8 +25,6 @@ from helpers.model.fingerprint import base_model, config_hash, fingerprint, toke
 from helpers.model.generate import Reply, evaluating, generate_replies
 from helpers.model.load import check_token
 from helpers.patches import fused_lm_head
-
-_LOGITS = 2**26  # at a time for a KL, of each of two models: 128 MB in 16 bits; Qwen3 has 151,936 for a token
 
 
 class PairLogps(NamedTuple):
@@ -174,42 +172,42 @@ def sample_twice(model: Model, tokenizer: Tokenizer, prompts: Prompts, **samplin
     return generate_replies(model, tokenizer, [*prompts, *prompts], temperature=1.0, batch_size=32, **sampling)
 
 
-def _kl_batches(asked: list[list[int]], replies: list[list[int]], most: int) -> Iterator[tuple[list[int], int]]:
-    """(places of replies, logits that each needs, counted from the end): at most so many logits in a batch, or one row.
+def _next_logps(inner: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+    """Log-probs of the next token over the vocabulary from last hidden states, in 32 bits whatever the model's are.
 
-    Rows are padded on the right, and the first logits that count are those after the shortest prompt: so prompts of
-    similar length go together.
+    Logits in 16 bits are some hundredths off, and a KL from them is too large: each error adds to it. Models that scale
+    or cap their logits say so in their config (the names are those that TRL's fused LM head reads).
     """
-    batch: list[int] = []
-    kept = 0
-    for i in sorted(range(len(asked)), key=lambda i: len(asked[i])):
-        first = len(asked[batch[0]]) if batch else len(asked[i])
-        longer = max(kept, len(asked[i]) + len(replies[i]) - first + 1)
-        if batch and (len(batch) + 1) * longer > most:
-            yield batch, kept
-            batch, longer = [], len(replies[i]) + 1
-        batch, kept = [*batch, i], longer
-    if batch:
-        yield batch, kept
+    config, head = inner.config.get_text_config(), inner.get_output_embeddings()
+    # A part of the vocabulary at a time, so that the head is never whole in 32 bits.
+    logits = torch.cat([states.float() @ part.float().T for part in head.weight.split(2**14)], dim=-1)
+    if head.bias is not None:
+        logits += head.bias.float()
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
+        if scale := getattr(config, name, None):
+            logits *= 1 / scale if name == "logits_scaling" and config.model_type != "hyperclovax" else scale
+            break
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    return logits.log_softmax(dim=-1)
 
 
 def _reply_kl(policy: PeftModel, tokenizer: Tokenizer, asked: list[list[int]], replies: list[list[int]]) -> list[float]:
     """KL(policy || reference) in nats of each reply (token ids) to the prompts `asked`, summed over its tokens."""
-    found = [0.0] * len(replies)
-    most = _LOGITS // base_model(policy).config.get_text_config().vocab_size
-    with evaluating(policy), torch.no_grad(), _rounded_alike(policy):
-        for batch, kept in _kl_batches(asked, replies, most):
+    inner, found = base_model(policy), [0.0] * len(replies)
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i]) + len(replies[i]))
+    with evaluating(policy), torch.no_grad():
+        for batch in (order[start : start + 8] for start in range(0, len(order), 8)):
             rows = {"input_ids": [asked[i] + replies[i] for i in batch]}
             inputs = tokenizer.pad(rows, padding_side="right", return_tensors="pt").to(policy.device)
-            call = functools.partial(policy, **inputs, use_cache=False, logits_to_keep=kept)
-            ours = call().logits[:, -kept:]
-            with policy.disable_adapter():
-                theirs = call().logits[:, -kept:]
-            for of_policy, of_reference, i in zip(ours, theirs, batch, strict=True):
-                first = len(asked[i]) - len(asked[batch[0]])  # what is here predicts the first token of the reply
-                parts = (one[first : first + len(replies[i])].split(64) for one in (of_policy, of_reference))
-                for p, q in zip(*parts, strict=True):
-                    p, q = (one.float().log_softmax(dim=-1) for one in (p, q))
+            with _rounded_alike(policy):
+                ours = inner.base_model(**inputs, use_cache=False).last_hidden_state
+                with policy.disable_adapter():
+                    theirs = inner.base_model(**inputs, use_cache=False).last_hidden_state
+            for i, *states in zip(batch, ours, theirs, strict=True):
+                predict = slice(len(asked[i]) - 1, len(asked[i]) + len(replies[i]) - 1)  # the tokens of the reply
+                for both in zip(*(one[predict].split(64) for one in states), strict=True):
+                    p, q = (_next_logps(inner, one) for one in both)
                     kl = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1)
                     found[i] += float(kl.clamp(min=0).sum())  # rounding can leave a 0 just below it
     return found

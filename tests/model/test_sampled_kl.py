@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PreTrainedTokenizerFast,
+)
 
 import helpers
 from helpers.data.render import prompt_ids
@@ -16,6 +25,10 @@ from helpers.model.logps import sampled_kl
 
 WORDS, END, TOKENS = "abcde", "<end>", 3
 PROMPTS = ["a", "b c", "d d d e a", "c a b"] * 4
+
+SIZES = {"vocab_size": 7, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "eos_token_id": 5}
+# Far from uniform, as a trained model is.
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.3}
 
 
 def move(policy, scale: float) -> None:
@@ -33,11 +46,8 @@ def tiny():
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=END, pad_token="<pad>")
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
-    sizes = {"vocab_size": 7, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "eos_token_id": 5}
-    config = LlamaConfig(**sizes, initializer_range=0.3)  # far from uniform, as a trained model is
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
     policy = helpers.add_lora(model, seed=0)
     move(policy, 2.0)
     return policy, tokenizer
@@ -108,19 +118,61 @@ def test_a_small_move_is_never_negative(tiny):
     move(policy, 2.0)
 
 
-@pytest.mark.parametrize("most", [0, 2**22, 2**26], ids=["one row at a time", "some", "all rows at once"])
-def test_batches_of_any_size_give_each_reply_its_kl(most, small, monkeypatch):
-    monkeypatch.setattr(logps, "_LOGITS", most)
-    model, tokenizer = helpers.load_model(str(small))
-    policy = helpers.add_lora(model.float(), seed=0)
-    move(policy, 0.3)
-    prompts = [*list(helpers.load_pairs()["prompt"])[:5], "Hi"]
-    found = sampled_kl(policy, tokenizer, prompts, max_new_tokens=70)  # more than are computed at a time
+def check_each(policy, tokenizer, prompts, **sampling) -> None:
+    """Replies of unequal length, in batches, against one row at a time from the model's own logits."""
+    found = sampled_kl(policy, tokenizer, prompts, **sampling)
     pairs = zip(2 * prompt_ids(tokenizer, prompts), (reply.ids for reply in found.replies), strict=True)
     each = []
     for pair in pairs:
         p, q = next_logps(policy, *pair)
         each.append(float((p.exp() * (p - q)).sum()))
-    by_prompt = np.reshape(each, (2, 6)).mean(axis=0)
+    by_prompt = np.reshape(each, (2, len(prompts))).mean(axis=0)
     assert found.kl == pytest.approx(np.mean(each), rel=1e-4) and found.kl > 0.05
-    assert found.error == pytest.approx(by_prompt.std(ddof=1) / math.sqrt(6), rel=1e-3)
+    assert found.error == pytest.approx(by_prompt.std(ddof=1) / math.sqrt(len(prompts)), rel=1e-3)
+
+
+def test_batches_give_each_reply_its_kl(tiny, small):
+    for seed in range(3):
+        check_each(*tiny, PROMPTS, max_new_tokens=TOKENS, seed=seed)
+    model, tokenizer = helpers.load_model(str(small))
+    policy = helpers.add_lora(model.float(), seed=0)
+    move(policy, 0.3)
+    prompts = [*list(helpers.load_pairs()["prompt"])[:4], "Hi"]
+    check_each(policy, tokenizer, prompts, max_new_tokens=70)  # more than are computed at a time
+
+
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        (Gemma2Config, {"final_logit_softcapping": 0.7, "head_dim": 8}),
+        (CohereConfig, {"logit_scale": 0.25}),
+        (GraniteConfig, {"logits_scaling": 4.0}),
+        (PhiConfig, {}),  # its head has a bias
+    ],
+)
+def test_models_that_change_their_logits(kind, settings, tiny):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(kind(**SIZES, pad_token_id=6, bos_token_id=None, **settings))
+    if kind is PhiConfig:
+        model.lm_head.bias.data.normal_()
+    policy = helpers.add_lora(model, seed=0)
+    move(policy, 2.0)
+    check_each(policy, tiny[1], PROMPTS[:4], max_new_tokens=TOKENS)
+
+
+def test_rounded_logits_add_little(small):
+    """As on a GPU, whose models stay in 16 bits; a CPU has them in 32 here."""
+    model, tokenizer = helpers.load_model(str(small))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(50)  # logits of several nats, as a trained model has
+    policy = helpers.add_lora(model.float(), seed=0)
+    move(policy, 0.02)
+    ids = prompt_ids(tokenizer, list(helpers.load_pairs()["prompt"])[:4])  # as prompts, and as replies to themselves
+
+    def from_logits() -> float:
+        return sum(float((p.exp() * (p - q)).sum()) for p, q in (next_logps(policy, one, one) for one in ids))
+
+    exact = from_logits()
+    policy.bfloat16()
+    found = sum(logps._reply_kl(policy, tokenizer, ids, ids))  # noqa: SLF001  (`sampled_kl` would go to 32 bits)
+    assert abs(found - exact) < (from_logits() - exact) / 3
