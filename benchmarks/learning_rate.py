@@ -22,14 +22,13 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 os.environ["DPO_PROFILE"] = "cpu"  # before helpers: the same settings and 16-bit weights on a GPU too
 
 RATES = (5e-6, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)
 STEPS = (24, 90, 360)
 BETA, TRAIN, STEP, HELD_OUT, PROMPTS, NEW_TOKENS = 0.1, 360, 8, 120, 32, 64
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 percent point for so many seeds
 KEYS = ("pairs", "steps", "rate")
 FIGURES = ("gap", "accuracy", "kl", "chosen_change", "rejected_change", "gap_as_trained")
 
@@ -89,13 +88,15 @@ def score(folder: Path, runs: list[dict]) -> list[dict]:
 
 
 def summary(rows: list[dict]) -> list[dict]:
+    from helpers.run.metrics import seed_interval
+
     table = []
     for key in sorted({tuple(row[name] for name in KEYS) for row in rows}):
         of_seeds = [row for row in rows if tuple(row[name] for name in KEYS) == key]
         line = dict(zip(KEYS, key, strict=True)) | {"seeds": len(of_seeds)}
         for name in FIGURES:
             values = [row[name] for row in of_seeds]
-            half = STUDENT[len(values)] * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+            half = seed_interval(values) if len(values) > 1 else None
             line[name] = [round(mean(values), 4), half and round(half, 4)]
         table.append(line)
     return table
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     parser.add_argument("--pairs", type=int, nargs="+", default=[TRAIN], help=f"to train on, {TRAIN} at most")
     parser.add_argument("--epochs", type=int, nargs="+", help="in place of --steps")
-    parser.add_argument("--seeds", type=int, default=3, choices=(1, *STUDENT), help="number of seeds")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--processes", type=int, default=1, help="that share the runs on one machine")
     parser.add_argument("--folder", type=Path, default=Path("outputs/learning_rate"), help="of the runs; it is kept")
     parser.add_argument("--out", type=Path, help="JSON file for the result")

@@ -4,7 +4,11 @@ import math
 from statistics import NormalDist
 from typing import NamedTuple
 
+import numpy as np
+import pandas as pd
+
 from helpers.common import UserError
+from helpers.run.metrics import seed_interval
 from helpers.train.sweep import Sweep
 
 USUAL_BETA = 0.1  # TRL's default, and what to keep if no other is measured to be better
@@ -21,12 +25,26 @@ def compare_accuracy(sweep: Sweep, beta: float, other: float, comparisons: int =
     """Held-out accuracy of `beta` minus that of `other`, and the ends of its interval (95 percent for all comparisons).
 
     They are compared pair by pair of the `sweep`, each averaged over its seeds: what makes a pair hard for both cancels
-    out. The level is divided among the comparisons (Bonferroni).
+    out. Other pairs and other seeds would give another difference, so the interval is the wider of the one over pairs
+    and the one over the seeds that both betas have (Student's t; with one seed that over pairs alone). The level is
+    divided among the comparisons (Bonferroni).
     """
-    right = (sweep.gaps > 0).T.groupby(level=0).mean().T  # share of seeds, a row for each pair, a column for each beta
-    difference = right[beta] - right[other]
+    right = (sweep.gaps > 0).astype(float)  # columns are (beta, seed)
+    difference = right[beta].mean(axis=1) - right[other].mean(axis=1)
     half = NormalDist().inv_cdf(1 - 0.025 / comparisons) * difference.std() / math.sqrt(len(difference))
+    of_seeds = (right[beta].mean() - right[other].mean()).dropna()
+    half = np.nanmax([half, seed_interval(of_seeds, comparisons)])
     return difference.mean(), difference.mean() - half, difference.mean() + half
+
+
+def _is_nearer(runs: pd.DataFrame, beta: float, other: float) -> bool:
+    """Whether the runs of `beta` drifted less than those of `other` (rows by beta and seed), by more than chance.
+
+    The same seed is compared with itself, by Student's t; a single one by its standard errors over prompts.
+    """
+    less = (runs.kl[other] - runs.kl[beta]).dropna()
+    errors = [runs.kl_error[one].iloc[0] for one in (beta, other)]
+    return less.mean() > (seed_interval(less) if len(less) > 1 else 1.96 * math.hypot(*errors))
 
 
 def recommend(sweep: Sweep) -> Recommendation:
@@ -60,12 +78,11 @@ def recommend(sweep: Sweep) -> Recommendation:
     if worse := [f"{beta:g}" for beta, (_, _, high) in compared.items() if high < 0]:
         lines.append(f"Less accurate than {home:g}: {', '.join(worse)}.")
     if "kl" in table:
-        drift = by_beta.kl.mean()
-        error = 1.96 * by_beta.kl_error.agg(lambda errors: math.hypot(*errors) / len(errors))
-        closer = drift[drift + error < drift[beta] - error[beta]]
+        drift, runs = by_beta.kl.mean(), table.set_index(["beta", "seed"])
+        closer = drift[[other for other in drift.index if other != beta and _is_nearer(runs, other, beta)]]
         if len(closer):
             listed = ", ".join(f"{other:g} ({kl:.1f})" for other, kl in closer.items())
             lines.append(f"Nearer to the reference than {beta:g} (KL {drift[beta]:.1f} nats a reply): {listed}.")
     if seeds == 1:
-        lines.append("One seed: another one may order them differently.")
+        lines.append("One seed: the intervals are over pairs, and another seed may order the betas differently.")
     return Recommendation(beta, "\n".join(lines))

@@ -11,6 +11,8 @@ import pandas as pd
 from IPython.display import HTML
 from matplotlib.ticker import MaxNLocator
 
+from helpers.run.metrics import seed_interval
+
 # The two colours differ in lightness too, so that they can be told apart in grey print and by the colour-blind.
 CHOSEN, REJECTED = "#1b6ca8", "#d9822b"
 REFERENCE, POLICY = "#a0a0a0", "#2f7d4f"  # the two models, where no side of a pair is meant
@@ -181,12 +183,24 @@ def plot_token_rewards(tokens: pd.DataFrame) -> plt.Figure:
 
 
 def plot_frontier(table: pd.DataFrame) -> plt.Figure:
-    """Held-out accuracy against KL of each run in `Sweep.finished`: what does each nat of drift buy?"""
+    """Held-out accuracy against KL of each beta in `Sweep.finished`: what does each nat of drift buy?
+
+    With several seeds a large point is their mean, with Student's t intervals over the seeds, and the small ones are
+    the runs. With one seed the intervals are over held-out pairs (accuracy) and prompts (KL). The title says which.
+    """
     figure, axis = _subplots(figsize=(7, 4))
+    most = 1
     for beta, colour, rows in _by_beta(table):
-        bars = [rows.accuracy - rows.accuracy_low, rows.accuracy_high - rows.accuracy]
-        style = {"fmt": "o", "color": colour, "elinewidth": 0.6, "label": beta}
-        axis.errorbar(rows.kl, rows.accuracy, xerr=1.96 * rows.kl_error, yerr=bars, **style)
+        means, most = rows[["kl", "accuracy"]].mean(), max(most, len(rows))
+        if len(rows) > 1:
+            axis.plot(rows.kl, rows.accuracy, ".", color=colour, alpha=0.6)
+            bars = {"xerr": seed_interval(rows.kl), "yerr": seed_interval(rows.accuracy)}
+        else:
+            ends = [rows.accuracy - rows.accuracy_low, rows.accuracy_high - rows.accuracy]
+            bars = {"xerr": 1.96 * rows.kl_error, "yerr": ends}
+        axis.errorbar([means.kl], [means.accuracy], **bars, fmt="o", color=colour, elinewidth=0.6, label=beta)
+    over = f"{most} seeds" if most > 1 else "pairs and prompts (one seed)"
+    axis.set_title(f"95% intervals over {over}", fontsize=10)
     axis.set(xlabel="KL(policy || reference) of sampled replies (nats a reply)", ylabel="held-out preference accuracy")
     figure.legend(title="beta", fontsize=8, loc="outside right upper")
     return figure

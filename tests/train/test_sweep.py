@@ -1,5 +1,6 @@
 """The sweep: equal to runs made alone, kept as it goes, true where runs fail, careful in what it recommends."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +18,6 @@ import helpers
 from helpers import UserError
 from helpers.after.recommend import compare_accuracy, recommend
 from helpers.data.load import load_pairs
-from helpers.model.logps import sampled_kl
 from helpers.teach import plots
 from helpers.train.dpo import train_dpo
 from helpers.train.sweep import Sweep, _add, sweep_beta
@@ -52,6 +52,26 @@ def test_pairs_are_compared_with_themselves():
     # Seeds are averaged for each pair; they are not more pairs.
     doubled = made_up({(0.1, 0): 80, (0.1, 1): 80, (0.5, 0): 90, (0.5, 1): 90})
     assert compare_accuracy(doubled, 0.5, 0.1) == pytest.approx((difference, low, high))
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    right = {(0.1, 0): 80, (0.1, 1): 80, (0.1, 2): 80, (0.5, 0): 84, (0.5, 1): 90, (0.5, 2): 96}
+    difference, low, high = compare_accuracy(made_up(right), 0.5, 0.1)
+    half = 4.3027 * 0.06 / 3**0.5  # Student's t with two degrees of freedom
+    assert [difference, low, high] == pytest.approx([0.1, 0.1 - half, 0.1 + half], abs=1e-4)
+    assert recommend(made_up(right)).beta == 0.1
+    del right[0.1, 2]
+    assert compare_accuracy(made_up(right), 0.5, 0.1)[1] < low  # of the two seeds that both have
+
+
+def test_drift_is_compared_over_seeds():
+    sweep = made_up({(beta, seed): 80 for beta in (0.1, 1.0) for seed in range(3)}, kl={0.1: 2.0, 1.0: 1.0})
+    nearer = "Nearer to the reference than 0.1 (KL 2.0 nats a reply): 1 (1.0)."
+    seed, kl, of_one = sweep.table.seed - 1, sweep.table.kl, sweep.table.beta == 1.0
+    # Each seed is 1.0 nearer, however much the seeds differ; then the seeds do not agree.
+    for table, told in ((kl + seed, True), (kl + seed * of_one, False), (kl + 0.2 * seed * of_one, True)):
+        found = dataclasses.replace(sweep, table=sweep.table.assign(kl=table))
+        assert (nearer in recommend(found).reason) == told
 
 
 def test_without_a_measured_difference_the_usual_beta_is_kept():
@@ -256,39 +276,6 @@ def test_template_that_writes_the_date_makes_no_other_sweep_tomorrow(small, pair
         sweep_beta(model, tokenizer, pairs[1], pairs[0], tmp_path / "sweep", betas=(0.1,), **call)
 
 
-def log_ratio(policy, tokenizer, prompt, reply: list[int]) -> float:
-    """Of one reply, policy against reference, from all logits of a plain forward."""
-    start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-    ids = torch.tensor([start["input_ids"] + reply])
-    with torch.no_grad():
-        of_policy = policy(input_ids=ids).logits
-        with policy.disable_adapter():
-            of_reference = policy(input_ids=ids).logits
-    p, q = (logits[0, -len(reply) - 1 : -1].float().log_softmax(-1) for logits in (of_policy, of_reference))
-    return float((p - q).gather(1, torch.tensor(reply)[:, None]).sum())
-
-
-@pytest_slow
-def test_sampled_kl_is_zero_for_the_reference_and_positive_away_from_it(base, pairs):
-    model, tokenizer = base
-    policy = helpers.add_lora(model, seed=0)
-    prompts = list(pairs[0]["prompt"])[:8]
-    fresh = sampled_kl(policy, tokenizer, prompts, max_new_tokens=12)
-    assert (fresh.kl, fresh.error) == (0, 0) and len(fresh.replies) == 16
-    with torch.no_grad():
-        for name, weight in policy.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(0, 0.12, generator=torch.Generator().manual_seed(0))
-    moved = sampled_kl(policy, tokenizer, prompts, max_new_tokens=12)
-    ratios = [
-        log_ratio(policy, tokenizer, *row) for row in zip(prompts * 2, [r.ids for r in moved.replies], strict=True)
-    ]
-    assert moved.kl == pytest.approx(np.mean(ratios), abs=0.3) and moved.kl > 1  # rounded otherwise in bf16
-    by_prompt = np.reshape(ratios, (2, 8)).mean(axis=0)
-    assert moved.error == pytest.approx(by_prompt.std(ddof=1) / 8**0.5, abs=0.1)
-    policy.unload()
-
-
 # ------------------------------------------------------------------------------------------------ figures
 
 
@@ -300,7 +287,13 @@ def test_figures_show_each_run_and_beta():
     ]
     axis = plots.plot_frontier(pd.DataFrame(rows)).axes[0]
     drawn = {bars.get_label(): bars.lines[0].get_xdata().tolist() for bars in axis.containers}
-    assert drawn == {"0.1": [2.0, 3.0], "1": [1.0]}
+    assert drawn == {"0.1": [2.5], "1": [1.0]}
+    assert [line.get_xdata().tolist() for line in axis.lines if line.get_marker() == "."] == [[2.0, 3.0]]
+    widths = [bars.lines[2][0].get_segments()[0][:, 0] for bars in axis.containers]
+    # Two seeds: 12.706 standard errors; one seed: 1.96 of those over prompts.
+    assert np.diff(widths, axis=1)[:, 0] == pytest.approx([2 * 12.706 * 0.5, 2 * 1.96 * 0.1], rel=1e-3)
+    assert axis.get_title() == "95% intervals over 2 seeds"
+    assert "one seed" in plots.plot_frontier(pd.DataFrame(rows[1:])).axes[0].get_title()
     assert "KL" in axis.get_xlabel() and "accuracy" in axis.get_ylabel()
     chosen, rejected, _ = plots.plot_changes(pd.DataFrame(rows)).axes[0].lines
     assert chosen.get_ydata().tolist() == [-1.0] * 3 and rejected.get_ydata().tolist() == [-3.0] * 3
