@@ -70,7 +70,7 @@ def train(args) -> dict:
         num_train_epochs=args.epochs,
         learning_rate=args.learning_rate,
         eval_strategy="steps",
-        eval_steps=max(1, round(args.pairs * args.epochs / 8 / 5)),
+        eval_steps=1,
     )
     stored = json.loads((args.folder / "sweep.json").read_text(encoding="utf-8"))
     return {"command": command(stored) + (f" --pairs {args.pairs}" if args.pairs != 360 else ""), **stored}
