@@ -1,10 +1,10 @@
 """The long beta sweep behind 05_beta_sweep: python benchmarks/beta.py --out benchmarks/results/beta.json
 
 Six betas and three seeds of the embedded model, one epoch of the bundled training pairs (360; 120 held out), learning
-rate 2e-4, batch 8, with two sampled replies to each held-out prompt. Held-out pairs are also scored during training,
-which shows whether the order of the betas has settled. The settings are those of the CPU profile on any machine; a GPU
+rate 2e-4, batch 8, with two sampled replies to each held-out prompt. Held-out pairs are also scored after every step,
+which shows whether the order of the betas has settled, and what `diagnose` says however often it looks. The settings are those of the CPU profile on any machine; a GPU
 only shortens the wait. After an interruption the same command goes on. Several processes can share the betas
-(`--betas 0.01 0.05` and so on); `--merge A.json B.json` joins their files instead of training.
+and the seeds (`--betas 0.01 0.05`, `--seeds 2`); `--merge A.json B.json` joins their files instead of training.
 
 `helpers.train.sweep.Sweep.load` reads the file `--out`. The last line is one JSON object: means by beta, the order by
 log-ratio gap and by KL at each held-out evaluation and for each seed, and the recommendation.
@@ -29,7 +29,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--betas", type=float, nargs="+", default=BETAS)
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--pairs", type=int, default=360, help="training pairs; a third as many are held out")
@@ -65,7 +65,7 @@ def train(args) -> dict:
         test,
         args.folder,
         betas=args.betas,
-        seeds=range(args.seeds),
+        seeds=tuple(args.seeds),
         prompts=len(test),
         num_train_epochs=args.epochs,
         learning_rate=args.learning_rate,
@@ -81,7 +81,8 @@ def command(stored: dict) -> str:
     settings = stored["info"]["identity"]["settings"]
     betas, seeds = (sorted({row[name] for row in stored["table"]}) for name in ("beta", "seed"))
     return (
-        f"python benchmarks/beta.py --betas {' '.join(f'{beta:g}' for beta in betas)} --seeds {len(seeds)} "
+        f"python benchmarks/beta.py --betas {' '.join(f'{beta:g}' for beta in betas)} "
+        f"--seeds {' '.join(f'{seed:g}' for seed in seeds)} "
         f"--epochs {settings['num_train_epochs']:g} --learning-rate {settings['learning_rate']:g}"
     )
 
