@@ -2,9 +2,10 @@
 
 Six betas and three seeds of the embedded model, one epoch of the bundled training pairs (360; 120 held out), learning
 rate 2e-4, batch 8, with two sampled replies to each held-out prompt. Held-out pairs are also scored after every step,
-which shows whether the order of the betas has settled, and what `diagnose` says however often it looks. The settings are those of the CPU profile on any machine; a GPU
-only shortens the wait. After an interruption the same command goes on. Several processes can share the betas
-and the seeds (`--betas 0.01 0.05`, `--seeds 2`); `--merge A.json B.json` joins their files instead of training.
+which shows whether the order of the betas has settled, and what `diagnose` says however often it looks. The settings
+are those of the CPU profile on any machine; a GPU only shortens the wait. After an interruption the same command goes
+on. Several processes can share the betas and the seeds (`--betas 0.01 0.05`, `--seeds 2`); `--merge A.json B.json`
+joins their files instead of training.
 
 `helpers.train.sweep.Sweep.load` reads the file `--out`. The last line is one JSON object: means by beta, the order by
 log-ratio gap and by KL at each held-out evaluation and for each seed, and the recommendation.
