@@ -113,6 +113,20 @@ def seed_runs() -> dict[str, dict]:
     }
 
 
+def runs_at_every_step() -> dict[str, dict]:
+    """Seeds of 03 and runs of the sweep that were evaluated after every step."""
+    runs = json.loads((ROOT / "benchmarks" / "results" / "every_step.json").read_text(encoding="utf-8"))["runs"]
+    return {
+        f"{run.pop('run')}, evaluated: every step": {
+            "history": run["history"],
+            "config": {"loss_type": ["sigmoid"], "learning_rate": 2e-4, "num_train_epochs": 1}
+            | {name: run[name] for name in ("beta", "max_steps")},
+        }
+        | {name: run[name] for name in ("train_pairs", "test_pairs")}
+        for run in runs
+    }
+
+
 def public(run: dict) -> dict:
     """What is known of a public run besides its history."""
     config = {name: run[name] for name in ("beta", "loss_type") if run.get(name)} | run.get("config", {})
@@ -120,7 +134,7 @@ def public(run: dict) -> dict:
 
 
 # name: (source, what else `diagnose` is told, the codes wanted)
-ALL = {name: (known.pop("history"), known, []) for name, known in (sweep_runs() | seed_runs()).items()}
+ALL = {name: (known.pop("history"), known, []) for name, known in (sweep_runs() | seed_runs() | runs_at_every_step()).items()}
 ALL |= {run["name"]: (run["history"], public(run), run["wanted"]) for run in FIELD}
 ALL |= {
     f"lab {part['machine']} {one['run']}": (recorded(part, one["run"]), {}, expected(one["case"], one["state"]))
