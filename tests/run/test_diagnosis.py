@@ -158,16 +158,21 @@ def test_every_run_of_the_sweep_and_of_others(name):
 # limit: the number that it is for, the symptom (or the note), and the runs in which the number decides.
 SIGNS = {
     "start_off": ("start_off", "wrong_reference", lambda f: True),
-    "flat_from": ("flat_from", "wrong_reference", lambda f: f["first_at"] < 0.4),
+    "flat_from": ("flat_from", "wrong_reference", lambda f: f["first_at"] < 0.4 and not f["back_from"] > 0),
     "flat_at": ("first_at", "wrong_reference", lambda f: f["flat_from"] > 30 and f["flat_by"] < 0.1),
     "flat_by": ("flat_by", "wrong_reference", lambda f: f["first_at"] < 0.4 and f["flat_from"] > 10),
+    "back_to": ("back_to", "wrong_reference", lambda f: f["first_at"] < 0.4 and f["back_from"] > 30 and f["falls"]),
     "moved": ("moved", "not_moving", lambda f: not f["over"] < 0.5),
     "loss_peak": ("loss_peak", "diverged", lambda f: f["loss"] == "sigmoid"),
     "loss_half": ("loss_half", "loss_zero", lambda f: f["loss"] == "sigmoid"),
     "leak": ("low_first", "leak", lambda f: f["early"] <= 0.5 and not f["surface"] > 0),
     "leak_explained": ("low_first", "leak", lambda f: f["early"] <= 0.5 and f["surface"] >= f["low_first"]),
     "leak_note": ("low_best", "leak, note", lambda f: True),
-    "accuracy_end": ("accuracy_end", "no_preference", lambda f: f["low_end"] < 0.5),
+    "accuracy_end": (
+        "accuracy_end",
+        "no_preference",
+        lambda f: f["low_end"] < 0.5 <= f["high_end"] and f["pairs"] >= 30 and f["moved"] >= 0.3,
+    ),
     "loss_rise": ("loss_rise", "overfitting, note", lambda f: f["gain_lost"] > 0.25),
     "gain_waver": ("gain_lost", "overfitting, note", lambda f: f["loss_rise"] > max(0.03, f["noise"])),
     "gain_lost": ("gain_lost", "overfitting", lambda f: f["loss_rise"] > 0.03),
@@ -177,8 +182,16 @@ SIGNS = {
         lambda f: f["loss"] in ("sigmoid", "hinge") and f["chosen_end"] > f["rejected_end"],
     ),
     "fall_speed": ("fall_speed", "chosen_falls", lambda f: f["beta"] < 0.1 and f["loss"] == "sigmoid"),
-    "fall_held": ("chosen_fall", "chosen_falls", lambda f: f["beta"] >= 0.1 and -f["chosen_end"] > 30),
-    "fall_nats": ("fall_nats", "chosen_falls", lambda f: f["beta"] >= 0.1 and f["chosen_fall"] > 0.5),
+    "fall_held": (
+        "chosen_fall",
+        "chosen_falls",
+        lambda f: f["loss"] == "sigmoid" and f["beta"] >= 0.1 and -f["chosen_end"] > 30,
+    ),
+    "fall_nats": (
+        "fall_nats",
+        "chosen_falls",
+        lambda f: f["loss"] == "sigmoid" and f["beta"] >= 0.1 and f["chosen_fall"] > 0.5,
+    ),
     "cut": ("cut", "never_ends", lambda f: True),
 }
 
@@ -226,7 +239,16 @@ def test_limit_has_room_on_both_sides(limit):
 def test_each_limit_has_its_reason_and_its_margins_or_is_no_sign():
     assert all(row["why"] for row in LIMIT_TABLE.values())
     assert set(SIGNS) == {limit for limit, row in LIMIT_TABLE.items() if "sick" in row}
-    conditions = {"answer_tokens", "token_logp", "over", "leak_early", "enough_pairs", "noise", "beta_holds"}
+    conditions = {
+        "answer_tokens",
+        "token_logp",
+        "over",
+        "leak_early",
+        "enough_pairs",
+        "noise",
+        "beta_holds",
+        "beta_seen",
+    }
     assert set(LIMIT_TABLE) - set(SIGNS) == conditions
 
 
@@ -249,14 +271,16 @@ def test_table_of_rule_against_run(capsys):
         for limit, runs in Counter(limit for limit, _ in close).items():
             names = sorted(name for other, name in close if other == limit)
             print(f"within a tenth of {limit}: {runs} healthy runs, {names[0]} ... {names[-1]}")
-    assert set(fired.rule) - set(RULES) == {f"{code}, note" for code in ("leak", "overfitting", "chosen_falls")}
+    noted = {code for code, words in SYMPTOMS.items() if "note" in words}
+    assert set(fired.rule) - set(RULES) == {f"{code}, note" for code in noted}
     assert set(fired.rule) >= set(RULES)
     assert not fired[fired.runs == "healthy"].rule.isin(RULES).any()
     assert {limit for limit, _ in close} == CLOSE
 
 
-# Limits that a healthy run comes near: of a note only. Nine of ten pairs right is what the sweep reaches.
-CLOSE = {"leak_note"}
+# Limits that a healthy run comes near. Nine of ten pairs right is what the sweep reaches, and worth a note only; one run
+# of others has 0.94 right at its first evaluation, and gets that note.
+CLOSE = {"leak_note", "leak"}
 
 
 # ------------------------------------------------------------------------------------------------ other histories
