@@ -96,7 +96,7 @@ def _table(history: list[dict], prefix: str = "") -> pd.DataFrame:
         if any(prefix + name in row for name in told)
     ]
     table = pd.DataFrame(rows, columns=["step", "epoch", "order", *names]).astype(float)  # text such as "nan" too
-    return table.assign(place=table[place])
+    return table.assign(place=table[place]).sort_values("place", kind="stable", ignore_index=True)
 
 
 def _beta(held: pd.DataFrame) -> float:
@@ -189,7 +189,10 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
     tenth = max(math.ceil(len(train) / 10), 2 if len(train) > 4 else 1)
     f |= {"loss_end": last_half.loss.mean(), "loss_half": first_half.loss.tail(2).mean()}
     f |= {"loss_peak": train.loss.rolling(tenth).mean().max(), "gradient": train.grad_norm.max()}
-    f |= {"margin_end": last_half["rewards/margins"].mean(), "falls": bool(train.loss.head(1).max() == train.loss.max())}
+    f |= {
+        "margin_end": last_half["rewards/margins"].mean(),
+        "falls": bool(train.loss.head(1).max() == train.loss.max()),
+    }
     # The loss of step 1 is taken before its update, as is an evaluation at step 0.
     start = pd.concat([evaluated[evaluated.step == 0], train[train.step <= 1]]).head(1)
     off = start[["rewards/chosen", "rewards/rejected"]].abs().max(axis=1) / f["beta"]
@@ -377,12 +380,23 @@ def of_run(run: Run) -> dict[str, Any]:
 def _of_text(text: str) -> Any:
     """What was pasted: a history or trainer_state.json as JSON, or the lines that a trainer prints."""
     try:
-        return json.loads(text)
+        read = json.loads(text)
+        return [read] if isinstance(read, dict) and "log_history" not in read else read
     except ValueError:
-        quoted = (re.sub(r"(?<=: )-?(nan|inf)\b", r"'\g<0>'", line) for line in re.findall(r"{[^{}]*}", text))
+        quoted = (re.sub(r"(?<=: )-?(nan|inf)\b", r"'\g<0>'", line) for line in re.findall(r"{['\"][^{}]*}", text))
         with contextlib.suppress(ValueError, SyntaxError):
-            return [ast.literal_eval(line) for line in quoted]
+            if rows := [ast.literal_eval(line) for line in quoted]:
+                return rows
     raise refused("not_a_history")
+
+
+def _existing(source: str | Path) -> Path:
+    """UserError too for what cannot be a path, such as a long text."""
+    path = Path(source)
+    with contextlib.suppress(OSError):
+        if path.exists():
+            return path
+    raise refused("no_history", folder=path.name[:60])
 
 
 def _of_folder(folder: Path) -> dict[str, Any]:
@@ -390,8 +404,7 @@ def _of_folder(folder: Path) -> dict[str, Any]:
     if info := read_info(folder):
         stopped = info.status in (Status.OUT_OF_MEMORY, Status.NOT_FINITE)
         return of_run(Run(folder, info, [], {}, None) if stopped else Run.load(folder))
-    within = ("trainer_state.json", "checkpoint-*/trainer_state.json")
-    states = [folder] if folder.is_file() else [path for name in within for path in folder.glob(name)]
+    states = [*folder.glob("trainer_state.json"), *folder.glob("checkpoint-*/trainer_state.json")]
     if not states:
         raise refused("no_history", folder=folder.name)
     try:
@@ -405,6 +418,8 @@ def _of_folder(folder: Path) -> dict[str, Any]:
 def _of_source(source: Any) -> dict[str, Any]:
     if isinstance(source, str) and "{" in source:
         source = _of_text(source)
+    elif isinstance(source, str | Path) and (path := _existing(source)).is_file():
+        source = _of_text(path.read_text(encoding="utf-8", errors="replace"))
     if isinstance(source, dict) and "log_history" in source:
         return _of_source(source["log_history"]) | {"config": {"max_steps": source.get("max_steps") or 0}}
     if isinstance(source, str | Path):
@@ -416,19 +431,28 @@ def _of_source(source: Any) -> dict[str, Any]:
         sets = {"train_pairs": source.train_dataset, "test_pairs": source.eval_dataset}
         sizes = {name: len(rows) for name, rows in sets.items() if hasattr(rows, "column_names")}
         return {"history": source.state.log_history, "config": config} | sizes
-    if not isinstance(source, list) or not all(isinstance(row, dict) for row in source):
+    if not isinstance(source, list) or not all(isinstance(row, dict) and _named_by_text(row) for row in source):
         raise refused("not_a_history")
     return {"history": source}
 
 
+def _named_by_text(row: dict) -> bool:
+    return all(isinstance(key, str) for key in row)
+
+
 def _readable(known: dict[str, Any]) -> dict[str, Any]:
-    """The same, or UserError: rows that DPO does not log, and what is no number where one must be."""
+    """The same, or UserError: rows that DPO does not log, and what is no number or count where one must be."""
     for place, row in enumerate(known["history"], 1):
         for key, value in row.items():
-            if other := OTHERS.get(str(key).removeprefix("eval_")):
+            if other := OTHERS.get(key.removeprefix("eval_")):
                 raise refused("not_dpo", key=key, other=other)
-            if str(key).endswith(("loss", "step", "epoch", "grad_norm", "learning_rate")) or "/" in str(key):
-                _number(value, f"{key} in row {place}")
+            if key.endswith(("loss", "step", "epoch", "grad_norm", "learning_rate")) or "/" in key:
+                number = _number(value, f"{key} in row {place}")
+                if key.endswith("rewards/accuracies") and (number or 0) > 1:
+                    raise refused("no_share", name=f"{key} in row {place}", value=value)
+    for name in ("train_pairs", "test_pairs"):
+        if not isinstance(known.get(name, 0), int) or known.get(name, 0) < 0:
+            raise refused("no_count", name=name, value=known[name])
     config = known.get("config", {})
     return known | {
         "config": config | {name: _number(config[name], f"{name} in config") for name in NUMBERS if name in config}
@@ -455,7 +479,7 @@ def diagnose(
 
     Args:
         source: a Run or its folder, also of one that ran out of memory; a trainer; its `state.log_history`, also as
-            text (JSON, or the lines that it prints); or TRL's output or checkpoint folder.
+            text or in a file (JSON, or the lines that it prints); or TRL's output or checkpoint folder.
         config: the DPOConfig, or a dict with its `beta`, `loss_type`, `learning_rate`, ..., where the source has none.
         train_pairs, test_pairs: how many pairs, where the source does not say. A `report` says how many to train on.
         report: of `check_pairs` for the training pairs.
