@@ -211,6 +211,8 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
     f |= _moves(held if len(held) > 1 else train, held.tail(1) if len(held) else last_half, f)
     f["alike"] = f["ahead"] == f["accuracy_end"] == 0 and f["still"] is False
     f["alike_at"] = held["rewards/chosen"].tail(1).mean() if f["alike"] else math.nan
+    if _breaks(f):
+        f |= {"lost_chosen": f["chosen_end"], "lost_rejected": f["rejected_end"]}
     return f | _second_signs(f)
 
 
@@ -324,9 +326,9 @@ def _symptom(code: str, note: bool, f: dict[str, Any]) -> Symptom:
         ("loss_zero", 1): f["accuracy_first"] <= LIMITS["leak_note"],
         ("chosen_falls", 1): f["beta"] >= LIMITS["beta_holds"],
         ("diverged", 2): not f["high_end"] < 0.5,
-        ("no_preference", 0): not f["alike"],
+        ("no_preference", 0): f["alike"],
         ("no_preference", 1): f["alike"],
-        ("no_preference", 2): f["alike"],
+        ("no_preference", 2): not f["alike"],
         ("not_moving", 0): f["gradient"] == 0 or f["logp_end"] == 0,
         ("not_moving", 1): f["gradient"] > 0,
         ("not_moving", 2): f["logp_end"] != 0,

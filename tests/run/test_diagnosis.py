@@ -581,6 +581,7 @@ def test_both_sides_lost_is_divergence_and_no_exchanged_labels():
     assert diagnosis.codes == ["diverged"]
     assert [cure for _, cure in diagnosis.findings[0].causes][0].startswith("a tenth of it (1e-06)")
     assert diagnosis.findings[0].causes[-1][0].startswith("Chosen and rejected are exchanged")
+    assert "both sides lost by far, -62 (chosen) and -56 (rejected) nats" in diagnosis.findings[0].evidence
     rows[0] |= {"eval_rewards/chosen": -2.0, "eval_rewards/rejected": -0.5}  # the labels' own doing
     assert diagnose(rows, **known).codes == ["below_half"]
 
