@@ -476,13 +476,18 @@ HISTORY = next(run["history"] for run in FIELD if run["wanted"] == ["overfitting
         printed(HISTORY),
         [{key: str(value) for key, value in row.items()} for row in HISTORY],
         HISTORY[::-1],
-        [row | {"entropy": None, "grad_norm": None} for row in HISTORY],
+        [row | {"rewards/margins": None, "grad_norm": None} for row in HISTORY],
         [{key: value for key, value in row.items() if key != "step"} for row in HISTORY],
     ],
     ids=["json", "json lines", "state as json", "state", "printed", "text", "reversed", "nothing", "no steps"],
 )
 def test_a_history_in_other_forms(source):
     assert diagnose(source, config={"beta": 0.1, "loss_type": "sigmoid"}, test_pairs=2000).codes == ["overfitting"]
+
+
+def test_the_order_of_rows_does_not_matter():
+    known = {"config": {"beta": 0.1, "loss_type": "sigmoid"}, "test_pairs": 2000}
+    assert str(diagnose(HISTORY[::-1], **known)) == str(diagnose(HISTORY, **known))
 
 
 def test_a_file_with_a_history(tmp_path):
@@ -544,6 +549,9 @@ def test_two_evaluations_show_the_beta_that_was_not_told():
         rows, known = public_run(name)
         assert "beta" not in known["config"]
         assert measure({"history": rows} | known)["beta"] == beta
+    still = [rows[-1] | {"eval_logps/chosen": -590.0, "epoch": 0.9}, rows[-1] | {"eval_logps/chosen": -590.05}]
+    still[0]["eval_rewards/chosen"] -= 0.0001
+    assert math.isnan(measure({"history": still})["beta"])  # rounding decides
     last = diagnose(rows[-1:], **known)
     assert "how far the policy moved: pass config" in str(last)
 
@@ -582,8 +590,10 @@ def test_both_sides_lost_is_divergence_and_no_exchanged_labels():
     assert [cure for _, cure in diagnosis.findings[0].causes][0].startswith("a tenth of it (1e-06)")
     assert diagnosis.findings[0].causes[-1][0].startswith("Chosen and rejected are exchanged")
     assert "both sides lost by far, -62 (chosen) and -56 (rejected) nats" in diagnosis.findings[0].evidence
-    rows[0] |= {"eval_rewards/chosen": -2.0, "eval_rewards/rejected": -0.5}  # the labels' own doing
-    assert diagnose(rows, **known).codes == ["below_half"]
+    for other in ({"eval_rewards/rejected": -2.0}, {"eval_rewards/chosen": -2.0}, {"eval_loss": 0.65}):
+        assert diagnose([rows[0] | other], **known).codes != ["diverged"]
+    # What exchanged labels do of themselves.
+    assert diagnose([rows[0] | {"eval_rewards/rejected": -2.0}], **known).codes == ["below_half"]
 
 
 def test_a_start_far_below_the_reference_that_training_mends():
@@ -591,6 +601,8 @@ def test_a_start_far_below_the_reference_that_training_mends():
     diagnosis = diagnose(rows, **known)
     assert diagnosis.codes == ["wrong_reference"]
     assert "-309 nats from the reference in the first logged row already" in diagnosis.findings[0].evidence
+    worse = [rows[0], rows[1] | {"loss": 3.0}, *rows[2:]]
+    assert diagnose(worse, **known).codes == ["diverged"]
     rows[-1] |= {"rewards/chosen": -30.0, "rewards/rejected": -31.0}
     assert diagnose(rows, **known).codes == ["diverged"]
 
