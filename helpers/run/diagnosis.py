@@ -4,9 +4,12 @@ It reads a history of TRL's DPOTrainer, from wherever it is, and loads no model.
 `RULES` compare them with the limits of symptoms.yaml, which also says what is behind each symptom.
 """
 
+import ast
+import contextlib
 import html
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +25,8 @@ from helpers.run import refused
 from helpers.run.folder import Run, Status, describe_config, read_info
 from helpers.run.metrics import wilson_interval
 
+OTHERS = {"kl": "KTO", "log_odds_ratio": "ORPO", "reward": "GRPO"}  # a key that DPO does not log: whose log it is
+NUMBERS = ("beta", "learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "max_length")
 PER_TOKEN = ("ipo", "sigmoid_norm")  # losses that count per token: no limit on a sum over an answer fits them
 NOTE = "note"
 LN2 = math.log(2)  # the loss of a policy that equals its reference
@@ -80,12 +85,24 @@ class Diagnosis:
 
 
 def _table(history: list[dict], prefix: str = "") -> pd.DataFrame:
-    """The rows that have a loss under this prefix, as numbers; "place" is the step, or the epoch without steps."""
-    names = ["loss", "grad_norm", "learning_rate", "logps/chosen"]
-    names += [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
-    rows = [row | {name: row.get(prefix + name) for name in names} for row in history if f"{prefix}loss" in row]
-    table = pd.DataFrame(rows, columns=["step", "epoch", *names]).astype(float)  # text such as "nan" too
-    return table.assign(place=table.step.fillna(table.epoch))
+    """The rows that have a loss or rewards under this prefix, as numbers; "place" is what all rows of the history have:
+    the step, or the epoch, or their order."""
+    told = ["loss", "logps/chosen", *(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies"))]
+    names = [*told, "grad_norm", "learning_rate"]
+    place = next((name for name in ("step", "epoch") if all(row.get(name) is not None for row in history)), "order")
+    rows = [
+        row | {"order": order} | {name: row.get(prefix + name) for name in names}
+        for order, row in enumerate(history)
+        if any(prefix + name in row for name in told)
+    ]
+    table = pd.DataFrame(rows, columns=["step", "epoch", "order", *names]).astype(float)  # text such as "nan" too
+    return table.assign(place=table[place]).sort_values("place", kind="stable", ignore_index=True)
+
+
+def _beta(held: pd.DataFrame) -> float:
+    """As two evaluations of the same pairs show it: how far the reward of a side moves with its log-prob."""
+    reward, logp = (held[name].max() - held[name].min() for name in ("rewards/chosen", "logps/chosen"))
+    return float(f"{reward / logp:.2g}") if reward > 0 and logp > LIMITS["beta_seen"] else math.nan
 
 
 def to_try(config: dict[str, Any]) -> dict[str, str]:
@@ -97,8 +114,9 @@ def to_try(config: dict[str, Any]) -> dict[str, str]:
 
 def _setting(config: dict[str, Any], train: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
     """What the settings and the logged rates say: beta, the loss of knowing nothing, how much of the run is over."""
-    beta, loss, steps = config.get("beta") or math.nan, config.get("loss_type"), config.get("max_steps", 0)
+    beta, loss, steps = config.get("beta") or math.nan, config.get("loss_type"), config.get("max_steps") or 0
     loss = str(loss[0] if isinstance(loss, list) and len(loss) == 1 else loss)
+    loss += ", weighted" * bool(config.get("use_weighting"))
     starts = {"sigmoid": LN2, "sigmoid_norm": LN2, "hinge": 1.0, "ipo": 1 / (4 * beta**2)}
     names = ("max_length", "num_train_epochs", "fp16", "per_device_train_batch_size")
     f = {name: config.get(name) or math.nan for name in names}
@@ -119,7 +137,12 @@ def _moves(rows: pd.DataFrame, ends: pd.DataFrame, f: dict[str, Any]) -> dict[st
     means = f["loss"] in PER_TOKEN and abs(logp) < LIMITS["token_logp"]  # over the tokens of an answer were logged
     found = {"chosen_end": chosen, "rejected_end": rejected, "gap": chosen - rejected, "logp_end": logp}
     still = last["rewards/chosen"] == last["rewards/rejected"] == 0  # at any beta
-    found |= {"moved": 0.0 if still else max(abs(chosen), abs(rejected)), "logp_start": logp - chosen}
+    found |= {
+        "still": bool(still),
+        "moved": 0.0 if still else max(abs(chosen), abs(rejected)),
+        "logp_start": logp - chosen,
+    }
+    found["ahead"] = last["rewards/chosen"] - last["rewards/rejected"]
     found["moved"] *= LIMITS["answer_tokens"] if means else 1
     found["chosen_fall"] = chosen / (logp - chosen or math.nan)
     found["fall_speed"] = found["chosen_fall"] / (ends.step.max() or math.nan)
@@ -129,6 +152,7 @@ def _moves(rows: pd.DataFrame, ends: pd.DataFrame, f: dict[str, Any]) -> dict[st
         found |= {"first_chosen": chosen / beta, "flat_from": min(chosen, rejected) / beta}
         found["first_at"] = first.place / (rows.place.max() or math.nan)
         found["flat_by"] = abs(end["rewards/chosen"] / (chosen or math.nan) - 1)
+        found |= {"back_from": -max(chosen, rejected) / beta, "back_to": end["rewards/chosen"] / (chosen or math.nan)}
     return found
 
 
@@ -145,25 +169,30 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
     prefix, *others = [name for name in sets if name.startswith("eval_")] or ["eval_"]
     train, evaluated = _table(history), _table(history, prefix)
     held = evaluated[evaluated.step != 0]
-    rows, half = pd.concat([train, held]), math.ceil(len(train) / 2)
+    rows = pd.concat([train, held])
+    middle = rows.place.max() / 2
+    first_half, last_half = train[train.place <= middle], train[~(train.place <= middle)]
     values = [row[name] for row in history for name in row if name.endswith(curves) and not name.startswith("train_")]
     # What was not measured is NaN: every comparison with it is false, so it is never a sign.
-    f: defaultdict[str, Any] = defaultdict(
-        lambda: math.nan, known.get("memory_gb", {}) | _setting(known.get("config", {}), train, rows)
-    )
+    config = known.get("config", {})
+    config = config if config.get("beta") else config | {"beta": _beta(held)}
+    f: defaultdict[str, Any] = defaultdict(lambda: math.nan, known.get("memory_gb", {}) | _setting(config, train, rows))
     f |= {"status": known.get("status"), "findings": findings, "steps": len(train), "evaluations": len(held)}
     f |= {"train_pairs": known.get("train_pairs") or math.nan, "pairs": pairs}
     f["others"] = ", ".join(name.removeprefix("eval_").removesuffix("_") for name in others)
-    f["not_numbers"] = sum(not math.isfinite(float(value)) for value in values) or math.nan
+    f["not_numbers"] = sum(not math.isfinite(float(value)) for value in values if value is not None) or math.nan
     f["stopped_at"] = known.get("steps") if f["status"] == Status.NOT_FINITE else math.nan
     if findings is not None:
         surface = max(findings.get("length_leak", 0), findings.get("feature_leak", 0))
         f |= {"findings_cut": findings.get("over_max_length", 0), "surface": surface / f["train_pairs"]}
         f["cut"] = f["findings_cut"] / f["train_pairs"]
     tenth = max(math.ceil(len(train) / 10), 2 if len(train) > 4 else 1)
-    f |= {"loss_end": train.loss.tail(half).mean(), "loss_half": train.loss.head(half).tail(2).mean()}
+    f |= {"loss_end": last_half.loss.mean(), "loss_half": first_half.loss.tail(2).mean()}
     f |= {"loss_peak": train.loss.rolling(tenth).mean().max(), "gradient": train.grad_norm.max()}
-    f["margin_end"] = train["rewards/margins"].tail(half).mean()
+    f |= {
+        "margin_end": last_half["rewards/margins"].mean(),
+        "falls": bool(train.loss.head(1).max() == train.loss.max()),
+    }
     # The loss of step 1 is taken before its update, as is an evaluation at step 0.
     start = pd.concat([evaluated[evaluated.step == 0], train[train.step <= 1]]).head(1)
     off = start[["rewards/chosen", "rewards/rejected"]].abs().max(axis=1) / f["beta"]
@@ -179,7 +208,11 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
         if pairs and value >= 0:
             f[f"low_{name}"], f[f"high_{name}"] = wilson_interval(round(value * pairs), pairs)
     f["early"] = held.place.min() / (rows.place.max() or math.nan)
-    f |= _moves(held if len(held) > 1 else train, held.tail(1) if len(held) else train.tail(half), f)
+    f |= _moves(held if len(held) > 1 else train, held.tail(1) if len(held) else last_half, f)
+    f["alike"] = f["ahead"] == f["accuracy_end"] == 0 and f["still"] is False
+    f["alike_at"] = held["rewards/chosen"].tail(1).mean() if f["alike"] else math.nan
+    if _breaks(f):
+        f |= {"lost_chosen": f["chosen_end"], "lost_rejected": f["rejected_end"]}
     return f | _second_signs(f)
 
 
@@ -210,11 +243,33 @@ def _second_signs(f: dict[str, Any]) -> dict[str, float]:
     return {name: number if holds else math.nan for name, (holds, number) in signs.items()}
 
 
+def _breaks(f: dict[str, Any]) -> bool:
+    """Both sides lost by far, the chosen more, and the held-out loss is above that of knowing nothing."""
+    lost = f["chosen_fall"] > LIMITS["fall_held"] and f["rejected_end"] < -LIMITS["fall_nats"]
+    return lost and f["chosen_end"] < f["rejected_end"] and f["held_loss_end"] > f["start"]
+
+
+def _came_back(f: dict[str, Any]) -> bool:
+    """Both sides much unlikelier than under the reference in the first row, which is the worst, and less so later."""
+    return (
+        f["first_at"] < LIMITS["flat_at"]
+        and f["back_from"] > LIMITS["flat_from"]
+        and f["falls"] is True
+        and (f["back_to"] < LIMITS["back_to"])
+    )
+
+
+def _below_half(f: dict[str, Any]) -> bool | str:
+    """A note where the chosen are ahead all the same: ties, which count as wrong, bring an accuracy down as well."""
+    low = f["high_end"] < 0.5 and f["accuracy_best"] < 0.5 and f["pairs"] >= ENOUGH_PAIRS
+    return low and f["moved"] >= LIMITS["moved"] and (f["ahead"] < 0 or NOTE)
+
+
 def _falls(f: dict[str, Any]) -> bool | str:
     """A symptom with a second sign, a note without."""
     fell = f["chosen_fall"] > LIMITS["chosen_fall"] and f["chosen_end"] > f["rejected_end"]
     harms = not all(math.isnan(f[name]) for name in ("fast", "held", "rose"))
-    return fell and f["loss"] not in PER_TOKEN and (harms or NOTE)
+    return fell and f["loss"] not in (*PER_TOKEN, "None") and (harms or NOTE)
 
 
 # code -> whether a run has the symptom, in the order in which symptoms are named; NOTE where it is worth a note only.
@@ -229,10 +284,11 @@ RULES: dict[str, Callable[[dict[str, Any]], bool | str]] = {
             and f["flat_from"] > LIMITS["flat_from"]
             and f["flat_by"] < LIMITS["flat_by"]
         )
+        or _came_back(f)
     ),
-    "diverged": lambda f: f["loss_peak"] > LIMITS["loss_peak"] * f["start"] / LN2,
+    "diverged": lambda f: (f["loss_peak"] > LIMITS["loss_peak"] * f["start"] / LN2 and not _came_back(f)) or _breaks(f),
     "leak": lambda f: _leaks(f) or f["low_best"] > LIMITS["leak_note"] and NOTE,
-    "below_half": lambda f: f["moved"] >= LIMITS["moved"] and f["high_end"] < 0.5 and f["accuracy_best"] < 0.5,
+    "below_half": _below_half,
     "overfitting": lambda f: (
         (_rises(f, "gain_lost") and not f["loss_end"] >= f["held_loss_best"]) or (_rises(f, "gain_waver") and NOTE)
     ),
@@ -241,11 +297,14 @@ RULES: dict[str, Callable[[dict[str, Any]], bool | str]] = {
     "not_moving": lambda f: f["moved"] < LIMITS["moved"] and not f["over"] < LIMITS["over"],
     "never_ends": lambda f: f["cut"] > LIMITS["cut"],
     "no_preference": lambda f: (
-        f["low_end"] < 0.5 <= f["high_end"]
-        and f["accuracy_end"] < LIMITS["accuracy_end"]
-        and f["pairs"] >= ENOUGH_PAIRS
-        and f["moved"] >= LIMITS["moved"]
-        and not f["over"] < LIMITS["over"]
+        f["alike"]
+        or (
+            f["low_end"] < 0.5 <= f["high_end"]
+            and f["accuracy_end"] < LIMITS["accuracy_end"]
+            and f["pairs"] >= ENOUGH_PAIRS
+            and f["moved"] >= LIMITS["moved"]
+            and not f["over"] < LIMITS["over"]
+        )
     ),
 }
 
@@ -266,6 +325,10 @@ def _symptom(code: str, note: bool, f: dict[str, Any]) -> Symptom:
         ("nan", 1): f["fp16"] is not True,
         ("loss_zero", 1): f["accuracy_first"] <= LIMITS["leak_note"],
         ("chosen_falls", 1): f["beta"] >= LIMITS["beta_holds"],
+        ("diverged", 2): not f["high_end"] < 0.5,
+        ("no_preference", 0): f["alike"],
+        ("no_preference", 1): f["alike"],
+        ("no_preference", 2): not f["alike"],
         ("not_moving", 0): f["gradient"] == 0 or f["logp_end"] == 0,
         ("not_moving", 1): f["gradient"] > 0,
         ("not_moving", 2): f["logp_end"] != 0,
@@ -299,8 +362,10 @@ def _unseen(f: dict[str, Any]) -> list[str]:
         "evaluation": not f["evaluations"],
         "test_pairs": f["evaluations"] and not f["pairs"],
         "few": f["evaluations"] and 0 < f["pairs"] < ENOUGH_PAIRS,
-        "config": f["loss"] == "None" or math.isnan(f["beta"]),
+        "config": math.isnan(f["beta"]),
+        "height": f["loss"] == "None",
         "loss_type": f["loss"] not in ("None", "sigmoid"),
+        "start_unknown": f["loss"] != "None" and math.isnan(f["start"]),
         "over": f["over"] < LIMITS["over"],
         "report": f["findings"] is None,
         "others": f["others"],
@@ -312,6 +377,28 @@ def of_run(run: Run) -> dict[str, Any]:
     """What `measure` needs of a `run`."""
     names = ("config", "train_pairs", "test_pairs", "status", "steps", "memory_gb")
     return {name: run.info[name] for name in names} | {"history": run.history, "findings": run.info.data.findings}
+
+
+def _of_text(text: str) -> Any:
+    """What was pasted: a history or trainer_state.json as JSON, or the lines that a trainer prints."""
+    try:
+        read = json.loads(text)
+        return [read] if isinstance(read, dict) and "log_history" not in read else read
+    except ValueError:
+        quoted = (re.sub(r"(?<=: )-?(nan|inf)\b", r"'\g<0>'", line) for line in re.findall(r"{['\"][^{}]*}", text))
+        with contextlib.suppress(ValueError, SyntaxError):
+            if rows := [ast.literal_eval(line) for line in quoted]:
+                return rows
+    raise refused("not_a_history")
+
+
+def _existing(source: str | Path) -> Path:
+    """UserError too for what cannot be a path, such as a long text."""
+    path = Path(source)
+    with contextlib.suppress(OSError):
+        if path.exists():
+            return path
+    raise refused("no_history", folder=path.name[:60])
 
 
 def _of_folder(folder: Path) -> dict[str, Any]:
@@ -331,6 +418,12 @@ def _of_folder(folder: Path) -> dict[str, Any]:
 
 
 def _of_source(source: Any) -> dict[str, Any]:
+    if isinstance(source, str) and "{" in source:
+        source = _of_text(source)
+    elif isinstance(source, str | Path) and (path := _existing(source)).is_file():
+        source = _of_text(path.read_text(encoding="utf-8", errors="replace"))
+    if isinstance(source, dict) and "log_history" in source:
+        return _of_source(source["log_history"]) | {"config": {"max_steps": source.get("max_steps") or 0}}
     if isinstance(source, str | Path):
         return _of_folder(Path(source))
     if isinstance(source, Run):
@@ -340,9 +433,40 @@ def _of_source(source: Any) -> dict[str, Any]:
         sets = {"train_pairs": source.train_dataset, "test_pairs": source.eval_dataset}
         sizes = {name: len(rows) for name, rows in sets.items() if hasattr(rows, "column_names")}
         return {"history": source.state.log_history, "config": config} | sizes
-    if not isinstance(source, list) or not all(isinstance(row, dict) for row in source):
+    if not isinstance(source, list) or not all(isinstance(row, dict) and _named_by_text(row) for row in source):
         raise refused("not_a_history")
     return {"history": source}
+
+
+def _named_by_text(row: dict) -> bool:
+    return all(isinstance(key, str) for key in row)
+
+
+def _readable(known: dict[str, Any]) -> dict[str, Any]:
+    """The same, or UserError: rows that DPO does not log, and what is no number or count where one must be."""
+    for place, row in enumerate(known["history"], 1):
+        for key, value in row.items():
+            if other := OTHERS.get(key.removeprefix("eval_")):
+                raise refused("not_dpo", key=key, other=other)
+            if key.endswith(("loss", "step", "epoch", "grad_norm", "learning_rate")) or "/" in key:
+                number = _number(value, f"{key} in row {place}")
+                if key.endswith("rewards/accuracies") and (number or 0) > 1:
+                    raise refused("no_share", name=f"{key} in row {place}", value=value)
+    for name in ("train_pairs", "test_pairs"):
+        if not isinstance(known.get(name, 0), int) or known.get(name, 0) < 0:
+            raise refused("no_count", name=name, value=known[name])
+    config = known.get("config", {})
+    return known | {
+        "config": config | {name: _number(config[name], f"{name} in config") for name in NUMBERS if name in config}
+    }
+
+
+def _number(value: Any, name: str) -> float | None:
+    """As text too, as YAML reads 5e-6 and TRL prints values. UserError says where another thing is."""
+    try:
+        return float(value) if isinstance(value, str) else value if value is None else value + 0
+    except (TypeError, ValueError) as error:
+        raise refused("no_number", name=name, value=value) from error
 
 
 def diagnose(
@@ -356,8 +480,8 @@ def diagnose(
     """What is wrong with a training run, from its history and data report alone.
 
     Args:
-        source: a Run or its folder, also of one that ran out of memory; a trainer; its `state.log_history`; or TRL's
-            output or checkpoint folder.
+        source: a Run or its folder, also of one that ran out of memory; a trainer; its `state.log_history`, also as
+            text or in a file (JSON, or the lines that it prints); or TRL's output or checkpoint folder.
         config: the DPOConfig, or a dict with its `beta`, `loss_type`, `learning_rate`, ..., where the source has none.
         train_pairs, test_pairs: how many pairs, where the source does not say. A `report` says how many to train on.
         report: of `check_pairs` for the training pairs.
@@ -365,13 +489,15 @@ def diagnose(
     What stays unknown is named as not judged, never assumed.
 
     Raises:
-        UserError: no such folder, an unfinished run, or no history.
+        UserError: no such folder, an unfinished run, no history, or one of another method than DPO.
     """
     known: dict[str, Any] = {} if report is None else {"train_pairs": len(report.pairs)}
     known |= _of_source(source)
+    if not isinstance(config, TrainingArguments | dict | None):
+        raise refused("no_config", kind=type(config).__name__)
     settings = describe_config(config) if isinstance(config, TrainingArguments) else config or {}
     findings = {one.code: one.count for one in report.findings} if report is not None else None
     given = {"train_pairs": train_pairs, "test_pairs": test_pairs, "findings": findings}
     known |= {name: value for name, value in given.items() if value is not None}
-    f = measure(known | {"config": settings | known.get("config", {})})
+    f = measure(_readable(known | {"config": settings | known.get("config", {})}))
     return Diagnosis([_symptom(code, note, f) for code, note in _named(f)], _unseen(f))

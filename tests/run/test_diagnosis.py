@@ -172,16 +172,21 @@ def test_every_run_of_the_sweep_and_of_others(name):
 # limit: the number that it is for, the symptom (or the note), and the runs in which the number decides.
 SIGNS = {
     "start_off": ("start_off", "wrong_reference", lambda f: True),
-    "flat_from": ("flat_from", "wrong_reference", lambda f: f["first_at"] < 0.4),
+    "flat_from": ("flat_from", "wrong_reference", lambda f: f["first_at"] < 0.4 and not f["back_from"] > 0),
     "flat_at": ("first_at", "wrong_reference", lambda f: f["flat_from"] > 30 and f["flat_by"] < 0.1),
     "flat_by": ("flat_by", "wrong_reference", lambda f: f["first_at"] < 0.4 and f["flat_from"] > 10),
+    "back_to": ("back_to", "wrong_reference", lambda f: f["first_at"] < 0.4 and f["back_from"] > 30 and f["falls"]),
     "moved": ("moved", "not_moving", lambda f: not f["over"] < 0.5),
     "loss_peak": ("loss_peak", "diverged", lambda f: f["loss"] == "sigmoid"),
     "loss_half": ("loss_half", "loss_zero", lambda f: f["loss"] == "sigmoid"),
     "leak": ("low_first", "leak", lambda f: f["early"] <= 0.5 and not f["surface"] > 0),
     "leak_explained": ("low_first", "leak", lambda f: f["early"] <= 0.5 and f["surface"] >= f["low_first"]),
     "leak_note": ("low_best", "leak, note", lambda f: True),
-    "accuracy_end": ("accuracy_end", "no_preference", lambda f: f["low_end"] < 0.5),
+    "accuracy_end": (
+        "accuracy_end",
+        "no_preference",
+        lambda f: f["low_end"] < 0.5 <= f["high_end"] and f["pairs"] >= 30 and f["moved"] >= 0.3,
+    ),
     "loss_rise": ("loss_rise", "overfitting, note", lambda f: f["gain_lost"] > 0.25),
     "gain_waver": ("gain_lost", "overfitting, note", lambda f: f["loss_rise"] > max(0.03, f["noise"])),
     "gain_lost": ("gain_lost", "overfitting", lambda f: f["loss_rise"] > 0.03),
@@ -191,8 +196,16 @@ SIGNS = {
         lambda f: f["loss"] in ("sigmoid", "hinge") and f["chosen_end"] > f["rejected_end"],
     ),
     "fall_speed": ("fall_speed", "chosen_falls", lambda f: f["beta"] < 0.1 and f["loss"] == "sigmoid"),
-    "fall_held": ("chosen_fall", "chosen_falls", lambda f: f["beta"] >= 0.1 and -f["chosen_end"] > 30),
-    "fall_nats": ("fall_nats", "chosen_falls", lambda f: f["beta"] >= 0.1 and f["chosen_fall"] > 0.5),
+    "fall_held": (
+        "chosen_fall",
+        "chosen_falls",
+        lambda f: f["loss"] == "sigmoid" and f["beta"] >= 0.1 and -f["chosen_end"] > 30,
+    ),
+    "fall_nats": (
+        "fall_nats",
+        "chosen_falls",
+        lambda f: f["loss"] == "sigmoid" and f["beta"] >= 0.1 and f["chosen_fall"] > 0.5,
+    ),
     "cut": ("cut", "never_ends", lambda f: True),
 }
 
@@ -240,7 +253,16 @@ def test_limit_has_room_on_both_sides(limit):
 def test_each_limit_has_its_reason_and_its_margins_or_is_no_sign():
     assert all(row["why"] for row in LIMIT_TABLE.values())
     assert set(SIGNS) == {limit for limit, row in LIMIT_TABLE.items() if "sick" in row}
-    conditions = {"answer_tokens", "token_logp", "over", "leak_early", "enough_pairs", "noise", "beta_holds"}
+    conditions = {
+        "answer_tokens",
+        "token_logp",
+        "over",
+        "leak_early",
+        "enough_pairs",
+        "noise",
+        "beta_holds",
+        "beta_seen",
+    }
     assert set(LIMIT_TABLE) - set(SIGNS) == conditions
 
 
@@ -263,14 +285,16 @@ def test_table_of_rule_against_run(capsys):
         for limit, runs in Counter(limit for limit, _ in close).items():
             names = sorted(name for other, name in close if other == limit)
             print(f"within a tenth of {limit}: {runs} healthy runs, {names[0]} ... {names[-1]}")
-    assert set(fired.rule) - set(RULES) == {f"{code}, note" for code in ("leak", "overfitting", "chosen_falls")}
+    noted = {code for code, words in SYMPTOMS.items() if "note" in words}
+    assert set(fired.rule) - set(RULES) == {f"{code}, note" for code in noted}
     assert set(fired.rule) >= set(RULES)
     assert not fired[fired.runs == "healthy"].rule.isin(RULES).any()
     assert {limit for limit, _ in close} == CLOSE
 
 
-# Limits that a healthy run comes near: of a note only. Nine of ten pairs right is what the sweep reaches.
-CLOSE = {"leak_note"}
+# Limits that a healthy run comes near. Nine of ten pairs right is what the sweep reaches, and worth a note only; one
+# public run has 0.94 right at its first evaluation, and gets that note.
+CLOSE = {"leak_note", "leak"}
 
 
 # ------------------------------------------------------------------------------------------------ other histories
@@ -446,6 +470,179 @@ def test_rows_without_rewards_and_several_evaluation_sets():
     several += [{key.replace("eval_", "eval_old_"): value for key, value in row.items()} for row in run.history]
     diagnosis = diagnose(several, config=DPO, test_pairs=40)
     assert diagnosis.codes == ["overfitting"] and "evaluation sets after the first: old" in str(diagnosis)
+
+
+def printed(rows: list[dict]) -> str:
+    """As a trainer prints them, with its bar and a warning in between."""
+    return " 13%|██| 50/378 [20:03<1:52:59]\n".join(f"{row}\n" for row in rows) + "UserWarning: {x} is deprecated"
+
+
+HISTORY = next(run["history"] for run in FIELD if run["wanted"] == ["overfitting"] and run.get("test_pairs"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        json.dumps(HISTORY),
+        "\n".join(json.dumps(row) for row in HISTORY),
+        json.dumps({"log_history": HISTORY, "max_steps": 5800}),
+        {"log_history": HISTORY, "max_steps": 5800},
+        printed(HISTORY),
+        [{key: str(value) for key, value in row.items()} for row in HISTORY],
+        HISTORY[::-1],
+        [row | {"rewards/margins": None, "grad_norm": None} for row in HISTORY],
+        [{key: value for key, value in row.items() if key != "step"} for row in HISTORY],
+    ],
+    ids=["json", "json lines", "state as json", "state", "printed", "text", "reversed", "nothing", "no steps"],
+)
+def test_a_history_in_other_forms(source):
+    assert diagnose(source, config={"beta": 0.1, "loss_type": "sigmoid"}, test_pairs=2000).codes == ["overfitting"]
+
+
+def test_the_order_of_rows_does_not_matter():
+    known = {"config": {"beta": 0.1, "loss_type": "sigmoid"}, "test_pairs": 2000}
+    assert str(diagnose(HISTORY[::-1], **known)) == str(diagnose(HISTORY, **known))
+
+
+def test_a_file_with_a_history(tmp_path):
+    known = {"config": {"beta": 0.1, "loss_type": "sigmoid"}, "test_pairs": 2000}
+    for name, what in (("trainer_state.json", {"log_history": HISTORY}), ("history.json", HISTORY)):
+        (tmp_path / name).write_text(json.dumps(what))
+        assert diagnose(tmp_path / name, **known).codes == ["overfitting"]
+
+
+def test_printed_numbers_that_are_not_finite():
+    text = "{'loss': 0.0, 'rewards/chosen': nan, 'epoch': 0.1}\n{'loss': 0.0, 'rewards/margins': -inf, 'epoch': 0.2}"
+    assert diagnose(text).codes == ["nan"]
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ([{"loss": "n/a", "step": 1}], "loss in row 1 is 'n/a', which is no number"),
+        ([{"loss": 0.5, "eval_rewards/accuracies": 73.4}], "is 73.4, but an accuracy is a share"),
+        ([{1: 2, "loss": 0.5}], "list of dicts"),
+        ("my run {failed} badly", "list of dicts"),
+        ("no such folder" * 300, "holds no run.json"),
+        # Rows of three public runs of other methods: Weni/WeniGPT-Agents-Zephyr-1.0.9-KTO on huggingface.co,
+        # javierdejesusda/YuhoLens (ORPO, "plateaued") on github.com, huggingface/open-r1, issue 255.
+        ([{"step": 20, "kl": 0.9986, "loss": 0.5066, "rewards/chosen": -59.2189, "rewards/rejected": -60.5962}], "KTO"),
+        ([{"step": 100, "loss": 0.8017, "rewards/accuracies": 0.0, "log_odds_ratio": -1.177}], "ORPO"),
+        ([{"loss": 0.0, "rewards/accuracy_reward": 0.1598, "reward": 0.6942, "epoch": 0.01}], "GRPO"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_with_its_place(source, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        diagnose(source)
+
+
+def test_settings_as_yaml_reads_them():
+    settings = {"beta": "0.1", "loss_type": "sigmoid", "learning_rate": "5e-7", "max_steps": "5800"}
+    assert "halve it (2.5e-07)" in str(diagnose(HISTORY, config=settings, test_pairs=2000))
+    nothing = dict.fromkeys(("beta", "loss_type", "max_steps", "num_train_epochs", "learning_rate"))
+    assert diagnose(HISTORY, config=nothing).codes == []
+    for wrong, message in (("beta=0.1", "config is a str"), ({"beta": "low"}, "beta in config is 'low'")):
+        with pytest.raises(UserError, match=message):
+            diagnose(HISTORY, config=wrong)
+    for count in ("2000", -3, [1, 2]):
+        with pytest.raises(UserError, match="as a whole number"):
+            diagnose(HISTORY, test_pairs=count)
+
+
+# ------------------------------------------------------------------------------------------------ what others taught
+
+
+def public_run(name: str) -> tuple[list[dict], dict]:
+    """Of the first whose name begins so: its rows, and what else is known, to be changed."""
+    source, known, _ = next(ALL[one] for one in ALL if one.startswith(name))
+    return copy.deepcopy(source), copy.deepcopy(known)
+
+
+def test_two_evaluations_show_the_beta_that_was_not_told():
+    for name, beta in (("OpenHermes Mistral 7B (1)", 0.1), ("Mistral 7B on mixed pairs", 0.01)):
+        rows, known = public_run(name)
+        assert "beta" not in known["config"]
+        assert measure({"history": rows} | known)["beta"] == beta
+    still = [rows[-1] | {"eval_logps/chosen": -590.0, "epoch": 0.9}, rows[-1] | {"eval_logps/chosen": -590.05}]
+    still[0]["eval_rewards/chosen"] -= 0.0001
+    assert math.isnan(measure({"history": still})["beta"])  # rounding decides
+    last = diagnose(rows[-1:], **known)
+    assert "how far the policy moved: pass config" in str(last)
+
+
+def test_ties_are_no_exchanged_labels():
+    rows, known = public_run("Llama 3 summaries")
+    diagnosis = diagnose(rows, **known)
+    assert diagnosis.codes == [] and "both sides may be the same" in str(diagnosis)
+    for row in rows:
+        if "eval_loss" in row:
+            row |= {"eval_rewards/chosen": row["eval_rewards/rejected"], "eval_rewards/rejected": 0.1}
+    assert diagnose(rows, **known).codes == ["below_half"]
+
+
+def test_pairs_whose_sides_are_alike_are_named_without_their_number():
+    diagnosis = diagnose(public_run("Zephyr 7B, learning rate 5e-8")[0])
+    assert diagnosis.codes == ["no_preference"]
+    assert [why for why, _ in diagnosis.findings[0].causes] == [
+        "Both sides of every pair are the same text, or were cut to the same"
+    ]
+    assert "the same reward, -1.9201" in diagnosis.findings[0].evidence
+
+
+def test_too_few_pairs_are_not_below_one_half():
+    rows, known = public_run("Alpaca 7B for safety")
+    assert diagnose(rows, **known).codes == ["below_half"]
+    rows[-1]["eval_rewards/accuracies"] = rows[-2]["eval_rewards/accuracies"] = 0.125
+    known["test_pairs"] = 16
+    assert diagnose(rows, **known).codes == [] and "16 held-out pairs are too few" in str(diagnose(rows, **known))
+
+
+def test_both_sides_lost_is_divergence_and_no_exchanged_labels():
+    rows, known = public_run("Mistral 7B Instruct v0.2, learning rate 1e-5")
+    diagnosis = diagnose(rows, **known)
+    assert diagnosis.codes == ["diverged"]
+    assert [cure for _, cure in diagnosis.findings[0].causes][0].startswith("a tenth of it (1e-06)")
+    assert diagnosis.findings[0].causes[-1][0].startswith("Chosen and rejected are exchanged")
+    assert "both sides lost by far, -62 (chosen) and -56 (rejected) nats" in diagnosis.findings[0].evidence
+    for other in ({"eval_rewards/rejected": -2.0}, {"eval_rewards/chosen": -2.0}, {"eval_loss": 0.65}):
+        assert diagnose([rows[0] | other], **known).codes != ["diverged"]
+    # What exchanged labels do of themselves.
+    assert diagnose([rows[0] | {"eval_rewards/rejected": -2.0}], **known).codes == ["below_half"]
+
+
+def test_a_start_far_below_the_reference_that_training_mends():
+    rows, known = public_run("Llama 3.2 from an SFT adapter")
+    diagnosis = diagnose(rows, **known)
+    assert diagnosis.codes == ["wrong_reference"]
+    assert "-309 nats from the reference in the first logged row already" in diagnosis.findings[0].evidence
+    worse = [rows[0], rows[1] | {"loss": 3.0}, *rows[2:]]
+    assert diagnose(worse, **known).codes == ["diverged"]
+    rows[-1] |= {"rewards/chosen": -30.0, "rewards/rejected": -31.0}
+    assert diagnose(rows, **known).codes == ["diverged"]
+
+
+def test_early_rows_are_no_end():
+    """The training loss of the first steps does not contradict a held-out loss that rises later."""
+    rows, known = public_run("Mistral 7B for safety")
+    assert diagnose(rows, **known).codes == ["overfitting"]
+    rows.insert(-1, {"epoch": 0.9, "loss": 0.9})
+    diagnosis = diagnose(rows, **known)
+    assert diagnosis.codes == [] and [one.code for one in diagnosis.notes] == ["overfitting"]
+
+
+def test_a_weighted_loss_is_no_loss_of_zero():
+    rows, known = public_run("Zephyr 7B, weighted loss")
+    rows.insert(2, {"epoch": 0.3, "loss": 0.06})
+    assert diagnose(rows, **known).codes == []
+    assert "at what loss_type sigmoid, weighted starts is not known" in str(diagnose(rows, **known))
+    known["config"]["use_weighting"] = False
+    assert "loss_zero" in diagnose(rows, **known).codes
+
+
+def test_what_the_public_numbers_cannot_show_stays_a_miss():
+    """Runs that their authors call sick, by what was not logged or published."""
+    missed = [run for run in FIELD if "missed" in run]
+    assert len(missed) == 1 and all("says" in run and run["wanted"] == [] for run in missed)
 
 
 def found_by_check(pairs: int, **counts: int) -> SimpleNamespace:
