@@ -162,10 +162,28 @@ def _steps(pairs: int, values: dict[str, Any]) -> int:
     return total if total > 0 else math.ceil(math.ceil(pairs / pairs_a_step(values)) * values["num_train_epochs"])
 
 
-def what_will_happen(values: dict[str, Any], pairs: int) -> str:
-    """What a run on so many `pairs`, by complete `values`, will do. Minutes are said once a step was timed."""
+def passes_ahead(values: dict[str, Any], pairs: int, held_out: int, done: int, on_cpu: bool) -> float:
+    """What is left of a run after `done` steps, as so many passes of the reference over one pair.
+
+    Steps, the evaluations between them, and the scoring at the end; settings.yaml has what a step costs.
+    """
+    config, cost, steps = run_config(Path(), pairs, values, values), TABLE["passes"], _steps(pairs, values)
+    a_pair = cost["cpu" if on_cpu else "gpu"] + cost["checkpointing"] * bool(config.gradient_checkpointing)
+    evaluations = config.num_train_epochs * (config.eval_strategy == "epoch")
+    if config.eval_strategy == "steps":
+        evaluations = steps / config.eval_steps if config.eval_steps >= 1 else 1 / config.eval_steps
+    left = 1 - done / steps
+    at_the_end = 2 if on_cpu else 1  # the policy, and in 32 bits the reference once more
+    return left * (steps * pairs_a_step(values) * a_pair + evaluations * held_out) + at_the_end * held_out
+
+
+def what_will_happen(values: dict[str, Any], pairs: int, done: int, seconds: float | None) -> str:
+    """What a run on so many `pairs`, by complete `values`, will do; `done` steps are made, the rest takes `seconds`."""
     steps, batch, rate = _steps(pairs, values), pairs_a_step(values), values["learning_rate"]
-    return say("ahead", pairs=pairs, steps=steps, s="s" * (steps != 1), batch=batch, rate=rate)
+    minutes = "time_unknown" if seconds is None else "under_a_minute" if seconds < 60 else "minutes"
+    time = say(minutes, minutes=(seconds or 0) / 60, s="s" * ((seconds or 0) >= 90))
+    resumed = f" ({done} are done)" * (done > 0)
+    return say("ahead", pairs=pairs, steps=steps, s="s" * (steps != 1), batch=batch, done=resumed, rate=rate, time=time)
 
 
 def hardly_moves(values: dict[str, Any], pairs: int, alpha: float) -> str:

@@ -38,7 +38,15 @@ from helpers.model.fingerprint import adapter_hash
 from helpers.model.policy import Policy
 from helpers.patches import shared_prompt
 from helpers.train import dpo
-from helpers.train.settings import TABLE, complete_settings, dpo_settings, hardly_moves, run_config, what_will_happen
+from helpers.train.settings import (
+    TABLE,
+    complete_settings,
+    dpo_settings,
+    hardly_moves,
+    passes_ahead,
+    run_config,
+    what_will_happen,
+)
 from tests.conftest import strip
 from tools.tables import result
 
@@ -169,10 +177,44 @@ def test_values_with_one_obvious_meaning_have_it(policy):
 
 def test_what_will_happen_is_said_with_the_steps_that_the_trainer_makes():
     eight = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 5e-5}
-    said = what_will_happen(eight | {"num_train_epochs": 1}, 412)
-    assert said == "412 pairs to train on, 52 steps of 8, learning rate 5e-05."
-    assert "104 steps of 8" in what_will_happen(eight | {"num_train_epochs": 2}, 412)
-    assert "1 step of 8," in what_will_happen(eight | {"num_train_epochs": 2, "max_steps": 1}, 412)
+    said = what_will_happen(eight | {"num_train_epochs": 1}, 412, 0, 840.0)
+    assert said == "412 pairs to train on, 52 steps of 8, learning rate 5e-05, about 14 minutes on this machine."
+    said = what_will_happen(eight | {"num_train_epochs": 2}, 412, 20, 70.0)
+    assert "104 steps of 8 (20 are done), learning rate 5e-05, about 1 minute on" in said
+    said = what_will_happen(eight | {"num_train_epochs": 2, "max_steps": 1}, 412, 0, 59.0)
+    assert "1 step of 8, learning rate 5e-05, less than a minute on" in said
+    assert "how long is said after the first step" in what_will_happen(eight | {"num_train_epochs": 2}, 412, 0, None)
+
+
+def test_what_is_ahead_counts_steps_evaluations_and_the_scoring_at_the_end(policy):
+    def ahead(done=0, on_cpu=True, **settings):
+        given = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1} | settings
+        return passes_ahead(complete_settings(policy, given), 80, 12, done, on_cpu)
+
+    cost = TABLE["passes"]
+    assert ahead(eval_strategy="no") == pytest.approx(80 * cost["cpu"] + 2 * 12)
+    assert ahead(eval_strategy="no", on_cpu=False) == pytest.approx(80 * cost["gpu"] + 12)
+    assert ahead() == pytest.approx(80 * cost["cpu"] + 10 / 4 * 12 + 2 * 12)
+    assert ahead(eval_steps=5) == ahead(eval_steps=0.5) == pytest.approx(80 * cost["cpu"] + 2 * 12 + 2 * 12)
+    assert ahead(eval_strategy="epoch") == pytest.approx(80 * cost["cpu"] + 12 + 2 * 12)
+    assert ahead(done=5, eval_steps=5) == pytest.approx(40 * cost["cpu"] + 12 + 2 * 12)
+    assert ahead(done=10) == pytest.approx(2 * 12)
+    assert ahead(gradient_checkpointing=True) == pytest.approx(ahead() + 80 * cost["checkpointing"])
+
+
+def test_a_step_costs_so_many_passes_in_what_was_measured_within_a_factor_of_two():
+    hosts = [result("gpu"), result("gpu_recorded"), *result("gpu_expert")["hosts"]]
+    cost, seen = TABLE["passes"], []
+    ours = {"ours", "kept", "ours_1024", "kept_1024", "ours_one_by_one", "kept_one_by_one"}
+    for host in hosts:
+        for name in ours & set(host["sides"]):
+            side = host["sides"][name]
+            said = cost["gpu"] + cost["checkpointing"] * name.startswith("ours")
+            seen.append(said / (side["reference_pairs_per_s"] / side["pairs_per_s"]))
+    one = result("train")["sides"]["grouped"]  # one epoch: each pair is trained on once
+    of_reference = one["before_first_step_seconds"] / (8 * one["steps"])
+    seen.append(cost["cpu"] / (one["step_seconds"] / 8 / of_reference))
+    assert len(seen) == 13 and min(seen) > 0.5 and max(seen) < 2
 
 
 def test_ld_alpha_in_several_processes_is_refused(policy, monkeypatch):
