@@ -181,8 +181,7 @@ class Job:
         if plan is not None:
             words = {"s": "s" * (plan.pairs > 1), "checkpointing": "on" if plan.checkpointing else "off"}
             print(say("plan", plan=plan, needed=plan.bytes / 1e9, free=free, **words))
-        alpha, pairs = self.policy.model.active_peft_config.lora_alpha, len(self.pairs.train.pairs)
-        if slow := hardly_moves(self.values, pairs, alpha):
+        if slow := hardly_moves(self.values, len(self.pairs.train.pairs), self.policy.model.active_peft_config):
             print(slow)
         if need >= free:
             text = f"Training needs about {need:.1f} GB beside the loaded model, and {free:.1f} GB are free."

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 import trl
 import unsloth
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 from transformers.integrations import integration_utils
@@ -186,13 +186,15 @@ def what_will_happen(values: dict[str, Any], pairs: int, done: int, seconds: flo
     return say("ahead", pairs=pairs, steps=steps, s="s" * (steps != 1), batch=batch, done=resumed, rate=rate, time=time)
 
 
-def hardly_moves(values: dict[str, Any], pairs: int, alpha: float) -> str:
+def hardly_moves(values: dict[str, Any], pairs: int, lora: LoraConfig) -> str:
     """What to say of a run on so many `pairs`, by complete `values`, that will end where it began; "" if it will move.
 
     By benchmarks/results/learning_rate.json: while the log-ratio gap is below some 1.5 nats, it is 450 times learning
-    rate times steps at a LoRA `alpha` of 16, within a quarter. A larger alpha is taken to move it in proportion.
+    rate times steps with a `lora` of alpha 16, within a quarter. It grows with alpha, whatever the rank, as more ranks
+    move it as much further as alpha / rank scales each of them down; rank-stabilised LoRA divides by its root alone.
     """
     steps, rate = _steps(pairs, values), values["learning_rate"]
+    alpha = lora.lora_alpha * (math.sqrt(lora.r) if lora.use_rslora else 1)
     nats = 450 * steps * alpha / 16  # for a rate of 1
     moves = nats * rate >= 0.3  # as `diagnose` judges afterwards
     return "" if moves else say("hardly_moves", steps=steps, rate=rate, gap=nats * rate, better=3 / nats)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import trl
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -236,20 +237,45 @@ def test_a_value_of_another_type_is_what_it_says(policy):
 def test_a_run_is_told_to_move_hardly_where_the_measured_ones_did():
     told = 0
     for row in result("learning_rate")["table"]:
-        gap, words = row["gap"][0], hardly_moves({"learning_rate": row["rate"], "max_steps": row["steps"]}, 360, 16)
+        gap, call = row["gap"][0], {"learning_rate": row["rate"], "max_steps": row["steps"]}
+        words = hardly_moves(call, 360, LoraConfig(r=16, lora_alpha=16))
         assert bool(words) == (gap < 0.3)
         if words:
             assert float(re.search(r"near (\d\.\d+) nats", words)[1]) == pytest.approx(gap, rel=0.25)
-            assert hardly_moves({"learning_rate": float(re.search("=([^ ]+)", words)[1]), "max_steps": 90}, 0, 16) == ""
+            better = {"learning_rate": float(re.search("=([^ ]+)", words)[1]), "max_steps": 90}
+            assert hardly_moves(better, 0, LoraConfig(r=16, lora_alpha=16)) == ""
             told += 1
     assert told == 3
     assert "90 steps" in hardly_moves(
         {"learning_rate": 5e-6, "num_train_epochs": 2}
         | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
         360,
-        16,
+        LoraConfig(r=16, lora_alpha=16),
     )
-    assert hardly_moves({"learning_rate": 5e-6, "max_steps": 90}, 360, 64) == ""  # four times the alpha
+
+
+# Rank, alpha, rank-stabilised -> how far it goes against rank 16 and alpha 16.
+SCALES = {(4, 16, False): 1, (16, 64, False): 4, (64, 64, False): 4, (16, 16, True): 4}
+
+
+@pytest.mark.slow
+def test_the_gap_grows_with_alpha_whatever_the_rank(loaded, tmp_path):
+    """So it is alpha that decides whether a short run hardly moves. Within a quarter, as the rule itself."""
+    rows, gaps, targets = load_pairs(), {}, ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    for rank, alpha, stable in [(16, 16, False), *SCALES]:
+        torch.manual_seed(0)
+        lora = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=stable, target_modules=targets, task_type="CAUSAL_LM")
+        call = {"max_steps": 12, "learning_rate": 3e-5, "max_length": 64, "bf16": False, "num_train_epochs": 3}
+        call |= {"eval_strategy": "no", "save_strategy": "no", "logging_steps": 6}
+        folder = tmp_path / f"{rank}-{alpha}-{stable}"
+        model = get_peft_model(loaded[0], lora)
+        run = train_dpo(model, loaded[1], rows.select(range(32)), rows.select(range(32, 36)), folder, **call)
+        strip(loaded[0])
+        gaps[rank, alpha, stable] = [row["rewards/margins"] for row in run.history if "rewards/margins" in row][-1]
+        short = {"learning_rate": 5e-6, "max_steps": 90}
+        assert bool(hardly_moves(short, 360, lora)) == (alpha == 16 and not stable)
+    for scale, times in SCALES.items():
+        assert gaps[scale] / gaps[16, 16, False] == pytest.approx(times, rel=0.25), gaps
 
 
 @pytest.mark.parametrize(
