@@ -163,9 +163,10 @@ def _steps(pairs: int, values: dict[str, Any]) -> int:
 
 
 def passes_ahead(values: dict[str, Any], pairs: int, held_out: int, done: int, on_cpu: bool) -> float:
-    """What is left of a run after `done` steps, as so many passes of the reference over one pair.
+    """What is left after `done` steps of a run on so many `pairs`, by complete `values`, in passes over one pair.
 
-    Steps, the evaluations between them, and the scoring at the end; settings.yaml has what a step costs.
+    A pass is the reference's. Counted are the steps (settings.yaml has what one costs), the evaluations of the
+    `held_out` pairs between them, and the scoring at the end, which `on_cpu` takes two passes.
     """
     config, cost, steps = run_config(Path(), pairs, values, values), TABLE["passes"], _steps(pairs, values)
     a_pair = cost["cpu" if on_cpu else "gpu"] + cost["checkpointing"] * bool(config.gradient_checkpointing)
