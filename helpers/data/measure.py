@@ -84,11 +84,12 @@ class Measure:
         answers = ["\n".join(turn["content"] for turn in row[side] if turn["role"] == "assistant") for side in BOTH]
         for side, text in zip(BOTH, answers, strict=True):
             answer = THOUGHT.sub("", text).strip()
+            begin = " ".join(answer[:100].split()[:2]).casefold() or "(tool call)" * _calls(row[side])
             measures |= {
                 side: len(row[f"{side}_ids"]),
                 f"{side}_characters": len(text),
                 f"{side}_text": text_hash(json.dumps(row[side])),
-                f"{side}_start": " ".join(answer[:100].split()[:2]).casefold(),
+                f"{side}_start": begin,
                 f"{side}_features": sum(test(text, answer) << n for n, test in enumerate(FEATURES.values())),
             }
         faults = {"template_refuses": True} if row["refused"] else self._faults(row, answers)
@@ -110,7 +111,9 @@ class Measure:
             "prompt_differs": plain
             and not cut_off
             and not all(text.startswith(answer) for text, answer in zip(begins, firsts, strict=True)),
-            "completion_empty": not all(text.strip() for text in answers),
+            "completion_empty": not all(
+                text.strip() or _calls(row[side]) for side, text in zip(BOTH, answers, strict=True)
+            ),
             "eos_missing": any(self._last(row[f"{side}_ids"]) != eos for side in BOTH),
             "eos_doubled": any(row[f"{side}_ids"].count(eos) > len(row[side]) for side in BOTH),
             "bos_doubled": bool(bos) and any(bos * 2 in row[f"{side}_text"] for side in BOTH),
@@ -155,6 +158,11 @@ class Measure:
 def from_turn(prompt: list[dict], begin: int) -> list[dict]:
     """The `prompt` from the turn `begin` on; a system turn stays."""
     return [turn for turn in prompt[:begin][:1] if turn["role"] == "system"] + prompt[begin:]
+
+
+def _calls(side: list[dict[str, Any]]) -> bool:
+    """Whether an answer asks for a tool: then it may have no text."""
+    return any(turn.get("tool_calls") for turn in side)
 
 
 def _has_leftover(text: str) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -141,10 +142,19 @@ def read_logps(path: Path, pairs: int) -> PairLogps | None:
         return None
 
 
-def write_logps(path: Path, logps: PairLogps) -> None:
-    """Write `logps` to `path`."""
+def read_notes(path: Path) -> dict[str, str]:
+    """The notes that `write_logps` wrote to `path`; none if it is not there."""
+    if not path.exists():
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def write_logps(path: Path, logps: PairLogps, **notes: str) -> None:
+    """Write `logps` to `path`, with `notes` on how they came about."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, lambda part: save_file({k: v.contiguous() for k, v in logps._asdict().items()}, part))
+    tensors = {name: tensor.contiguous() for name, tensor in logps._asdict().items()}
+    write_atomic(path, lambda part: save_file(tensors, part, metadata=notes))
 
 
 def reference_logps(

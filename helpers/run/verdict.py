@@ -1,6 +1,7 @@
 """Keep an adapter or discard it: one table and one line, from what a run left in its folder. No model is loaded."""
 
 import html
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from helpers.common import why_not_written, write_json
 from helpers.data.render import BOTH
 from helpers.run import refused
 from helpers.run.diagnosis import ENOUGH_PAIRS, LIMITS, Diagnosis, diagnose
@@ -95,14 +97,26 @@ def _held_out(table: pd.DataFrame | None, f: dict[str, Any], rows: dict[str, tup
         rows[f"log-prob of a {side} answer, nats"] = f"{before:.1f}", f"{after:.1f} ({moved})"
 
 
-def _replies(replies: pd.DataFrame | None, f: dict[str, Any], rows: dict[str, tuple[str, str]]) -> None:
+def _kept(run: Run, replies: pd.DataFrame | None) -> pd.DataFrame:
+    """Whether `replies` end and how long they are, kept in the folder of `run`; if there are none, those kept there."""
+    file, names = run.folder / "replies.json", [f"{model}_{what}" for model in MODELS for what in ("ended", "tokens")]
+    if replies is None or not len(replies):
+        return pd.DataFrame(json.loads(file.read_bytes()) if file.is_file() else {})
+    if missing := [name for name in names if name not in replies.columns]:
+        raise refused("not_replies", missing=", ".join(missing))
+    try:
+        write_json(file, replies[names].to_dict(orient="list"))
+    except OSError as error:
+        print(f"The replies could not be kept in {run.folder.name} ({why_not_written(error)}), so no card has them.")
+    return replies
+
+
+def _replies(replies: pd.DataFrame, f: dict[str, Any], rows: dict[str, tuple[str, str]]) -> None:
     """The same for what `compare_generations` found."""
-    f["asked"] = replies is not None and len(replies) > 0
-    if replies is None or not f["asked"]:
+    f["asked"] = len(replies) > 0
+    if not f["asked"]:
         rows["replies that end"] = "not asked", "not asked: replies=compare_generations(run, prompts)"
         return
-    if missing := [name for m in MODELS for name in (f"{m}_ended", f"{m}_tokens") if name not in replies.columns]:
-        raise refused("not_replies", missing=", ".join(missing))
     ended, tokens = ([replies[f"{model}_{what}"] for model in MODELS] for what in ("ended", "tokens"))
     rows[f"replies that end (of {len(replies)})"] = _interval(ended[0]), _interval(ended[1])
     rows["tokens of a reply"] = f"{tokens[0].mean():.0f}", f"{tokens[1].mean():.0f}"
@@ -139,14 +153,15 @@ def verdict(run: Run | str | Path, replies: pd.DataFrame | None = None) -> Verdi
     """Keep the adapter of a finished `run` (or of its folder) or discard it: a table, and a line that says why and what
     would change it. It never keeps a run that `diagnose` names a symptom of.
 
-    `replies`, the table of `compare_generations(run, prompts)`, adds whether replies end and how long they are. Raises
-    UserError if that is another table, or the folder no finished run.
+    `replies`, the table of `compare_generations(run, prompts)`, adds whether replies end and how long they are. These
+    figures are kept in the run's folder: later calls without replies have them, and the cards that `export_run` writes.
+    Raises UserError if that is another table, or the folder no finished run.
     """
     run = run if isinstance(run, Run) else Run.load(run)
     f: dict[str, Any] = {"enough": ENOUGH_PAIRS, "share": 0.5, "low": 0.0, "high": 1.0, "chosen_fall": 0.0}
     rows: dict[str, tuple[str, str]] = {}
     _held_out(run.held_out, f, rows)
-    _replies(replies, f, rows)
+    _replies(_kept(run, replies), f, rows)
     rows["diagnose(run)"] = "", _diagnosed(diagnose(run), f)
     rows["left out of the training data"] = _left_out(run.info.data), ""
     needed = pairs_to_decide(f["share"])

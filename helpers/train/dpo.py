@@ -27,6 +27,7 @@ from helpers.model.logps import (
     in_32_bits,
     pair_logps,
     read_logps,
+    read_notes,
     reference_file,
     with_reference,
     write_logps,
@@ -41,7 +42,7 @@ from helpers.run.metrics import held_out_table, preference_metrics
 from helpers.train import say
 from helpers.train.job import Job, check_both
 from helpers.train.processes import alone_in, once, one_voice, processes
-from helpers.train.resume import ENDED, Checkpoints, last_complete
+from helpers.train.resume import ENDED, Checkpoints, last_complete, step_in
 from helpers.train.settings import complete_settings
 from helpers.train.trainer import check_start, make_trainer
 
@@ -125,9 +126,11 @@ def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback
             with _written(job.folder):
                 once(job.begin)
             began = time.monotonic()
-            reference = _reference(job)
+            reference, of_a_pair = _reference(job)
             seconds = {"reference_seconds": time.monotonic() - began}
-            trainer, seconds["train_seconds"] = _train(job, reference, callbacks, begun=before is not None)
+            checkpoint = once(lambda: last_complete(job.folder / "checkpoints")) if before is not None else None
+            print(job.ahead(step_in(checkpoint) if checkpoint else 0, of_a_pair), flush=True)
+            trainer, seconds["train_seconds"] = _train(job, reference, callbacks, checkpoint)
             table = _scored(job, reference["test"], initial)
             with _written(job.folder):
                 return once(lambda: _finish(job, trainer, table, seconds, initial))
@@ -177,20 +180,27 @@ def _score(job: Job, policy: Policy, ids: Dataset) -> PairLogps:
     return PairLogps(*(sum(parts) for parts in zip(*gather_object([part]), strict=True)))
 
 
-def _reference(job: Job) -> dict[str, PairLogps]:
-    """Log-probs of "train" and "test" under the reference, from the cache if they are there."""
+def _reference(job: Job) -> tuple[dict[str, PairLogps], float | None]:
+    """Log-probs of "train" and "test" under the reference, and how long that of a training pair took if it is known."""
     print(f"Reference log-probs of {sum(len(report.ids) for report in job.pairs.sets.values())} pairs ...", flush=True)
-    return {name: _reference_of(job, report) for name, report in job.pairs.sets.items()}
+    test, _ = _reference_of(job, job.pairs.test)  # first: what a GPU compiles in its first batches is not timed
+    train, seconds = _reference_of(job, job.pairs.train)
+    return {"train": train, "test": test}, seconds and seconds / len(job.pairs.train.ids)
 
 
-def _reference_of(job: Job, report: Report) -> PairLogps:
+def _reference_of(job: Job, report: Report) -> tuple[PairLogps, float | None]:
+    """The reference's log-probs, from the cache if they are there, and the seconds that they took on such a machine."""
     policy = job.reference or job.policy
     path = reference_file(policy.model, policy.tokenizer, report.hash, job.values["max_length"])
     logps = once(lambda: read_logps(path, len(report.ids)))
     if logps is None:
+        began = time.monotonic()
         logps = _score(job, policy, report.ids)
-        once(lambda: _keep(path, logps))
-    return logps
+        seconds = time.monotonic() - began
+        once(lambda: _keep(path, logps, seconds=str(seconds), machine=job.info.machine))
+        return logps, seconds
+    notes = once(lambda: read_notes(path))
+    return logps, float(notes["seconds"]) if notes.get("machine") == job.info.machine else None
 
 
 def _scored(job: Job, reference: PairLogps, initial: dict[str, torch.Tensor]) -> pd.DataFrame:
@@ -200,14 +210,14 @@ def _scored(job: Job, reference: PairLogps, initial: dict[str, torch.Tensor]) ->
         policy, trained = _score(job, job.policy, test.ids), job.policy.weights()
         if widened:  # the reference was scored in 16 bits, as training needs it
             job.policy.put_back(initial)
-            reference = _reference_of(job, test)
+            reference, _ = _reference_of(job, test)
             job.policy.put_back(trained)
     return held_out_table(test.pairs, reference, policy)
 
 
-def _keep(path: Path, logps: PairLogps) -> None:
+def _keep(path: Path, logps: PairLogps, **notes: str) -> None:
     try:
-        write_logps(path, logps)
+        write_logps(path, logps, **notes)
     except Exception as error:  # safetensors has a type of its own
         print(say("not_cached", folder=path.parent, reason=why_not_written(error) or error))
 
@@ -232,16 +242,17 @@ def _trainer(job: Job, reference: dict[str, PairLogps], callbacks: Iterable[Trai
     return trainer
 
 
-def _train(job: Job, reference: dict, callbacks: Iterable[TrainerCallback], begun: bool) -> tuple[Trainer, float]:
-    """Train from the last whole checkpoint, or from the start; returns the trainer and the seconds of its steps."""
+def _train(
+    job: Job, reference: dict[str, PairLogps], callbacks: Iterable[TrainerCallback], checkpoint: Path | None
+) -> tuple[Trainer, float]:
+    """Train from the last whole `checkpoint`, or from the start; returns the trainer and the seconds of its steps."""
     device, checkpoints = job.policy.device, Checkpoints(job.begin_again)
     loaded = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     trainer = _trainer(job, reference, [*callbacks, checkpoints])
     trainer.args.restore_callback_states_from_checkpoint = True  # how long early stopping has waited
-    checkpoint = once(lambda: last_complete(job.folder / "checkpoints")) if begun else None
     if checkpoint is not None:
         trainer.args.eval_on_start = False  # that was done
-        print(f"Resuming from step {checkpoint.name.rpartition('-')[2]}.")
+        print(f"Resuming from step {step_in(checkpoint)}.")
     return_freed_memory()  # what scoring freed rarely fits the batches of training
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

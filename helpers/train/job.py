@@ -26,7 +26,7 @@ from helpers.session import quiet_progress
 from helpers.train import say
 from helpers.train.processes import check_alike, once, processes, share_step
 from helpers.train.resume import differences, step_of
-from helpers.train.settings import DPOConfig, hardly_moves, run_config, what_will_happen
+from helpers.train.settings import DPOConfig, hardly_moves, passes_ahead, run_config, what_will_happen
 
 TOKENS = "tokens"  # in the folder of a run whose template writes the date: the ids that it began with
 
@@ -172,7 +172,7 @@ class Job:
         self.info.memory_gb = {"needed": round(self._need(), 2), "free": round(free / 1e9, 2)}
 
     def begin(self) -> None:
-        """Say what will happen, write run.json; UserError if training needs far more memory than is free."""
+        """Say how a step is made, write run.json; UserError if training needs far more memory than is free."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for part in self.folder.glob(".*.????????"):  # of a call that was killed while it wrote
             shutil.rmtree(part) if part.is_dir() else part.unlink()
@@ -181,9 +181,7 @@ class Job:
         if plan is not None:
             words = {"s": "s" * (plan.pairs > 1), "checkpointing": "on" if plan.checkpointing else "off"}
             print(say("plan", plan=plan, needed=plan.bytes / 1e9, free=free, **words))
-        alpha, pairs = self.policy.model.active_peft_config.lora_alpha, len(self.pairs.train.pairs)
-        print(what_will_happen(self.values, pairs))
-        if slow := hardly_moves(self.values, pairs, alpha):
+        if slow := hardly_moves(self.values, len(self.pairs.train.pairs), self.policy.model.active_peft_config):
             print(slow)
         if need >= free:
             text = f"Training needs about {need:.1f} GB beside the loaded model, and {free:.1f} GB are free."
@@ -192,6 +190,12 @@ class Job:
                 raise UserError(f"{text}\n{self.savings()}")
             print(f"{text} It may not fit.\n{self.savings()}")
         self.write(runs.Status.RUNNING)
+
+    def ahead(self, done: int, seconds: float | None) -> str:
+        """What will happen after `done` steps, in one line; `seconds`: the reference's for a pair, if known."""
+        train, test = (len(report.pairs) for report in (self.pairs.train, self.pairs.test))
+        passes = passes_ahead(self.values, train, test, done, self.policy.device.type == "cpu")
+        return what_will_happen(self.values, train, done, None if seconds is None else passes * seconds)
 
     def _keep_tokens(self) -> None:
         if not self.info.data.given or (self.tokens.is_dir() and (self.folder / "run.json").exists()):

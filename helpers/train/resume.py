@@ -93,9 +93,14 @@ class Checkpoints(TrainerCallback):
             signal.signal(signal.SIGINT, previous)
 
 
+def step_in(checkpoint: Path) -> int:
+    """The step after which the folder `checkpoint` was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def last_complete(checkpoints: Path) -> Path | None:
     """The newest folder in `checkpoints` whose files all have the size they were written with; others are removed."""
-    for folder in sorted(checkpoints.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+    for folder in sorted(checkpoints.glob("checkpoint-*"), key=step_in, reverse=True):
         with contextlib.suppress(OSError, ValueError):
             sizes = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
             if all((folder / name).stat().st_size == size for name, size in sizes.items()):

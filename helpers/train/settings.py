@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 import trl
 import unsloth
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 from transformers.integrations import integration_utils
@@ -162,19 +162,40 @@ def _steps(pairs: int, values: dict[str, Any]) -> int:
     return total if total > 0 else math.ceil(math.ceil(pairs / pairs_a_step(values)) * values["num_train_epochs"])
 
 
-def what_will_happen(values: dict[str, Any], pairs: int) -> str:
-    """What a run on so many `pairs`, by complete `values`, will do. Minutes are said once a step was timed."""
+def passes_ahead(values: dict[str, Any], pairs: int, held_out: int, done: int, on_cpu: bool) -> float:
+    """What is left after `done` steps of a run on so many `pairs`, by complete `values`, in passes over one pair.
+
+    A pass is the reference's. Counted are the steps (settings.yaml has what one costs), the evaluations of the
+    `held_out` pairs between them, and the scoring at the end, which `on_cpu` takes two passes.
+    """
+    config, cost, steps = run_config(Path(), pairs, values, values), TABLE["passes"], _steps(pairs, values)
+    a_pair = cost["cpu" if on_cpu else "gpu"] + cost["checkpointing"] * bool(config.gradient_checkpointing)
+    evaluations = config.num_train_epochs * (config.eval_strategy == "epoch")
+    if config.eval_strategy == "steps":
+        evaluations = steps / config.eval_steps if config.eval_steps >= 1 else 1 / config.eval_steps
+    left = 1 - done / steps
+    at_the_end = 2 if on_cpu else 1  # the policy, and in 32 bits the reference once more
+    return left * (steps * pairs_a_step(values) * a_pair + evaluations * held_out) + at_the_end * held_out
+
+
+def what_will_happen(values: dict[str, Any], pairs: int, done: int, seconds: float | None) -> str:
+    """What a run on so many `pairs`, by complete `values`, will do; `done` steps are made, the rest takes `seconds`."""
     steps, batch, rate = _steps(pairs, values), pairs_a_step(values), values["learning_rate"]
-    return say("ahead", pairs=pairs, steps=steps, s="s" * (steps != 1), batch=batch, rate=rate)
+    minutes = "time_unknown" if seconds is None else "under_a_minute" if seconds < 60 else "minutes"
+    time = say(minutes, minutes=(seconds or 0) / 60, s="s" * ((seconds or 0) >= 90))
+    resumed = f" ({done} are done)" * (done > 0)
+    return say("ahead", pairs=pairs, steps=steps, s="s" * (steps != 1), batch=batch, done=resumed, rate=rate, time=time)
 
 
-def hardly_moves(values: dict[str, Any], pairs: int, alpha: float) -> str:
+def hardly_moves(values: dict[str, Any], pairs: int, lora: LoraConfig) -> str:
     """What to say of a run on so many `pairs`, by complete `values`, that will end where it began; "" if it will move.
 
     By benchmarks/results/learning_rate.json: while the log-ratio gap is below some 1.5 nats, it is 450 times learning
-    rate times steps at a LoRA `alpha` of 16, within a quarter. A larger alpha is taken to move it in proportion.
+    rate times steps with a `lora` of alpha 16, within a quarter. It grows with alpha, whatever the rank, as more ranks
+    move it as much further as alpha / rank scales each of them down; rank-stabilised LoRA divides by its root alone.
     """
     steps, rate = _steps(pairs, values), values["learning_rate"]
+    alpha = lora.lora_alpha * (math.sqrt(lora.r) if lora.use_rslora else 1)
     nats = 450 * steps * alpha / 16  # for a rate of 1
     moves = nats * rate >= 0.3  # as `diagnose` judges afterwards
     return "" if moves else say("hardly_moves", steps=steps, rate=rate, gap=nats * rate, better=3 / nats)

@@ -135,6 +135,22 @@ def test_tools_that_are_no_json_are_named(with_options):
         tokenize_pairs(pairs, with_options)
 
 
+def test_an_answer_that_is_a_tool_call_alone_is_not_empty(qwen3):
+    """Which of many say so, is a hint that the sides can be told apart."""
+    rows = []
+    for number in range(12):
+        calls = [{"type": "function", "function": {"name": "find", "arguments": {"what": f"map {number}"}}}]
+        call = [{"role": "assistant", "content": "", "tool_calls": calls}]
+        rows.append(
+            {"prompt": f"Where is town {number}?", "chosen": call, "rejected": f"In the north, I think, {number}."}
+        )
+    report = check_pairs(load_pairs(rows), qwen3)
+    assert report.errors == [] and "<tool_call>" in qwen3.decode(report.ids["chosen_ids"][0])
+    assert 'starts with "(tool call)"' in str(report)
+    empty = [{**rows[0], "chosen": [{"role": "assistant", "content": " "}]}, *rows[1:]]
+    assert [one.code for one in check_pairs(load_pairs(empty), qwen3).errors] == ["completion_empty"]
+
+
 def test_what_the_template_leaves_out_of_messages_is_an_error(with_options):
     call = {"type": "function", "function": {"name": "find", "arguments": {"what": "map"}}}
     talk = [

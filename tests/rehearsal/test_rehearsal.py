@@ -5,6 +5,8 @@ trained on the CPU with the settings of the profile `gpu`. Run by itself, with t
 """
 
 import json
+import re
+import resource
 import time
 from pathlib import Path
 
@@ -30,6 +32,7 @@ EXTRA = sorted((ROOT / "notebooks" / "extra").glob("*.ipynb"))
 NO_MODEL = ("02_data", "other_losses")
 PAIRS, HELD_OUT = 60, 12
 GPU_RATE = TABLE["start"]["gpu"]["learning_rate"]
+OF_THE_EMBEDDED = re.compile("SmolLM|135M|embedded", re.IGNORECASE)  # nothing that is said of another model names it
 OPENING, NO_THOUGHT = "<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
 
 # Runs before the first cell of a notebook, in its kernel. A CPU trains with the settings of the profile `gpu`, but for
@@ -83,12 +86,12 @@ def tiny(folder: Path, tokenizer) -> Path:
     return folder
 
 
-def write_own_pairs(file: Path) -> None:
+def write_own_pairs(file: Path, thought: str = "") -> None:
     """Comparisons as an arena publishes them: no topics, no flaws, and the winner by its letter. The answers are cut
-    after eight words, since a vocabulary as large as Qwen3's makes each token dear."""
+    after eight words, since a vocabulary as large as Qwen3's makes each token dear. `thought` is put before them."""
     rows = [json.loads(line) for line in BUNDLED_PAIRS.read_text(encoding="utf-8").splitlines()]
     cut = [(row["prompt"], *(" ".join(row[side].split()[:8]) for side in ("chosen", "rejected"))) for row in rows]
-    cut = [row for row in cut if row[1] != row[2]]
+    cut = [(row[0], thought + row[1], thought + row[2]) for row in cut if row[1] != row[2]]
     names = ("question", "response_a", "response_b", "winner")
     with file.open("w", encoding="utf-8") as out:
         for number, (prompt, *sides) in enumerate(cut[:: len(cut) // PAIRS][:PAIRS]):
@@ -96,14 +99,22 @@ def write_own_pairs(file: Path) -> None:
             out.write(json.dumps(dict(zip(names, (prompt, *ordered, "ab"[number % 2]), strict=True))) + "\n")
 
 
+def processor_seconds() -> float:
+    """Of all processes that were started from here and have ended."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return ended.ru_utime + ended.ru_stime
+
+
 class Reader:
     """Someone's settings and folders."""
 
-    def __init__(self, folder: Path, tokenizer):
+    seconds = 0.0  # of the processor, for the notebooks of all readers
+
+    def __init__(self, folder: Path, tokenizer, thought: str = ""):
         self.folder, self.out = folder, folder / "out"
         self.model = tiny(folder / "tiny-qwen3", tokenizer)
         self.tokenizer = AutoTokenizer.from_pretrained(self.model)
-        write_own_pairs(folder / "mine.jsonl")
+        write_own_pairs(folder / "mine.jsonl", thought)
         self.settings = {"DPO_MODEL": self.model, "DPO_THINKING_MODEL": self.model, "DPO_DATA": folder / "mine.jsonl"}
         self.settings |= {"DPO_OUTPUT_DIR": self.out, "DPO_CACHE_DIR": folder / "cache"}
 
@@ -113,14 +124,17 @@ class Reader:
             monkeypatch.setenv(name, str(value))
         notebook = nbformat.read(path, as_version=4)
         opening = self.tokenizer.encode(OPENING, add_special_tokens=False)
-        before = BEFORE.format(opening=opening, seen=str(self.folder / f"{path.stem}.json"))
-        notebook.cells.insert(0, nbformat.v4.new_code_cell(before))
-        here, began = {"metadata": {"path": str(path.parent)}}, time.monotonic()
+        cell = BEFORE.format(opening=opening, seen=str(self.folder / f"{path.stem}.json"))
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(cell))
+        here, began, before = {"metadata": {"path": str(path.parent)}}, time.monotonic(), processor_seconds()
         try:
             nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=here).execute()
         finally:
             nbformat.write(notebook, self.folder / path.name)
-            print(f"{path.stem}: {time.monotonic() - began:.0f} s, {self.folder / path.name}")
+            used = processor_seconds() - before
+            Reader.seconds += used
+            passed = time.monotonic() - began
+            print(f"{path.stem}: {passed:.0f} s, {used:.0f} of the processor's; {self.folder / path.name}")
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
         return "".join(str(one.get("text", "")) + str(one.get("data", {}).get("text/plain", "")) for one in outputs)
 
@@ -137,7 +151,7 @@ def reader(qwen3, tmp_path_factory):
 @pytest.mark.parametrize("path", COURSE + EXTRA, ids=lambda path: path.stem)
 def test_no_cell_fails_and_no_model_is_asked_otherwise_than_trained(reader, path, monkeypatch):
     printed = reader.execute(path, monkeypatch)
-    assert printed
+    assert printed and not OF_THE_EMBEDDED.search(printed)
     if path.stem.startswith("04"):  # thoughts, so thinking is on: a reply begins before its thought
         texts = reader.after_the_opening(path)
         assert "" in texts and all(text.startswith("<think>") for text in texts - {""})
@@ -210,3 +224,31 @@ def test_a_model_that_always_thinks_is_told_what_to_do(thinker, number, monkeypa
         assert after and all(text.startswith("<think>\n") for text in after)
         info = read_info(thinker.out / "runs" / "04_thinking")
         assert info.config["learning_rate"] == GPU_RATE and info.status == "finished"
+
+
+@pytest.fixture(scope="module")
+def thoughtful(thinking_2507, tmp_path_factory):
+    return Reader(tmp_path_factory.mktemp("thoughtful"), thinking_2507, "<think>\nA plain case.\n</think>\n\n")
+
+
+def test_a_model_that_always_thinks_learns_from_pairs_with_thoughts(thoughtful, monkeypatch):
+    """By a reader whose own pairs have thoughts: a reply begins within the thought that was trained."""
+    (path,) = (path for path in COURSE if path.stem.startswith("03"))
+    assert not OF_THE_EMBEDDED.search(thoughtful.execute(path, monkeypatch))
+    tokenizer, run = thoughtful.tokenizer, Run.load(thoughtful.out / "runs" / "03_train")
+    after = thoughtful.after_the_opening(path)
+    assert after and all(text.startswith("<think>\n") for text in after)
+    assert (run.info.train_pairs, run.info.test_pairs) == (PAIRS - HELD_OUT, HELD_OUT)
+    assert run.info.config["learning_rate"] == GPU_RATE
+    train = split_pairs(load_pairs(thoughtful.folder / "mine.jsonl"))["train"]
+    report = check_pairs(train, tokenizer)
+    assert report.hash == run.info.data.train
+    assert prompt_ids(tokenizer, train["prompt"], **run.info.template) == report.ids["prompt_ids"][:]
+    for row in report.ids:
+        assert tokenizer.decode(row["prompt_ids"]).endswith("<|im_start|>assistant\n<think>\n")
+        assert tokenizer.decode(row["prompt_ids"] + row["chosen_ids"]).count("<think>") == 1
+
+
+def test_six_minutes_of_two_cores_are_enough():
+    """By the processor's time, so that it holds on a busy machine, too."""
+    assert Reader.seconds < 2 * 6 * 60

@@ -1,6 +1,7 @@
 """Keep an adapter or discard it: each rule by a run that is made for it, and never against diagnosis. No model here."""
 
 import dataclasses
+import html
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 
 from helpers import Run, UserError, diagnose, verdict
+from helpers.run.card import model_card
 from helpers.run.diagnosis import RULES as SYMPTOM_RULES
 from helpers.run.folder import RunInfo
 from helpers.run.metrics import pairs_to_decide, wilson_interval
@@ -50,6 +52,7 @@ def replies(before: int, after: int, of: int = 12, tokens: tuple[int, int] = (50
 
 
 def test_a_healthy_run_is_kept_and_each_measure_stands_beside_itself(run):
+    assert "not asked" in str(verdict(run)) and verdict(run).decision == "keep"
     found = verdict(run, replies(10, 9))
     assert found.decision == "keep" and "90% of 120 held-out pairs" in found.line
     rows = {name.partition(" (of ")[0]: (row.before, row.after) for name, row in found.table.iterrows()}
@@ -63,7 +66,22 @@ def test_a_healthy_run_is_kept_and_each_measure_stands_beside_itself(run):
         "diagnose(run)": ("", "no symptom"),
         "left out of the training data": ("nothing", ""),
     }
-    assert "not asked" in str(verdict(run)) and verdict(run).decision == "keep"
+
+
+def test_replies_that_were_judged_once_are_on_the_cards_that_follow(run):
+    run.info.config |= {"seed": 0}
+    assert "not asked" in model_card(run, "adapter")
+    line = verdict(run, replies(12, 2)).line
+    card = model_card(run, "adapter")
+    assert html.escape(line) in card and "replies no longer end: 17% of 12 do" in card
+    assert "| tokens of a reply | 50 | 52 |" in card and "not asked" not in card
+    assert verdict(run, replies(10, 9)).decision == "keep" == verdict(run).decision  # the last ones
+
+
+def test_replies_that_cannot_be_kept_are_judged_all_the_same(run, capsys):
+    (run.folder / "replies.json").mkdir()
+    assert verdict(run, replies(12, 2)).decision == "discard"
+    assert "could not be kept" in capsys.readouterr().out
 
 
 # rule -> what makes a run for it: fields of the run, replies, and a part of the line

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,7 @@ from helpers.model.embedded import embedded_folder
 from helpers.model.logps import pair_logps, reference_logps, with_reference
 from helpers.model.profiles import PROFILES
 from helpers.run.folder import DataInfo, Run, RunInfo, Status, set_aside
-from helpers.train import resume, settings
+from helpers.train import dpo, job, resume, settings
 from helpers.train.dpo import train_dpo
 from helpers.train.job import check_both
 from helpers.train.settings import DPOConfig, dpo_settings
@@ -447,6 +448,33 @@ def test_out_of_memory_is_answered_with_what_each_change_saves(policy, pairs, ca
 
 
 @pytest_slow
+def test_minutes_said_before_the_first_step_are_near_those_that_it_took(policy, cache, tmp_path, monkeypatch, capsys):
+    """Twice those that were said at most, or half; the second run knows them from the cache, a third from nowhere."""
+    policy, tokenizer = policy
+    rows, said = load_pairs(), []
+
+    def heard(*given):
+        said.append((given[-1], time.monotonic()))
+        return settings.what_will_happen(*given)
+
+    monkeypatch.setattr(job, "what_will_happen", heard)
+    call = (policy, tokenizer, rows.select(range(48)), rows.select(range(48, 60)))
+    train_dpo(*call, tmp_path / "first")
+    (seconds, began), ended = said[0], time.monotonic()
+    assert 0.5 < (ended - began) / seconds < 2, (ended - began, seconds)
+    monkeypatch.setattr(dpo, "_score", lambda *_: pytest.fail("the log-probs are in the cache"))
+    monkeypatch.setattr(dpo, "_train", lambda *_: pytest.fail("as far as this"))
+    fresh = helpers.add_lora(policy.unload(), seed=0)
+    with pytest.raises(BaseException, match="as far as this"):
+        train_dpo(fresh, *call[1:], tmp_path / "second")
+    assert said[1][0] == pytest.approx(seconds)
+    monkeypatch.setattr("helpers.run.folder.machine", lambda: "another")
+    with pytest.raises(BaseException, match="as far as this"):
+        train_dpo(fresh, *call[1:], tmp_path / "third")
+    assert said[2][0] is None and "how long is said after the first step" in capsys.readouterr().out
+
+
+@pytest_slow
 def test_tensorboard_where_it_is_installed(policy, pairs, cache, tmp_path):
     policy, tokenizer = policy
     settings = SHORT | {"max_steps": 1, "report_to": "tensorboard"}
@@ -463,8 +491,8 @@ def test_run_folder_is_complete_portable_and_loads_in_a_new_process(policy, pair
     policy, tokenizer = policy
     folder = tmp_path / "run"
     run = train_dpo(policy, tokenizer, *pairs, folder, **SHORT)
-    ahead, _ = capsys.readouterr().out.split("Reference log-probs")
-    assert "16 pairs to train on, 4 steps of 4, learning rate 0.0002." in ahead.splitlines()
+    ahead, _ = capsys.readouterr().out.split("step    1 of 4")
+    assert "16 pairs to train on, 4 steps of 4, learning rate 0.0002, " in ahead.splitlines()[-1]
     assert run.info.status == "finished" and run.info.steps == 4
     assert run.info.config["beta"] == 0.1 and run.info.versions["trl"]
     assert {"accuracy", "accuracy_interval", "reference_accuracy", "train_seconds"} <= set(run.metrics)

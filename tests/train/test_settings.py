@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import trl
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -38,7 +39,15 @@ from helpers.model.fingerprint import adapter_hash
 from helpers.model.policy import Policy
 from helpers.patches import shared_prompt
 from helpers.train import dpo
-from helpers.train.settings import TABLE, complete_settings, dpo_settings, hardly_moves, run_config, what_will_happen
+from helpers.train.settings import (
+    TABLE,
+    complete_settings,
+    dpo_settings,
+    hardly_moves,
+    passes_ahead,
+    run_config,
+    what_will_happen,
+)
 from tests.conftest import strip
 from tools.tables import result
 
@@ -169,10 +178,44 @@ def test_values_with_one_obvious_meaning_have_it(policy):
 
 def test_what_will_happen_is_said_with_the_steps_that_the_trainer_makes():
     eight = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 5e-5}
-    said = what_will_happen(eight | {"num_train_epochs": 1}, 412)
-    assert said == "412 pairs to train on, 52 steps of 8, learning rate 5e-05."
-    assert "104 steps of 8" in what_will_happen(eight | {"num_train_epochs": 2}, 412)
-    assert "1 step of 8," in what_will_happen(eight | {"num_train_epochs": 2, "max_steps": 1}, 412)
+    said = what_will_happen(eight | {"num_train_epochs": 1}, 412, 0, 840.0)
+    assert said == "412 pairs to train on, 52 steps of 8, learning rate 5e-05, about 14 minutes on this machine."
+    said = what_will_happen(eight | {"num_train_epochs": 2}, 412, 20, 70.0)
+    assert "104 steps of 8 (20 are done), learning rate 5e-05, about 1 minute on" in said
+    said = what_will_happen(eight | {"num_train_epochs": 2, "max_steps": 1}, 412, 0, 59.0)
+    assert "1 step of 8, learning rate 5e-05, less than a minute on" in said
+    assert "how long is said after the first step" in what_will_happen(eight | {"num_train_epochs": 2}, 412, 0, None)
+
+
+def test_what_is_ahead_counts_steps_evaluations_and_the_scoring_at_the_end(policy):
+    def ahead(done=0, on_cpu=True, **settings):
+        given = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1} | settings
+        return passes_ahead(complete_settings(policy, given), 80, 12, done, on_cpu)
+
+    cost = TABLE["passes"]
+    assert ahead(eval_strategy="no") == pytest.approx(80 * cost["cpu"] + 2 * 12)
+    assert ahead(eval_strategy="no", on_cpu=False) == pytest.approx(80 * cost["gpu"] + 12)
+    assert ahead() == pytest.approx(80 * cost["cpu"] + 10 / 4 * 12 + 2 * 12)
+    assert ahead(eval_steps=5) == ahead(eval_steps=0.5) == pytest.approx(80 * cost["cpu"] + 2 * 12 + 2 * 12)
+    assert ahead(eval_strategy="epoch") == pytest.approx(80 * cost["cpu"] + 12 + 2 * 12)
+    assert ahead(done=5, eval_steps=5) == pytest.approx(40 * cost["cpu"] + 12 + 2 * 12)
+    assert ahead(done=10) == pytest.approx(2 * 12)
+    assert ahead(gradient_checkpointing=True) == pytest.approx(ahead() + 80 * cost["checkpointing"])
+
+
+def test_a_step_costs_so_many_passes_in_what_was_measured_within_a_factor_of_two():
+    hosts = [result("gpu"), result("gpu_recorded"), *result("gpu_expert")["hosts"]]
+    cost, seen = TABLE["passes"], []
+    ours = {"ours", "kept", "ours_1024", "kept_1024", "ours_one_by_one", "kept_one_by_one"}
+    for host in hosts:
+        for name in ours & set(host["sides"]):
+            side = host["sides"][name]
+            said = cost["gpu"] + cost["checkpointing"] * name.startswith("ours")
+            seen.append(said / (side["reference_pairs_per_s"] / side["pairs_per_s"]))
+    one = result("train")["sides"]["grouped"]  # one epoch: each pair is trained on once
+    of_reference = one["before_first_step_seconds"] / (8 * one["steps"])
+    seen.append(cost["cpu"] / (one["step_seconds"] / 8 / of_reference))
+    assert len(seen) == 13 and min(seen) > 0.5 and max(seen) < 2
 
 
 def test_ld_alpha_in_several_processes_is_refused(policy, monkeypatch):
@@ -194,20 +237,45 @@ def test_a_value_of_another_type_is_what_it_says(policy):
 def test_a_run_is_told_to_move_hardly_where_the_measured_ones_did():
     told = 0
     for row in result("learning_rate")["table"]:
-        gap, words = row["gap"][0], hardly_moves({"learning_rate": row["rate"], "max_steps": row["steps"]}, 360, 16)
+        gap, call = row["gap"][0], {"learning_rate": row["rate"], "max_steps": row["steps"]}
+        words = hardly_moves(call, 360, LoraConfig(r=16, lora_alpha=16))
         assert bool(words) == (gap < 0.3)
         if words:
             assert float(re.search(r"near (\d\.\d+) nats", words)[1]) == pytest.approx(gap, rel=0.25)
-            assert hardly_moves({"learning_rate": float(re.search("=([^ ]+)", words)[1]), "max_steps": 90}, 0, 16) == ""
+            better = {"learning_rate": float(re.search("=([^ ]+)", words)[1]), "max_steps": 90}
+            assert hardly_moves(better, 0, LoraConfig(r=16, lora_alpha=16)) == ""
             told += 1
     assert told == 3
     assert "90 steps" in hardly_moves(
         {"learning_rate": 5e-6, "num_train_epochs": 2}
         | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
         360,
-        16,
+        LoraConfig(r=16, lora_alpha=16),
     )
-    assert hardly_moves({"learning_rate": 5e-6, "max_steps": 90}, 360, 64) == ""  # four times the alpha
+
+
+# Rank, alpha, rank-stabilised -> how far it goes against rank 16 and alpha 16.
+SCALES = {(4, 16, False): 1, (16, 64, False): 4, (64, 64, False): 4, (16, 16, True): 4}
+
+
+@pytest.mark.slow
+def test_the_gap_grows_with_alpha_whatever_the_rank(loaded, tmp_path):
+    """So it is alpha that decides whether a short run hardly moves. Within a quarter, as the rule itself."""
+    rows, gaps, targets = load_pairs(), {}, ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    for rank, alpha, stable in [(16, 16, False), *SCALES]:
+        torch.manual_seed(0)
+        lora = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=stable, target_modules=targets, task_type="CAUSAL_LM")
+        call = {"max_steps": 12, "learning_rate": 3e-5, "max_length": 64, "bf16": False, "num_train_epochs": 3}
+        call |= {"eval_strategy": "no", "save_strategy": "no", "logging_steps": 6}
+        folder = tmp_path / f"{rank}-{alpha}-{stable}"
+        model = get_peft_model(loaded[0], lora)
+        run = train_dpo(model, loaded[1], rows.select(range(32)), rows.select(range(32, 36)), folder, **call)
+        strip(loaded[0])
+        gaps[rank, alpha, stable] = [row["rewards/margins"] for row in run.history if "rewards/margins" in row][-1]
+        short = {"learning_rate": 5e-6, "max_steps": 90}
+        assert bool(hardly_moves(short, 360, lora)) == (alpha == 16 and not stable)
+    for scale, times in SCALES.items():
+        assert gaps[scale] / gaps[16, 16, False] == pytest.approx(times, rel=0.25), gaps
 
 
 @pytest.mark.parametrize(
