@@ -26,11 +26,17 @@ def train(folder: Path, seed: int, every: int, bits: int) -> None:
     from helpers.run.folder import machine, versions
     from helpers.run.metrics import accuracy_by
 
+    # isort: split
+    import torch
+    from transformers import AutoModelForCausalLM
+
     pairs = split_pairs(load_pairs())
     model, tokenizer = load_model("embedded")
     data = pairs["train"].select(range(192)), pairs["test"]  # as in the notebook
     settings = {"seed": seed, "eval_steps": every, "save_steps": every, "bf16": bits == 16}
-    model = model.bfloat16() if bits == 16 else model.float()
+    if bits == 32:  # as it is loaded where bf16 is not native, with no weight rounded
+        whole = AutoModelForCausalLM.from_pretrained(model.name_or_path, dtype=torch.float32)
+        model.float().load_state_dict(whole.state_dict())
     run = train_dpo(add_lora(model, seed=seed), tokenizer, *data, folder / f"run-{seed}", **settings)
     result = {"seed": seed, "steps": run.info.steps} | run.metrics | {"history": run.history}
     by_flaw = accuracy_by(run.held_out, "flaw").share.round(3).to_dict()
