@@ -1,6 +1,8 @@
 """What thinking pairs teach, over three seeds: python benchmarks/thinking.py [--seeds 0 1 2] [--folder F]
 
-Pairs and settings are those of `04_thinking_pairs`, on the embedded model; but the naive sets have half as many pairs.
+Pairs and settings are those of `04_thinking_pairs`, on the embedded model: naive sets have the same 144 pairs without
+their rejected thoughts. (The committed `thinking.json` is from before that: its naive sets have 72 pairs.)
+
 Each seed starts with SFT on well-formed thoughts. DPO follows, once on pairs whose sides both think, once on naive
 pairs (chosen thinks, rejected is an answer without a thought), both with the SFT loss of the chosen side added. The
 first seed also does DPO without that loss, and DPO of either kind without SFT. All runs are tested on the same held-out
@@ -47,7 +49,7 @@ test = [pair for pair in written if pair["topic"] in HELD_OUT and pair["rejected
 for kind in KINDS:
     test += [pair for pair in made[500:] if pair["flaw"] == kind][:30]
 like = lesson + made[320:416]
-naive = [pair | {"rejected_thought": None} for pair in like[::2]]
+naive = [pair | {"rejected_thought": None} for pair in like]
 asked = made[420:500]
 
 

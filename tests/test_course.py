@@ -43,6 +43,14 @@ def test_each_exercise_has_a_tagged_solution(path):
     assert solved == asked == [str(number) for number in range(1, len(asked) + 1)] and len(asked) >= 3
 
 
+@each_notebook
+def test_exercises_say_what_they_ask_how_hard_they_are_and_how_long_they_take(path):
+    asked = exercises(nbformat.read(path, as_version=4))
+    heads = [re.match(r"\d+\. \(([a-zA-Z ]+); (?:easy|medium|hard), \d+ minutes[^)]*\.\) ", one) for one in asked]
+    assert all(heads)
+    assert {word for head in heads for word in head[1].lower().split(" and ")} == {"compute", "explain", "build"}
+
+
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory):
     folder = tmp_path_factory.mktemp("student")

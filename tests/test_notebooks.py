@@ -67,6 +67,11 @@ def test_a_notebook_is_one_sitting(notebook):
     assert re.search(r"\*\*Time:\*\* (an|half an|a quarter of an) hour", notebook.cells[0].source)
 
 
+def test_no_cell_is_a_wall(notebook):
+    long = [cell.id for cell in notebook.cells if cell.cell_type == "markdown" and len(cell.source.split()) > 150]
+    assert long == []
+
+
 def test_an_extra_leads_back(notebook):
     if notebook.cells[0].source.startswith("# Extra: "):
         for cell in (notebook.cells[0], notebook.cells[-2]):

@@ -107,6 +107,19 @@ def test_links_lead_somewhere(page):
     assert [anchor for target, anchor in targets if anchor and anchor not in anchors(target)] == []
 
 
+def test_pages_of_docs_lead_on_and_back_at_top_and_bottom():
+    """In the order of the README's last line."""
+    order = [page.name for page in (ROOT / "docs").glob("*.md") if f"(docs/{page.name})" in README]
+    assert len(order) == len(list((ROOT / "docs").glob("*.md")))
+    last = README.splitlines()[-1]
+    order.sort(key=lambda name: last.index(f"(docs/{name})"))
+    for place, name in enumerate(order):
+        lines = (ROOT / "docs" / name).read_text(encoding="utf-8").splitlines()
+        assert lines[2] == lines[-1] and lines[2].startswith("Previous: ") and "(../README.md)" in lines[2]
+        links = re.findall(r"\(([\w.]+)\.md\)", lines[2])
+        assert links == [one.removesuffix(".md") for one in order[max(0, place - 1) : place + 2] if one != name]
+
+
 def test_the_citation_is_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -10,6 +10,7 @@ from accelerate import DistributedType
 from datasets import Dataset
 from peft import PeftModel
 from transformers import (
+    IntervalStrategy,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -38,10 +39,15 @@ ROUNDING = 32
 
 
 class _TextProgress(TrainerCallback):
-    """One line of text for each logging step: no bar, no widget, readable in a saved notebook."""
+    """One line of text for each logging step and the last one: no bar, no widget, readable in a saved notebook."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.begin, self.first = time.monotonic(), state.global_step
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # transformers logs the last step only if `logging_steps` divides it.
+        if args.logging_strategy == IntervalStrategy.STEPS and state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict, **kwargs: Any) -> None:
         if state.is_world_process_zero and "loss" in logs:
