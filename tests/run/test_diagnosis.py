@@ -134,7 +134,10 @@ def public(run: dict) -> dict:
 
 
 # name: (source, what else `diagnose` is told, the codes wanted)
-ALL = {name: (known.pop("history"), known, []) for name, known in (sweep_runs() | seed_runs() | runs_at_every_step()).items()}
+ALL = {
+    name: (known.pop("history"), known, [])
+    for name, known in (sweep_runs() | seed_runs() | runs_at_every_step()).items()
+}
 ALL |= {run["name"]: (run["history"], public(run), run["wanted"]) for run in FIELD}
 ALL |= {
     f"lab {part['machine']} {one['run']}": (recorded(part, one["run"]), {}, expected(one["case"], one["state"]))
