@@ -1,10 +1,10 @@
 """Held-out preference accuracy of 03_train over three seeds: python benchmarks/seeds.py --folder FOLDER
 
-Trains the embedded model three times with the settings of `03_train`, each from a fresh adapter. Like the page
-it evaluates after the twelfth step and the last; `--every 1` evaluates after each, which shows what `diagnose` says of
-such a run however often it looks. The pages were made on a CPU without bf16, which trains in 32 bits; one that has it does so
-with UNSLOTH_CPU_BF16=0. About twenty minutes on two CPU cores; `--processes 3` trains the seeds side by side, on a GPU
-in three minutes. Finished seeds are kept in FOLDER. The last line is one JSON object.
+Trains the embedded model three times with the settings of `03_train`, each from a fresh adapter. Like the page it
+evaluates after the twelfth step and the last; `--every 1` evaluates after each, which shows what `diagnose` says of
+such a run however often it looks. The pages were made on a CPU without bf16, which trains in 32 bits; one that has it
+does so with UNSLOTH_CPU_BF16=0. About twenty minutes on two CPU cores; `--processes 3` trains the seeds side by side,
+on a GPU in three minutes. Finished seeds are kept in FOLDER. The last line is one JSON object.
 """
 
 import argparse
