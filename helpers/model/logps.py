@@ -124,6 +124,7 @@ def reference_file(model: Model, tokenizer: Tokenizer, data: str, max_length: in
     `model`, `tokenizer` and `max_length` decide them; beta, seed and loss do not, with which TRL's own cache changes.
     """
     parts = [fingerprint(model), config_hash(model), tokenizer_hash(tokenizer), data, str(max_length), str(model.dtype)]
+    parts.append("2")  # before, a trainer's 16 bits could round what was kept as 32
     key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
     return cache_folder() / "reference" / f"{key}.safetensors"
 

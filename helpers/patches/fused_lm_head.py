@@ -33,15 +33,15 @@ def self_test() -> None:
 
 
 @contextlib.contextmanager
-def own_forward(inner: PreTrainedModel) -> Iterator[None]:
-    """What the block puts on `inner.forward` is taken off at its end; `inner` is the model inside a PeftModel."""
-    before = vars(inner).get("forward")
+def own_forward(model: torch.nn.Module) -> Iterator[None]:
+    """What the block puts on `model.forward` is taken off at its end."""
+    before = vars(model).get("forward")
     try:
         yield
     finally:
-        vars(inner).pop("forward", None)
+        vars(model).pop("forward", None)
         if before is not None:
-            inner.forward = before
+            model.forward = before
 
 
 @contextlib.contextmanager

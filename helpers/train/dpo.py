@@ -263,7 +263,8 @@ def _train(
         kept = checkpoint.with_name(Path(best or checkpoint).name)
         job.policy.put_back(load_file(kept / "adapter_model.safetensors"))
     else:
-        with checkpoints.listening(), _written(job.folder, _of_a_checkpoint):
+        # Or what accelerate puts around the model's forward would round what is scored afterwards in 32 bits.
+        with own_forward(job.policy.model), checkpoints.listening(), _written(job.folder, _of_a_checkpoint):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - began
     if device.type == "cuda":

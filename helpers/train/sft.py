@@ -35,7 +35,12 @@ def train_sft(
     settings |= {"learning_rate": learning_rate, "seed": seed, "per_device_train_batch_size": 8}
     columns = [name for name in ("prompt", "chosen", "tools", "chat_template_kwargs") if name in pairs.column_names]
     data = pairs.select_columns(columns).rename_column("chosen", "completion")
-    with tempfile.TemporaryDirectory() as folder, quiet_progress(len(data)), own_forward(model.get_base_model()):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        quiet_progress(len(data)),
+        own_forward(model),
+        own_forward(model.get_base_model()),
+    ):
         config = SFTConfig(output_dir=folder, save_strategy="no", disable_tqdm=True, **settings)
         trainer = SFTTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
         text_progress(trainer)

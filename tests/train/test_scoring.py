@@ -23,8 +23,9 @@ SETTINGS = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True], ids=["trained in 32 bits", "trained by autocast"])
 @pytest.mark.parametrize("begun", [False, True], ids=["a fresh adapter", "an adapter that was trained before"])
-def test_held_out_figures_are_in_32_bits_and_the_weights_come_back(begun, small, tmp_path, monkeypatch):
+def test_held_out_figures_are_in_32_bits_and_the_weights_come_back(begun, bf16, small, tmp_path, monkeypatch):
     monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
     model, tokenizer = helpers.load_model(str(small))
     policy = helpers.add_lora(model.bfloat16(), seed=0)
@@ -36,7 +37,7 @@ def test_held_out_figures_are_in_32_bits_and_the_weights_come_back(begun, small,
     start, base = copy.deepcopy(policy).float(), base_hash(policy)
     pairs = helpers.load_pairs()
     test = pairs.select(range(8, 14))
-    run = train_dpo(policy, tokenizer, pairs.select(range(8)), test, tmp_path / "run", **SETTINGS)
+    run = train_dpo(policy, tokenizer, pairs.select(range(8)), test, tmp_path / "run", **SETTINGS | {"bf16": bf16})
     assert base_hash(policy) == base  # in bf16 again, each bit
     exact = copy.deepcopy(policy).float()
     now, before = (pair_logps(one, tokenizer, test, max_length=128) for one in (exact, start))
