@@ -14,6 +14,8 @@ from helpers.model import Model, Tokenizer
 OF_ADAPTER = r"lora_|\.modules_to_save\.|\.trainable_tokens_"  # in the names of weights that are not the base's
 # Base model -> (its samples and changes, base_hash): it takes seconds if a model has billions of weights.
 _BASES: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[str, str]]" = weakref.WeakKeyDictionary()
+# Tokenizer -> (its number of tokens, a hash of them).
+_VOCABULARIES: "weakref.WeakKeyDictionary[Tokenizer, tuple[int, str]]" = weakref.WeakKeyDictionary()
 
 
 def base_model(model: Model) -> PreTrainedModel:
@@ -27,7 +29,7 @@ def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:20]
 
 
@@ -84,5 +86,10 @@ def config_hash(model: Model) -> str:
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """20 hex digits of what `tokenizer` makes of a text: vocabulary, chat template, pad and EOS token."""
-    parts = [tokenizer.get_vocab(), tokenizer.chat_template, tokenizer.pad_token_id, tokenizer.eos_token_id]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+    if _VOCABULARIES.get(tokenizer, (0, ""))[0] != len(tokenizer):
+        numbers = tokenizer.get_vocab()
+        tokens = sorted(numbers, key=numbers.__getitem__)
+        listed = json.dumps([tokens, [numbers[token] for token in tokens]])
+        _VOCABULARIES[tokenizer] = len(tokenizer), hashlib.sha256(listed.encode()).hexdigest()
+    parts = [_VOCABULARIES[tokenizer][1], tokenizer.chat_template, tokenizer.pad_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]

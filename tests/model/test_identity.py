@@ -29,7 +29,7 @@ from helpers.common import setting
 from helpers.data.load import load_pairs
 from helpers.model import load
 from helpers.model.embedded import EMBEDDED_HUB_NAME, embedded_folder, embedded_model
-from helpers.model.fingerprint import base_hash, config_hash, is_fresh
+from helpers.model.fingerprint import base_hash, config_hash, hash_tensors, is_fresh, tokenizer_hash
 from helpers.model.logps import pair_logps, reference_file
 from helpers.model.policy import Policy, check_adapter
 from helpers.patches.shared_prompt import can_share
@@ -342,6 +342,23 @@ def test_a_base_that_was_changed_is_another_base():
     model.model.norm.weight.data = model.model.norm.weight.data + 1  # behind torch's back
     found.append(base_hash(model))
     assert len(set(found)) == 3 and base_hash(model) == found[-1]
+
+
+def test_a_weight_that_is_one_number_is_hashed():
+    """Apertus has some."""
+    found = {hash_tensors({"alpha": torch.tensor(value)}) for value in (0.5, 0.25)}
+    assert len(found | {hash_tensors({"alpha": torch.tensor([0.5])}), hash_tensors({"alpha": torch.empty(0)})}) == 4
+
+
+def test_what_a_tokenizer_makes_of_a_text_decides_its_hash(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    found = [tokenizer_hash(tokenizer), tokenizer_hash(other)]
+    assert found[0] == found[1]
+    other.add_tokens(["<one more>"])
+    found.append(tokenizer_hash(other))
+    other.chat_template += " "
+    found.append(tokenizer_hash(other))
+    assert len(set(found)) == 3
 
 
 def test_a_fresh_adapter_is_fresh():
