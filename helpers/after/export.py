@@ -69,7 +69,7 @@ def export_run(
     Raises UserError for another `to`, a folder that exists, a base model or a converter that is not here, other pairs,
     a run that a script can't repeat, no token, a refusal by the hub, no room on the disk.
     """
-    folder, scripts = Path(folder), to in ("torchrun", "trl")
+    folder, scripts = Path(folder).expanduser(), to in ("torchrun", "trl")
     if to not in _WRITERS:
         raise refused("form", to=to, forms=", ".join(map(repr, _WRITERS)))
     if folder.exists() and not replace:

@@ -180,6 +180,9 @@ def check_pairs(
     Raises:
         UserError: pairs in another form, a tokenizer without chat template or EOS, or no pair remains.
     """
+    for name, limit in {"max_length": max_length, "max_prompt_length": max_prompt_length}.items():
+        if not isinstance(limit, int | np.integer) or limit < 1:
+            raise UserError(f"{name}={limit!r}: it has to be a whole number above 0.")
     _check_arguments(pairs, test, tokenizer, on_long_prompt)
     table = measure_table(pairs, tokenizer, max_prompt_length if on_long_prompt == "shorten" else None)
     tokens, begins = (table.with_format("numpy")[name][:] for name in ("prompt_given", "prompt_begin"))

@@ -42,8 +42,11 @@ def _ids(pairs: Dataset, tokenizer: Tokenizer) -> Dataset:
     return pairs if set(IDS) <= set(pairs.column_names) else tokenize_pairs(pairs, tokenizer)
 
 
-def _sums(model: Model, batch: dict[str, torch.Tensor], fused: bool) -> torch.Tensor:
-    """Log-probs of the completions of a collated batch in nats, shape (2 * pairs,): chosen, then rejected."""
+def summed(model: Model, batch: dict[str, torch.Tensor], fused: bool) -> torch.Tensor:
+    """Log-probs under `model` of the completions of a collated `batch` in nats, shape (rows,): chosen, then rejected.
+
+    They are from TRL's `fused` head, or from the model's own logits.
+    """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     mask = batch["completion_mask"]
     if fused:
@@ -94,7 +97,7 @@ def pair_logps(
             result[2:, index] = torch.stack(batch["completion_mask"].sum(dim=1).double().chunk(2))
             if not (fused and can_share(inner)):
                 batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            sums.append((index, _sums(model, batch, fused)))  # a GPU computes while the next batch is laid out
+            sums.append((index, summed(model, batch, fused)))  # a GPU computes while the next batch is laid out
         for index, values in sums:
             result[:2, index] = torch.stack(values.double().cpu().chunk(2))
     return PairLogps(*result)

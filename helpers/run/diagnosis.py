@@ -425,7 +425,7 @@ def _of_source(source: Any) -> dict[str, Any]:
     if isinstance(source, dict) and "log_history" in source:
         return _of_source(source["log_history"]) | {"config": {"max_steps": source.get("max_steps") or 0}}
     if isinstance(source, str | Path):
-        return _of_folder(Path(source))
+        return _of_folder(Path(source).expanduser())
     if isinstance(source, Run):
         return of_run(source)
     if isinstance(source, Trainer):

@@ -122,7 +122,7 @@ class Run:
     @classmethod
     def load(cls, folder: str | Path) -> "Run":
         """Read a run's `folder`. Raises UserError if it is none, is unfinished, or can't be read."""
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         info = read_info(folder)
         if info is None:
             raise UserError(f"{folder.name} is no run folder: it has no run.json. 03_train makes one.")

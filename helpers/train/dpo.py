@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from helpers.common import UserError, why_not_written
 from helpers.data.check import MAX_PROMPT_LENGTH
@@ -99,19 +99,22 @@ def train_dpo(
     """
     if not isinstance(model, PeftModel):
         raise UserError("The model has no LoRA adapter to train. Call `model = add_lora(model)` first.")
-    with one_voice(Path(folder)):
-        values = complete_settings(model, settings)
+    folder = Path(folder).expanduser()
+    with one_voice(folder):
+        values, own = complete_settings(model, settings), list(callbacks) if isinstance(callbacks, Iterable) else [None]
+        if None in own:
+            raise UserError(f"callbacks={callbacks!r}: it has to be a list of transformers' callbacks.")
         if early_stopping is not None:
             if isinstance(early_stopping, bool) or not isinstance(early_stopping, int) or early_stopping < 1:
                 raise UserError(say("no_patience", number=early_stopping))
             if values.get("eval_strategy") == "no":
                 raise UserError('early_stopping counts evaluations, and eval_strategy="no" makes none. Leave one out.')
-            callbacks = [EarlyStoppingCallback(early_stopping), *callbacks]
+            own = [EarlyStoppingCallback(early_stopping), *own]
         rule = {"max_prompt_length": max_prompt_length, "on_long_prompt": on_long_prompt}
         pairs = check_both(train, test, tokenizer, values["max_length"], **rule)
         policy = Policy(model, tokenizer, pairs.train.template)
         reference = None if ref_model is None else Policy(ref_model, tokenizer)
-        return run_job(Job(policy, reference, pairs, Path(folder), values, settings), replace, callbacks)
+        return run_job(Job(policy, reference, pairs, folder, values, settings), replace, own)
 
 
 def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback] = ()) -> Run:
@@ -136,11 +139,11 @@ def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback
                 return once(lambda: _finish(job, trainer, table, seconds, initial))
 
 
-def _of_a_checkpoint(error: Exception) -> bool:
-    """Whether `error` is from writing one. What reporters and other callbacks raise is also an OSError."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    names, owners = {frame.f_code.co_name for frame in frames}, [frame.f_locals.get("self") for frame in frames]
-    return "_save_checkpoint" in names or any(isinstance(one, Checkpoints) for one in owners)
+def _of_a_checkpoint(error: Exception, control: TrainerControl) -> bool:
+    """Whether `error` is from writing one, which `control` says is due. What reporters raise is also an OSError."""
+    owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    callbacks = [one for one in owners if isinstance(one, TrainerCallback)]
+    return isinstance(callbacks[-1], Checkpoints) if callbacks else control.should_save
 
 
 @contextlib.contextmanager
@@ -235,10 +238,12 @@ def _trainer(job: Job, reference: dict[str, PairLogps], callbacks: Iterable[Trai
         ref_model = job.reference.model if job.reference else None
     try:
         trainer = make_trainer(job.policy.model, job.policy.tokenizer, *data.values(), config, callbacks, ref_model)
-    except (NotImplementedError, ValueError) as error:
+        if job.reference is None:
+            check_start(trainer, job.settings)
+    except UserError:
+        raise
+    except (AttributeError, NotImplementedError, ValueError) as error:
         raise UserError(f"TRL does not take this model with these settings: {error}") from error
-    if job.reference is None:
-        check_start(trainer, job.settings)
     return trainer
 
 
@@ -263,8 +268,9 @@ def _train(
         kept = checkpoint.with_name(Path(best or checkpoint).name)
         job.policy.put_back(load_file(kept / "adapter_model.safetensors"))
     else:
+        written = _written(job.folder, lambda error: _of_a_checkpoint(error, trainer.control))
         # Or what accelerate puts around the model's forward would round what is scored afterwards in 32 bits.
-        with own_forward(job.policy.model), checkpoints.listening(), _written(job.folder, _of_a_checkpoint):
+        with own_forward(job.policy.model), checkpoints.listening(), written:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - began
     if device.type == "cuda":

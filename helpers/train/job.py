@@ -26,7 +26,14 @@ from helpers.session import quiet_progress
 from helpers.train import say
 from helpers.train.processes import check_alike, once, processes, share_step
 from helpers.train.resume import differences, step_of
-from helpers.train.settings import DPOConfig, hardly_moves, passes_ahead, run_config, what_will_happen
+from helpers.train.settings import (
+    DPOConfig,
+    check_optimizer,
+    hardly_moves,
+    passes_ahead,
+    run_config,
+    what_will_happen,
+)
 
 TOKENS = "tokens"  # in the folder of a run whose template writes the date: the ids that it began with
 
@@ -121,6 +128,10 @@ class Job:
             template=self.policy.options,
             prompts_rule=self.pairs.rule,
         )
+        check_optimizer(self.config, self.policy.model)
+        batch = self.config.per_device_train_batch_size
+        if number == 1 and self.config.dataloader_drop_last and len(train.pairs) < batch:  # several drop nothing
+            raise UserError(say("none_left", pairs=len(train.pairs), batch=batch))
         info, hashes = self.info, (train.hash, test.hash)
         check_alike(model=info.base, adapter=info.start, settings=info.config, pairs=hashes)
 

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import torch
 import trl
 import unsloth
 from peft import LoraConfig, PeftModel
 from pydantic import TypeAdapter, ValidationError
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.integrations import integration_utils
 
 from helpers.common import UserError
@@ -129,8 +130,10 @@ def _check_choices(values: dict[str, Any]) -> None:
     """Raise UserError for a value that TRL would refuse only in a step, or never, or transformers far from here."""
 
     def given(name: str) -> list[Any]:
-        value = values.get(name) or TABLE["choices"][name].partition(" ")[0]
-        return value if isinstance(value, list | tuple) else [value]
+        value = values.get(name)
+        if value is None:
+            value = TABLE["choices"][name].partition(" ")[0]
+        return list(value) or [[]] if isinstance(value, list | tuple) else [value]
 
     losses, reporters = given("loss_type"), integration_utils.INTEGRATION_TO_CALLBACK
     for name, text in TABLE["choices"].items():
@@ -144,6 +147,16 @@ def _check_choices(values: dict[str, Any]) -> None:
     metric = _figure(values.get("metric_for_best_model"))
     if metric in TABLE["either_may_be_better"].split() and values.get("greater_is_better") is None:
         raise UserError(say("which_is_better", metric=metric))
+    if (weights := values.get("loss_weights")) is not None:
+        numbers = isinstance(weights, list | tuple) and all(isinstance(one, int | float) for one in weights)
+        if not numbers or not all(0 <= one < math.inf for one in weights) or not any(weights):
+            raise UserError(say("loss_weights", weights=weights))
+    if values.get("dataloader_persistent_workers") and not values.get("dataloader_num_workers"):
+        raise UserError("dataloader_persistent_workers=True: there are none without dataloader_num_workers.")
+    if values.get("activation_offloading") and current_profile().name == "cpu":
+        raise UserError("activation_offloading=True: it moves what is on a GPU to the machine's memory. Leave it out.")
+    if values.get("ddp_backend") and processes().num_processes == 1:
+        raise UserError(f"ddp_backend={values['ddp_backend']!r}: this is a run in one process. Leave it out.")
     smoothing, alpha = values.get("label_smoothing", 0), values.get("ld_alpha")
     smoothed = {loss: TABLE["smoothed"][loss] for loss in losses if loss in TABLE["smoothed"]}
     for loss, (low, high) in smoothed.items():
@@ -218,3 +231,16 @@ def run_config(folder: Path, pairs: int, values: dict[str, Any], share: dict[str
     if config["eval_strategy"] != "steps":
         del config["eval_steps"]  # on a GPU Unsloth prints that it is ignored
     return DPOConfig(output_dir=str(folder / "checkpoints"), **config)
+
+
+def check_optimizer(config: DPOConfig, model: PeftModel) -> None:
+    """Raise UserError if the optimizer that `config` names for `model`, or its schedule, cannot be made."""
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(config, model)
+        kind = kind if kind.__module__.startswith("torch.") else torch.optim.SGD  # others may ask for the model
+        options = options if kind is not torch.optim.SGD else {"lr": options.get("lr")}
+        optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
+        plan = {"num_warmup_steps": 1, "num_training_steps": 10}
+        get_scheduler(config.lr_scheduler_type, optimizer, **plan, scheduler_specific_kwargs=config.lr_scheduler_kwargs)
+    except (ImportError, TypeError, ValueError) as error:
+        raise UserError(say("not_made", error=error)) from error

@@ -178,7 +178,7 @@ def sweep_beta(
     betas, seeds = tuple(dict.fromkeys(float(beta) for beta in betas)), tuple(dict.fromkeys(seeds))
     if {"beta", "seed"} & set(settings) or not betas or min(betas) <= 0:
         raise UserError("Pass the values to compare as betas=(0.1, 0.3) and seeds=(0, 1); each beta is above 0.")
-    settings, folder, policy = _SETTINGS | settings, Path(folder), Policy(model, tokenizer)
+    settings, folder, policy = _SETTINGS | settings, Path(folder).expanduser(), Policy(model, tokenizer)
     values = complete_settings(model, settings)
     pairs = check_both(train, test, tokenizer, values["max_length"], **USUAL_RULE)
     every = max(1, len(pairs.test.pairs) // max(1, prompts))  # from all of the set, which may be sorted by topic

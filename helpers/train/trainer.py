@@ -22,12 +22,13 @@ from transformers import (
 from helpers.common import UserError, cache_folder
 from helpers.data.render import pair_lengths
 from helpers.model.generate import evaluating
+from helpers.model.logps import summed
 from helpers.patches.cached_reference import use_cached_reference
 from helpers.patches.cast_once import cast_weights_once
 from helpers.patches.given_ids import trainer_class
 from helpers.patches.optimizer_waits import update_without_waits
 from helpers.patches.recorded_stack import record_stack
-from helpers.patches.shared_prompt import share_prompts
+from helpers.patches.shared_prompt import KNOWN, share_prompts
 from helpers.patches.unsloth_checkpointing import set_checkpointing
 from helpers.session import quiet_progress
 from helpers.train import TABLE, say
@@ -158,23 +159,28 @@ def check_start(trainer: trl.DPOTrainer, settings: dict[str, Any]) -> float:
     Returns the share of what rounding is allowed that the difference takes.
 
     For the longest and the shortest pair, the `trainer`'s own loss has to find rewards of 0, and each of the four rows
-    by itself, without padding and with no prompt shared, the log-probs of the reference.
+    by itself, without padding and with no prompt shared, the log-probs of the reference. Of an architecture that is not
+    among those compared with TRL, the model's own logits have to give the shortest pair's.
     """
     model, args, order = trainer.model, trainer.args, pair_lengths(trainer.train_dataset).argsort()
     batch = trainer.data_collator(trainer.train_dataset.select([order[-1], order[0]]).to_list())
     reference = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    inputs["labels"], alone = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100), []
+    inputs, alone = {name: batch[name] for name in ("input_ids", "attention_mask", "completion_mask")}, []
+    by_logits = torch.zeros(())
     with evaluating(model), torch.no_grad(), trainer.accelerator.autocast():
         logs = _evaluated(trainer, batch)
         for row, size in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
             own = {name: values[row : row + 1, :size].to(model.device) for name, values in inputs.items()}
-            alone.append(model(**own, use_cache=False, fused_lm_head=True).log_probs.sum().cpu())
+            alone.append(summed(model, own, fused=True)[0].cpu())
+            if row == 1 and model.config.model_type not in KNOWN:
+                by_logits = (summed(model, own, fused=False)[0].cpu() - alone[1]).abs()
     precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
     eps = max(torch.finfo(dtype).eps for dtype in (precision, model.dtype))
     allowed = 1e-2 + ROUNDING * eps * batch["completion_mask"].sum(dim=1).sqrt()
     by_loss = max(abs(logs[f"eval_rewards/{side}"]) for side in ("chosen", "rejected")) / trainer.beta
     by_row = (torch.stack(alone) - reference).abs() * (trainer.ld_alpha is None)  # which weighs a row by its partner
+    if by_logits > allowed[1]:
+        raise UserError(say("not_its_logits", kind=model.config.model_type, nats=by_logits, allowed=allowed[1]))
     loss_right, rows_right = by_loss <= allowed.max(), bool((by_row <= allowed).all())
     if loss_right and rows_right:
         return max(by_loss / float(allowed.max()), float((by_row / allowed).max()))

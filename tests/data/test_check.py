@@ -495,3 +495,12 @@ def test_what_can_not_be_checked(tokenizer):
 def test_one_long_text_does_not_stop_the_check(tokenizer):
     report = check_pairs(load_pairs([pair(), pair("How?", "x" * 1_000_000, "y")]), tokenizer)
     assert found(report, "over_max_length") == [1]
+
+
+@pytest.mark.parametrize("limit", ["max_length", "max_prompt_length"])
+def test_a_limit_that_is_no_number_is_said(limit, tokenizer):
+    pairs = load_pairs([{"prompt": "Why?", "chosen": "Because.", "rejected": "No."}])
+    for value in (None, "12", 0, -1, 2.5):
+        with pytest.raises(UserError, match=f"^{limit}={value!r}: it has to be a whole number above 0"):
+            check_pairs(pairs, tokenizer, **{limit: value})
+    check_pairs(pairs, tokenizer, **{limit: np.int64(64)})

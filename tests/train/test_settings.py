@@ -21,10 +21,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -38,9 +42,11 @@ from helpers.data.load import load_pairs
 from helpers.model.fingerprint import adapter_hash
 from helpers.model.policy import Policy
 from helpers.patches import shared_prompt
+from helpers.run.folder import Run
 from helpers.train import dpo
 from helpers.train.settings import (
     TABLE,
+    check_optimizer,
     complete_settings,
     dpo_settings,
     hardly_moves,
@@ -124,11 +130,20 @@ def test_losses_and_divergences_are_those_that_trl_has():
         ({"seed": 0.5}, "seed=0.5: it has to be a whole number"),
         ({"weight_decay": math.nan}, "weight_decay=nan: it has to be a number"),
         ({"train_sampling_strategy": "sorted"}, "train_sampling_strategy='sorted': TRL .* has random, sequential"),
-        ({"metric_for_best_model": []}, "DPOConfig does not take these settings"),
+        ({"metric_for_best_model": []}, r"metric_for_best_model=\[\]: TRL .* has loss"),
         ({"batch_size": 0}, "no setting 'batch_size'.*gradient_accumulation_steps are the pairs of a step"),
         ({"loss_type": "dpo"}, "loss_type='dpo': TRL .* has sigmoid, hinge, ipo"),
         ({"loss_type": ["sigmoid", "kto"]}, "loss_type='kto': TRL"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights.*same length"),
+        ({"loss_type": []}, r"loss_type=\[\]: TRL .* has sigmoid"),
+        ({"loss_weights": [math.nan]}, r"loss_weights=\[nan\]: it has to be a list of numbers"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, -0.1]}, "loss_weights=.*none of them below 0"),
+        ({"loss_weights": [0.0]}, "loss_weights=.*at least one"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": "1,2"}, "loss_weights='1,2': it has to be a list"),
+        ({"loss_type": "discopop", "discopop_tau": 0}, "discopop_tau=0: it has to be a number above 0"),
+        ({"dataloader_persistent_workers": True}, "persistent_workers=True: there are none without"),
+        ({"activation_offloading": True}, "activation_offloading=True: it moves what is on a GPU"),
+        ({"ddp_backend": "gloo"}, "ddp_backend='gloo': this is a run in one process"),
         ({"f_divergence_type": "kl"}, "f_divergence_type='kl': TRL .* has reverse_kl"),
         ({"loss_type": "exo_pair"}, "label_smoothing=0: the loss exo_pair takes it from 1e-06 to below 1"),
         ({"loss_type": "robust", "label_smoothing": 0.5}, "the loss robust takes it from 0 to below 0.5"),
@@ -156,6 +171,53 @@ def test_losses_and_divergences_are_those_that_trl_has():
 def test_a_value_that_cannot_be_had_is_one_sentence(policy, settings, sentence):
     with pytest.raises(UserError, match=sentence):
         run_config(Path("run"), 64, complete_settings(policy, settings), complete_settings(policy, settings))
+
+
+@pytest.mark.parametrize(
+    "settings, reason",
+    [
+        ({"lr_scheduler_kwargs": {"lowest": 1}}, "lowest"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
+        ({"optim": "schedule_free_adamw"}, "schedulefree"),
+        ({"optim": "adamw_torch", "optim_args": "lowest"}, "unpack"),
+        ({"adam_beta1": 1.5}, "1.5"),
+        ({"adam_epsilon": -1.0}, "-1"),
+    ],
+)
+def test_an_optimizer_or_schedule_that_cannot_be_made_is_said_before_anything_is_scored(policy, settings, reason):
+    values = complete_settings(policy, settings)
+    with pytest.raises(UserError, match=f"optimizer or of its schedule .* cannot be had: .*{reason}"):
+        check_optimizer(run_config(Path("run"), 64, values, values), policy)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"optim": "adafactor"},
+        {"optim": "sgd", "optim_args": "momentum=0.9"},
+        {"optim": "adamw_bnb_8bit"},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+    ],
+)
+def test_an_optimizer_or_schedule_that_can_be_made_is_not_refused(policy, settings):
+    values = complete_settings(policy, settings)
+    check_optimizer(run_config(Path("run"), 64, values, values), policy)
+
+
+def test_a_batch_that_cannot_be_filled_is_no_run_of_no_steps(policy, loaded, pairs, tmp_path):
+    with pytest.raises(UserError, match="dataloader_drop_last=True .* 8 pairs fill none of 16"):
+        train_dpo(
+            policy, loaded[1], *pairs, tmp_path / "run", dataloader_drop_last=True, per_device_train_batch_size=16
+        )
+
+
+@pytest.mark.parametrize("callbacks", [None, TrainerCallback(), [None]], ids=["none", "one", "list of none"])
+def test_callbacks_that_are_no_list_of_them(policy, loaded, pairs, tmp_path, callbacks):
+    with pytest.raises(UserError, match="callbacks=.*it has to be a list"):
+        train_dpo(policy, loaded[1], *pairs, tmp_path / "run", callbacks=callbacks)
 
 
 def test_every_refused_setting_is_refused_and_at_its_default_is_not(policy):
@@ -522,6 +584,16 @@ def test_rounding_in_bf16_is_far_from_what_is_allowed_measured(kind, loaded, pai
     assert len(shares) == 3 and 0 < max(shares) < 0.5
 
 
+@pytest.mark.slow
+def test_a_tilde_is_the_home_folder(policy, loaded, small, pairs, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DPO_MODEL", str(small))
+    run = train_dpo(policy, loaded[1], *pairs, "~/run", **QUICK | {"max_steps": 1})
+    assert run.folder == tmp_path / "run" and Run.load("~/run").info == run.info
+    helpers.export_run(run, "torchrun", "~/export", train=pairs[0], test=pairs[1])
+    assert (tmp_path / "export").is_dir() and not Path("~").exists()
+
+
 class Steps(TrainerCallback):
     def __init__(self):
         self.done = 0
@@ -567,7 +639,7 @@ def test_a_setting_that_trl_heeds_otherwise_than_the_reference_is_named(policy, 
 @pytest.mark.slow
 def test_a_model_whose_rows_depend_on_each_other_stops_the_run(loaded, pairs, tmp_path, monkeypatch):
     """A window that a packed row does not have, and a rotary frequency that follows the longest row."""
-    monkeypatch.setattr(shared_prompt, "_KNOWN", (*shared_prompt._KNOWN, "mistral"))  # noqa: SLF001  (as it would be, wrongly)
+    monkeypatch.setattr(shared_prompt, "KNOWN", (*shared_prompt.KNOWN, "mistral"))  # as it would be, wrongly
     window = policy_of(MistralForCausalLM, MistralConfig, loaded[1], sliding_window=8, num_key_value_heads=2)
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     dynamic = policy_of(LlamaForCausalLM, LlamaConfig, loaded[1], rope_parameters=rope, max_position_embeddings=24)
@@ -575,6 +647,19 @@ def test_a_model_whose_rows_depend_on_each_other_stops_the_run(loaded, pairs, tm
         kind = model.config.model_type
         with pytest.raises(UserError, match=f"nats .*a {kind} model gives a row other log-probs if more rows"):
             train_dpo(model, loaded[1], *pairs, tmp_path / kind, **QUICK)
+
+
+@pytest.mark.slow
+def test_a_model_whose_logits_are_not_what_trl_computes_stops_the_run(loaded, pairs, tmp_path):
+    """ModernBERT has a layer between the one that TRL takes and the logits; GraniteMoe has no name that TRL reads."""
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), loaded[1].pad_token_id)
+    sizes = SIZES | ids | {"vocab_size": len(loaded[1]), "eos_token_id": loaded[1].eos_token_id}
+    with_head = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**sizes))
+    experts = GraniteMoeForCausalLM(GraniteMoeConfig(**sizes, num_local_experts=4, num_key_value_heads=4))
+    for model, reason in ((with_head, "differ by .* nats from those of its own logits"), (experts, "num_experts")):
+        policy = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+        with pytest.raises(UserError, match=reason):
+            train_dpo(policy, loaded[1], *pairs, tmp_path / model.config.model_type, **QUICK)
 
 
 @pytest.mark.slow
