@@ -19,7 +19,7 @@ from helpers.patches import expect, works
 from helpers.patches.prompt_segments import moved, places, segment_keys, take_segments
 
 # Architectures whose attention takes any mask and whose positions are all in position_ids.
-KNOWN = ("llama", "qwen2", "qwen3")
+SHARED_KINDS = ("llama", "qwen2", "qwen3")
 _BATCH = ("input_ids", "attention_mask", "labels")
 # Set to False, a GPU computes each pair as two rows: for benchmarks/gpu.py and tests, which compare.
 ON_GPU = True
@@ -150,7 +150,7 @@ def self_test() -> None:
 def can_share(inner: PreTrainedModel) -> bool:
     """Whether `share_prompts` changes anything about `inner`, the model inside a PeftModel."""
     kinds = getattr(inner.config, "layer_types", None) or []
-    if inner.config.model_type not in KNOWN or "sliding_attention" in kinds:  # a window is in no mask of ours
+    if inner.config.model_type not in SHARED_KINDS or "sliding_attention" in kinds:  # a window is in no mask of ours
         return False
     if inner.device.type == "cuda":  # the kernel takes 16 bits, on Ampere and later
         able = torch.cuda.get_device_capability(inner.device)[0] >= 8 and inner.dtype != torch.float32
@@ -162,7 +162,7 @@ def share_prompts(inner: PreTrainedModel) -> None:
     """Make `inner(..., fused_lm_head=True)` compute each pair's prompt once, if its batch is [chosen; rejected].
 
     `inner` is the model inside a PeftModel, after TRL's `add_fused_lm_head`. Batches that are no pairs with equal
-    prompts (a row that truncation left without completion) run as before, and so do architectures not in `KNOWN`.
+    prompts (a row that truncation left without completion) run as before, and so do architectures not in `SHARED_KINDS`.
     A batch on the CPU is laid out there and then moved, so that it does not wait for what a GPU has in hand.
     """
     if can_share(inner):

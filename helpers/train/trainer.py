@@ -28,7 +28,7 @@ from helpers.patches.cast_once import cast_weights_once
 from helpers.patches.given_ids import trainer_class
 from helpers.patches.optimizer_waits import update_without_waits
 from helpers.patches.recorded_stack import record_stack
-from helpers.patches.shared_prompt import KNOWN, share_prompts
+from helpers.patches.shared_prompt import SHARED_KINDS, share_prompts
 from helpers.patches.unsloth_checkpointing import set_checkpointing
 from helpers.session import quiet_progress
 from helpers.train import TABLE, say
@@ -172,7 +172,7 @@ def check_start(trainer: trl.DPOTrainer, settings: dict[str, Any]) -> float:
         for row, size in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
             own = {name: values[row : row + 1, :size].to(model.device) for name, values in inputs.items()}
             alone.append(summed(model, own, fused=True)[0].cpu())
-            if row == 1 and model.config.model_type not in KNOWN:
+            if row == 1 and model.config.model_type not in SHARED_KINDS:
                 by_logits = (summed(model, own, fused=False)[0].cpu() - alone[1]).abs()
     precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
     eps = max(torch.finfo(dtype).eps for dtype in (precision, model.dtype))
