@@ -639,7 +639,9 @@ def test_a_setting_that_trl_heeds_otherwise_than_the_reference_is_named(policy, 
 @pytest.mark.slow
 def test_a_model_whose_rows_depend_on_each_other_stops_the_run(loaded, pairs, tmp_path, monkeypatch):
     """A window that a packed row does not have, and a rotary frequency that follows the longest row."""
-    monkeypatch.setattr(shared_prompt, "KNOWN", (*shared_prompt.KNOWN, "mistral"))  # as it would be, wrongly
+    monkeypatch.setattr(
+        shared_prompt, "SHARED_KINDS", (*shared_prompt.SHARED_KINDS, "mistral")
+    )  # as it would be, wrongly
     window = policy_of(MistralForCausalLM, MistralConfig, loaded[1], sliding_window=8, num_key_value_heads=2)
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     dynamic = policy_of(LlamaForCausalLM, LlamaConfig, loaded[1], rope_parameters=rope, max_position_embeddings=24)
