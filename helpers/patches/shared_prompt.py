@@ -162,8 +162,8 @@ def share_prompts(inner: PreTrainedModel) -> None:
     """Make `inner(..., fused_lm_head=True)` compute each pair's prompt once, if its batch is [chosen; rejected].
 
     `inner` is the model inside a PeftModel, after TRL's `add_fused_lm_head`. Batches that are no pairs with equal
-    prompts (a row that truncation left without completion) run as before, and so do architectures not in `SHARED_KINDS`.
-    A batch on the CPU is laid out there and then moved, so that it does not wait for what a GPU has in hand.
+    prompts (a row that truncation left without completion) run as before, and so do architectures that are not in
+    `SHARED_KINDS`. A batch on the CPU is laid out there and then moved, so it does not wait for what a GPU has in hand.
     """
     if can_share(inner):
         if inner.device.type == "cuda":
