@@ -390,10 +390,15 @@ def settings() -> str:
 
 
 def equal() -> str:
-    """One row for each case that was compared with TRL."""
-    found = result("settings")
-    rows = [f"| {name} | {value:.1e} |" for name, value in found["differences"].items()]
-    return "\n".join(["\n| case | largest difference |", "|---|---|", *rows, f"\n`{found['command']}`\n"])
+    """One row for each case that was compared with TRL, one column for each family."""
+    found = result("equal")
+    families = list(next(iter(found["differences"].values())))
+    cells = {
+        name: [f"{by[one]:.1e}" if one in by else "" for one in families] for name, by in found["differences"].items()
+    }
+    rows = [f"| {' | '.join([name, *row])} |" for name, row in cells.items()]
+    head = [f"\n| case | {' | '.join(families)} |", "|---" * (len(families) + 1) + "|"]
+    return "\n".join([*head, *rows, f"\n`{found['command']}`\n"])
 
 
 def rounding() -> str:

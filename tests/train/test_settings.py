@@ -20,7 +20,6 @@ import trl
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModelForCausalLM,
     GraniteMoeConfig,
     GraniteMoeForCausalLM,
     LlamaConfig,
@@ -416,7 +415,7 @@ def test_early_stopping_without_evaluations_and_sets_that_are_none(policy, loade
     assert not (tmp_path / "run").exists()
 
 
-# ------------------------------------------------------------------------------------------------ the losses of TRL
+# ------------------------------------------------------------------------------------------------ runs
 
 QUICK = {
     "max_steps": 2,
@@ -456,100 +455,14 @@ def pairs():
 
 
 @pytest.fixture(scope="module")
-def alike(loaded, small):
-    """(policy for `train_dpo`, policy for TRL alone) with the same weights; the second is transformers and PEFT."""
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-    from peft import get_peft_model_state_dict as weights_of
-
-    ours = helpers.add_lora(copy.deepcopy(loaded[0]), seed=0)
-    lora = LoraConfig(r=16, lora_alpha=16, target_modules=list(ours.peft_config["default"].target_modules))
-    plain = get_peft_model(AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32), lora)
-    fresh = {name: value.clone() for name, value in weights_of(ours).items()}
-
-    def start(trained_before: bool):
-        draw = torch.Generator().manual_seed(1)
-        weights = {
-            name: torch.randn(value.shape, generator=draw) * 0.05 if trained_before and "lora_B" in name else value
-            for name, value in fresh.items()
-        }
-        for model in (ours, plain):
-            set_peft_model_state_dict(model, weights)
-        return ours, plain
-
-    return start
-
-
-@pytest.fixture(scope="module")
 def measured():
     """What is measured here; written to the file that SETTINGS_JSON names, from which docs/settings.md is made."""
-    found: dict[str, dict[str, float]] = {"differences": {}, "rounding": {}}
+    found: dict[str, dict[str, float]] = {"rounding": {}}
     yield found
     if "SETTINGS_JSON" in os.environ:
         command = "SETTINGS_JSON=benchmarks/results/settings.json pytest tests/train/test_settings.py -k measured"
         of_run = {"command": command, "versions": helpers.versions(), "machine": helpers.machine()}
         Path(os.environ["SETTINGS_JSON"]).write_text(json.dumps(found | of_run, indent=1) + "\n")
-
-
-def logged(history: list[dict]) -> list[list[float]]:
-    """Of each step; without the accuracy of the first, where every pair is a tie and rounding decides."""
-    names = ("loss", "rewards/margins", "rewards/chosen", "rewards/accuracies", "grad_norm")
-    rows = [row for row in history if "loss" in row]
-    figures = [[float(row[name]) for name in names if row is not rows[0] or name != names[3]] for row in rows]
-    held_out = [row for row in history if "eval_loss" in row]
-    return figures + [[float(row[f"eval_{name}"]) for name in names[:4]] for row in held_out]
-
-
-SMOOTHED = {"robust": 0.1, "exo_pair": 1e-3, "aot": 0.1, "aot_unpaired": 0.1}
-SAME = {
-    loss: {"loss_type": loss} | ({"label_smoothing": SMOOTHED[loss]} if loss in SMOOTHED else {})
-    for loss in TABLE["choices"]["loss_type"].split()
-} | {
-    "sigmoid and sft": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]},
-    "ld_alpha": {"ld_alpha": 0.5},
-    "use_weighting": {"use_weighting": True},
-    "max_length": {"max_length": 48},
-    "precompute_ref_log_probs": {"precompute_ref_log_probs": True},
-    "pad_to_multiple_of": {"pad_to_multiple_of": 16},
-    "forward_kl": {"f_divergence_type": "forward_kl"},
-    "beta": {"beta": 0.7},
-    "sequential": {"train_sampling_strategy": "sequential"},
-    # Three held-out pairs, in batches of two and one.
-    "per_device_eval_batch_size": {"per_device_eval_batch_size": 2, "eval_strategy": "steps", "eval_steps": 1},
-}
-
-
-CASES = [(name, False) for name in SAME]
-CASES += [  # with another reference
-    (name, True) for name in ("sigmoid", "ld_alpha", "use_weighting", "max_length", "per_device_eval_batch_size")
-]
-
-
-def name_of(name: str, trained_before: bool) -> str:
-    return f"{name}, reference trained before" if trained_before else name
-
-
-def test_every_heeded_setting_has_a_case_and_every_case_is_on_the_page():
-    assert set(names_of("heeded")) <= {setting for settings in SAME.values() for setting in settings}
-    assert list(result("settings")["differences"]) == [name_of(*case) for case in CASES]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name, trained_before", CASES, ids=lambda value: {True: "trained", False: "fresh"}.get(value))
-def test_losses_are_those_of_trl_alone_measured(name, trained_before, alike, loaded, pairs, measured, tmp_path):
-    ours, plain = alike(trained_before)
-    settings = QUICK | SAME[name]
-    found = train_dpo(ours, loaded[1], *pairs, tmp_path / "run", **settings).history
-    config = trl.DPOConfig(output_dir=str(tmp_path / "trl"), **dpo_settings() | {"max_length": 512} | settings)
-    sets = {"train_dataset": pairs[0], "eval_dataset": pairs[1]}
-    trainer = trl.DPOTrainer(plain, args=config, **sets, processing_class=loaded[1])
-    trainer.train()
-    if "ref" in plain.peft_config:
-        plain.delete_adapter("ref")
-    expected = logged(trainer.state.log_history)
-    assert len(expected) == (4 if "eval_steps" in settings else 2) and expected[0] != expected[1]
-    ours, theirs = torch.tensor(sum(logged(found), [])), torch.tensor(sum(expected, []))
-    measured["differences"][name_of(name, trained_before)] = float((ours - theirs).abs().max())
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ the first step
