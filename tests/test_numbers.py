@@ -62,7 +62,7 @@ def shown(cell: dict) -> set[float]:
 def leaves(value: object, place: tuple = ()) -> Iterator[tuple[tuple, float]]:
     """The numbers of a result, with where they are; the places of a list's rows are alike but for beta, step, split."""
     if isinstance(value, dict):
-        rows = [value[key] for key in ("beta", "step", "split") if key in value]
+        rows = [value[key] for key in ("beta", "step", "split") if isinstance(value.get(key), str | int | float)]
         for name in value.keys() - RAW:
             yield from leaves(value[name], (*place, *rows, name))
     elif isinstance(value, list):
