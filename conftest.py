@@ -43,7 +43,8 @@ MINUTES = {
     "test_runs_in_jupyterlab[03_train]": 4,
 }
 CPU = Path("/proc/cpuinfo")
-SLOW = CPU.is_file() and "bf16" not in CPU.read_text()  # avx512_bf16, amx_bf16
+# Computes in 32 bits: without avx512_bf16 and amx_bf16, or because it was told to.
+SLOW = os.environ.get("UNSLOTH_CPU_BF16") == "0" or (CPU.is_file() and "bf16" not in CPU.read_text())
 
 
 def _until(name: str) -> float:

@@ -377,8 +377,8 @@ def test_a_run_with_modules_to_save_opens_as_it_was_trained(tmp_path, tokenizer,
     assert float(run.history[0]["rewards/margins"]) == pytest.approx(0, abs=1e-4)
     opened = open_run(run)
     found = opened.both(lambda one: pair_logps(one, tokenizer, pairs[1]).chosen.numpy())
-    assert found["reference"] == pytest.approx(run.held_out.chosen_reference.to_numpy(), abs=1e-3)
-    assert found["policy"] == pytest.approx(run.held_out.chosen_policy.to_numpy(), abs=1e-3)
+    assert found["reference"] == pytest.approx(run.held_out.chosen_reference.to_numpy(), abs=5e-3)
+    assert found["policy"] == pytest.approx(run.held_out.chosen_policy.to_numpy(), abs=5e-3)
     assert abs(found["policy"] - found["reference"]).max() > 0.01
 
 
@@ -428,7 +428,7 @@ def test_fused_experts_are_trained_and_handed_over(pairs, tokenizer, tmp_path, m
     found = pair_logps(merged, tokenizer, pairs[1])
     for side in ("chosen", "rejected"):
         policy, reference = (run.held_out[f"{side}_{one}"].to_numpy() for one in ("policy", "reference"))
-        assert getattr(found, side).numpy() == pytest.approx(policy, abs=1e-3)
+        assert getattr(found, side).numpy() == pytest.approx(policy, abs=5e-3)  # a CPU with bf16 rounds to 16 bits
         assert abs(policy - reference).max() > 0.1
 
 

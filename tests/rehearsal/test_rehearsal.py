@@ -6,7 +6,6 @@ trained on the CPU with the settings of the profile `gpu`. Run by itself, with t
 
 import json
 import re
-import resource
 import time
 from pathlib import Path
 
@@ -32,7 +31,7 @@ EXTRA = sorted((ROOT / "notebooks" / "extra").glob("*.ipynb"))
 NO_MODEL = ("02_data", "other_losses")
 PAIRS, HELD_OUT = 60, 12
 GPU_RATE = TABLE["start"]["gpu"]["learning_rate"]
-OF_THE_EMBEDDED = re.compile("SmolLM|135M|embedded", re.IGNORECASE)  # nothing that is said of another model names it
+OF_THE_EMBEDDED = re.compile("SmolLM|135M", re.IGNORECASE)  # nothing that is said of another model names it
 OPENING, NO_THOUGHT = "<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
 
 # Runs before the first cell of a notebook, in its kernel. A CPU trains with the settings of the profile `gpu`, but for
@@ -99,16 +98,8 @@ def write_own_pairs(file: Path, thought: str = "") -> None:
             out.write(json.dumps(dict(zip(names, (prompt, *ordered, "ab"[number % 2]), strict=True))) + "\n")
 
 
-def processor_seconds() -> float:
-    """Of all processes that were started from here and have ended."""
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return ended.ru_utime + ended.ru_stime
-
-
 class Reader:
     """Someone's settings and folders."""
-
-    seconds = 0.0  # of the processor, for the notebooks of all readers
 
     def __init__(self, folder: Path, tokenizer, thought: str = ""):
         self.folder, self.out = folder, folder / "out"
@@ -126,15 +117,12 @@ class Reader:
         opening = self.tokenizer.encode(OPENING, add_special_tokens=False)
         cell = BEFORE.format(opening=opening, seen=str(self.folder / f"{path.stem}.json"))
         notebook.cells.insert(0, nbformat.v4.new_code_cell(cell))
-        here, began, before = {"metadata": {"path": str(path.parent)}}, time.monotonic(), processor_seconds()
+        here, began = {"metadata": {"path": str(path.parent)}}, time.monotonic()
         try:
             nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=here).execute()
         finally:
             nbformat.write(notebook, self.folder / path.name)
-            used = processor_seconds() - before
-            Reader.seconds += used
-            passed = time.monotonic() - began
-            print(f"{path.stem}: {passed:.0f} s, {used:.0f} of the processor's; {self.folder / path.name}")
+            print(f"{path.stem}: {time.monotonic() - began:.0f} s; {self.folder / path.name}")
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
         return "".join(str(one.get("text", "")) + str(one.get("data", {}).get("text/plain", "")) for one in outputs)
 
@@ -247,8 +235,3 @@ def test_a_model_that_always_thinks_learns_from_pairs_with_thoughts(thoughtful, 
     for row in report.ids:
         assert tokenizer.decode(row["prompt_ids"]).endswith("<|im_start|>assistant\n<think>\n")
         assert tokenizer.decode(row["prompt_ids"] + row["chosen_ids"]).count("<think>") == 1
-
-
-def test_six_minutes_of_two_cores_are_enough():
-    """By the processor's time, so that it holds on a busy machine, too."""
-    assert Reader.seconds < 2 * 6 * 60
