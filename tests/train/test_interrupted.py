@@ -65,7 +65,13 @@ SETTINGS = {
 RUNS = {
     "epochs": {"num_train_epochs": 3},
     "steps": {"max_steps": 7, "eval_on_start": True},  # in the middle of an epoch
-    "early": {"num_train_epochs": 5, "early_stopping": 2, "learning_rate": 0.5, "lr_scheduler_type": "constant"},
+    "early": {
+        "num_train_epochs": 5,
+        "early_stopping": 2,
+        "metric_for_best_model": "eval_rewards/accuracies",  # soon 1, on any machine
+        "learning_rate": 0.5,
+        "lr_scheduler_type": "constant",
+    },
     "by epoch": {"num_train_epochs": 3, "eval_strategy": "epoch", "save_strategy": "epoch"},
 }
 
