@@ -237,7 +237,9 @@ def _one_run(
     except Exception as error:
         if isinstance(error, UserError) and not isinstance(error.__cause__, FloatingPointError):
             raise  # of a setting, memory or disk: it would stop every other run too
-        row["status"] = f"failed: {error or type(error).__name__}"
+        stopped = f"the gradient of step {error.__cause__} is not finite"
+        reason = stopped if isinstance(error, UserError) else error or type(error).__name__
+        row["status"] = f"failed: {reason}"
         print(f"beta {beta:g}, seed {seed} {row['status']}")
         return row, history, None
     finally:

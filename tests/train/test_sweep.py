@@ -151,7 +151,7 @@ def test_each_run_equals_the_same_run_made_alone(made, base, pairs, tmp_path):
 
 @pytest_slow
 def test_a_failed_run_is_reported_and_the_rest_are_measured(made, base):
-    assert made.table.status.tolist() == ["finished"] * 2 + ["failed: the loss is not a number"]
+    assert made.table.status.tolist() == ["finished"] * 2 + ["failed: the gradient of step 1 is not finite"]
     assert list(made.gaps) == [(0.05, 0), (1.0, 0)] and len(made.gaps) == 6
     row = made.finished.iloc[1]
     assert row.margin == pytest.approx(row.log_ratio_gap) and row.log_ratio_gap == pytest.approx(
