@@ -1,6 +1,6 @@
-"""CI has an hour, and a machine whose CPU has no native bf16 needs an hour and a half for everything.
+"""CI has an hour, and a CPU that computes in 32 bits needs an hour and a half for everything.
 
-On such a CPU no slow test begins after DPO_TESTS_UNTIL and no notebook after DPO_NOTEBOOKS_UNTIL (seconds since 1970;
+There no slow test begins after DPO_TESTS_UNTIL and no notebook after DPO_NOTEBOOKS_UNTIL (seconds since 1970;
 `.ci/run` sets them), nor one that is known to end after it. The summary names what was left out. The limit on coverage
 needs all tests, so it is then not applied. Without these variables nothing is left out.
 """

@@ -89,13 +89,14 @@ def pair_logps(
     collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=max_length)
     result, sums = torch.zeros(4, len(ids), dtype=torch.float64), []
     with evaluating(model), torch.no_grad(), _rounded_alike(model), fused_lm_head.applied(inner) as fused:
+        laid_out_first = fused and can_share(inner)  # on the CPU, and then moved
         # Longest first: what a batch frees then has room for the next, and memory does not grow to the end.
         for start in list(reversed(range(0, len(ids), batch_size)))[share[0] :: share[1]]:
             index = order[start : start + batch_size]
             batch = collate(ids.select(index).to_list())
             check_token(model, tokenizer, int(batch["input_ids"].max()))
             result[2:, index] = torch.stack(batch["completion_mask"].sum(dim=1).double().chunk(2))
-            if not (fused and can_share(inner)):
+            if not laid_out_first:
                 batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             sums.append((index, summed(model, batch, fused)))  # a GPU computes while the next batch is laid out
         for index, values in sums:

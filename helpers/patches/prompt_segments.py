@@ -33,7 +33,7 @@ def places(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def moved(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A tensor on `device`, which the CPU does not wait for: memory that may be paged out would make it wait."""
+    """`array` as a tensor on `device`; a GPU copies it from pinned memory, for which the CPU need not wait."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

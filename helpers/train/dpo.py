@@ -269,7 +269,7 @@ def _train(
         job.policy.put_back(load_file(kept / "adapter_model.safetensors"))
     else:
         written = _written(job.folder, lambda error: _of_a_checkpoint(error, trainer.control))
-        # Or what accelerate puts around the model's forward would round what is scored afterwards in 32 bits.
+        # accelerate puts an autocast around the model's forward. Left there, it would round the scoring in 32 bits.
         with own_forward(job.policy.model), checkpoints.listening(), written:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - began
