@@ -584,9 +584,9 @@ def run_wave(names: list[str], folder: str, seconds: float) -> dict[str, dict]:
 
 
 def quiet(seconds: float = 20) -> float:
-    """Cores that work on this machine, when they are less than one or after so many `seconds`."""
+    """Cores that work on this machine, when they are at most a tenth of all or after so many `seconds`."""
     until, cores = time.monotonic() + seconds, float("inf")
-    while cores >= 1 and time.monotonic() < until:
+    while cores > max(1, (os.cpu_count() or 1) / 10) and time.monotonic() < until:
         counts = []
         for _ in range(2):
             line = Path("/proc/stat").read_text().splitlines()[0].split()[1:]

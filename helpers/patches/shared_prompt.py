@@ -7,10 +7,12 @@ trainer expects. That relies on models that take any mask, and on what TRL's fus
 """
 
 import functools
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+import trl
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -27,8 +29,9 @@ ON_GPU = True
 RECORDED = True
 
 
-class Packed(NamedTuple):
-    """A batch with each prompt once."""
+@dataclass(eq=False)  # no tuple: what pins and moves a batch leaves it as it is
+class Packed:
+    """A batch with each prompt once, on the model's device."""
 
     inputs: dict[str, Any]  # of the model
     given: tuple[torch.Tensor, ...]  # where each prediction is in the rows given: rows, columns
@@ -64,7 +67,7 @@ def pack(
     """
     if len(ids) % 2:
         return None
-    # numpy, which is faster here: a GPU waits for this at the start of each step.
+    # numpy, which is faster here: a GPU may wait for this.
     pairs, last = len(ids) // 2, (mask.sum(dim=1) - 1).cpu().numpy()
     device, ids, labels = inner.device, ids.cpu().numpy(), labels.cpu().numpy()
     starts = (labels != -100).argmax(axis=1)
@@ -98,14 +101,20 @@ def pack(
     return Packed(inputs, tuple(where[:2]), tuple(where[2:]))
 
 
+def _on_gpu(inner: PreTrainedModel) -> bool:
+    return inner.device.type == "cuda"
+
+
 def _share(inner: PreTrainedModel) -> None:
     fused = inner.forward
 
     @functools.wraps(fused)
-    def forward(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> ModelOutput:
+    def forward(
+        *args: Any, fused_lm_head: bool = False, packed_pairs: Packed | None = None, **kwargs: Any
+    ) -> ModelOutput:
         batch: list[Any] = [kwargs.get(name) for name in _BATCH]
         complete = fused_lm_head and all(one is not None for one in batch)
-        packed = pack(*batch, inner, one_row=inner.device.type == "cuda") if complete else None
+        packed = packed_pairs or (pack(*batch, inner, one_row=_on_gpu(inner)) if complete else None)
         if packed is None:
             if complete:
                 kwargs |= {name: one.to(inner.device) for name, one in zip(_BATCH, batch, strict=True)}
@@ -152,7 +161,7 @@ def can_share(inner: PreTrainedModel) -> bool:
     kinds = getattr(inner.config, "layer_types", None) or []
     if inner.config.model_type not in SHARED_KINDS or "sliding_attention" in kinds:  # a window is in no mask of ours
         return False
-    if inner.device.type == "cuda":  # the kernel takes 16 bits, on Ampere and later
+    if _on_gpu(inner):  # the kernel takes 16 bits, on Ampere and later
         able = torch.cuda.get_device_capability(inner.device)[0] >= 8 and inner.dtype != torch.float32
         return ON_GPU and able and works("shared_prompt") and works("prompt_segments")
     return inner.device.type == "cpu" and works("shared_prompt")
@@ -166,6 +175,27 @@ def share_prompts(inner: PreTrainedModel) -> None:
     `SHARED_KINDS`. A batch on the CPU is laid out there and then moved, so it does not wait for what a GPU has in hand.
     """
     if can_share(inner):
-        if inner.device.type == "cuda":
+        if _on_gpu(inner):
             take_segments()
         _share(inner)
+
+
+def lay_out_early(trainer: trl.DPOTrainer) -> None:
+    """Have the collator of `trainer` pack each batch, which `forward` then finds in its argument `packed_pairs`.
+
+    A batch that is on the GPU can be packed only after a wait for all that the GPU has in hand; in the collator it is
+    on the CPU still, and the GPU in the step before. TRL hands what else is in a batch on to the model: if it asked a
+    reference too, that would not know the argument, so the reference's log-probs have to be in the data.
+    """
+    inner, collate = trainer.model.get_base_model(), trainer.data_collator
+    if not can_share(inner) or trainer.args.dataloader_num_workers:  # other processes do not have the model
+        return
+
+    def collator(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = collate(rows)
+        if "attention_mask" in batch:  # not if rows come without padding
+            labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)  # as the loss makes them
+            batch["packed_pairs"] = pack(batch["input_ids"], batch["attention_mask"], labels, inner, _on_gpu(inner))
+        return batch
+
+    trainer.data_collator = collator

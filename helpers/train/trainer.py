@@ -28,7 +28,7 @@ from helpers.patches.cast_once import cast_weights_once
 from helpers.patches.given_ids import trainer_class
 from helpers.patches.optimizer_waits import update_without_waits
 from helpers.patches.recorded_stack import record_stack
-from helpers.patches.shared_prompt import SHARED_KINDS, share_prompts
+from helpers.patches.shared_prompt import SHARED_KINDS, lay_out_early, share_prompts
 from helpers.patches.unsloth_checkpointing import set_checkpointing
 from helpers.session import quiet_progress
 from helpers.train import TABLE, say
@@ -126,10 +126,12 @@ def make_trainer(
         # transformers' resume loads neither (the policy would silently restart from zero), and a second try fails.
         if "ref" in model.peft_config:
             model.delete_adapter("ref")
+    share_prompts(model.get_base_model())
     if not config.precompute_ref_log_probs:
         use_cached_reference(trainer)
-    share_prompts(model.get_base_model())
+        lay_out_early(trainer)
     if model.device.type == "cuda":
+        trainer.accelerator.dataloader_config.non_blocking = True  # or a copy of a batch waits for the step before
         update_without_waits(trainer)
         if config.bf16:
             cast_weights_once(trainer)

@@ -1,12 +1,21 @@
 """The packed forward gives the log-probs and the gradients of the plain one."""
 
+import math
+
 import pytest
 import torch
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 import helpers
+from helpers.data.load import load_pairs
+from helpers.data.render import tokenize_pairs
+from helpers.model.logps import pair_logps, with_reference
+from helpers.patches import shared_prompt
+from helpers.patches.fused_lm_head import own_forward
 from helpers.patches.shared_prompt import pack, share_prompts
+from helpers.train.settings import DPOConfig
+from helpers.train.trainer import make_trainer
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +90,27 @@ def test_generation_and_plain_calls_are_unchanged(policy):
     inner.forward = fused
     assert torch.equal(before, after)
     assert text.shape[1] <= 7
+
+
+def test_batches_that_the_collator_packs_give_the_same_losses(policy, monkeypatch, tmp_path):
+    policy, tokenizer = policy
+    ids = tokenize_pairs(load_pairs().select(range(3)), tokenizer)
+    ids = with_reference(ids, pair_logps(policy, tokenizer, ids))
+    settings = {"output_dir": str(tmp_path), "bf16": False, "report_to": "none", "per_device_train_batch_size": 3}
+    losses, packings = [], []
+    monkeypatch.setattr(shared_prompt, "pack", lambda *given, **named: packings.append(1) or pack(*given, **named))
+    for workers in (0, 1):  # with workers the batch is packed in the forward
+        config = DPOConfig(**settings | {"dataloader_num_workers": workers})
+        with own_forward(policy.get_base_model()):
+            trainer = make_trainer(policy, tokenizer, ids, ids, config)
+            batch = next(iter(trainer.get_eval_dataloader()))
+            assert len(packings) == 1 - workers
+            packings.clear()
+            with torch.no_grad():
+                losses.append(trainer.compute_loss(policy, batch).item())
+            assert len(packings) == workers
+            packings.clear()
+    assert losses[0] == losses[1] != math.log(2)
 
 
 def test_segments_of_one_row_give_the_same_log_probs_and_gradient(policy):
