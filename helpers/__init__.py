@@ -39,7 +39,7 @@ from helpers.model.memory import estimate_for, estimate_memory, plan_batch
 from helpers.model.profiles import current_profile
 from helpers.run.diagnosis import diagnose
 from helpers.run.folder import Run, machine, versions
-from helpers.run.metrics import accuracy_by, wilson_interval
+from helpers.run.metrics import accuracy_by, seed_interval, wilson_interval
 from helpers.run.verdict import verdict
 from helpers.shutdown import shut_down_kernel
 from helpers.thinking.check import check_thinking
@@ -60,7 +60,7 @@ __all__ = [
     "generate_replies", "implicit_rewards", "is_bf16_supported", "kept_update", "load_model", "load_pairs",
     "load_report", "load_thinking_pairs", "load_tokenizer", "machine", "make_thinking_pairs", "open_run",
     "output_folder", "pair_logps", "plan_batch", "quiet_progress", "recommend", "reference_logps", "render_thinking",
-    "share", "shut_down_kernel", "split_pairs", "split_thinking", "sweep_beta", "text_progress", "think_boundary",
-    "thought_shares", "thought_table", "token_rewards", "tokenize_pairs", "train_dpo", "train_sft", "verdict",
-    "versions", "wilson_interval",
+    "seed_interval", "share", "shut_down_kernel", "split_pairs", "split_thinking", "sweep_beta", "text_progress",
+    "think_boundary", "thought_shares", "thought_table", "token_rewards", "tokenize_pairs", "train_dpo", "train_sft",
+    "verdict", "versions", "wilson_interval",
 ]  # fmt: skip

@@ -1,16 +1,20 @@
 """What every wing needs. Nothing heavy is imported here, so that `helpers.session` can set the order of imports."""
 
 import errno
+import html
 import json
 import os
 import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from platformdirs import user_cache_dir
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PROJECT = Path(__file__).parent.parent  # relative paths in .env start here, wherever a notebook runs
 
@@ -73,6 +77,23 @@ def visible(text: str, limit: int = 1000) -> str:
         text = f"{text[:limit]}... ({len(text)} characters)"
     text = re.sub(r"[^\S\n]", " ", text).replace("\n", "\u21b5 ")  # other spaces are no "printable" ones for Python
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def html_table(table: "pd.DataFrame", *, index: bool = True) -> str:
+    """The `table` for reading: texts in full, to the left and with their line breaks; numbers to the right, fractions
+    with two digits; with the labels of its rows unless `index` is False. Nothing in it is taken for HTML or a formula.
+    """
+
+    def cell(kind: str, value: Any, side: str = "left") -> str:
+        text = html.escape(f"{value:.2f}" if isinstance(value, float) and side == "right" else str(value), quote=False)
+        return f'<{kind} style="text-align:{side};vertical-align:top;white-space:pre-wrap">{text}</{kind}>'
+
+    sides = ["right" if dtype.kind in "biuf" else "left" for dtype in table.dtypes]
+    lines = [[cell("th", "")] * index + [cell("th", *one) for one in zip(table.columns, sides, strict=True)]]
+    for label, *values in table.itertuples(name=None):
+        lines.append([cell("th", label)] * index + [cell("td", *one) for one in zip(values, sides, strict=True)])
+    rows = "".join(f"<tr>{''.join(line)}</tr>\n" for line in lines)
+    return f'<table class="tex2jax_ignore mathjax_ignore">\n{rows}</table>'  # or `$5 and $6` becomes a formula
 
 
 def setting(name: str, default: str | None = None) -> Any:  # text, or None

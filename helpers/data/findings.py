@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-from helpers.common import UserError, visible
+from helpers.common import UserError, html_table, visible
 from helpers.data import tables
 from helpers.data.layouts import QUESTIONS
 from helpers.data.render import data_hash, shared_options
@@ -132,6 +132,5 @@ class Report:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        with pd.option_context("display.max_colwidth", None):
-            table = self.to_frame().to_html(index=False, border=0) if self.findings else ""
+        table = html_table(self.to_frame(), index=False) if self.findings else ""
         return f"<p>{self._summary()}</p>{table}"

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from helpers.common import why_not_written, write_json
+from helpers.common import html_table, why_not_written, write_json
 from helpers.data.render import BOTH
 from helpers.run import refused
 from helpers.run.diagnosis import ENOUGH_PAIRS, LIMITS, Diagnosis, diagnose
@@ -60,8 +60,7 @@ class Verdict:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        with pd.option_context("display.max_colwidth", None):
-            return f"{self.table.to_html(border=0)}<p>{html.escape(self.line)}</p>"
+        return f"{html_table(self.table)}<p>{html.escape(self.line)}</p>"
 
     def to_markdown(self) -> str:
         """Line and table for a model card, escaped."""
@@ -75,7 +74,7 @@ def _interval(right: pd.Series) -> str:
 
 
 def _held_out(table: pd.DataFrame | None, f: dict[str, Any], rows: dict[str, tuple[str, str]]) -> None:
-    """Put what the held-out pairs say into the numbers `f` and the `rows`, each measure beside itself alone."""
+    """Put what the held-out pairs say into the numbers `f` and the `rows`, each measure next to itself only."""
     names = [f"{side}_{what}" for side in BOTH for what in ("reference", "policy", "tokens")] + ["log_ratio_gap"]
     known = table is not None and {*names} <= {*table.columns} and len(table) > 0
     numbers = table[names].apply(pd.to_numeric, errors="coerce") if known else pd.DataFrame()

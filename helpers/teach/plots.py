@@ -1,6 +1,5 @@
 """Figures from plain numbers: each answers one question, with its axes named, and is returned as a cell's value."""
 
-import html
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -9,13 +8,18 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import HTML
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import MaxNLocator
 
+from helpers.common import html_table
 from helpers.run.metrics import seed_interval
 
 # The two colours differ in lightness too, so that they can be told apart in grey print and by the colour-blind.
 CHOSEN, REJECTED = "#1b6ca8", "#d9822b"
 REFERENCE, POLICY = "#a0a0a0", "#2f7d4f"  # the two models, where no side of a pair is meant
+# Colour and marker of the models of 04, the same in each of its figures; any other name is a policy.
+MODELS = {"base": ("black", "s"), "reference": (REFERENCE, "D"), "naive": ("#c44e9a", "^"), "both think": (POLICY, "o")}
+WORDS = LinearSegmentedColormap.from_list("words", ["#8c1515", "white", "#4b2a8c"])  # less likely, likelier
 OF_CHOSEN, OF_REJECTED = ({"color": color, "alpha": 0.6} for color in (CHOSEN, REJECTED))  # in a histogram
 DASHED = {"color": "grey", "linestyle": "--", "linewidth": 1}  # a line to compare with
 
@@ -42,10 +46,9 @@ def _series(history: list[dict], name: str) -> pd.Series:
 
 
 def _by_beta(table: pd.DataFrame) -> Iterator[tuple[str, tuple, pd.DataFrame]]:
-    """The name, the colour and the rows of each beta, lowest first."""
-    groups = table.groupby("beta")
-    for place, (beta, rows) in enumerate(groups):
-        yield f"{beta:g}", plt.get_cmap("viridis")(0.9 * place / max(len(groups) - 1, 1)), rows
+    """The name, the colour and the rows of each beta, lowest first; a beta has one colour whatever the others are."""
+    for beta, rows in table.groupby("beta"):
+        yield f"{beta:g}", plt.get_cmap("viridis")(0.37 * (math.log10(beta) + 2)), rows  # 0.01 is dark, 5 is light
 
 
 def _histograms(axis: plt.Axes, *parts: tuple[Sequence[float], str, dict], start: float = math.inf) -> None:
@@ -149,7 +152,7 @@ _LINE, _LEAST = 88, 5
 def plot_token_rewards(tokens: pd.DataFrame) -> plt.Figure:
     """Heat map over the words of `token_rewards`: which of them does the policy like more than its reference?
 
-    Purple words have become likelier, orange ones less likely; the number below a word says the same without colour.
+    Purple words have become likelier, red ones less likely; the number below a word says the same without colour.
     """
     words = tokens.groupby(["side", "word"], sort=False).agg(text=("token", "".join), ratio=("log_ratio", "sum"))
     limit = max(words.ratio.abs().max(), 1e-9)
@@ -166,10 +169,9 @@ def plot_token_rewards(tokens: pd.DataFrame) -> plt.Figure:
     lines = [group[-1][0] + 1 for group in places.values()]
     size = {"figsize": (11, 0.5 * sum(lines) + 0.6 * len(lines)), "height_ratios": lines}
     figure, axes = _subplots(len(places), squeeze=False, **size)
-    colours = plt.get_cmap("PuOr")
     for axis, (side, group) in zip(axes[:, 0], places.items(), strict=True):
         for line, column, width, text, ratio in group:
-            colour = colours(0.5 + 0.5 * ratio / limit)
+            colour = WORDS(0.5 + 0.5 * ratio / limit)
             axis.add_patch(plt.Rectangle((column - 0.3, line + 0.08), width + 0.6, 0.86, color=colour, linewidth=0))
             ink = "white" if 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] < 0.5 else "black"
             style = {"family": "monospace", "ha": "center", "va": "center", "color": ink, "parse_math": False}
@@ -210,6 +212,7 @@ def plot_gaps_and_margins(history: pd.DataFrame) -> plt.Figure:
     """Log-ratio gap and margin by step, a line for each beta: only one of the two can be compared.
 
     `history` is that of a Sweep; seeds are averaged, as are batches between two points. Diamonds are held-out pairs.
+    With several seeds these have Student's t intervals over the seeds, and are drawn next to each other.
     """
     figure, axes = _subplots(1, 2, figsize=(11, 3.8))
     parts = (
@@ -217,31 +220,45 @@ def plot_gaps_and_margins(history: pd.DataFrame) -> plt.Figure:
         ("margin", "margin: do not compare, it contains beta", "margin (beta x log-ratio gap)"),
     )
     for axis, (name, title, label) in zip(axes, parts, strict=True):
-        for beta, colour, rows in _by_beta(history):
-            for split, style in (("train", "-"), ("held out", "D")):
-                means = rows[rows.split == split].groupby("step")[name].mean()
-                axis.plot(means, style, color=colour, markersize=4, label=beta if split == "train" else None)
+        for place, (beta, colour, rows) in enumerate(_by_beta(history)):
+            train, held_out = (rows[rows.split == split].groupby("step")[name] for split in ("train", "held out"))
+            axis.plot(train.mean(), "-", color=colour, label=beta)
+            if len(held_out):
+                steps = [step + 0.3 * place for step in held_out.groups]  # or the bars would cover each other
+                bars = held_out.apply(seed_interval)
+                axis.errorbar(steps, held_out.mean(), yerr=bars, fmt="D", color=colour, markersize=4, capsize=2)
         axis.axhline(0, **DASHED)
         _label(axis, "step", label, title, legend="beta")
     return figure
 
 
 def plot_changes(table: pd.DataFrame) -> plt.Figure:
-    """Change of the chosen's and the rejected's log-prob by beta in `Sweep.finished`: which side makes the gap?"""
+    """Change of the chosen's and the rejected's log-prob by beta in `Sweep.finished`: which side makes the gap?
+
+    With several seeds a point is their mean, with Student's t interval over the seeds.
+    """
     figure, axis = _subplots(figsize=(7, 3.4))
-    betas = [f"{beta:g}" for beta in table.beta]  # as text, so that they are evenly spaced
-    axis.plot(betas, table.chosen_change, "o", color=CHOSEN, alpha=0.8, label="chosen")
-    axis.plot(betas, table.rejected_change, "s", color=REJECTED, alpha=0.8, label="rejected")
+    groups = table.groupby("beta")
+    betas = [f"{beta:g}" for beta in groups.groups]  # as text, so that they are evenly spaced
+    for side, marker, color in (("chosen", "o", CHOSEN), ("rejected", "s", REJECTED)):
+        changes = groups[f"{side}_change"]
+        bars = changes.apply(seed_interval)
+        axis.errorbar(betas, changes.mean(), yerr=bars, fmt=marker, color=color, capsize=3, label=side)
     axis.axhline(0, **DASHED, label="reference")
-    _label(axis, "beta", "log policy - log reference (nats),\nmean of held-out pairs")
+    seeds = groups.size().max()
+    title = (
+        f"means of {seeds} seeds, 95% intervals over the seeds" if seeds > 1 else "one seed, so no interval over seeds"
+    )
+    _label(axis, "beta", "log policy - log reference (nats),\nmean of held-out pairs", title)
     return figure
 
 
 def plot_compared(shares: dict[str, pd.DataFrame], *, label: str, baseline: float | None = None) -> plt.Figure:
     """The same shares for several models, side by side: where do they differ by more than chance?
 
-    `shares` has for each model a table with group names as its index and columns share, low, high (0 to 1; NaN for no
-    interval) and pairs (count). `label` says of what they are shares, `baseline` where a coin would be.
+    `shares` has for each model (`MODELS` has its colour) a table with group names as its index and columns share, low,
+    high (0 to 1; NaN for no interval) and pairs (count). `label` says of what they are shares, `baseline` where a coin
+    would be.
     """
     rows = next(iter(shares.values()))
     figure, axis = _subplots(figsize=(8, 0.8 + 0.22 * len(rows) * max(len(shares), 2)))
@@ -250,8 +267,8 @@ def plot_compared(shares: dict[str, pd.DataFrame], *, label: str, baseline: floa
         places = [row + 0.7 * ((i + 0.5) / len(shares) - 0.5) for row in range(len(rows))]
         # At a share of 0 or 1 an end of the interval is the share itself, to rounding.
         bars = [bar.clip(lower=0).fillna(0) for bar in (table.share - table.low, table.high - table.share)]
-        colour = plt.get_cmap("viridis")(i / len(shares))
-        axis.errorbar(table.share, places, xerr=bars, fmt="o", color=colour, capsize=2, label=model)
+        colour, marker = MODELS.get(model, (POLICY, "o"))
+        axis.errorbar(table.share, places, xerr=bars, fmt=marker, color=colour, capsize=2, label=model)
     if baseline is not None:
         axis.axvline(baseline, **DASHED, label="a coin")
     names = [f"{name} ({count})" for name, count in zip(rows.index, rows.pairs, strict=True)]
@@ -264,8 +281,11 @@ def plot_compared(shares: dict[str, pd.DataFrame], *, label: str, baseline: floa
 def plot_thought_lengths(tokens: dict[str, list[int]]) -> plt.Figure:
     """How many `tokens` the thoughts of each model have: quartiles as a box, the mean as a diamond."""
     figure, axis = _subplots(figsize=(8, 0.8 + 0.5 * len(tokens)))
-    means = {"marker": "D", "markerfacecolor": CHOSEN, "markeredgecolor": CHOSEN}
-    axis.boxplot(tokens.values(), orientation="horizontal", tick_labels=list(tokens), showmeans=True, meanprops=means)
+    style = {"showmeans": True, "meanprops": {"marker": "D", "markerfacecolor": "black", "markeredgecolor": "black"}}
+    style |= {"medianprops": {"color": "black"}, "patch_artist": True, "orientation": "horizontal"}
+    boxes = axis.boxplot(tokens.values(), tick_labels=list(tokens), **style)["boxes"]
+    for model, box in zip(tokens, boxes, strict=True):
+        box.set(facecolor=MODELS.get(model, (POLICY, "o"))[0], alpha=0.5)
     axis.set(xlabel="tokens in the thought")
     axis.invert_yaxis()
     return figure
@@ -289,20 +309,8 @@ def plot_symptoms(rows: list[dict]) -> plt.Figure:
 
 
 def text_table(table: pd.DataFrame, *, index: bool = True) -> HTML:
-    """The `table` for reading: texts in full, to the left and with their line breaks; numbers to the right, fractions
-    with two digits; with the labels of its rows unless `index` is False. Nothing in it is taken for HTML or a formula.
-    """
-
-    def cell(kind: str, value: Any, side: str = "left") -> str:
-        text = html.escape(f"{value:.2f}" if isinstance(value, float) and side == "right" else str(value), quote=False)
-        return f'<{kind} style="text-align:{side};vertical-align:top;white-space:pre-wrap">{text}</{kind}>'
-
-    sides = ["right" if pd.api.types.is_numeric_dtype(dtype) else "left" for dtype in table.dtypes]
-    lines = [[cell("th", "")] * index + [cell("th", *one) for one in zip(table.columns, sides, strict=True)]]
-    for label, *values in table.itertuples(name=None):
-        lines.append([cell("th", label)] * index + [cell("td", *one) for one in zip(values, sides, strict=True)])
-    rows = "".join(f"<tr>{''.join(line)}</tr>\n" for line in lines)
-    return HTML(f'<table class="tex2jax_ignore mathjax_ignore">\n{rows}</table>')  # or `$5 and $6` becomes a formula
+    """`html_table` as the value of a cell."""
+    return HTML(html_table(table, index=index))
 
 
 def symptom_table(rows: list[dict]) -> HTML:

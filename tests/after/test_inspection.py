@@ -413,7 +413,7 @@ def test_heat_map_shows_each_word_with_its_number():
     colours = [patch.get_facecolor() for patch in (*chosen.patches, *rejected.patches)]
     light = [0.3 * c[0] + 0.59 * c[1] + 0.11 * c[2] for c in colours]
     assert light[1] < light[0] and light[3] < light[2]  # the further from 0 the darker, on both sides
-    assert colours[1][2] > colours[1][0] and colours[3][0] > colours[3][2]  # purple above 0, orange below
+    assert colours[1][2] > colours[1][0] and colours[3][0] > colours[3][2]  # purple above 0, red below
     assert rejected.texts[2].get_text().endswith("...") and rejected.texts[2].get_position()[0] < 90
 
 

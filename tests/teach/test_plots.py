@@ -40,6 +40,8 @@ def test_shares_side_by_side_and_lengths_of_thoughts():
     drawn = [list(container[0].get_xdata()) for container in axis.containers]
     assert drawn == [[0.5, 0.9], [0.7, 0.2]] and axis.get_xlabel() == "share"
     assert axis.get_legend_handles_labels()[1] == ["a coin", "naive", "both think"]
+    alone = plots.plot_compared({"both think": table}, label="share").axes[0].containers[0][0]
+    assert alone.get_color() == axis.containers[1][0].get_color() != axis.containers[0][0].get_color()
     lengths = plots.plot_thought_lengths({"base": [0, 0], "policy": [40, 60]}).axes[0]
     assert [text.get_text() for text in lengths.get_yticklabels()] == ["base", "policy"]
     assert "tokens" in lengths.get_xlabel()

@@ -296,16 +296,49 @@ def test_figures_show_each_run_and_beta():
     assert axis.get_title() == "95% intervals over 2 seeds"
     assert "one seed" in plots.plot_frontier(pd.DataFrame(rows[1:])).axes[0].get_title()
     assert "KL" in axis.get_xlabel() and "accuracy" in axis.get_ylabel()
-    chosen, rejected, _ = plots.plot_changes(pd.DataFrame(rows)).axes[0].lines
-    assert chosen.get_ydata().tolist() == [-1.0] * 3 and rejected.get_ydata().tolist() == [-3.0] * 3
+
+
+def test_changes_are_means_with_intervals_over_the_seeds():
+    rows = [
+        {"beta": beta, "seed": seed, "chosen_change": chosen, "rejected_change": -3.0}
+        for beta, seed, chosen in ((0.1, 0, -1.0), (0.1, 1, -2.0), (1.0, 0, 0.5))
+    ]
+    axis = plots.plot_changes(pd.DataFrame(rows)).axes[0]
+    chosen, rejected = axis.containers
+    assert chosen.lines[0].get_ydata().tolist() == [-1.5, 0.5] and rejected.lines[0].get_ydata().tolist() == [-3.0] * 2
+    bar = chosen.lines[2][0].get_segments()[0]  # the second has no ends
+    assert bar[:, 1] == pytest.approx([-1.5 - 6.353, -1.5 + 6.353], abs=1e-3)  # 12.706 standard errors
+    assert "2 seeds" in axis.get_title()
+    assert "one seed" in plots.plot_changes(pd.DataFrame(rows[1:])).axes[0].get_title()
 
 
 def test_gaps_and_margins_are_means_over_seeds():
     rows = [
         {"beta": beta, "seed": seed, "step": 5, "split": split, "margin": beta * gap, "log_ratio_gap": gap}
-        for beta, seed, split, gap in ((0.1, 0, "train", 2.0), (0.1, 1, "train", 4.0), (1.0, 0, "held out", 1.0))
+        for beta, seed, split, gap in (
+            (0.1, 0, "train", 2.0),
+            (0.1, 1, "train", 4.0),
+            (1.0, 0, "held out", 1.0),
+            (1.0, 1, "held out", 2.0),
+        )
     ]
-    gaps, margins = plots.plot_gaps_and_margins(pd.DataFrame(rows)).axes
-    values = [[list(line.get_ydata()) for line in axis.lines if len(line.get_ydata())] for axis in (gaps, margins)]
-    assert values[0] == [[3.0], [1.0], [0, 0]] and values[1] == [pytest.approx([0.3]), [1.0], [0, 0]]
-    assert "beta" in margins.get_title()
+    figure = plots.plot_gaps_and_margins(pd.DataFrame(rows))
+    for axis in figure.axes:  # of beta 1, where gap and margin are the same
+        (held_out,) = axis.containers
+        (bar,) = held_out.lines[2][0].get_segments()
+        assert held_out.lines[0].get_ydata().tolist() == [1.5]
+        assert bar[:, 1] == pytest.approx([1.5 - 6.353, 1.5 + 6.353], abs=1e-3)  # 12.706 standard errors
+    drawn = [
+        next(line.get_ydata().tolist() for line in axis.lines if line.get_label() == "0.1") for axis in figure.axes
+    ]
+    assert drawn == [[3.0], pytest.approx([0.3])] and "beta" in figure.axes[1].get_title()
+
+
+def test_a_beta_has_one_colour_in_every_figure():
+    def colours(*betas):
+        rows = [{"beta": b, "step": 1, "split": "train", "margin": 0.0, "log_ratio_gap": 0.0} for b in betas]
+        lines = plots.plot_gaps_and_margins(pd.DataFrame(rows)).axes[0].get_legend().get_lines()
+        return dict(zip(betas, (tuple(line.get_color()) for line in lines), strict=True))
+
+    few, many = colours(0.1, 1.0), colours(0.01, 0.1, 0.5, 1.0)
+    assert few == {beta: many[beta] for beta in few} and len(set(many.values())) == 4
