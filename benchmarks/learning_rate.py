@@ -126,7 +126,7 @@ def main() -> None:
     workers = [subprocess.Popen([*command, str(share)]) for share in range(args.processes)]
     codes = [worker.wait() for worker in workers]
     if any(codes):
-        raise SystemExit("A process failed; what it said stands above. The same command goes on.")
+        raise SystemExit("A process failed; what it said is above. The same command goes on.")
     from helpers.common import write_json
     from helpers.run.folder import machine, versions
 

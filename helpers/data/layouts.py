@@ -107,7 +107,7 @@ def _root(path: str, names: Iterable[str]) -> str:
 
 
 def lookup(row: dict[str, Any], path: str) -> Any:
-    """What stands in `row` under a column's name, or a path as in formats.yaml; None if it is not there."""
+    """What `row` has under a column's name, or a path as in formats.yaml; None if it is not there."""
     if path in row or not ("." in path or "|" in path):
         return row.get(path)
     for option in path.split(" | "):

@@ -128,13 +128,13 @@ def _with_own(own: list[dict[str, Any]], shared: list[dict[str, Any]], where: st
 def _ranked(row: dict[str, Any], layout: Layout, every: bool) -> list[dict[str, Any]]:
     """Pairs out of a list of answers with scores or ranks: the best against the worst, or each against each."""
     (name,), (by,) = layout.answers, layout.by
-    answers, beside = opened(lookup(row, name)), opened(lookup(row, by))
+    answers, numbers = opened(lookup(row, name)), opened(lookup(row, by))
     if not isinstance(answers, list):
         raise LeftOut(f"{name} is {messages.kind_of(answers)}, not a list of answers")
-    if isinstance(beside, list):  # a number for each answer, in a column of their own
-        if len(beside) != len(answers):
+    if isinstance(numbers, list):  # a number for each answer, in a column of their own
+        if len(numbers) != len(answers):
             raise LeftOut(f"{name} and {by} have different lengths")
-        scores = list(map(number_of, beside))
+        scores = list(map(number_of, numbers))
     else:
         scores = _scores([answer if isinstance(answer, dict) else {} for answer in answers], by.split(" | "))
     sign = 1 if layout.kind == "score" else -1
@@ -266,7 +266,7 @@ class _Reader:
 
     def reading(self) -> list[str]:
         """How the columns were read, a line for each layout and each preference; nothing for the three plain ones."""
-        told = set(layouts.USUAL["preference"])  # one beside chosen and rejected might say that they are exchanged
+        told = set(layouts.USUAL["preference"])  # one next to chosen and rejected might say that they are exchanged
         used = {"origin", "chat_template_kwargs", *(["tools"] if self.tools else [])}
         texts = [name for name in self.kept if self.kinds[name] - {int, float} or name.lower() in told]
         texts = [name for name in texts if name not in used]

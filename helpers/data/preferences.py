@@ -251,7 +251,7 @@ class Judge:
         return asked("values", what=what, column=", ".join(self.layout.by), held=held, wins=wins, a=a, b=b, more=more)
 
     def order(self, row: dict[str, Any]) -> tuple[str, ...]:
-        """Where the better answer stands, and the other. Raises LeftOut for a tie, or if nothing is said."""
+        """Where the better answer is, and the other. Raises LeftOut for a tie, or if nothing is said."""
         value, meaning = self._verdict(row) if self.judges else (None, "first")
         if meaning in ("first", "second"):
             return self.layout.answers[:: 1 if meaning == "first" else -1]

@@ -42,7 +42,7 @@ def split_pairs(
 
     Raises:
         UserError: a side would be empty, a column or a topic is not there, or (by a column) one question or talk
-            stands under two topics that fall on different sides.
+            has two topics that fall on different sides.
     """
     if by is None:
         report = load_report(pairs)
@@ -72,5 +72,5 @@ def split_pairs(
         raise asked("empty side", count=len(pairs), by=by, different=len(sizes))
     if both := {prompts[row] for row in train} & {prompts[row] for row in test}:
         rows = ", ".join([pairs[row]["origin"] for row, prompt in enumerate(prompts) if prompt in both][:5])
-        raise UserError(f"The same question or talk stands under two values of {by!r} ({rows}): make them one.")
+        raise UserError(f"The same question or talk has two values of {by!r} ({rows}): make them one.")
     return DatasetDict(train=pairs.select(train), test=pairs.select(test))

@@ -260,7 +260,7 @@ def _came_back(f: dict[str, Any]) -> bool:
 
 
 def _below_half(f: dict[str, Any]) -> bool | str:
-    """A note where the chosen are ahead all the same: ties, which count as wrong, bring an accuracy down as well."""
+    """A note if the chosen are ahead in spite of it: ties, which count as wrong, bring an accuracy down as well."""
     low = f["high_end"] < 0.5 and f["accuracy_best"] < 0.5 and f["pairs"] >= ENOUGH_PAIRS
     return low and f["moved"] >= LIMITS["moved"] and (f["ahead"] < 0 or NOTE)
 

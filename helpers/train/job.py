@@ -165,7 +165,7 @@ class Job:
         return None if changed else before
 
     def _need(self, **change: Any) -> float:
-        """GB beside the loaded model, by the estimate, with a `change` of the settings."""
+        """GB besides the loaded model, by the estimate, with a `change` of the settings."""
         values = share_step(self.values | change)
         return estimate_for(self.policy.model, self.pairs.train.ids, values).training / 1e9
 
@@ -195,7 +195,7 @@ class Job:
         if slow := hardly_moves(self.values, len(self.pairs.train.pairs), self.policy.model.active_peft_config):
             print(slow)
         if need >= free:
-            text = f"Training needs about {need:.1f} GB beside the loaded model, and {free:.1f} GB are free."
+            text = f"Training needs about {need:.1f} GB besides the loaded model, and {free:.1f} GB are free."
             if need > ESTIMATE_MARGIN * free:
                 self.write(runs.Status.OUT_OF_MEMORY)
                 raise UserError(f"{text}\n{self.savings()}")

@@ -40,7 +40,7 @@ def processes() -> PartialState:
 
 @contextlib.contextmanager
 def one_voice(folder: Path) -> Iterator[None]:
-    """In the block only the first process prints; the others write to NAME.logs beside `folder`, kept if they die."""
+    """In the block only the first process prints; the others write to NAME.logs next to `folder`, kept if they die."""
     state, logs = processes(), folder.with_name(f"{folder.name}.logs")
     if state.is_main_process:
         yield

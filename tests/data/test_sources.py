@@ -304,7 +304,7 @@ REFUSED = {
     "escaped.csv": (HEAD + '"say \\"hi\\"",a,b\n', "line 2: not valid CSV .*a quote in it must be doubled"),
     "comma.jsonl": (lines_of([Q, R]).replace("\n", ",\n"), "line 1, column 48: .*Take out that comma"),
     "late.jsonl": (lines_of([Q]) + json.dumps(R) + ",\n", "late.jsonl, line 2, column 48: .*Take out that comma"),
-    "last.json": (f"[{json.dumps(Q)},\n]", "line 2, column 1: .*If a comma stands before it"),
+    "last.json": (f"[{json.dumps(Q)},\n]", "line 2, column 1: .*If there is a comma before it"),
     "joined.jsonl": (lines_of([Q]) + json.dumps(Q) * 2, "line 2, column 48: .*second object .* line of its own"),
     "python.jsonl": (f"{Q}\n{R}\n", "line 1, column 2: .*double quotes"),
     "keys.jsonl": (lines_of([Q]) + '{"a": 1, "a": 2}\n', "keys.jsonl, line 2: .*the key 'a' is there twice"),

@@ -49,7 +49,7 @@ def pairs():
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """A cache of reference log-probs of this test's own, beside the converted model of all."""
+    """A cache of reference log-probs of this test's own, next to the converted model of all."""
     folder = tmp_path / "cache"
     monkeypatch.setattr("helpers.model.logps.cache_folder", lambda: folder)
     return folder
