@@ -1,7 +1,7 @@
 """What thinking pairs teach, over three seeds: python benchmarks/thinking.py [--seeds 0 1 2] [--folder F]
 
 Pairs and settings are those of `04_thinking_pairs`, on the embedded model: naive sets have the same 144 pairs without
-their rejected thoughts. (The committed `thinking.json` is from before that: its naive sets have 72 pairs.)
+their rejected thoughts.
 
 Each seed starts with SFT on well-formed thoughts. DPO follows, once on pairs whose sides both think, once on naive
 pairs (chosen thinks, rejected is an answer without a thought), both with the SFT loss of the chosen side added. The

@@ -36,7 +36,7 @@ def test_pages_have_the_tables_of_the_committed_results(page):
 @pytest.mark.parametrize(
     "page, number",
     [
-        ("README.md", "26 to 35 of 240"),
+        ("README.md", "1.8 times (memory short)"),
         ("docs/gpu.md", "| 23.70 |"),
         ("docs/results.md", "| 1.00 ± 0.03;"),
         ("docs/results.md", "| 114.26 |"),
@@ -57,6 +57,19 @@ def test_check_fails_on_a_number_that_is_not_in_the_results(tmp_path, monkeypatc
     assert copy.read_text(encoding="utf-8") == text
     tables.main([])
     tables.main(["--check"])
+
+
+def test_means_over_seeds_have_intervals_and_chance_is_said_only_where_the_seeds_leave_it(monkeypatch):
+    def seed(before: float, after: float) -> dict:
+        return {"SFT": {"replies": {"right": before}}, "both think": {"replies": {"right": after}}}
+
+    for after, words in ((0.2, ", which may be chance"), (0.5, "")):
+        seeds = [seed(0.1, after), seed(0.2, after + 0.1), seed(0.2, after + 0.02)]
+        found = {"asked": 50, "seeds": seeds, "accuracies": [1.0, 2.0, 3.0], "naive_accuracies": [0.5] * 3}
+        monkeypatch.setattr(tables, "result", lambda name, found=found: found)
+        row = tables.thinking_row(2)
+        assert (row["both"], row["naive"], row["before"], row["replies"]) == ("2.00 ± 2.48", "0.50 ± 0.00", "25", "150")
+        assert row["chance"] == words
 
 
 def test_a_page_without_its_table_is_an_error():

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from helpers.run.metrics import seed_interval
+
 ROOT = Path(__file__).parent.parent
 SIDES = {
     "stock": "TRL without Unsloth: four times 2 pairs",
@@ -58,17 +60,38 @@ def span(values: Collection[float], digits: int = 2) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def by_beta(column: str) -> dict[float, float]:
-    """Means over the seeds of a column of `beta.json`, by beta."""
+def over_seeds(values: list[float], digits: int) -> str:
+    """The mean of `values`, one a seed, and its 95 percent interval over the seeds."""
+    return f"{mean(values):.{digits}f} ± {seed_interval(values):.{digits}f}"
+
+
+def by_beta(column: str) -> dict[float, list[float]]:
+    """A column of `beta.json` by beta, a value for each seed."""
     rows = result("beta")["table"]
     betas = sorted({row["beta"] for row in rows})
-    return {beta: mean(row[column] for row in rows if row["beta"] == beta) for beta in betas}
+    return {beta: [row[column] for row in rows if row["beta"] == beta] for beta in betas}
 
 
-def right_answers(name: str) -> int:
-    """Right final answers after the training `name` of `thinking.json`, over all seeds."""
+def replies(name: str, what: str) -> list[float]:
+    """For each seed of `thinking.json`, how many replies after the training `name` are so ("right", "well_formed")."""
     found = result("thinking")
-    return round(sum(seed[name]["replies"]["right"] for seed in found["seeds"]) * found["asked"])
+    return [seed[name]["replies"][what] * found["asked"] for seed in found["seeds"]]
+
+
+def thinking_row(digits: int) -> dict[str, str]:
+    """The figures of `thinking.json` that the README and docs/results.md quote."""
+    found = result("thinking")
+    before, after = (replies(name, "right") for name in ("SFT", "both think"))
+    change = [b - a for a, b in zip(before, after, strict=True)]
+    return {
+        "both": over_seeds(found["accuracies"], digits),
+        "naive": over_seeds(found["naive_accuracies"], digits),
+        "seeds": f"{len(found['seeds'])}",
+        "replies": f"{found['asked'] * len(found['seeds'])}",
+        "before": f"{sum(before):.0f}",
+        "after": f"{sum(after):.0f}",
+        "chance": "" if abs(mean(change)) > seed_interval(change) else ", which may be chance",
+    }
 
 
 def with_reference(name: str) -> float:
@@ -78,7 +101,8 @@ def with_reference(name: str) -> float:
 
 
 def summary() -> str:
-    seeds, train, thinking, kl = *map(result, ("seeds", "train", "thinking")), by_beta("kl")
+    seeds, train, kl, thinking = result("seeds"), result("train"), by_beta("kl"), thinking_row(2)
+    accuracy = [mean(values) for values in by_beta("accuracy").values()]
     graphs = result("gpu_recorded")["against_best"]
     flaws = {flaw: [seed[flaw] for seed in seeds["by_flaw"]] for flaw in seeds["by_flaw"][0]}
     best_first = sorted(flaws, key=lambda flaw: -mean(flaws[flaw]))
@@ -88,8 +112,8 @@ def summary() -> str:
 |---|---|
 | Does training on other topics move the model towards the chosen answers? | yes, by implicit reward: {listed((seed["accuracy"] for seed in seeds["seeds"]), 3)} of {seeds["seeds"][0]["pairs"]} held-out pairs (three seeds; a coin gives 0.5, and before training every pair is a tie) |
 | Which flaws does it learn to reject? | the same by flaw: {by_flaw} |
-| Does a higher beta enforce the preferences harder? | no: from beta {min(kl):g} to {max(kl):g} the model stays nearer to where it was (KL {kl[min(kl)]:.1f} to {kl[max(kl)]:.1f} nats a reply), with accuracy {span(by_beta("accuracy").values())} at every beta |
-| Do thinking pairs teach better thinking? | they teach to tell good thoughts from bad ones: {thinking["accuracy_mean"]:.2f} of the held-out pairs by implicit reward ({mean(thinking["naive_accuracies"]):.2f} after half as many naive pairs; with equally many, in [04](notebooks/04_thinking_pairs.ipynb), 0.75 against 0.70, which may be chance). But right final answers went from {right_answers("SFT")} to {right_answers("both think")} of {thinking["asked"] * len(thinking["seeds"])}, which may be chance |
+| Does a higher beta enforce the preferences harder? | no: from beta {min(kl):g} to {max(kl):g} the model stays nearer to where it was (KL {over_seeds(kl[min(kl)], 1)} to {over_seeds(kl[max(kl)], 1)} nats a reply: means and 95% intervals of {len(kl[min(kl)])} seeds), with accuracy {span(accuracy)} at every beta |
+| Do thinking pairs teach better thinking? | they teach to tell good thoughts from bad ones: {thinking["both"]} of the held-out pairs by implicit reward if both sides think, {thinking["naive"]} if only the chosen does (means and 95% intervals of {thinking["seeds"]} seeds). But right final answers went from {thinking["before"]} to {thinking["after"]} of {thinking["replies"]}{thinking["chance"]} |
 | How fast is `train_dpo`? | on an H200, with random weights in the shape of Qwen3-4B, {graphs["ours"]["times_best"]:.1f} times (memory short) and {graphs["kept"]["times_best"]:.1f} times (with room) what an expert gets out of Unsloth by hand. That counts the pass for the reference's log-probs; the steps alone are {graphs["ours"]["times_best_by_step"]:.1f} and {graphs["kept"]["times_best_by_step"]:.1f} times as fast. On two CPU cores, {train["speedup"]:.2f} times the usual notebook |
 """
 
@@ -246,7 +270,7 @@ def gpu_figures() -> str:
 
 
 def measured() -> str:
-    seeds, train, profile, sweep, thinking = map(result, ("seeds", "train", "profile_step", "sweep", "thinking"))
+    seeds, train, profile, sweep = map(result, ("seeds", "train", "profile_step", "sweep"))
     accuracies = [
         f"{run['accuracy']:.3f} ({' to '.join(map('{:.2f}'.format, run['accuracy_interval']))})"
         for run in seeds["seeds"]
@@ -255,12 +279,11 @@ def measured() -> str:
     small, large = result("prepare")["sizes"]
     share = {name: f"{value:.0%}" for name, value in profile["share"].items()}
     memory = [case["estimated_gb"] / case["measured_gb"] for case in result("memory")["cases"]]
-    gap, kl, accuracy = (by_beta(column) for column in ("log_ratio_gap", "kl", "accuracy"))
-    naive, asked = thinking["naive_accuracies"], thinking["asked"]
-    before, after, after_naive = (
-        round(sum(seed[name]["replies"]["well_formed"] for seed in thinking["seeds"]) * asked)
-        for name in ("SFT", "both think", "naive")
-    )
+    by = {column: by_beta(column) for column in ("log_ratio_gap", "kl", "accuracy")}
+    gap, kl = (", ".join(over_seeds(values, 1) for values in by[name].values()) for name in ("log_ratio_gap", "kl"))
+    accuracy = span([mean(values) for values in by["accuracy"].values()])
+    thinking, of_seeds = thinking_row(3), result("thinking")
+    well = [f"{sum(replies(name, 'well_formed')):.0f}" for name in ("SFT", "both think", "naive")]
     return f"""
 | what | result | command |
 |---|---|---|
@@ -272,9 +295,9 @@ def measured() -> str:
 | what bounds a step now | {profile["step_gflop_per_s"]:.0f} of the {profile["matrix_gflop_per_s"]:.0f} GFLOP/s that two large matrices reach; LM head ({share["LM head"]}: product, softmax, the logged entropy) and elementwise work ({share["elementwise and overhead"]}) take more than the layers' products ({share["projections"]}) | `python tools/profile_step.py` |
 | work before the first step, file to the first batch without the reference's pass, against tokenising the same texts once in batches | {small["pairs"]:,} pairs: {small["seconds"]:.0f} s, {small["ratio"]:.2f} times; {large["pairs"]:,} pairs: {large["seconds"]:.0f} s, {large["ratio"]:.2f} times, in {large["peak_mb"]:.0f} MB more than the loaded model | `python benchmarks/prepare.py` |
 | memory estimate before training against {len(memory)} measured runs | {span(memory)} | `python benchmarks/memory.py` |
-| what beta does: six betas, three seeds, 45 steps; mean log-ratio gap and KL on held-out pairs, in nats | at beta {", ".join(map("{:g}".format, gap))}: gap {listed(gap.values(), 1)}; KL {listed(kl.values(), 1)}; accuracy by implicit reward {span(accuracy.values())} at all of them. A higher beta holds the policy nearer to the reference | `python benchmarks/beta.py` (on an H100) |
+| what beta does: six betas, three seeds, 45 steps; mean log-ratio gap and KL on held-out pairs, in nats (95% intervals over the seeds) | at beta {", ".join(map("{:g}".format, by["kl"]))}: gap {gap}; KL {kl}; accuracy by implicit reward {accuracy} at all of them. A higher beta holds the policy nearer to the reference | `python benchmarks/beta.py` (on an H100) |
 | five betas in one sweep against five plain runs, one epoch of {sweep["pairs"]} pairs each, side by side | {sweep["wall_ratio"]:.2f} of the time, {sweep["floor_ratio"]:.2f} times its own forward and backward passes alone, and {sweep["peak_ratio"]:.2f} times the memory | `python benchmarks/sweep.py` |
-| 144 thinking pairs whose sides both think at similar length, 172 held out, three seeds, by implicit reward | {listed(thinking["accuracies"], 3)}; mean {thinking["accuracy_mean"]:.3f}. With 72 naive pairs, so half the steps, {listed(naive, 3)}; mean {mean(naive):.3f}. Right final answers of {asked * len(thinking["seeds"])}: {right_answers("SFT")} before, {right_answers("both think")} after, {right_answers("naive")} after naive pairs. Well-formed replies of {asked * len(thinking["seeds"])}: {before} before, {after} after, {after_naive} after naive pairs | `python benchmarks/thinking.py` |
+| thinking pairs whose sides both think at similar length, {of_seeds["seeds"][0]["both think"]["pairs"]} held out, three seeds, by implicit reward (means with 95% intervals over the seeds) | {listed(of_seeds["accuracies"], 3)}; mean {thinking["both"]}. With naive pairs {listed(of_seeds["naive_accuracies"], 3)}; mean {thinking["naive"]}. Right final answers of {thinking["replies"]}: {thinking["before"]} before, {thinking["after"]} after, {sum(replies("naive", "right")):.0f} after naive pairs. Well-formed replies of {thinking["replies"]}: {well[0]} before, {well[1]} after, {well[2]} after naive pairs | `python benchmarks/thinking.py` |
 """
 
 
