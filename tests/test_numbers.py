@@ -107,7 +107,6 @@ def with_sources(path: Path) -> Iterator[tuple[str, set[float]]]:
         return
     cells, section = cells_of(path), ""
     code = [(place, shown(cell)) for place, cell in enumerate(cells) if cell["cell_type"] == "code"]
-    whole = set().union(*(result(name) for name in EXCEPTIONS.get(path.stem, {}).get("results", ())))
     for place, cell in enumerate(cells):
         if cell["cell_type"] == "markdown":
             source = "".join(cell["source"])
@@ -115,7 +114,7 @@ def with_sources(path: Path) -> Iterator[tuple[str, set[float]]]:
             section += source
             before = [found for other, found in code if other < place][-8:]
             after = [found for other, found in code if other > place][:2]
-            yield source, named(section).union(whole, *before, *after)
+            yield source, named(section).union(*before, *after)
 
 
 def cells_of(path: Path) -> list[dict]:
