@@ -105,8 +105,7 @@ def test_the_hosted_way_stops_without_a_torch(monkeypatch):
         hosted.main()
 
 
-def test_the_cell_for_hosted_notebooks_is_the_same_on_both_pages():
-    cell = re.compile(r"^    !git clone .*\n(?:    .*\n)+", flags=re.M)
-    pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/install.md")]
-    (first,), (second,) = map(cell.findall, pages)
-    assert first == second and (ROOT / re.search(r"%run (\S+)", first)[1]).is_file()
+def test_the_cell_for_hosted_notebooks_runs_a_program_that_is_there():
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    (cell,) = re.findall(r"^    !git clone .*\n(?:    .*\n)+", page, flags=re.M)
+    assert (ROOT / re.search(r"%run (\S+)", cell)[1]).is_file()

@@ -287,7 +287,7 @@ def measured() -> str:
     return f"""
 | what | result | command |
 |---|---|---|
-| implicit reward after the training of `03_train`: share of {seeds["seeds"][0]["pairs"]} pairs, on three topics not trained on, whose chosen has the higher one; three seeds (95% intervals) | {", ".join(accuracies)}; mean {seeds["accuracy_mean"]:.3f} | `python benchmarks/seeds.py` |
+| implicit reward after the training of `03_train`, in 32 bits: share of {seeds["seeds"][0]["pairs"]} pairs, on three topics not trained on, whose chosen has the higher one; three seeds (95% intervals) | {", ".join(accuracies)}; mean {seeds["accuracy_mean"]:.3f} | `python benchmarks/seeds.py` |
 | another measure, before training: the chosen is the likelier answer, per token | {seeds["reference_accuracy"]:.2f} ({low:.2f} to {high:.2f}) | the same |
 | pairs a second on two cores, training as the usual notebook does it and as `train_dpo` does it, three epochs of 480 pairs, side by side | {train["plain_pairs_per_s"]:.2f} and {train["ours_pairs_per_s"]:.2f}: {train["speedup"]:.2f} times as fast, with {train["peak_ratio"]:.2f} times the memory | `python benchmarks/train.py` |
 | do both compute the same? loss of each step, compared | fp32: within {train["max_loss_difference_fp32"]:.6f}; bf16: {train["mean_loss_difference"]:.3f} apart on average, {train["max_loss_difference"]:.2f} at most | the same |
@@ -297,7 +297,7 @@ def measured() -> str:
 | memory estimate before training against {len(memory)} measured runs | {span(memory)} | `python benchmarks/memory.py` |
 | what beta does: six betas, three seeds, 45 steps; mean log-ratio gap and KL on held-out pairs, in nats (95% intervals over the seeds) | at beta {", ".join(map("{:g}".format, by["kl"]))}: gap {gap}; KL {kl}; accuracy by implicit reward {accuracy} at all of them. A higher beta holds the policy nearer to the reference | `python benchmarks/beta.py` (on an H100) |
 | five betas in one sweep against five plain runs, one epoch of {sweep["pairs"]} pairs each, side by side | {sweep["wall_ratio"]:.2f} of the time, {sweep["floor_ratio"]:.2f} times its own forward and backward passes alone, and {sweep["peak_ratio"]:.2f} times the memory | `python benchmarks/sweep.py` |
-| thinking pairs whose sides both think at similar length, {of_seeds["seeds"][0]["both think"]["pairs"]} held out, three seeds, by implicit reward (means with 95% intervals over the seeds) | {listed(of_seeds["accuracies"], 3)}; mean {thinking["both"]}. With naive pairs {listed(of_seeds["naive_accuracies"], 3)}; mean {thinking["naive"]}. Right final answers of {thinking["replies"]}: {thinking["before"]} before, {thinking["after"]} after, {sum(replies("naive", "right")):.0f} after naive pairs. Well-formed replies of {thinking["replies"]}: {well[0]} before, {well[1]} after, {well[2]} after naive pairs | `python benchmarks/thinking.py` |
+| thinking pairs whose sides both think at similar length, {of_seeds["seeds"][0]["both think"]["pairs"]} held out, three seeds, by implicit reward (means with 95% intervals over the seeds) | {listed(of_seeds["accuracies"], 3)}; mean {thinking["both"]}. With naive pairs {listed(of_seeds["naive_accuracies"], 3)}; mean {thinking["naive"]}. Right final answers of {thinking["replies"]}: {thinking["before"]} before, {thinking["after"]} after, {sum(replies("naive", "right")):.0f} after naive pairs. Well-formed replies of {thinking["replies"]}: {well[0]} before, {well[1]} after, {well[2]} after naive pairs | `python benchmarks/thinking.py` (on {of_seeds["machine"]}) |
 """
 
 
@@ -431,8 +431,9 @@ def rounding() -> str:
 
 
 TABLES = {
-    "README.md": {"minutes": minutes, "summary": summary},
+    "README.md": {"summary": summary},
     "docs/gpu.md": {
+        "minutes": minutes,
         "gpu-recorded": gpu_recorded,
         "gpu-expert": gpu_expert,
         "gpu-fair": gpu_fair,

@@ -18,8 +18,13 @@ from helpers.run.metrics import seed_interval
 CHOSEN, REJECTED = "#1b6ca8", "#d9822b"
 REFERENCE, POLICY = "#a0a0a0", "#2f7d4f"  # the two models, where no side of a pair is meant
 # Colour and marker of the models of 04, the same in each of its figures; any other name is a policy.
-MODELS = {"base": ("black", "s"), "reference": (REFERENCE, "D"), "naive": ("#c44e9a", "^"), "both think": (POLICY, "o")}
-WORDS = LinearSegmentedColormap.from_list("words", ["#8c1515", "white", "#4b2a8c"])  # less likely, likelier
+OF_MODEL = {
+    "base": ("black", "s"),
+    "reference": (REFERENCE, "D"),
+    "naive": ("#c44e9a", "^"),
+    "both think": (POLICY, "o"),
+}
+WORD_COLOURS = LinearSegmentedColormap.from_list("words", ["#8c1515", "white", "#4b2a8c"])  # less likely, likelier
 OF_CHOSEN, OF_REJECTED = ({"color": color, "alpha": 0.6} for color in (CHOSEN, REJECTED))  # in a histogram
 DASHED = {"color": "grey", "linestyle": "--", "linewidth": 1}  # a line to compare with
 
@@ -171,7 +176,7 @@ def plot_token_rewards(tokens: pd.DataFrame) -> plt.Figure:
     figure, axes = _subplots(len(places), squeeze=False, **size)
     for axis, (side, group) in zip(axes[:, 0], places.items(), strict=True):
         for line, column, width, text, ratio in group:
-            colour = WORDS(0.5 + 0.5 * ratio / limit)
+            colour = WORD_COLOURS(0.5 + 0.5 * ratio / limit)
             axis.add_patch(plt.Rectangle((column - 0.3, line + 0.08), width + 0.6, 0.86, color=colour, linewidth=0))
             ink = "white" if 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] < 0.5 else "black"
             style = {"family": "monospace", "ha": "center", "va": "center", "color": ink, "parse_math": False}
@@ -256,7 +261,7 @@ def plot_changes(table: pd.DataFrame) -> plt.Figure:
 def plot_compared(shares: dict[str, pd.DataFrame], *, label: str, baseline: float | None = None) -> plt.Figure:
     """The same shares for several models, side by side: where do they differ by more than chance?
 
-    `shares` has for each model (`MODELS` has its colour) a table with group names as its index and columns share, low,
+    `shares` has for each model (`OF_MODEL` has its colour) a table with group names as its index and columns share, low,
     high (0 to 1; NaN for no interval) and pairs (count). `label` says of what they are shares, `baseline` where a coin
     would be.
     """
@@ -267,7 +272,7 @@ def plot_compared(shares: dict[str, pd.DataFrame], *, label: str, baseline: floa
         places = [row + 0.7 * ((i + 0.5) / len(shares) - 0.5) for row in range(len(rows))]
         # At a share of 0 or 1 an end of the interval is the share itself, to rounding.
         bars = [bar.clip(lower=0).fillna(0) for bar in (table.share - table.low, table.high - table.share)]
-        colour, marker = MODELS.get(model, (POLICY, "o"))
+        colour, marker = OF_MODEL.get(model, (POLICY, "o"))
         axis.errorbar(table.share, places, xerr=bars, fmt=marker, color=colour, capsize=2, label=model)
     if baseline is not None:
         axis.axvline(baseline, **DASHED, label="a coin")
@@ -285,7 +290,7 @@ def plot_thought_lengths(tokens: dict[str, list[int]]) -> plt.Figure:
     style |= {"medianprops": {"color": "black"}, "patch_artist": True, "orientation": "horizontal"}
     boxes = axis.boxplot(tokens.values(), tick_labels=list(tokens), **style)["boxes"]
     for model, box in zip(tokens, boxes, strict=True):
-        box.set(facecolor=MODELS.get(model, (POLICY, "o"))[0], alpha=0.5)
+        box.set(facecolor=OF_MODEL.get(model, (POLICY, "o"))[0], alpha=0.5)
     axis.set(xlabel="tokens in the thought")
     axis.invert_yaxis()
     return figure
