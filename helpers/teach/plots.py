@@ -52,8 +52,9 @@ def _series(history: list[dict], name: str) -> pd.Series:
 
 def _by_beta(table: pd.DataFrame) -> Iterator[tuple[str, tuple, pd.DataFrame]]:
     """The name, the colour and the rows of each beta, lowest first; a beta has one colour whatever the others are."""
-    for beta, rows in table.groupby("beta"):
-        yield f"{beta:g}", plt.get_cmap("viridis")(0.37 * (math.log10(beta) + 2)), rows  # 0.01 is dark, 5 is light
+    for beta in sorted(set(table.beta)):
+        colour = plt.get_cmap("viridis")(0.37 * (math.log10(beta) + 2))  # 0.01 is dark, 5 is light
+        yield f"{beta:g}", colour, table[table.beta == beta]
 
 
 def _histograms(axis: plt.Axes, *parts: tuple[Sequence[float], str, dict], start: float = math.inf) -> None:
@@ -261,9 +262,8 @@ def plot_changes(table: pd.DataFrame) -> plt.Figure:
 def plot_compared(shares: dict[str, pd.DataFrame], *, label: str, baseline: float | None = None) -> plt.Figure:
     """The same shares for several models, side by side: where do they differ by more than chance?
 
-    `shares` has for each model (`OF_MODEL` has its colour) a table with group names as its index and columns share, low,
-    high (0 to 1; NaN for no interval) and pairs (count). `label` says of what they are shares, `baseline` where a coin
-    would be.
+    `shares` has for each model a table with group names as its index and columns share, low, high (0 to 1; NaN for no
+    interval) and pairs (count). `label` says of what they are shares, `baseline` where a coin would be.
     """
     rows = next(iter(shares.values()))
     figure, axis = _subplots(figsize=(8, 0.8 + 0.22 * len(rows) * max(len(shares), 2)))
@@ -286,8 +286,9 @@ def plot_compared(shares: dict[str, pd.DataFrame], *, label: str, baseline: floa
 def plot_thought_lengths(tokens: dict[str, list[int]]) -> plt.Figure:
     """How many `tokens` the thoughts of each model have: quartiles as a box, the mean as a diamond."""
     figure, axis = _subplots(figsize=(8, 0.8 + 0.5 * len(tokens)))
-    style = {"showmeans": True, "meanprops": {"marker": "D", "markerfacecolor": "black", "markeredgecolor": "black"}}
-    style |= {"medianprops": {"color": "black"}, "patch_artist": True, "orientation": "horizontal"}
+    black = {"markerfacecolor": "black", "markeredgecolor": "black"}
+    style: dict[str, Any] = {"medianprops": {"color": "black"}, "meanprops": {"marker": "D"} | black}
+    style |= {"showmeans": True, "patch_artist": True, "orientation": "horizontal"}
     boxes = axis.boxplot(tokens.values(), tick_labels=list(tokens), **style)["boxes"]
     for model, box in zip(tokens, boxes, strict=True):
         box.set(facecolor=OF_MODEL.get(model, (POLICY, "o"))[0], alpha=0.5)
