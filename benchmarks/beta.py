@@ -44,8 +44,8 @@ def main() -> None:
         parts = [json.loads(path.read_text(encoding="utf-8")) for path in args.merge]
         if any(part["info"]["identity"] != parts[0]["info"]["identity"] for part in parts):
             raise SystemExit("These files are of sweeps with other pairs, model or settings.")
-        stored = {"command": "; ".join(map(command, parts)), "info": parts[0]["info"]}
-        stored |= {name: [row for part in parts for row in part[name]] for name in ("table", "history", "gaps")}
+        tables = {name: [row for part in parts for row in part[name]] for name in ("table", "history", "gaps")}
+        stored = {"command": command(parts[0] | tables), "info": parts[0]["info"], **tables}
     else:
         stored = train(args)
     write_json(args.out, stored)

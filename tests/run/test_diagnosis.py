@@ -52,8 +52,8 @@ def test_committed_run(part, one):
 # ------------------------------------------------------------------------------------------------ all committed runs
 
 FIELD = json.loads((Path(__file__).parent / "field" / "runs.json").read_text(encoding="utf-8"))
-# The same runs evaluated at the end only, once more shortly before, at thirds, and at every step that was kept.
-EVALUATED = {"end": (45,), "late": (36, 45), "thirds": (18, 27, 45), "all": (9, 18, 27, 36, 45)}
+# The same runs evaluated at the end only, once more shortly before, at thirds, now and then, and at every step.
+EVALUATED = {"end": (45,), "late": (36, 45), "thirds": (15, 30, 45), "ninths": range(9, 46, 9), "all": range(46)}
 
 
 def sweep_runs() -> dict[str, dict]:
@@ -114,7 +114,7 @@ def seed_runs() -> dict[str, dict]:
 
 
 def runs_at_every_step() -> dict[str, dict]:
-    """Seeds of 03 and runs of the sweep that were evaluated after every step."""
+    """Seeds of 03 that were evaluated after every step."""
     runs = json.loads((ROOT / "benchmarks" / "results" / "every_step.json").read_text(encoding="utf-8"))["runs"]
     return {
         f"{run.pop('run')}, evaluated: every step": {
