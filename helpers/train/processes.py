@@ -30,7 +30,7 @@ def processes() -> PartialState:
     """The processes of this run: how many, which one this is. They are joined at the first call."""
     asked, on_cpu = int(os.environ.get("WORLD_SIZE", 1)), not torch.accelerator.is_available()
     if on_cpu and "LOCAL_RANK" in os.environ:
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # or accelerate would not join them
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # or accelerate would not join them; its launcher says "False"
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")  # not cpu:1, which torch.load refuses
     state = PartialState(cpu=on_cpu)
     if state.num_processes != asked:
@@ -43,6 +43,8 @@ def one_voice(folder: Path) -> Iterator[None]:
     """In the block only the first process prints; the others write to NAME.logs next to `folder`, kept if they die."""
     state, logs = processes(), folder.with_name(f"{folder.name}.logs")
     if state.is_main_process:
+        if state.num_processes > 1:
+            print(say("logs", number=state.num_processes, name=logs.name), flush=True)
         yield
         return
     logs.mkdir(parents=True, exist_ok=True)
