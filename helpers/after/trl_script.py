@@ -26,9 +26,15 @@ def share(batch: int, largest: int, processes: int) -> tuple[int, int]:
     >>> share(8, largest=4, processes=1), share(8, largest=4, processes=2)
     ((4, 2), (4, 1))
     """
-    if batch % processes:
-        raise SystemExit(f"{batch} pairs a step can't be shared equally by {processes} processes.")
-    each = batch // processes
+    each, rest = divmod(batch, processes)
+    if rest:
+        fitting = " or ".join(str(n) for n in range(1, batch + 1) if batch % n == 0)
+        sizes = f"{each * processes} or " * (each > 0) + str((each + 1) * processes)
+        raise SystemExit(
+            f"{batch} pairs a step cannot be shared equally by {processes} processes. Either start {fitting} "
+            f"processes, or take {sizes} pairs a step (per_device_train_batch_size times gradient_accumulation_steps, "
+            "for all processes together)."
+        )
     size = next(size for size in range(min(largest, each), 0, -1) if each % size == 0)
     return size, each // size
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import huggingface_hub
@@ -19,7 +20,6 @@ import pytest
 import torch
 import trl
 import yaml
-from accelerate.commands.config.config_args import load_config_from_file
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -37,9 +37,33 @@ from helpers.run.card import model_card
 from helpers.run.folder import POLICY_AT_START, DataInfo, Run, RunInfo, Status, describe_config
 from helpers.train import resume
 from helpers.train.job import hash_without_date
+from helpers.train.processes import share_step
 
 ROOT = Path(__file__).parent.parent.parent
 TOKEN = "hf_" + "Secret" * 6
+TORCHRUN = ("torch.distributed.run", "--nproc_per_node", "2")
+
+# The exported script; accelerate shards a model on GPUs only, so it is told here that these processes do.
+SHARDED = """
+import runpy
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+state, start = AcceleratorState.__init__, Accelerator.get_state_dict
+
+def shard(self, *given, fsdp_plugin=None, **named):
+    state(self, *given, fsdp_plugin=fsdp_plugin, **named)
+    self.fsdp_plugin = fsdp_plugin or getattr(self, "fsdp_plugin", None)
+    if self.fsdp_plugin:
+        self.distributed_type = "FSDP"
+
+def look(self, model, **named):
+    print(f"process {self.process_index} has {sorted({type(one).__name__ for one in model.parameters()})}", flush=True)
+    return start(self, model, **named)
+
+AcceleratorState.__init__, Accelerator.get_state_dict = shard, look
+runpy.run_path("train.py", run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -442,12 +466,18 @@ def test_checkpointing_of_a_gpus_run_is_exported_for_trl_alone(made, pairs, tmp_
     assert "A step takes 4 pairs" in readme and "and bitsandbytes." in readme
 
 
-def test_global_batch_is_shared_exactly():
+def test_global_batch_is_shared_exactly(monkeypatch):
     for batch, largest, processes in [(8, 4, 1), (8, 4, 2), (8, 8, 2), (12, 4, 2), (8, 4, 8), (6, 4, 1)]:
         size, pieces = trl_script.share(batch, largest, processes)
         assert size * pieces * processes == batch and size <= largest
-    with pytest.raises(SystemExit, match="8 pairs a step can't be shared equally by 3"):
-        trl_script.share(8, 4, 3)
+    for batch, number in ((8, 3), (2, 4)):  # in the words of train_dpo
+        with pytest.raises(SystemExit) as said:
+            trl_script.share(batch, 4, number)
+        started = SimpleNamespace(num_processes=number)
+        monkeypatch.setattr("helpers.train.processes.processes", lambda started=started: started)
+        with pytest.raises(UserError) as expected:
+            share_step({"per_device_train_batch_size": batch, "gradient_accumulation_steps": 1})
+        assert str(said.value) == str(expected.value)
 
 
 def test_checkpoint_that_was_cut_short_is_passed_over(tmp_path):
@@ -480,10 +510,12 @@ def small_run(small, pairs, tmp_path_factory) -> Run:
     )
 
 
-def run_in_two(folder: Path, *options: str, kill_at: int | None = None) -> str:
+def run_in_two(
+    folder: Path, *options: str, kill_at: int | None = None, script: str = "train.py", launcher=TORCHRUN
+) -> str:
     """What the exported script prints in two processes; with `kill_at` all of it is killed after so many steps."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train.py", *options],
+        [sys.executable, "-m", *launcher, script, *options],
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -569,8 +601,16 @@ def test_script_of_trl_makes_the_adapter_of_the_run(made, pairs, tmp_path):
     assert set(found[1]["lora_target_modules"]) == set(LORA_TARGETS) and not told.keys() & found[1].keys()
 
 
-def test_processes_that_shard_a_model_are_what_accelerate_reads(made, pairs, tmp_path):
-    folder = export_run(made, "trl", tmp_path / "trl", train=pairs[0], test=pairs[1])
-    config = load_config_from_file(str(folder / "fsdp.yaml"))
-    assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2
+@pytest.mark.slow
+def test_trl_with_a_model_cut_among_two_processes_has_the_losses_of_the_run(small_run, small, pairs, tmp_path):
+    folder = export_run(small_run, "trl", tmp_path / "trl", train=pairs[0], test=pairs[1])
+    (folder / "sharded.py").write_text(SHARDED)
+    launcher = ("accelerate.commands.launch", "--config_file", "fsdp.yaml")
+    options = ["--model_name_or_path", str(small), "--dtype", "float32", "--load_in_4bit", "false"]
+    out = run_in_two(folder, *options, script="sharded.py", launcher=launcher)
+    assert all(f"process {number} has ['DTensor']" in out for number in range(2)), out[-3000:]
+    state = json.loads((folder / "output" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert losses_of(state["log_history"]) == pytest.approx(losses_of(small_run.history), abs=2e-4)
+    saved, own = (load_file(one / "adapter_model.safetensors") for one in (folder / "output", small_run.adapter))
+    assert max((saved[name] - value).abs().max() for name, value in own.items()) < 1e-2
     assert "fsdp.yaml" in (folder / "README.md").read_text()
