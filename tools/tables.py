@@ -321,6 +321,21 @@ def many_gpus() -> str:
 """
 
 
+def several_cards() -> str:
+    """The same in words, for the sides of more than one process."""
+    found = result("many_gpus")
+    parts = []
+    for name, times in found["scaling"].items():
+        processes, pairs = name.split("x")
+        one, many = (found["sides"][side]["pairs_per_s"] for side in (f"1x{pairs}", name))
+        parts.append(
+            f"with {pairs} pairs a card {one:.1f} on one card and {many:.1f} on {processes} ({times:.2f} times)"
+        )
+    return f"""
+Pairs a second on {found["machine"]}, random weights in the shape of Qwen3-4B: {"; ".join(parts)}.
+"""
+
+
 def precision() -> str:
     """One row for each way of computing the log-probs of one run's held-out pairs."""
     rows = sorted(result("precision")["table"], key=lambda row: -row["share"])
@@ -431,7 +446,7 @@ def rounding() -> str:
 
 
 TABLES = {
-    "README.md": {"summary": summary},
+    "README.md": {"summary": summary, "several-cards": several_cards},
     "docs/gpu.md": {
         "minutes": minutes,
         "gpu-recorded": gpu_recorded,
