@@ -77,6 +77,12 @@ class Report:
         self.ids = ids
         self.__dict__.pop("hash", None)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest of `pairs`, prompt and answer, before any is cut."""
+        answers = np.maximum(self.lengths["chosen"], self.lengths["rejected"])
+        return int((self.lengths["prompt"] + answers).max(initial=0))
+
     @functools.cached_property
     def template(self) -> dict[str, Any]:
         """What the chat template gets for each of `pairs` besides its messages, if it is the same for all."""

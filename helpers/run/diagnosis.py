@@ -12,7 +12,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +105,15 @@ def _beta(held: pd.DataFrame) -> float:
     return float(f"{reward / logp:.2g}") if reward > 0 and logp > LIMITS["beta_seen"] else math.nan
 
 
-def to_try(config: dict[str, Any]) -> dict[str, str]:
-    """Numbers to try, for the cures: phrases by name, empty where the `config` does not say what they start from."""
+def to_try(config: dict[str, Any], train_pairs: int = 0, longest: int = 0) -> dict[str, str]:
+    """Numbers to try, for the cures: phrases by name, empty where nothing says what they start from."""
     rate, micro = config.get("learning_rate") or 0, config.get("per_device_train_batch_size") or 0
     values = {"tenth": rate * 0.1, "half": rate * 0.5, "tenfold": rate * 10, "micro_half": micro // 2}
-    return {name: f" ({value:g})" if value else "" for name, value in values.items()}
+    values |= {"longest": longest, "twice": 2 * train_pairs}
+    return {name: f" ({value:.15g})" if value else "" for name, value in values.items()}
 
 
-def _setting(config: dict[str, Any], train: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
+def _setting(known: dict[str, Any], config: dict[str, Any], train: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
     """What the settings and the logged rates say: beta, the loss of knowing nothing, how much of the run is over."""
     beta, loss, steps = config.get("beta") or math.nan, config.get("loss_type"), config.get("max_steps") or 0
     loss = str(loss[0] if isinstance(loss, list) and len(loss) == 1 else loss)
@@ -126,7 +127,7 @@ def _setting(config: dict[str, Any], train: pd.DataFrame, rows: pd.DataFrame) ->
     f["over"] = 0.0 if warming_up else over
     f["checkpointing"] = "on" if config.get("gradient_checkpointing") else "off"
     logged = {} if train.learning_rate.isna().all() else {"learning_rate": train.learning_rate.max()}
-    return f | to_try(logged | config)
+    return f | to_try(logged | config, known.get("train_pairs") or 0, known.get("longest") or 0)
 
 
 def _moves(rows: pd.DataFrame, ends: pd.DataFrame, f: dict[str, Any]) -> dict[str, float]:
@@ -156,8 +157,16 @@ def _moves(rows: pd.DataFrame, ends: pd.DataFrame, f: dict[str, Any]) -> dict[st
     return found
 
 
-def measure(known: dict[str, Any]) -> dict[str, Any]:
-    """The numbers that a diagnosis is made from, with what words them; NaN where something needed is not known.
+def _held_out_sets(history: list[dict]) -> list[str]:
+    """The prefixes of the evaluation sets that a history has: "eval_", or several such as "eval_new_"."""
+    name = "rewards/accuracies"
+    sets = dict.fromkeys(key.removesuffix(name) for row in history for key in row if key.endswith(name))
+    return [prefix for prefix in sets if prefix.startswith("eval_")] or ["eval_"]
+
+
+def measure(known: dict[str, Any], prefix: str = "eval_") -> dict[str, Any]:
+    """The numbers that a diagnosis is made from, with what words them; NaN where something needed is not known. Of
+    several evaluation sets it takes the one with the `prefix`.
 
     "end" is the last held-out evaluation, or for training a mean over the last half of its rows: rounding moves one
     batch as much as a run that does not learn. In `known` are the history, rows as TRL logs them, and what is known of
@@ -165,8 +174,6 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
     """
     history, findings, pairs = known["history"], known.get("findings"), known.get("test_pairs") or 0
     accuracy, curves = "rewards/accuracies", ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
-    sets = dict.fromkeys(key.removesuffix(accuracy) for row in history for key in row if key.endswith(accuracy))
-    prefix, *others = [name for name in sets if name.startswith("eval_")] or ["eval_"]
     train, evaluated = _table(history), _table(history, prefix)
     held = evaluated[evaluated.step != 0]
     rows = pd.concat([train, held])
@@ -176,10 +183,11 @@ def measure(known: dict[str, Any]) -> dict[str, Any]:
     # What was not measured is NaN: every comparison with it is false, so it is never a sign.
     config = known.get("config", {})
     config = config if config.get("beta") else config | {"beta": _beta(held)}
-    f: defaultdict[str, Any] = defaultdict(lambda: math.nan, known.get("memory_gb", {}) | _setting(config, train, rows))
+    f: defaultdict[str, Any] = defaultdict(
+        lambda: math.nan, known.get("memory_gb", {}) | _setting(known, config, train, rows)
+    )
     f |= {"status": known.get("status"), "findings": findings, "steps": len(train), "evaluations": len(held)}
     f |= {"train_pairs": known.get("train_pairs") or math.nan, "pairs": pairs}
-    f["others"] = ", ".join(name.removeprefix("eval_").removesuffix("_") for name in others)
     f["not_numbers"] = sum(not math.isfinite(float(value)) for value in values if value is not None) or math.nan
     f["stopped_at"] = known.get("steps") if f["status"] == Status.NOT_FINITE else math.nan
     if findings is not None:
@@ -236,7 +244,7 @@ def _second_signs(f: dict[str, Any]) -> dict[str, float]:
     should have "held" it; the held-out loss "rose" again. Each with its number, NaN where it is no sign."""
     far = f["chosen_fall"] > LIMITS["fall_held"] and -f["chosen_end"] > LIMITS["fall_nats"]
     signs = {
-        "fast": (f["fall_speed"] > LIMITS["fall_speed"], f["fall_speed"]),
+        "fast": (f["fall_speed"] > LIMITS["fall_speed"], f["fall_speed"] * -f["logp_start"]),  # in nats
         "held": (f["beta"] >= LIMITS["beta_holds"] and far, f["beta"]),
         "rose": (_rises(f, "gain_waver"), f["loss_rise"]),
     }
@@ -309,14 +317,24 @@ RULES: dict[str, Callable[[dict[str, Any]], bool | str]] = {
 }
 
 
-def _named(f: dict[str, Any]) -> list[tuple[str, bool]]:
-    """Codes of the symptoms, then of the notes (True), without those that a symptom explains."""
-    found = {code: holds for code, rule in RULES.items() if (holds := rule(f))}
-    for code in {"out_of_memory", "nan"} & set(found):  # after these no other number means anything
-        return [(code, False)]
-    explained = [other for code in found if found[code] is not NOTE for other in SYMPTOMS[code].get("explains", ())]
-    named = [(code, holds is NOTE) for code, holds in found.items() if code not in explained]
-    return sorted(named, key=lambda one: one[1])
+def _named(sets: dict[str, dict[str, Any]]) -> dict[tuple[str, bool], list[str]]:
+    """Codes of the symptoms, then of the notes (True), without those that a symptom explains; each with the evaluation
+    sets that show it, by whose numbers in `sets` the rules go."""
+    found: dict[tuple[str, bool], list[str]] = {}
+    for code, rule in RULES.items():
+        for prefix, f in sets.items():
+            if holds := rule(f):
+                found.setdefault((code, holds is NOTE), []).append(prefix)
+    for code in ("out_of_memory", "nan"):  # after these no other number means anything
+        if (code, False) in found:
+            return {(code, False): found[code, False]}
+    explained = {other for code, note in found if not note for other in SYMPTOMS[code].get("explains", ())}
+    named = sorted(found, key=lambda one: one[1])
+    return {
+        (code, note): found[code, note]
+        for code, note in named
+        if code not in explained and not (note and (code, False) in found)
+    }
 
 
 def _symptom(code: str, note: bool, f: dict[str, Any]) -> Symptom:
@@ -368,7 +386,6 @@ def _unseen(f: dict[str, Any]) -> list[str]:
         "start_unknown": f["loss"] != "None" and math.isnan(f["start"]),
         "over": f["over"] < LIMITS["over"],
         "report": f["findings"] is None,
-        "others": f["others"],
     }
     return [UNSEEN[name].format_map(f) for name, is_missing in missing.items() if is_missing]
 
@@ -376,7 +393,9 @@ def _unseen(f: dict[str, Any]) -> list[str]:
 def of_run(run: Run) -> dict[str, Any]:
     """What `measure` needs of a `run`."""
     names = ("config", "train_pairs", "test_pairs", "status", "steps", "memory_gb")
-    return {name: run.info[name] for name in names} | {"history": run.history, "findings": run.info.data.findings}
+    data = run.info.data
+    rest = {"history": run.history, "findings": data.findings, "longest": data.longest}
+    return {name: run.info[name] for name in names} | rest
 
 
 def _of_text(text: str) -> Any:
@@ -484,6 +503,7 @@ def diagnose(
             text or in a file (JSON, or the lines that it prints); or TRL's output or checkpoint folder.
         config: the DPOConfig, or a dict with its `beta`, `loss_type`, `learning_rate`, ..., where the source has none.
         train_pairs, test_pairs: how many pairs, where the source does not say. A `report` says how many to train on.
+            Of several evaluation sets each is judged, with so many pairs.
         report: of `check_pairs` for the training pairs.
 
     What stays unknown is named as not judged, never assumed.
@@ -491,13 +511,24 @@ def diagnose(
     Raises:
         UserError: no such folder, an unfinished run, no history, or one of another method than DPO.
     """
-    known: dict[str, Any] = {} if report is None else {"train_pairs": len(report.pairs)}
+    known = {} if report is None else {"train_pairs": len(report.pairs)}
     known |= _of_source(source)
+    known |= {} if report is None else {"longest": report.longest}
     if not isinstance(config, TrainingArguments | dict | None):
         raise refused("no_config", kind=type(config).__name__)
     settings = describe_config(config) if isinstance(config, TrainingArguments) else config or {}
     findings = {one.code: one.count for one in report.findings} if report is not None else None
     given = {"train_pairs": train_pairs, "test_pairs": test_pairs, "findings": findings}
     known |= {name: value for name, value in given.items() if value is not None}
-    f = measure(_readable(known | {"config": settings | known.get("config", {})}))
-    return Diagnosis([_symptom(code, note, f) for code, note in _named(f)], _unseen(f))
+    return _of_sets(_readable(known | {"config": settings | known.get("config", {})}))
+
+
+def _of_sets(known: dict[str, Any]) -> Diagnosis:
+    """By each evaluation set. What several show is said once, with the numbers of the first that shows it."""
+    sets = {prefix: measure(known, prefix) for prefix in _held_out_sets(known["history"])}
+    findings = []
+    for (code, note), shown in _named(sets).items():
+        one = _symptom(code, note, sets[shown[0]])
+        names = ", ".join(prefix.removeprefix("eval_").removesuffix("_") for prefix in shown)
+        findings.append(replace(one, evidence=f"by {names}: {one.evidence}") if sets.keys() - {"eval_"} else one)
+    return Diagnosis(findings, list(dict.fromkeys(text for f in sets.values() for text in _unseen(f))))

@@ -45,6 +45,7 @@ class DataInfo:
     bundled: bool = False  # they came with this project, so their licence is known (`load_report`)
     reading: list[str] = field(default_factory=list)  # how the training pairs were read (`load_report`)
     given: str = ""  # if the chat template writes the date: hash of pairs and template, in place of their tokens
+    longest: int = 0  # tokens of the longest training pair, before any was cut; older runs have none
 
 
 @dataclass

@@ -91,7 +91,7 @@ def _held_out(table: pd.DataFrame | None, f: dict[str, Any], rows: dict[str, tup
     rows[f"{likelier} (of {len(right)})"] = before, after
     for side in BOTH:
         before, after = (numbers[f"{side}_{model}"].mean() for model in MODELS)
-        f[f"{side}_fall"] = after / before - 1
+        f |= {f"{side}_from": before, f"{side}_to": after, f"{side}_fall": after / before - 1}
         moved = f"{'fell' if after < before else 'rose'} by {abs(after - before):.1f}, {abs(after / before - 1):.1%}"
         rows[f"log-prob of a {side} answer, nats"] = f"{before:.1f}", f"{after:.1f} ({moved})"
 

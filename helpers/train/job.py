@@ -110,7 +110,7 @@ class Job:
         findings, reading = {one.code: one.count for one in train.findings}, loaded[0].reading if loaded[0] else []
         bundled = all(one and one.bundled for one in loaded)
         given = hash_without_date(train, test, self.policy.tokenizer)
-        data = runs.DataInfo(train.hash, test.hash, findings, train.prompts, bundled, reading, given)
+        data = runs.DataInfo(train.hash, test.hash, findings, train.prompts, bundled, reading, given, train.longest)
         self.info = runs.RunInfo(
             model=self.policy.name,
             profile=current_profile().name,

@@ -380,7 +380,7 @@ def test_the_likelier_cause_comes_first():
     assert "length" in diagnose(run).findings[0].causes[0][0]
     source, known, wanted = next(one for one in ALL.values() if one[2] == ["leak"] and isinstance(one[0], list))
     assert "length" in diagnose(source, **known).findings[0].causes[0][0]
-    nothing_found = SimpleNamespace(findings=[], pairs=range(48000))
+    nothing_found = SimpleNamespace(findings=[], pairs=range(48000), longest=400)
     assert "nearly the same" in diagnose(source, report=nothing_found, **known).findings[0].causes[0][0]
 
 
@@ -472,7 +472,13 @@ def test_rows_without_rewards_and_several_evaluation_sets():
     several = [{key.replace("eval_", "eval_new_"): value for key, value in row.items()} for row in run.history]
     several += [{key.replace("eval_", "eval_old_"): value for key, value in row.items()} for row in run.history]
     diagnosis = diagnose(several, config=DPO, test_pairs=40)
-    assert diagnosis.codes == ["overfitting"] and "evaluation sets after the first: old" in str(diagnosis)
+    assert diagnosis.codes == ["overfitting"] and diagnosis.findings[0].evidence.startswith("by new, old: held-out")
+    well = dict.fromkeys(("eval_new_loss", "eval_new_rewards/accuracies"), 0.5)
+    for row in several:
+        row |= {name: value for name, value in well.items() if name in row}
+    diagnosis = diagnose(several, config=DPO, test_pairs=40)
+    assert diagnosis.codes == ["overfitting"] and diagnosis.findings[0].evidence.startswith("by old: held-out loss")
+    assert len(diagnosis.unseen) == len(set(diagnosis.unseen))
 
 
 def printed(rows: list[dict]) -> str:
@@ -651,7 +657,7 @@ def test_what_the_public_numbers_cannot_show_stays_a_miss():
 def found_by_check(pairs: int, **counts: int) -> SimpleNamespace:
     """What `diagnose` reads of a report: so many pairs, with findings by their code."""
     findings = [SimpleNamespace(code=code, count=count) for code, count in counts.items()]
-    return SimpleNamespace(findings=findings, pairs=range(pairs))
+    return SimpleNamespace(findings=findings, pairs=range(pairs), longest=700)
 
 
 def test_a_report_says_how_many_pairs_were_trained_on():
@@ -740,7 +746,7 @@ def test_a_chosen_that_falls_needs_a_second_sign():
 
 def test_the_second_sign_is_named_and_a_note_says_what_would_settle_it():
     fast = diagnose(committed("chosen_falls-sick-0"))
-    assert "second sign: it lost 11.5% of that at each step, too fast at any beta" in fast.findings[0].evidence
+    assert "second sign: it lost 14 nats at each step, too fast at any beta" in fast.findings[0].evidence
     rose = falling([0.6, 0.5, 0.56], chosen=-4).findings[0].evidence
     assert "second sign: the held-out loss rose by 0.060 after its best" in rose and "at each step" not in rose
     assert "second sign" not in falling([0.6, 0.55, 0.5], chosen=-12, beta=0.1).findings[0].evidence
@@ -763,6 +769,13 @@ def test_cures_come_in_the_order_of_the_run_s_numbers_with_the_number_to_try():
     for row in run.history:
         row |= {key: 10 * float(value) for key, value in row.items() if "rewards/" in key and "acc" not in key}
     assert [cure for _, cure in diagnose(run).findings[0].causes][0] == "a tenth of it (0.0005)"
+    cut = committed("never_ends-sick-0")
+    assert diagnose(cut).findings[0].causes[0][1] == "raise max_length, or leave the long pairs out"
+    cut.info.data.longest = 700
+    assert diagnose(cut).findings[0].causes[0][1] == "raise max_length (700), or leave the long pairs out"
+    few = committed("no_preference-sick-0")
+    twice = f"twice as many pairs ({2 * few.info.train_pairs}), or twice the epochs"
+    assert twice in [cure for _, cure in diagnose(few).findings[0].causes]
     sick = committed("out_of_memory-sick-0")
     assert "per_device_train_batch_size (2048)" in diagnose(sick).findings[0].causes[0][1]
 

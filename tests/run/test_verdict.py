@@ -94,7 +94,11 @@ CASES = {
     "few": ({"held_out": pairs(12, 2)}, None, "14 held-out pairs are too few.*30 or more"),
     "half": ({"held_out": pairs(66, 54)}, None, r"0\.46 to 0\.64, contains one half.*some 385 pairs.*0\.55"),
     "unsure": ({"history": log(accuracy=1.0)[:2] + [log(accuracy=1.0)[2] | {"step": 10}]}, None, "too easy"),
-    "fell": ({"held_out": pairs(108, 12, -20.0)}, None, "Undecided: the chosen answers lost 20% of their log-prob"),
+    "fell": (
+        {"held_out": pairs(108, 12, -20.0)},
+        None,
+        r"Undecided: the log-prob of a chosen answer fell from -100 to -120 nats, and no reply was looked at",
+    ),
     "none_ends": ({}, replies(3, 0), r"no reply ended before its limit \(25% did"),
     "longer": ({}, replies(8, 8, tokens=(20, 50)), r"2\.5 times as long"),
     "keep": ({"held_out": pairs(108, 12, -20.0)}, replies(8, 8), "Keep"),
