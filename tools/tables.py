@@ -354,8 +354,8 @@ def learning_rate() -> str:
     rates, steps = (sorted(values) for values in map(set, zip(*table, strict=True)))
 
     def cell(row: dict) -> str:
-        (gap, half), (kl, _), (accuracy, _) = row["gap"], row["kl"], row["accuracy"]
-        return f"{gap:.2f} ± {half:.2f}; {round(kl, 1) + 0:.1f}; {accuracy:.2f}"
+        digits = {"gap": 2, "kl": 1, "accuracy": 2}
+        return "; ".join(f"{round(row[name][0], n) + 0:.{n}f} ± {row[name][1]:.{n}f}" for name, n in digits.items())
 
     rows = [" | ".join([f"| {rate:.0e}", *(cell(table[rate, step]) for step in steps)]) + " |\n" for rate in rates]
     return f"""

@@ -29,9 +29,9 @@ from helpers.train.resume import differences, step_of
 from helpers.train.settings import (
     DPOConfig,
     check_optimizer,
-    hardly_moves,
     passes_ahead,
     run_config,
+    too_little_or_far,
     what_will_happen,
 )
 
@@ -192,8 +192,8 @@ class Job:
         if plan is not None:
             words = {"s": "s" * (plan.pairs > 1), "checkpointing": "on" if plan.checkpointing else "off"}
             print(say("plan", plan=plan, needed=plan.bytes / 1e9, free=free, **words))
-        if slow := hardly_moves(self.values, len(self.pairs.train.pairs), self.policy.model.active_peft_config):
-            print(slow)
+        if said := too_little_or_far(self.values, len(self.pairs.train.pairs), self.policy.model.active_peft_config):
+            print(said)
         if need >= free:
             text = f"Training needs about {need:.1f} GB besides the loaded model, and {free:.1f} GB are free."
             if need > ESTIMATE_MARGIN * free:

@@ -48,9 +48,9 @@ from helpers.train.settings import (
     check_optimizer,
     complete_settings,
     dpo_settings,
-    hardly_moves,
     passes_ahead,
     run_config,
+    too_little_or_far,
     what_will_happen,
 )
 from tests.conftest import strip
@@ -295,24 +295,32 @@ def test_a_value_of_another_type_is_what_it_says(policy):
     run_config(Path("run"), 64, values, values)
 
 
-def test_a_run_is_told_to_move_hardly_where_the_measured_ones_did():
-    told = 0
+def test_a_run_is_told_where_the_measured_ones_hardly_moved_or_went_too_far():
+    told, far, lora = 0, [], LoraConfig(r=16, lora_alpha=16)
     for row in result("learning_rate")["table"]:
         gap, call = row["gap"][0], {"learning_rate": row["rate"], "max_steps": row["steps"]}
-        words = hardly_moves(call, 360, LoraConfig(r=16, lora_alpha=16))
-        assert bool(words) == (gap < 0.3)
-        if words:
+        words = too_little_or_far(call, 360, lora)
+        assert ("will hardly move" in words) == (gap < 0.3)
+        assert ("go further" in words) == (row["kl"][0] > 10)
+        if "hardly" in words:
             assert float(re.search(r"near (\d\.\d+) nats", words)[1]) == pytest.approx(gap, rel=0.25)
-            better = {"learning_rate": float(re.search("=([^ ]+)", words)[1]), "max_steps": 90}
-            assert hardly_moves(better, 0, LoraConfig(r=16, lora_alpha=16)) == ""
             told += 1
-    assert told == 3
-    assert "90 steps" in hardly_moves(
+        if words:
+            better = {"learning_rate": float(re.search("=([^ ]+)[. ]", words)[1]), "max_steps": row["steps"]}
+            assert too_little_or_far(better, 360, lora) == ""
+        if "further" in words:
+            far.append(row["accuracy"][0])
+            assert too_little_or_far(call, 59, lora) == ""
+    assert told == 3 and len(far) == 9
+    best = [row for row in result("learning_rate")["table"] if 0.007 <= row["rate"] * row["steps"] <= 0.0091]
+    assert len(best) == 2 and max(far) < min(row["accuracy"][0] for row in best)
+    assert "90 steps" in too_little_or_far(
         {"learning_rate": 5e-6, "num_train_epochs": 2}
         | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
         360,
-        LoraConfig(r=16, lora_alpha=16),
+        lora,
     )
+    assert "go further" in too_little_or_far({"learning_rate": 5e-5, "max_steps": 90}, 360, LoraConfig(lora_alpha=64))
 
 
 # Rank, alpha, rank-stabilised -> how far it goes against rank 16 and alpha 16.
@@ -334,7 +342,7 @@ def test_the_gap_grows_with_alpha_whatever_the_rank(loaded, tmp_path):
         strip(loaded[0])
         gaps[rank, alpha, stable] = [row["rewards/margins"] for row in run.history if "rewards/margins" in row][-1]
         short = {"learning_rate": 5e-6, "max_steps": 90}
-        assert bool(hardly_moves(short, 360, lora)) == (alpha == 16 and not stable)
+        assert bool(too_little_or_far(short, 360, lora)) == (alpha == 16 and not stable)
     for scale, times in SCALES.items():
         assert gaps[scale] / gaps[16, 16, False] == pytest.approx(times, rel=0.25), gaps
 
