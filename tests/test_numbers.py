@@ -1,7 +1,7 @@
 """A number in prose comes from an output on its page or from a committed result; those that do not are found here.
 
-Measured numbers have a point, are percentages, or are so many of so many. Other whole numbers are mostly settings,
-sizes and minutes, and are not looked at. A number of two digits agrees with another one by chance easily, so this finds
+Measured numbers have a point, are percentages, are so many of so many, or are nats, GB, seconds, pairs or tokens a
+second. Other whole numbers are mostly settings, sizes and minutes, and are not looked at. A number of two digits agrees with another one by chance easily, so this finds
 much of what was not updated, and not all of it.
 """
 
@@ -37,7 +37,8 @@ NO_PROSE = re.compile(
 MEASURED = re.compile(
     r"(?<![\w.,])(?P<percent>\d+(?:\.\d+)?)(?:%| percent)"
     r"|(?<![\w.,])(?P<point>\d+\.\d+)(?!\w|\.\d)"
-    r"|(?<![\w.,])(?P<part>\d+) (?:out )?of (?:the |all )?(?P<whole>\d+)(?![\w.]*\d)"
+    r"|(?<![\w.,])(?P<whole>\d+)(?= (?:pairs a second|tokens a second|nats|GB|seconds)\b)"
+    r"|(?<![\w.,])(?P<part>\d+) (?:out )?of (?:the |all )?(?P<all>\d+)(?![\w.]*\d)"
 )
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 LEFT = re.compile(r"[\d.]+ min left")
@@ -131,14 +132,14 @@ def faults(text: str, found: set[float]) -> Iterator[tuple[str, str]]:
     """The measured numbers in a text that are not among those found, with the words around them."""
     text = NO_PROSE.sub(lambda match: " " * len(match[0]), text)
     for match in MEASURED.finditer(text):
-        percent, point, part, whole = match.group("percent", "point", "part", "whole")
+        percent, point, whole, part, every = match.group("percent", "point", "whole", "part", "all")
         if percent:
             right = has(percent, found) or has(percent, found, 100)
-        elif point:
-            right = has(point, found)
+        elif point or whole:
+            right = has(point or whole, found)
         else:
-            share = int(part) / max(int(whole), 1)
-            right = {int(part), int(whole)} <= found or any(abs(share - number) < 0.005 for number in found)
+            share = int(part) / max(int(every), 1)
+            right = {int(part), int(every)} <= found or any(abs(share - number) < 0.005 for number in found)
         if not right:
             yield match[0], " ".join(text[max(0, match.start() - 60) : match.end() + 30].split())
 
@@ -178,6 +179,7 @@ def test_each_number_in_prose_has_a_source(path):
         ("a gap of 13.31 nats", ["13.31"]),
         ("97% of them, 98 percent", ["98 percent"]),
         ("7 of 40, then 9 of 40", ["9 of 40"]),
+        ("13 nats, 20 pairs a second, 24 steps", ["20"]),
         ("`0.77` in TRL 1.15.0 with $x = 0.5$, see [it](3.4)", []),
     ],
 )
