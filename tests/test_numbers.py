@@ -1,8 +1,8 @@
 """A number in prose comes from an output on its page or from a committed result; those that do not are found here.
 
 Measured numbers have a point, are percentages, are so many of so many, or are nats, GB, seconds, pairs or tokens a
-second. Other whole numbers are mostly settings, sizes and minutes, and are not looked at. A number of two digits agrees with another one by chance easily, so this finds
-much of what was not updated, and not all of it.
+second. Other whole numbers are mostly settings, sizes and minutes, and are not looked at. A number of two digits agrees
+with another one by chance easily, so this finds much of what was not updated, and not all of it.
 """
 
 import functools
@@ -185,3 +185,12 @@ def test_each_number_in_prose_has_a_source(path):
 )
 def test_a_number_without_a_source_is_found(text, wrong):
     assert [number for number, _ in faults(text, {13.129, 0.97, 0.175})] == wrong
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_page_with_a_model_says_that_another_machine_has_other_numbers(path):
+    code, prose = (
+        "\n".join("".join(cell["source"]) for cell in cells_of(path) if cell["cell_type"] == kind)
+        for kind in ("code", "markdown")
+    )
+    assert "load_model(" not in code or "> **On another machine.** " in prose

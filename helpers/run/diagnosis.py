@@ -511,7 +511,7 @@ def diagnose(
     Raises:
         UserError: no such folder, an unfinished run, no history, or one of another method than DPO.
     """
-    known = {} if report is None else {"train_pairs": len(report.pairs)}
+    known: dict[str, Any] = {} if report is None else {"train_pairs": len(report.pairs)}
     known |= _of_source(source)
     known |= {} if report is None else {"longest": report.longest}
     if not isinstance(config, TrainingArguments | dict | None):

@@ -275,6 +275,14 @@ def test_lengths_are_those_of_the_trainer(tokenizer, cut):
     assert 0 < split.sum() < len(pairs)
 
 
+def test_the_longest_pair_is_known_before_it_is_cut(tokenizer):
+    report = check_pairs(load_pairs().select(range(20)), tokenizer, max_length=80)
+    assert "over_max_length" in [one.code for one in report.findings]
+    rows = ({name: len(ids) for name, ids in row.items()} for row in report.ids)
+    expected = max(row["prompt_ids"] + max(row["chosen_ids"], row["rejected_ids"]) for row in rows)
+    assert report.longest == expected > 80
+
+
 def test_a_cut_is_made_only_where_no_other_token_can_reach_over_it():
     from tokenizers import AddedToken
 

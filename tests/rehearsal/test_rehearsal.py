@@ -201,17 +201,10 @@ def thinker(thinking_2507, tmp_path_factory):
     return Reader(tmp_path_factory.mktemp("thinker"), thinking_2507)
 
 
-@pytest.mark.parametrize("number", ["02", "04"])
-def test_a_model_that_always_thinks_is_told_what_to_do(thinker, number, monkeypatch):
-    (path,) = (path for path in COURSE if path.stem.startswith(number))
+def test_a_model_that_always_thinks_is_told_what_to_do_with_pairs_without_thoughts(thinker, monkeypatch):
+    (path,) = (path for path in COURSE if path.stem.startswith("02"))
     printed = thinker.execute(path, monkeypatch)
-    if number == "02":
-        assert "thought_missing" in printed and "write a thought into both answers" in printed
-    else:
-        after = thinker.after_the_opening(path)
-        assert after and all(text.startswith("<think>\n") for text in after)
-        info = read_info(thinker.out / "runs" / "04_thinking")
-        assert info.config["learning_rate"] == GPU_RATE and info.status == "finished"
+    assert "thought_missing" in printed and "write a thought into both answers" in printed
 
 
 @pytest.fixture(scope="module")
@@ -219,13 +212,19 @@ def thoughtful(thinking_2507, tmp_path_factory):
     return Reader(tmp_path_factory.mktemp("thoughtful"), thinking_2507, "<think>\nA plain case.\n</think>\n\n")
 
 
-def test_a_model_that_always_thinks_learns_from_pairs_with_thoughts(thoughtful, monkeypatch):
-    """By a reader whose own pairs have thoughts: a reply begins within the thought that was trained."""
-    (path,) = (path for path in COURSE if path.stem.startswith("03"))
-    assert not OF_THE_EMBEDDED.search(thoughtful.execute(path, monkeypatch))
-    tokenizer, run = thoughtful.tokenizer, Run.load(thoughtful.out / "runs" / "03_train")
-    after = thoughtful.after_the_opening(path)
-    assert after and all(text.startswith("<think>\n") for text in after)
+@pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
+def test_a_model_that_always_thinks_goes_through_the_course(thoughtful, path, monkeypatch):
+    """With a reader whose own pairs have thoughts: a reply begins within the thought, as what was trained does."""
+    printed = thoughtful.execute(path, monkeypatch)
+    assert printed and not OF_THE_EMBEDDED.search(printed)
+    if path.stem not in NO_MODEL:
+        after = thoughtful.after_the_opening(path)
+        assert after and all(text.startswith("<think>\n") for text in after)
+
+
+def test_what_a_model_that_always_thinks_was_trained_on(thoughtful):
+    runs = left_by("03_train", thoughtful)
+    tokenizer, run = thoughtful.tokenizer, Run.load(runs / "03_train")
     assert (run.info.train_pairs, run.info.test_pairs) == (PAIRS - HELD_OUT, HELD_OUT)
     assert run.info.config["learning_rate"] == GPU_RATE
     train = split_pairs(load_pairs(thoughtful.folder / "mine.jsonl"))["train"]
@@ -235,3 +234,5 @@ def test_a_model_that_always_thinks_learns_from_pairs_with_thoughts(thoughtful, 
     for row in report.ids:
         assert tokenizer.decode(row["prompt_ids"]).endswith("<|im_start|>assistant\n<think>\n")
         assert tokenizer.decode(row["prompt_ids"] + row["chosen_ids"]).count("<think>") == 1
+    info = read_info(left_by("04_thinking_pairs", thoughtful) / "04_thinking")
+    assert info.config["learning_rate"] == GPU_RATE and info.status == "finished"

@@ -495,6 +495,7 @@ def test_run_folder_is_complete_portable_and_loads_in_a_new_process(policy, pair
     assert "16 pairs to train on, 4 steps of 4, learning rate 0.0002, " in ahead.splitlines()[-1]
     assert run.info.status == "finished" and run.info.steps == 4
     assert run.info.config["beta"] == 0.1 and run.info.versions["trl"]
+    assert run.info.data.longest == helpers.check_pairs(pairs[0], tokenizer).longest
     assert {"accuracy", "accuracy_interval", "reference_accuracy", "train_seconds"} <= set(run.metrics)
     assert len(run.held_out) == 6 and len([row for row in run.history if "loss" in row]) == 4
     again = Run.load(folder)
