@@ -212,7 +212,15 @@ def thoughtful(thinking_2507, tmp_path_factory):
     return Reader(tmp_path_factory.mktemp("thoughtful"), thinking_2507, "<think>\nA plain case.\n</think>\n\n")
 
 
-@pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
+def test_a_model_that_always_thinks_is_told_what_to_do_with_the_bundled_pairs(thoughtful, monkeypatch):
+    """Which 01 trains on, whatever pairs a reader has."""
+    with pytest.raises(
+        nbclient.exceptions.CellExecutionError, match="without a thought for a model that always thinks"
+    ):
+        thoughtful.execute(COURSE[0], monkeypatch)
+
+
+@pytest.mark.parametrize("path", COURSE[1:], ids=lambda path: path.stem)
 def test_a_model_that_always_thinks_goes_through_the_course(thoughtful, path, monkeypatch):
     """With a reader whose own pairs have thoughts: a reply begins within the thought, as what was trained does."""
     printed = thoughtful.execute(path, monkeypatch)

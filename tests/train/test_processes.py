@@ -115,7 +115,8 @@ def same(run: Run, one: Run) -> None:
 def test_two_processes_train_as_one_one_of_them_writes_and_no_other_run_has_the_folder(start, one, tmp_path):
     (tmp_path / "wait").touch()
     process = start("--nproc_per_node", "2")
-    while process.poll() is None and not (tmp_path / ".run.lock").exists():
+    until = time.monotonic() + 120
+    while time.monotonic() < until and process.poll() is None and not (tmp_path / ".run.lock").exists():
         time.sleep(0.1)
     second = start()
     refused, _ = second.communicate(timeout=600)
