@@ -196,7 +196,7 @@ def step_zero(trainer, tokenizer, cached, ids, max_length: int) -> dict:
 
     model, beta = trainer.model, trainer.beta
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(BATCH)])
-    batch = {name: tensor.to("cuda") for name, tensor in batch.items()}
+    batch = {name: tensor.to("cuda") for name, tensor in batch.items() if hasattr(tensor, "to")}
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     reference = torch.stack([cached.chosen[:BATCH], cached.rejected[:BATCH]])
 
