@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -22,6 +22,7 @@ from torch.utils.data import BatchSampler, Sampler
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from helpers.common import UserError
+from helpers.data.render import token_counts
 from helpers.model.memory import pairs_a_step
 from helpers.train import say
 
@@ -106,10 +107,15 @@ def share_step(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Shares(BatchSampler):
-    """The batches of one process: an equal share of the pairs of each step, also of an epoch's last one."""
+    """The batches of one process: an equal share of the pairs of each step, also of an epoch's last one.
 
-    def __init__(self, sampler: Sampler, args: TrainingArguments):
+    `tokens` are those of each pair. A step's pairs are dealt by them, there and back, since the process with most
+    tokens is the one that all others wait for.
+    """
+
+    def __init__(self, sampler: Sampler, args: TrainingArguments, tokens: Sequence[int]):
         super().__init__(sampler, args.train_batch_size, drop_last=False)
+        self.tokens = tokens
         self.place, self.number, self.pieces = args.process_index, args.world_size, args.gradient_accumulation_steps
 
     def __len__(self) -> int:
@@ -119,6 +125,9 @@ class _Shares(BatchSampler):
         order = iter(self.sampler)
         while pairs := list(itertools.islice(order, self.batch_size * self.pieces * self.number)):
             stride = self.number * math.ceil(len(pairs) / self.number / self.batch_size)
+            pairs.sort(key=lambda pair: self.tokens[pair])
+            for begin in range(stride, len(pairs), 2 * stride):
+                pairs[begin : begin + stride] = pairs[begin : begin + stride][::-1]
             for first in range(self.place, stride, self.number):
                 yield pairs[first::stride] or pairs[:1]  # which then counts nothing (`weigh_pairs`)
 
@@ -185,7 +194,8 @@ def share_steps(trainer: trl.DPOTrainer) -> None:
         loader = batches()
         if number > 1:  # a launcher can start one process
             shard = loader.batch_sampler  # accelerate's, of which there is a part for each process
-            shard.batch_sampler, shard.batch_size = _Shares(shard.batch_sampler.sampler, args), None
+            tokens = sum(token_counts(trainer.train_dataset).values()).tolist()
+            shard.batch_sampler, shard.batch_size = _Shares(shard.batch_sampler.sampler, args, tokens), None
             shard.num_processes, shard.process_index = 1, 0
         return loader
 

@@ -3,22 +3,26 @@
 import itertools
 import math
 import os
+import random
 import re
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 
 import helpers
 from helpers import UserError, load_pairs, train_dpo
+from helpers.data.render import IDS
 from helpers.run.folder import Run
 from helpers.train import processes
 
@@ -222,7 +226,7 @@ def test_every_pair_is_in_one_batch_and_counts_the_same(tmp_path):
             trainer = SimpleNamespace(args=args, train_dataset=dataset, state=state)
             trainer.compute_loss = lambda model, inputs: 1.0
             processes.weigh_pairs(trainer)
-            mine = processes._Shares(dataset, args)  # noqa: SLF001  (what is tested)
+            mine = processes._Shares(dataset, args, [7 * row % 5 for row in dataset])  # noqa: SLF001  (what is tested)
             every = list(mine)
             assert len(every) == len(mine) and all(every)
             batches.append(len(every))
@@ -247,6 +251,7 @@ def shared_batches(args, batches):
         accelerator=SimpleNamespace(prepare_model=print),
         model=torch.nn.Linear(1, 1),
         eval_dataset=None,
+        train_dataset=Dataset.from_dict({name: [[1]] * 12 for name in IDS}),
         callback_handler=SimpleNamespace(callbacks=[]),
         training_step=print,
         prediction_step=print,
@@ -254,6 +259,20 @@ def shared_batches(args, batches):
     )
     processes.share_steps(trainer)
     return trainer.get_train_dataloader().batch_sampler
+
+
+def test_processes_get_about_as_many_tokens_each():
+    """Steps of 8 pairs, of 100 to 600 tokens: at random two shares are a quarter of their mean apart."""
+    drawn = random.Random(0)
+    tokens = [drawn.randint(100, 600) for _ in range(800)]
+    apart, batches = [], []
+    for place in range(2):
+        args = SimpleNamespace(train_batch_size=4, gradient_accumulation_steps=1, process_index=place, world_size=2)
+        batches.append(list(processes._Shares(range(800), args, tokens)))  # noqa: SLF001  (what is tested)
+    for one, other in zip(*batches, strict=True):
+        shares = [sum(tokens[pair] for pair in batch) for batch in (one, other)]
+        apart.append(abs(shares[0] - shares[1]) / fmean(shares))
+    assert fmean(apart) < 0.1
 
 
 def test_batches_of_a_last_step_that_are_not_full_are_trained_on():
