@@ -28,7 +28,8 @@ from helpers.train.processes import processes
 RUN_SETTINGS: dict[str, Any] = TABLE["run"]
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(trl.DPOConfig)}
 _TYPES = get_type_hints(trl.DPOConfig)
-_KINDS: dict[type, str] = {bool: "True or False", int: "a whole number", float: "a number"}
+_ABOVE_0, _FROM_0 = (TABLE[name].split() for name in ("above_0", "from_0"))
+_KINDS: dict[type, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 
 
 def check_settings(names: Iterable[str]) -> None:
@@ -75,13 +76,15 @@ def dpo_settings(model: PreTrainedModel | PeftModel | None = None) -> dict[str, 
 
 
 def _kind(name: str) -> type | None:
-    """Of a setting that is a number or True or False, which of these."""
+    """Of a setting that is a number, a text, or True or False, which of these; of texts from a list, none."""
+    if name in TABLE["choices"]:
+        return None
     kinds = set(get_args(_TYPES[name]) or (_TYPES[name],)) - {type(None)}
     return next((one for one in _KINDS if kinds == {one}), None)
 
 
 def _not_a_value(name: str, value: Any, usual: dict[str, Any]) -> str:
-    above = " above 0" if name in TABLE["above_0"].split() else ""
+    above = {**dict.fromkeys(_ABOVE_0, " above 0"), **dict.fromkeys(_FROM_0, ", 0 or above")}.get(name, "")
     left_out = f"; left out, it is {usual[name]}" if name in usual else ""
     return f"{name}={value!r}: it has to be {_KINDS[_kind(name) or float]}{above}{left_out}."
 
@@ -96,7 +99,7 @@ def _typed(name: str, value: Any, usual: dict[str, Any]) -> Any:
         found = TypeAdapter(kind, config={"allow_inf_nan": False}).validate_python(plain)
     except ValidationError:
         raise UserError(_not_a_value(name, value, usual)) from None
-    return value if kind is float and not isinstance(value, str) else found
+    return plain if kind is float and isinstance(plain, int | float) else found  # 10 and 10.0 steps are not the same
 
 
 def complete_settings(model: PeftModel, settings: dict[str, Any]) -> dict[str, Any]:
@@ -112,14 +115,26 @@ def complete_settings(model: PeftModel, settings: dict[str, Any]) -> dict[str, A
         if reason and value not in off:
             raise UserError(f"{name}={value!r}: {reason}")
         values[name] = _typed(name, value, usual)
-    for name in TABLE["above_0"].split():
+    for name in _ABOVE_0 + _FROM_0:
         value = values.get(name)
-        if value is None and name in usual or value is not None and value <= 0:
+        if value is None and name in usual or value is not None and (value < 0 or value == 0 and name in _ABOVE_0):
             raise UserError(_not_a_value(name, value, usual))
+    values |= _precision(settings)
     values = {name: value for name, value in values.items() if name not in TABLE["refused"]}  # at their defaults
     values |= {"report_to": values["report_to"] or "none", "precompute_ref_log_probs": False}  # they are, in any case
     _check_choices(values)
     return values
+
+
+def _precision(settings: dict[str, Any]) -> dict[str, bool]:
+    """What the caller's `settings` mean for bf16 and fp16, of which one may be a default."""
+    asked = [name for name in ("bf16", "fp16") if _typed(name, settings.get(name, False), {})]
+    if len(asked) > 1:
+        raise UserError(say("both_16_bits"))
+    bf16 = unsloth.is_bfloat16_supported()
+    if asked and current_profile().name == "cpu" and not (asked == ["bf16"] and bf16):
+        print(say("no_16_bits", name=asked[0], bits="bf16" if bf16 else "32 bits"))
+    return {name: name in asked for name in ("bf16", "fp16") if asked}
 
 
 def _figure(metric: Any) -> str:
@@ -151,8 +166,12 @@ def _check_choices(values: dict[str, Any]) -> None:
         numbers = isinstance(weights, list | tuple) and all(isinstance(one, int | float) for one in weights)
         if not numbers or not all(0 <= one < math.inf for one in weights) or not any(weights):
             raise UserError(say("loss_weights", weights=weights))
-    if values.get("dataloader_persistent_workers") and not values.get("dataloader_num_workers"):
-        raise UserError("dataloader_persistent_workers=True: there are none without dataloader_num_workers.")
+    for name in TABLE["need_workers"].split():
+        if values.get(name) and not values.get("dataloader_num_workers"):
+            raise UserError(f"{name}={values[name]!r}: there are none without dataloader_num_workers.")
+    if values.get("use_weighting"):
+        for loss in set(losses) & set(TABLE["not_weighted"].split()):
+            raise UserError(say("not_weighted", trl=trl.__version__, loss=loss))
     if values.get("activation_offloading") and current_profile().name == "cpu":
         raise UserError("activation_offloading=True: it moves what is on a GPU to the machine's memory. Leave it out.")
     if values.get("ddp_backend") and processes().num_processes == 1:
@@ -236,7 +255,10 @@ def run_config(folder: Path, pairs: int, values: dict[str, Any], share: dict[str
     config["load_best_model_at_end"] = given.get("load_best_model_at_end", both)
     if config["eval_strategy"] != "steps":
         del config["eval_steps"]  # on a GPU Unsloth prints that it is ignored
-    return DPOConfig(output_dir=str(folder / "checkpoints"), **config)
+    made = DPOConfig(output_dir=str(folder / "checkpoints"), **config)
+    if made.lr_scheduler_type in TABLE["by_metric"].split() and made.greater_is_better:
+        made.lr_scheduler_kwargs = {"mode": "max"} | (made.lr_scheduler_kwargs or {})
+    return made
 
 
 def check_optimizer(config: DPOConfig, model: PeftModel) -> None:
@@ -248,5 +270,5 @@ def check_optimizer(config: DPOConfig, model: PeftModel) -> None:
         optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
         plan = {"num_warmup_steps": 1, "num_training_steps": 10}
         get_scheduler(config.lr_scheduler_type, optimizer, **plan, scheduler_specific_kwargs=config.lr_scheduler_kwargs)
-    except (ImportError, TypeError, ValueError) as error:
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
         raise UserError(say("not_made", error=error)) from error

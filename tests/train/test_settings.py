@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,6 +131,17 @@ def test_losses_and_divergences_are_those_that_trl_has():
         ({"weight_decay": math.nan}, "weight_decay=nan: it has to be a number"),
         ({"train_sampling_strategy": "sorted"}, "train_sampling_strategy='sorted': TRL .* has random, sequential"),
         ({"metric_for_best_model": []}, r"metric_for_best_model=\[\]: TRL .* has loss"),
+        ({"eval_accumulation_steps": 0}, "eval_accumulation_steps=0: it has to be a whole number above 0"),
+        ({"adam_epsilon": 0}, "adam_epsilon=0: it has to be a number above 0"),
+        ({"weight_decay": -1}, "weight_decay=-1: it has to be a number, 0 or above; left out, it is 0.0"),
+        ({"seed": -1}, "seed=-1: it has to be a whole number, 0 or above; left out, it is 0"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers=-1: it has to be a whole number, 0 or above"),
+        ({"dataloader_multiprocessing_context": "thread"}, "context='thread': TRL .* has fork, forkserver, spawn"),
+        ({"dataloader_multiprocessing_context": "fork"}, "context='fork': there are none without"),
+        ({"log_level": "loud"}, "log_level='loud': TRL .* has passive, debug"),
+        ({"optim_args": {"momentum": 0.9}}, "optim_args={'momentum': 0.9}: it has to be a text"),
+        ({"use_weighting": True, "loss_type": ["sigmoid", "hinge"]}, "use_weighting=True: .*the loss hinge"),
+        ({"bf16": True, "fp16": True}, "bf16=True, fp16=True: .*one of the two"),
         ({"batch_size": 0}, "no setting 'batch_size'.*gradient_accumulation_steps are the pairs of a step"),
         ({"loss_type": "dpo"}, "loss_type='dpo': TRL .* has sigmoid, hinge, ipo"),
         ({"loss_type": ["sigmoid", "kto"]}, "loss_type='kto': TRL"),
@@ -181,7 +193,6 @@ def test_a_value_that_cannot_be_had_is_one_sentence(policy, settings, sentence):
         ({"optim": "schedule_free_adamw"}, "schedulefree"),
         ({"optim": "adamw_torch", "optim_args": "lowest"}, "unpack"),
         ({"adam_beta1": 1.5}, "1.5"),
-        ({"adam_epsilon": -1.0}, "-1"),
     ],
 )
 def test_an_optimizer_or_schedule_that_cannot_be_made_is_said_before_anything_is_scored(policy, settings, reason):
@@ -292,6 +303,9 @@ def test_a_value_of_another_type_is_what_it_says(policy):
     assert values["gradient_checkpointing"] is False and values["disable_dropout"] is False
     assert [(type(values[name]), values[name]) for name in ("max_length", "seed")] == [(int, 64), (int, 3)]
     assert values["beta"] == 0.3
+    one_half = {"beta": np.float32(0.5), "learning_rate": torch.tensor(0.5), "weight_decay": Decimal("0.5")}
+    values = complete_settings(policy, one_half)
+    assert [(type(values[name]), values[name]) for name in one_half] == [(float, 0.5)] * 3  # as run.json writes them
     run_config(Path("run"), 64, values, values)
 
 
@@ -391,6 +405,29 @@ def test_the_best_checkpoint_by_another_metric_is_not_its_worst(policy, metric, 
     assert run_config(Path("run"), 64, values, values).greater_is_better is better
     values["greater_is_better"] = not better  # who says so gets it
     assert run_config(Path("run"), 64, values, values).greater_is_better is not better
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+@pytest.mark.parametrize("metric, mode", [("eval_loss", None), ("rewards/accuracies", "max"), ("logps/rejected", None)])
+def test_a_schedule_that_waits_for_a_metric_waits_for_its_better_end(policy, schedule, metric, mode):
+    """By itself it waits for a lower one."""
+    given = {"lr_scheduler_type": schedule, "metric_for_best_model": metric, "lr_scheduler_kwargs": {"patience": 0}}
+    values = complete_settings(policy, given)
+    assert run_config(Path("run"), 64, values, values).lr_scheduler_kwargs.get("mode") == mode
+    values["lr_scheduler_kwargs"] = {"mode": "min"}  # who says so gets it
+    assert run_config(Path("run"), 64, values, values).lr_scheduler_kwargs == {"mode": "min"}
+
+
+def test_one_of_the_16_bits_takes_the_place_of_the_other_and_is_said_where_there_is_none(policy, monkeypatch, capsys):
+    monkeypatch.setattr("helpers.train.settings.unsloth.is_bfloat16_supported", lambda: True)
+    values = complete_settings(policy, {"fp16": True})
+    assert (values["fp16"], values["bf16"]) == (True, False)
+    assert "fp16=True changes nothing: on this CPU training computes in bf16" in capsys.readouterr().out
+    complete_settings(policy, {"bf16": True})
+    assert "changes nothing" not in capsys.readouterr().out
+    monkeypatch.setattr("helpers.train.settings.unsloth.is_bfloat16_supported", lambda: False)
+    complete_settings(policy, {"bf16": True})
+    assert "bf16=True changes nothing: on this CPU training computes in 32 bits" in capsys.readouterr().out
 
 
 def test_either_end_of_the_entropy_is_kept_if_it_is_said(policy):
