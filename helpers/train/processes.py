@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 import trl
 from accelerate import PartialState
@@ -125,7 +126,7 @@ class _Shares(BatchSampler):
     tokens is the one that all others wait for.
     """
 
-    def __init__(self, sampler: Sampler, args: TrainingArguments, tokens: Sequence[int]):
+    def __init__(self, sampler: Sampler, args: TrainingArguments, tokens: Sequence[int] | np.ndarray):
         super().__init__(sampler, args.train_batch_size, drop_last=False)
         self.tokens = tokens
         self.place, self.number, self.pieces = args.process_index, args.world_size, args.gradient_accumulation_steps
@@ -206,7 +207,7 @@ def share_steps(trainer: trl.DPOTrainer) -> None:
         loader = batches()
         if number > 1:  # a launcher can start one process
             shard = loader.batch_sampler  # accelerate's, of which there is a part for each process
-            tokens = sum(token_counts(trainer.train_dataset).values()).tolist()
+            tokens = np.sum(list(token_counts(trainer.train_dataset).values()), axis=0)
             shard.batch_sampler, shard.batch_size = _Shares(shard.batch_sampler.sampler, args, tokens), None
             shard.num_processes, shard.process_index = 1, 0
         return loader
