@@ -393,7 +393,7 @@ def public_runs() -> str:
 {"".join(rows)}"""
 
 
-def minutes() -> str:
+def minutes_by_card() -> list[tuple[dict, float, str, str]]:
     """Minutes for 1,000 pairs by card: what gpu.json measured, scaled by the published peak rate of the other cards."""
     sides, cards = result("gpu")["sides"], result("cards")["cards"]
     measured = max(cards, key=lambda card: card["gb"])  # the card of gpu.json
@@ -405,12 +405,27 @@ def minutes() -> str:
         side = side if card["bf16"] else "two_rows"
         pairs_per_s = with_reference(side) * card["tflop_per_s"] / measured["tflop_per_s"]
         kind = "measured" if card is measured else "estimate"
-        memory = f"{sides[side]['estimated_gb']:.0f} GB"
-        rows.append(f"| {card['gb']} GB ({card['card']}) | {1000 / pairs_per_s / 60:.0f} | {kind} | {memory} |\n")
+        rows.append((card, 1000 / pairs_per_s / 60, kind, f"{sides[side]['estimated_gb']:.0f} GB"))
+    return rows
+
+
+def minutes() -> str:
+    rows = (
+        f"| {card['gb']} GB ({card['card']}) | {each:.0f} | {kind} | {memory} |\n"
+        for card, each, kind, memory in minutes_by_card()
+    )
     return f"""
 | card | minutes | | memory needed |
 |---|---|---|---|
 {"".join(rows)}"""
+
+
+def minutes_in_words() -> str:
+    *others, (largest, fewest, *_) = minutes_by_card()
+    listed = ", ".join(f"{each:.0f} on {card['gb']} GB" for card, each, *_ in others)
+    return f"""
+1,000 pairs with Qwen3-4B in 4 bits take about {fewest:.0f} minute on a card of {largest["gb"]} GB (measured); by estimate, {listed} ([which cards](docs/gpu.md#how-long-will-it-take)).
+"""
 
 
 def settings() -> str:
@@ -446,7 +461,7 @@ def rounding() -> str:
 
 
 TABLES = {
-    "README.md": {"summary": summary, "several-cards": several_cards},
+    "README.md": {"minutes": minutes_in_words, "summary": summary, "several-cards": several_cards},
     "docs/gpu.md": {
         "minutes": minutes,
         "gpu-recorded": gpu_recorded,
