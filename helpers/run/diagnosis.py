@@ -106,7 +106,11 @@ def _beta(held: pd.DataFrame) -> float:
 
 
 def to_try(config: dict[str, Any], train_pairs: int = 0, longest: int = 0) -> dict[str, str]:
-    """Numbers to try, for the cures: phrases by name, empty where nothing says what they start from."""
+    """Numbers to try, for the cures: phrases by name, empty where nothing says what they start from.
+
+    They start from the rate and the batch of `config` (DPOConfig's names), the number of pairs (`train_pairs`), and the
+    tokens of the longest one before it was cut (`longest`).
+    """
     rate, micro = config.get("learning_rate") or 0, config.get("per_device_train_batch_size") or 0
     values = {"tenth": rate * 0.1, "half": rate * 0.5, "tenfold": rate * 10, "micro_half": micro // 2}
     values |= {"longest": longest, "twice": 2 * train_pairs}
