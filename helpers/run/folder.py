@@ -247,8 +247,7 @@ def save_run(run: Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, car
     save_adapter(run.adapter, model, run.info)
     others = set(run.adapter.iterdir())
     tokenizer.save_pretrained(run.adapter)
-    written = {path for path in run.adapter.rglob("*") if path.is_file()} - others  # some have templates in a folder
-    run.info.tokenizer = {path.relative_to(run.adapter).as_posix(): file_hash(path) for path in sorted(written)}
+    run.info.tokenizer = {path.name: file_hash(path) for path in run.adapter.iterdir() if path not in others}
     write_json(folder / "history.json", run.history)
     write_json(folder / "metrics.json", run.metrics)
     table = pd.DataFrame(run.held_out)
