@@ -7,8 +7,8 @@ the pause and four that count, so that a slow minute of the machine is one for a
 a step that counts. Pairs a second are those of the median step; scaling is against one card with as many pairs a card.
 
 Then one card takes the same steps as several did, in as many pieces: in bf16 the losses agree within 0.01, in fp32
-(--cpu) within 0.0002. Random weights give log-probs ten times those of a real model, so beta
-is a tenth of the usual, or their rounding would be all that one sees.
+(--cpu) within 0.0002. Random weights give log-probs ten times those of a real model, so beta is a tenth of the usual,
+or their rounding would be all that one sees.
 
 --cpu takes two processes and a tiny model in place of two GPUs, which shows that all this works and says nothing about
 speed. About six minutes for 1, 2 and 4 cards. A line for each side as it ends; the last line is one JSON object.

@@ -295,7 +295,7 @@ def measured() -> str:
 | what bounds a step now | {profile["step_gflop_per_s"]:.0f} of the {profile["matrix_gflop_per_s"]:.0f} GFLOP/s that two large matrices reach; LM head ({share["LM head"]}: product, softmax, the logged entropy) and elementwise work ({share["elementwise and overhead"]}) take more than the layers' products ({share["projections"]}) | `python tools/profile_step.py` |
 | work before the first step, file to the first batch without the reference's pass, against tokenising the same texts once in batches | {small["pairs"]:,} pairs: {small["seconds"]:.0f} s, {small["ratio"]:.2f} times; {large["pairs"]:,} pairs: {large["seconds"]:.0f} s, {large["ratio"]:.2f} times, in {large["peak_mb"]:.0f} MB more than the loaded model | `python benchmarks/prepare.py` |
 | memory estimate before training against {len(memory)} measured runs | {span(memory)} | `python benchmarks/memory.py` |
-| what beta does: six betas, three seeds, 45 steps; mean log-ratio gap and KL on held-out pairs, in nats (95% intervals over the seeds) | at beta {", ".join(map("{:g}".format, by["kl"]))}: gap {gap}; KL {kl}; accuracy by implicit reward {accuracy} at all of them. A higher beta holds the policy nearer to the reference | `python benchmarks/beta.py` (on an H100) |
+| what beta does: six betas, three seeds, 45 steps; mean log-ratio gap and KL on held-out pairs, in nats (95% intervals over the seeds) | at beta {", ".join(map("{:g}".format, by["kl"]))}: gap {gap}; KL {kl}; accuracy by implicit reward {accuracy} at all of them. A higher beta holds the policy nearer to the reference | `python benchmarks/beta.py` (on {result("beta")["info"]["machine"]}) |
 | five betas in one sweep against five plain runs, one epoch of {sweep["pairs"]} pairs each, side by side | {sweep["wall_ratio"]:.2f} of the time, {sweep["floor_ratio"]:.2f} times its own forward and backward passes alone, and {sweep["peak_ratio"]:.2f} times the memory | `python benchmarks/sweep.py` |
 | thinking pairs whose sides both think at similar length, {of_seeds["seeds"][0]["both think"]["pairs"]} held out, three seeds, by implicit reward (means with 95% intervals over the seeds) | {listed(of_seeds["accuracies"], 3)}; mean {thinking["both"]}. With naive pairs {listed(of_seeds["naive_accuracies"], 3)}; mean {thinking["naive"]}. Right final answers of {thinking["replies"]}: {thinking["before"]} before, {thinking["after"]} after, {sum(replies("naive", "right")):.0f} after naive pairs. Well-formed replies of {thinking["replies"]}: {well[0]} before, {well[1]} after, {well[2]} after naive pairs | `python benchmarks/thinking.py` (on {of_seeds["machine"]}) |
 """
@@ -422,9 +422,9 @@ def minutes() -> str:
 
 def minutes_in_words() -> str:
     *others, (largest, fewest, *_) = minutes_by_card()
-    listed = ", ".join(f"{each:.0f} on {card['gb']} GB" for card, each, *_ in others)
+    by_card = ", ".join(f"{each:.0f} on {card['gb']} GB" for card, each, *_ in others)
     return f"""
-1,000 pairs with Qwen3-4B in 4 bits take about {fewest:.0f} minute on a card of {largest["gb"]} GB (measured); by estimate, {listed} ([which cards](docs/gpu.md#how-long-will-it-take)).
+1,000 pairs with Qwen3-4B in 4 bits take about {fewest:.0f} minute on a card of {largest["gb"]} GB (measured); by estimate, {by_card} ([which cards](docs/gpu.md#how-long-will-it-take)).
 """
 
 

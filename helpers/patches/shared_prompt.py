@@ -183,9 +183,9 @@ def share_prompts(inner: PreTrainedModel) -> None:
 def lay_out_early(trainer: trl.DPOTrainer) -> None:
     """Have the collator of `trainer` pack each batch, which `forward` then finds in its argument `packed_pairs`.
 
-    A batch that is on the GPU can be packed only after a wait for all that the GPU has in hand; in the collator it is
-    on the CPU still, and the GPU in the step before. TRL hands what else is in a batch on to the model: if it asked a
-    reference too, that would not know the argument, so the reference's log-probs have to be in the data.
+    To pack a batch that is on the GPU already, the CPU has to wait until the GPU is done with the step before. In the
+    collator the batch is still on the CPU. TRL gives the model whatever a batch holds. It would give it to a reference
+    too, which does not know `packed_pairs`: so the reference's log-probs have to be in the data.
     """
     inner, collate = trainer.model.get_base_model(), trainer.data_collator
     if not can_share(inner) or trainer.args.dataloader_num_workers:  # other processes do not have the model
