@@ -1,7 +1,9 @@
 """A DPOTrainer on ids that were checked and log-probs that are cached, with progress as text."""
 
+import functools
+import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ import trl
 from accelerate import DistributedType
 from datasets import Dataset
 from peft import PeftModel
+from torch.utils.data import DataLoader
 from transformers import (
     IntervalStrategy,
     PreTrainedModel,
@@ -84,6 +87,37 @@ class _FiniteGradients(TrainerCallback):
             raise FloatingPointError(first)
 
 
+class _BatchAhead(TrainerCallback):
+    """Gets the next batch while the GPU is still at the backward pass; before the next step it would wait for it."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.batches: Iterator = iter(())
+        self.ready: list[Any] = []
+        loaders = trainer.get_train_dataloader
+
+        def get_train_dataloader() -> DataLoader:
+            loader = loaders()
+            base = loader.base_dataloader  # accelerate's loader asks it for its batches by this method
+            base.__iter__ = functools.partial(self._read, base)
+            return loader
+
+        trainer.get_train_dataloader = get_train_dataloader
+
+    def _read(self, loader: DataLoader) -> Iterator:
+        self.batches, self.ready = DataLoader.__iter__(loader), []
+        while self.ready or self.fetch():
+            yield self.ready.pop()
+
+    def fetch(self) -> bool:
+        """Get a batch unless one is ready; whether one is then."""
+        if not self.ready:
+            self.ready = list(itertools.islice(self.batches, 1))
+        return bool(self.ready)
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.fetch()
+
+
 def _figures_of(logs: dict[str, Any], part: str = "") -> str:
     text = f"loss {float(logs[f'{part}loss']):.3f}"
     if f"{part}rewards/margins" in logs:  # not in SFT
@@ -132,6 +166,7 @@ def make_trainer(
         lay_out_early(trainer)
     if model.device.type == "cuda":
         trainer.accelerator.dataloader_config.non_blocking = True  # or a copy of a batch waits for the step before
+        trainer.add_callback(_BatchAhead(trainer))
         update_without_waits(trainer)
         if config.bf16:
             cast_weights_once(trainer)
