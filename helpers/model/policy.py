@@ -77,8 +77,8 @@ class Policy:
     device = property(lambda self: self.model.device)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """A copy of the adapter's weights."""
-        return {name: tensor.clone() for name, tensor in adapter_weights(self.model).items()}
+        """A copy of the adapter's weights, in the machine's memory, where the card may be full."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in adapter_weights(self.model).items()}
 
     def put_back(self, weights: dict[str, torch.Tensor]) -> None:
         """Give the adapter the `weights` that `weights()` copied, or that a file holds."""

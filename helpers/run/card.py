@@ -77,5 +77,5 @@ def changed_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run's `config` (`describe_config`) that TRL knows and that differ from its defaults."""
     # TRL's own class: on a GPU Unsloth puts one with other defaults in its place, under its name.
     own = [base for base in trl.DPOConfig.__mro__ if base.__name__ == "DPOConfig"][-1]
-    defaults = describe_config(own(output_dir="output"))
+    defaults = describe_config(own(output_dir="output", bf16=False)) | {"bf16": True}  # refused on older cards
     return {name: value for name, value in config.items() if name in defaults and value != defaults[name]}

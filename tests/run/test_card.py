@@ -141,6 +141,18 @@ def test_settings_of_the_machine_are_left_out(run):
     assert str(Path.cwd()) not in model_card(run, "run") and str(run.folder) not in model_card(run, "run")
 
 
+def test_a_run_on_a_gpu_without_bf16_gets_a_card(monkeypatch):
+    check = trl.DPOConfig.__post_init__
+
+    def as_before_ampere(config):
+        if config.bf16 is not False:
+            raise ValueError("Your setup doesn't support bf16/gpu.")
+        check(config)
+
+    monkeypatch.setattr(trl.DPOConfig, "__post_init__", as_before_ampere)
+    assert changed_settings({"bf16": False, "fp16": True, "beta": 0.1}) == {"bf16": False, "fp16": True}
+
+
 def test_settings_that_are_unsloths_defaults_are_kept(monkeypatch):
     """On a GPU Unsloth puts its own class in the place of TRL's, under the same name: an export would lose these."""
 
