@@ -1,6 +1,7 @@
 """What every wing needs. Nothing heavy is imported here, so that `helpers.session` can set the order of imports."""
 
 import errno
+import hashlib
 import html
 import json
 import os
@@ -44,6 +45,12 @@ def write_atomic(path: Path, write: Callable[[str], object]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a value that JSON can hold to `path`, by `write_atomic`."""
     write_atomic(path, lambda part: Path(part).write_text(json.dumps(value, indent=1), encoding="utf-8"))
+
+
+def file_hash(path: Path) -> str:
+    """20 hex digits of what the file at `path` holds."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:20]
 
 
 _CUT_SHORT = "inline_container|iostream error"  # torch.save, in two places

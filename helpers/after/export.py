@@ -23,7 +23,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from helpers.after import refused
-from helpers.after.inspection import compare_base, load_policy
+from helpers.after.inspection import check_files, compare_base, load_policy
 from helpers.common import setting, why_not_written
 from helpers.data.check import check_pairs
 from helpers.data.render import template_options
@@ -39,7 +39,7 @@ from helpers.train.settings import RUN_SETTINGS, dpo_settings
 
 
 def export_run(
-    run: Run,
+    run: Run | str | Path,
     to: str,
     folder: str | Path,
     *,
@@ -69,8 +69,9 @@ def export_run(
     Raises UserError for another `to`, a folder that exists, a base model or a converter that is not here, other pairs,
     a run that a script can't repeat, no token, a refusal by the hub, no room on the disk.
     """
-    folder, scripts = Path(folder).expanduser(), to in ("torchrun", "trl")
-    if to not in _WRITERS:
+    folder, scripts = Path(folder).expanduser().resolve(), to in ("torchrun", "trl")
+    run = run if isinstance(run, Run) else Run.load(run)
+    if to not in list(_WRITERS):
         raise refused("form", to=to, forms=", ".join(map(repr, _WRITERS)))
     if folder.exists() and not replace:
         raise refused("exists", folder=folder.name)
@@ -78,6 +79,7 @@ def export_run(
         raise refused("hub_of_pairs", to=to)
     if hub is not None and setting("HF_TOKEN") is None:
         raise refused("token", hub=hub)
+    check_files(run)
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
     try:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import weakref
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel
 from helpers.model import Model, Tokenizer
 
 OF_ADAPTER = r"lora_|\.modules_to_save\.|\.trainable_tokens_"  # in the names of weights that are not the base's
+# Settings of an adapter that its weights do not tell; older runs know the first three.
+ADAPTER_SETTINGS = ("r", "lora_alpha", "use_rslora", "alpha_pattern", "lora_dropout")
 # Base model -> (its samples and changes, base_hash): it takes seconds if a model has billions of weights.
 _BASES: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[str, str]]" = weakref.WeakKeyDictionary()
 # Tokenizer -> (its number of tokens, a hash of them).
@@ -41,6 +44,12 @@ def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
 def adapter_hash(model: PeftModel) -> str:
     """`hash_tensors` of the adapter of `model`."""
     return hash_tensors(adapter_weights(model))
+
+
+def adapter_settings(model: Model) -> dict[str, Any]:
+    """ADAPTER_SETTINGS of the adapter of `model`; of a base model none."""
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    return {name: getattr(config, name, None) for name in ADAPTER_SETTINGS if config}
 
 
 def is_fresh(model: Model) -> bool:

@@ -163,7 +163,7 @@ def load_model(
         if base:
             loading = name
             model = PeftModel.from_pretrained(model, name, is_trainable=True)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (AttributeError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
         raise not_found(loading, error) from error

@@ -5,6 +5,7 @@ Training, sweep and inspection all score through `pair_logps`, so that their fig
 
 import contextlib
 import hashlib
+import json
 import math
 import uuid
 from collections.abc import Iterator
@@ -22,7 +23,14 @@ from transformers import PreTrainedModel
 from helpers.common import cache_folder, write_atomic
 from helpers.data.render import IDS, data_hash, pair_lengths, prompt_ids, tokenize_pairs
 from helpers.model import Model, Prompts, Tokenizer
-from helpers.model.fingerprint import base_model, config_hash, fingerprint, tokenizer_hash
+from helpers.model.fingerprint import (
+    adapter_settings,
+    base_model,
+    config_hash,
+    fingerprint,
+    is_fresh,
+    tokenizer_hash,
+)
 from helpers.model.generate import Reply, evaluating, generate_replies
 from helpers.model.load import check_token
 from helpers.patches import fused_lm_head
@@ -129,6 +137,8 @@ def reference_file(model: Model, tokenizer: Tokenizer, data: str, max_length: in
     """
     parts = [fingerprint(model), config_hash(model), tokenizer_hash(tokenizer), data, str(max_length), str(model.dtype)]
     parts.append("2")  # before, a trainer's 16 bits could round what was kept as 32
+    if not is_fresh(model):
+        parts.append(json.dumps(adapter_settings(model)))
     key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
     return cache_folder() / "reference" / f"{key}.safetensors"
 

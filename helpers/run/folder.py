@@ -1,6 +1,7 @@
 """The run folder: what a training run leaves. It holds no path, host or token: copy it to any machine."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import platform
@@ -10,19 +11,25 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
 from peft import PeftModel
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from helpers.common import UserError, write_atomic, write_json
+from helpers.common import UserError, file_hash, write_atomic, write_json
+from helpers.model.fingerprint import hash_tensors
+from helpers.run import refused
 
 POLICY_AT_START = "the policy at its start"  # `RunInfo.reference` of a run without a ref_model
 USUAL_RULE = {"max_prompt_length": 256, "on_long_prompt": "shorten"}  # `check_pairs`; of runs that have none written
 LORA_SCALE = ("r", "lora_alpha", "use_rslora")  # what scales an adapter; its weights do not tell
+# What a run's folder holds; without run.json, that is last, it is something else.
+FILES = ("adapter", "reference", "history.json", "metrics.json", "held_out.jsonl", "README.md", "run.json")
 
 
 class Status(StrEnum):
@@ -66,12 +73,15 @@ class RunInfo:
     status: Status
     steps: int | None = None  # None until it is finished, as is `end`; of one NOT_FINITE the step that was not
     end: str | None = None  # hash of the trained adapter
-    lora: dict[str, dict[str, Any]] = field(default_factory=dict)  # LORA_SCALE of "adapter", "reference"
+    lora: dict[str, dict[str, Any]] = field(default_factory=dict)  # of "adapter", "reference": `_what_is_known`
     # GB "needed" by the estimate and "free" at the start; on a GPU also measured, of the fullest: "used", "peak".
     memory_gb: dict[str, float] = field(default_factory=dict)
     template: dict[str, Any] = field(default_factory=dict)  # for a prompt that brings no options (`shared_options`)
     prompts_rule: dict[str, Any] = field(default_factory=USUAL_RULE.copy)  # of `check_pairs`, for long prompts
     base_config: str = ""  # hash of the base's settings that change what it computes; older runs have none
+    adapter: dict[str, Any] = field(default_factory=dict)  # ADAPTER_SETTINGS of what is trained; older runs have none
+    early_stopping: int = -1  # after so many evaluations; 0: not; older runs do not say
+    tokenizer: dict[str, str] = field(default_factory=dict)  # hashes of its files; older runs have none
     schema: int = 2  # version of this form; 1 had none written
 
     @classmethod
@@ -87,6 +97,8 @@ class RunInfo:
         if isinstance(config := values.get("config"), dict):
             kinds = {"beta": (int, float), "max_length": int}
             wrong += [f"config.{name}" for name, kind in kinds.items() if not isinstance(config.get(name), kind)]
+        if not wrong and info.schema > cls.schema:
+            raise UserError(f"{source} was written by a newer version of these notebooks. Read it with that one.")
         if not wrong:
             return info
         text = f"{source} lacks {', '.join(wrong)}: it was written by another version of these notebooks, or edited. "
@@ -119,6 +131,33 @@ class Run:
     held_out: pd.DataFrame | None  # a row for each held-out pair (`held_out_table`)
     adapter = property(lambda self: self.folder / "adapter")
     reference = property(lambda self: folder if (folder := self.folder / "reference").is_dir() else None)
+
+    def load_adapter(self, name: Literal["adapter", "reference"] = "adapter") -> dict[str, torch.Tensor]:
+        """The weights of the adapter `name`; UserError unless that is a safetensors file that run.json describes."""
+        folder, expected = self.folder / name, self.info.end if name == "adapter" else self.info.start
+        weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+        known, place = self.info.lora.get(name, {}), f"{self.folder.name}/{name}"  # older runs have none
+        try:
+            found, settings = load_file(weights), json.loads(config.read_text(encoding="utf-8"))
+            same = not known or known.items() <= _what_is_known(settings).items()
+        except FileNotFoundError as error:
+            missing, pickled = config if weights.is_file() else weights, weights.with_suffix(".bin").is_file()
+            code = "pickled" if pickled and missing == weights else "incomplete"
+            raise refused(code, name=place, missing=missing.name) from error
+        except (AttributeError, KeyError, SafetensorError, OSError, ValueError) as error:
+            raise refused("damaged", name=place, error=error) from error
+        if hash_tensors(found) != expected or not same:
+            raise refused("other_adapter", name=place)
+        return found
+
+    def check_tokenizer(self) -> None:
+        """Raise UserError unless the tokenizer in the folder is the one that was written."""
+        for name, known in self.info.tokenizer.items():
+            path, place = self.adapter / name, f"{self.folder.name}/adapter"
+            if not path.is_file():
+                raise refused("incomplete", name=place, missing=name)
+            if file_hash(path) != known:
+                raise refused("other_tokenizer", name=place, file=name)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Run":
@@ -181,13 +220,20 @@ def set_aside(folder: Path) -> None:
     folder.rename(next(name for name in names if not name.exists()))
 
 
+def _what_is_known(config: dict[str, Any]) -> dict[str, Any]:
+    """Of an adapter's `config`, for run.json: what scales it, and a hash of what is set, but for where its base is."""
+    chosen = {name: value for name, value in config.items() if name != "base_model_name_or_path" and value is not None}
+    text = json.dumps(chosen, sort_keys=True)
+    return {name: config[name] for name in LORA_SCALE} | {"all": hashlib.sha256(text.encode()).hexdigest()[:20]}
+
+
 def save_adapter(folder: Path, model: PeftModel, info: RunInfo) -> None:
     """Write the `model`'s adapter as a `folder` that appears whole; `info` names its base, and gets what scales it."""
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     model.save_pretrained(part)
     config = json.loads((part / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = info.model
-    info.lora[folder.name] = {name: config[name] for name in LORA_SCALE}
+    info.lora[folder.name] = _what_is_known(config)
     (part / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     (part / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is next to the adapter
     shutil.rmtree(folder, ignore_errors=True)
@@ -198,7 +244,10 @@ def save_run(run: Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, car
     """Write a finished `run`: `model` and `tokenizer` into `adapter/`, `card` as README.md; last run.json says so."""
     folder = run.folder
     save_adapter(run.adapter, model, run.info)
+    others = set(run.adapter.iterdir())
     tokenizer.save_pretrained(run.adapter)
+    written = {path for path in run.adapter.rglob("*") if path.is_file()} - others  # some have templates in a folder
+    run.info.tokenizer = {path.relative_to(run.adapter).as_posix(): file_hash(path) for path in sorted(written)}
     write_json(folder / "history.json", run.history)
     write_json(folder / "metrics.json", run.metrics)
     table = pd.DataFrame(run.held_out)

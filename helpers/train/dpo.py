@@ -99,7 +99,7 @@ def train_dpo(
     """
     if not isinstance(model, PeftModel):
         raise UserError("The model has no LoRA adapter to train. Call `model = add_lora(model)` first.")
-    folder = Path(folder).expanduser()
+    folder = Path(folder).expanduser().resolve()
     with one_voice(folder):
         values, own = complete_settings(model, settings), list(callbacks) if isinstance(callbacks, Iterable) else [None]
         if None in own:
@@ -119,12 +119,16 @@ def train_dpo(
 
 def run_job(job: Job, replace: bool = False, callbacks: Iterable[TrainerCallback] = ()) -> Run:
     """Do what `job` says; the other arguments and the result are those of `train_dpo`."""
+    stopping = [one for one in callbacks if isinstance(one, EarlyStoppingCallback)]
+    job.info.early_stopping = stopping[0].early_stopping_patience if stopping else 0
     with alone_in(job.folder):
-        before = job.earlier(replace)
+        with _written(job.folder):  # another run may have to be put aside
+            before = job.earlier(replace)
         if before is not None and before.status == Status.FINISHED:
             print(f"This run is finished already; loading it from {job.folder.name}.")
-            job.policy.put_back(once(lambda: load_file(job.folder / "adapter" / "adapter_model.safetensors")))
-            return once(lambda: Run.load(job.folder))
+            run = once(lambda: Run.load(job.folder))
+            job.policy.put_back(once(run.load_adapter))
+            return run
         with _undone(job) as initial, own_forward((job.reference or job.policy).inner), own_forward(job.policy.inner):
             with _written(job.folder):
                 once(job.begin)
@@ -242,7 +246,7 @@ def _trainer(job: Job, reference: dict[str, PairLogps], callbacks: Iterable[Trai
             check_start(trainer, job.settings)
     except UserError:
         raise
-    except (AttributeError, NotImplementedError, ValueError) as error:
+    except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
         raise UserError(f"TRL does not take this model with these settings: {error}") from error
     return trainer
 
@@ -255,6 +259,7 @@ def _train(
     loaded = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     trainer = _trainer(job, reference, [*callbacks, checkpoints])
     trainer.args.restore_callback_states_from_checkpoint = True  # how long early stopping has waited
+    checkpoints.limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
     if checkpoint is not None:
         trainer.args.eval_on_start = False  # that was done
         print(f"Resuming from step {step_in(checkpoint)}.")

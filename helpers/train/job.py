@@ -17,7 +17,7 @@ from helpers.data.findings import Report
 from helpers.data.render import pair_lengths
 from helpers.data.report import load_report
 from helpers.model import Tokenizer
-from helpers.model.fingerprint import config_hash
+from helpers.model.fingerprint import adapter_settings, config_hash
 from helpers.model.memory import BATCH_SETTINGS, ESTIMATE_MARGIN, BatchPlan, estimate_for, free_memory, plan_for
 from helpers.model.policy import Policy
 from helpers.model.profiles import current_profile
@@ -121,6 +121,7 @@ class Job:
             base=self.policy.base,
             base_config=config_hash(self.policy.model),
             start=self.policy.adapter,
+            adapter=adapter_settings(self.policy.model),
             reference=runs.POLICY_AT_START if self.reference is None else self.reference.as_reference,
             versions=runs.versions(),
             machine=runs.machine() if number == 1 else f"{number} x {runs.machine()}",
@@ -151,6 +152,10 @@ class Job:
         except UserError:  # run.json can't be read, or lacks something
             if not replace:
                 raise
+            runs.set_aside(self.folder)
+        if before is None and (others := [name for name in runs.FILES if (self.folder / name).exists()]):
+            if not replace:
+                raise UserError(say("no_run", folder=self.folder, files=", ".join(others)))
             runs.set_aside(self.folder)
         finished, checkpoints = before and before.end, any(self.folder.glob("checkpoints/checkpoint-*"))
         dated = bool(before and before.data.given and before.data.given == self.info.data.given)
@@ -185,8 +190,9 @@ class Job:
     def begin(self) -> None:
         """Say how a step is made, write run.json; UserError if training needs far more memory than is free."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for part in self.folder.glob(".*.????????"):  # of a call that was killed while it wrote
-            shutil.rmtree(part) if part.is_dir() else part.unlink()
+        for name in (*runs.FILES, TOKENS):
+            for part in self.folder.glob(f".{name}.????????"):  # of a call that was killed while it wrote
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
         self._keep_tokens()
         need, free, plan = self.info.memory_gb["needed"], self.info.memory_gb["free"], self.plan
         if plan is not None:

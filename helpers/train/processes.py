@@ -79,18 +79,30 @@ def check_alike(**facts: Any) -> None:
         raise UserError(say("not_alike", name=name))
 
 
+def _locked(folder: Path) -> list[FileLock]:
+    """The lock of `folder`, next to it; in it, if only there one may write; none, if nothing can be written at all."""
+    folder = folder.resolve()  # of which there may be several names
+    for place in (folder.with_name(f".{folder.name}.lock"), folder / ".lock"):
+        lock = FileLock(place, timeout=0)  # makes the folder above, too
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(say("not_alone", folder=folder)) from None
+        except OSError:
+            continue
+        return [lock]
+    return []
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """In the block no other run takes `folder`; raises UserError if one has it."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)  # makes the folder above, too
-    try:
-        once(lambda: bool(lock.acquire()))
-    except Timeout:
-        raise UserError(say("not_alone", folder=folder)) from None
+    held: list[FileLock] = []
+    once(lambda: held.extend(_locked(folder)))
     try:
         yield
     finally:
-        if lock.is_locked:
+        for lock in held:
             Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
 

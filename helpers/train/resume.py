@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from helpers.common import write_json
+from helpers.common import file_hash, write_json
 from helpers.model.memory import BATCH_SETTINGS, pairs_a_step
 from helpers.model.policy import same_reference
 from helpers.run.card import changed_settings
@@ -27,13 +27,17 @@ ENDED = "ended"  # a file in the last checkpoint: nothing is trained after it
 
 @dataclasses.dataclass(eq=False)
 class Checkpoints(TrainerCallback):
-    """Marks each checkpoint as complete, with its files' sizes; the one that ends the training has a file ENDED.
+    """Marks each checkpoint as complete, with its files' hashes; the one that ends the training has a file ENDED.
+
+    Only then older ones are removed, all but `limit` of them (save_total_limit) and the best. transformers itself would
+    do it before, and go by the folders' times, which a copy or a clock that is set changes.
 
     Ctrl-C or the stop button ends the step in progress, saves it and stops; a second one stops at once. If the run's
     folder was removed, `begin_again` writes what it held besides.
     """
 
     begin_again: Callable[[], None]
+    limit: int | None = None
     asked: bool = False  # by Ctrl-C
     begun: int = 0  # the step of the checkpoint that this call goes on from
 
@@ -58,10 +62,15 @@ class Checkpoints(TrainerCallback):
         if state.is_world_process_zero:
             if control.should_training_stop:
                 (folder / ENDED).touch()
-            files = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+            files = {file.name: file_hash(file) for file in folder.iterdir() if file.is_file()}
             files.pop("complete.json", None)  # of a checkpoint that is written twice, at its step and as its epoch ends
             write_json(folder / "complete.json", files)
             self.begin_again()
+            kept = {folder.name, Path(state.best_model_checkpoint or folder).name}
+            older = [one for one in saved_in(folder.parent) if one.name not in kept]
+            room = max(self.limit - len(kept), 0) if self.limit and self.limit > 0 else len(older)
+            for one in older[: -room or None]:
+                shutil.rmtree(one, ignore_errors=True)
         control.should_training_stop |= self.asked
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -98,21 +107,45 @@ def step_in(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def saved_in(checkpoints: Path) -> list[Path]:
+    """The checkpoints in the folder `checkpoints`, by their steps; what has another name is not the run's."""
+    folders = [folder for folder in checkpoints.glob("checkpoint-*") if folder.name[11:].isdecimal()]
+    return sorted((folder for folder in folders if folder.is_dir()), key=step_in)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the files of a checkpoint are those that were written; of older versions only their sizes are known."""
+    with contextlib.suppress(AttributeError, LookupError, OSError, ValueError):
+        written = json.loads((folder / "complete.json").read_text(encoding="utf-8")).items()
+        facts = {int: lambda file: file.stat().st_size, str: file_hash}
+        return all(facts[type(fact)](folder / name) == fact for name, fact in written)
+    return False
+
+
+def _best_before(folder: Path) -> Path | None:
+    """The checkpoint that was the best one when `folder` was written, unless it is that one itself."""
+    best = None
+    with contextlib.suppress(LookupError, OSError, ValueError):
+        best = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["best_model_checkpoint"]
+    return folder.with_name(Path(best).name) if best and Path(best).name != folder.name else None
+
+
 def last_complete(checkpoints: Path) -> Path | None:
-    """The newest folder in `checkpoints` whose files all have the size they were written with; others are removed."""
-    for folder in sorted(checkpoints.glob("checkpoint-*"), key=step_in, reverse=True):
-        with contextlib.suppress(OSError, ValueError):
-            sizes = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
-            if all((folder / name).stat().st_size == size for name, size in sizes.items()):
-                return folder
-        print(f"{folder.name} is incomplete (it was being written when the run ended); it is not used.")
+    """The newest folder in `checkpoints` that is as it was written, and so is its best one; others are removed."""
+    for folder in reversed(saved_in(checkpoints)):
+        if _is_whole(folder) and ((best := _best_before(folder)) is None or _is_whole(best)):
+            return folder
+        print(f"{folder.name} is incomplete or damaged (it may have been cut short); it is not used.")
         shutil.rmtree(folder, ignore_errors=True)
     return None
 
 
 def result_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of `config` that decide the result, without TRL's defaults, so that a new one is no difference."""
-    return {name: value for name, value in changed_settings(config).items() if name in RESULT_SETTINGS}
+    found = {name: value for name, value in changed_settings(config).items() if name in RESULT_SETTINGS}
+    if metric := found.get("metric_for_best_model"):
+        found["metric_for_best_model"] = f"eval_{metric.removeprefix('eval_')}"
+    return found
 
 
 def differences(before: RunInfo, info: RunInfo) -> list[str]:
@@ -120,6 +153,13 @@ def differences(before: RunInfo, info: RunInfo) -> list[str]:
     there, now = result_settings(before.config), result_settings(info.config)
     names = sorted(name for name in there.keys() | now.keys() if there.get(name) != now.get(name))
     changed = [f"{name} {before.config.get(name)} there, {info.config.get(name)} now" for name in names]
+    changed += [
+        f"{name} {value} there, {info.adapter[name]} now"
+        for name, value in before.adapter.items()
+        if value != info.adapter[name]
+    ]
+    if before.early_stopping not in (-1, info.early_stopping):
+        changed += [f"early_stopping {before.early_stopping or None} there, {info.early_stopping or None} now"]
     changed += [f"other {name}" for name in ("model", "base") if before[name] != info[name]]
     changed += ["other reference"] * (not same_reference(before.reference, info.reference))
     changed += ["other settings of the base"] * (before.base_config not in ("", info.base_config))

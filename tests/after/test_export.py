@@ -30,7 +30,7 @@ from helpers.after import export, trl_script
 from helpers.common import cache_folder
 from helpers.data.render import template_options
 from helpers.model.embedded import embedded_model
-from helpers.model.fingerprint import base_hash, config_hash
+from helpers.model.fingerprint import base_hash, config_hash, hash_tensors
 from helpers.model.load import LORA_TARGETS
 from helpers.model.logps import pair_logps
 from helpers.run.card import model_card
@@ -117,7 +117,7 @@ def made_up(folder: Path, train, test, tokenizer, small: Path, **rule) -> Run:
         machine="CPU",
         status=Status.FINISHED,
         steps=4,
-        end="",
+        end=hash_tensors({}),
     )
     info.prompts_rule |= rule
     run = Run(folder, info, [], {"accuracy": 0.75}, None)
@@ -125,7 +125,8 @@ def made_up(folder: Path, train, test, tokenizer, small: Path, **rule) -> Run:
     lora = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj"]}
     config = {"base_model_name_or_path": small.name} | lora
     (run.adapter / "adapter_config.json").write_text(json.dumps(config))
-    (run.adapter / "adapter_model.safetensors").write_bytes(b"")
+    save_file({}, run.adapter / "adapter_model.safetensors")
+    tokenizer.save_pretrained(run.adapter)
     return run
 
 
@@ -188,13 +189,12 @@ def test_merged_model_gives_the_same_log_probs_in_a_new_process(run, pairs, tmp_
 
 @pytest.mark.slow
 def test_share_of_the_update_that_rounding_keeps_is_measured_and_said(run, tmp_path, capfd):
-    small = dataclasses.replace(run, folder=tmp_path / "small")
-    shutil.copytree(run.adapter, small.adapter)
     weights = load_file(run.adapter / "adapter_model.safetensors")
-    save_file(
-        {name: tensor * (0.02 if "lora_B" in name else 1) for name, tensor in weights.items()},
-        small.adapter / "adapter_model.safetensors",
-    )
+    weights = {name: tensor * (0.02 if "lora_B" in name else 1) for name, tensor in weights.items()}
+    info = dataclasses.replace(run.info, end=hash_tensors(weights))
+    small = dataclasses.replace(run, folder=tmp_path / "small", info=info)
+    shutil.copytree(run.adapter, small.adapter)
+    save_file(weights, small.adapter / "adapter_model.safetensors")
     base = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, small.adapter)
     whole, half, coarse = (export.kept_update(model, t) for t in (torch.float32, torch.float16, torch.bfloat16))
@@ -258,6 +258,21 @@ def test_refused(made, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("form", ["adapter", "merged", "torchrun", "trl"])
+def test_what_was_damaged_is_not_handed_over(made, pairs, tmp_path, form, name):
+    copy = Run(shutil.copytree(made.folder, tmp_path / "copy"), made.info, [], {}, None)
+    (copy.adapter / name).write_text("{")
+    with pytest.raises(UserError, match="copy/adapter is damaged|adapter cannot be loaded"):
+        export_run(copy, form, tmp_path / form, train=pairs[0], test=pairs[1])
+    (copy.adapter / name).unlink()
+    with pytest.raises(UserError, match=f"holds no {name}|adapter cannot be loaded"):
+        export_run(copy, form, tmp_path / form, train=pairs[0], test=pairs[1])
+    with pytest.raises(UserError, match="no run folder"):
+        export_run(copy.adapter, form, tmp_path / form)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
 def test_nothing_is_overwritten(made, tmp_path, monkeypatch):
     folder = export_run(made, "adapter", tmp_path / "adapter")
     (folder / "note.txt").write_text("mine")
@@ -265,6 +280,10 @@ def test_nothing_is_overwritten(made, tmp_path, monkeypatch):
         export_run(made, "adapter", folder)
     export_run(made, "adapter", folder, replace=True)
     assert (tmp_path / "adapter.old-1" / "note.txt").read_text() == "mine"
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match="^adapter exists already"):
+        export_run(made, "adapter", ".")
+    monkeypatch.chdir(tmp_path)
     export_run(made, "adapter", folder, replace=True)  # nothing in it but an export: none is kept
     monkeypatch.setattr(
         "helpers.after.export.model_card", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
@@ -279,12 +298,12 @@ def test_an_export_that_was_edited_is_kept(made, tmp_path, name):
     folder = export_run(made, "adapter", tmp_path / "adapter")
     (folder / name).parent.mkdir(exist_ok=True)
     with (folder / name).open("a", encoding="utf-8") as file:
-        file.write("mine")
+        file.write("(by hand)")
     edited = texts(folder)
     export_run(made, "adapter", folder, replace=True)
     kept = tmp_path / "adapter.old-1"
-    assert (kept / name).read_text(encoding="utf-8").endswith("mine") and texts(kept) == edited
-    assert "mine" not in texts(folder)
+    assert (kept / name).read_text(encoding="utf-8").endswith("(by hand)") and texts(kept) == edited
+    assert "(by hand)" not in texts(folder)
     other = dataclasses.replace(made, info=dataclasses.replace(made.info, steps=5))  # what it replaces nobody edited
     export_run(other, "adapter", folder, replace=True)
     assert "5 steps" in texts(folder) and sorted(path.name for path in tmp_path.iterdir()) == ["adapter", kept.name]
@@ -382,7 +401,8 @@ def test_other_pairs_and_other_references_are_refused(made, pairs, tmp_path):
     changed = dataclasses.replace(made, info=dataclasses.replace(made.info, reference="another model"))
     with pytest.raises(UserError, match="reference is not its base model.*Merge"):
         export_run(changed, "trl", tmp_path / "trl", train=train, test=test)
-    (tmp_path / "run" / "reference").mkdir(parents=True)
+    shutil.copytree(made.adapter, tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "reference").mkdir()
     changed = dataclasses.replace(made, folder=tmp_path / "run")
     with pytest.raises(UserError, match="started from a trained adapter"):
         export_run(changed, "trl", tmp_path / "trl", train=train, test=test)

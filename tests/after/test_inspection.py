@@ -178,11 +178,27 @@ def test_adapters_that_cannot_be_used(copy):
         open_run(copy)
     weights.write_bytes(whole)
     config = copy.adapter / "adapter_config.json"
-    alpha = json.loads(config.read_text())["lora_alpha"]
-    edit(config, lora_alpha=2 * alpha)
-    with pytest.raises(UserError, match="not the one that run.json describes"):
-        open_run(copy)
-    edit(config, lora_alpha=alpha)
+    before = config.read_text()
+    for changes in (
+        {"lora_alpha": 99},
+        {"target_modules": ["q_proj"]},
+        {"alpha_pattern": {"q_proj": 64}},
+        {"peft_type": "OTHER"},
+    ):
+        edit(config, **changes)
+        with pytest.raises(UserError, match="not the one that run.json describes"):
+            open_run(copy)
+        config.write_text(before)
+    for name in copy.info.tokenizer:
+        content = (copy.adapter / name).read_bytes()
+        (copy.adapter / name).write_bytes(content + b" ")
+        with pytest.raises(UserError, match=f"{name} in copy/adapter was changed after training"):
+            open_run(copy)
+        (copy.adapter / name).unlink()
+        with pytest.raises(UserError, match=f"copy/adapter holds no {name}"):
+            open_run(copy)
+        (copy.adapter / name).write_bytes(content)
+    assert {"tokenizer.json", "tokenizer_config.json"} <= copy.info.tokenizer.keys()
     edit(copy.folder / "run.json", lora=copy.info.lora | {"reference": copy.info.lora["adapter"]})
     with pytest.raises(UserError, match="copy/reference holds no adapter_model.safetensors"):
         open_run(copy.folder)
@@ -216,7 +232,7 @@ def test_code_that_comes_with_a_model_is_not_run(copy, part, tmp_path, monkeypat
         edit(copy.adapter / "adapter_config.json", base_model_name_or_path="theirs")
         monkeypatch.setenv("DPO_MODEL", str(folder))
     else:
-        folder = copy.adapter
+        folder, copy.info.tokenizer = copy.adapter, {}  # else its changed file is refused
         edit(
             folder / "tokenizer_config.json",
             tokenizer_class="Mine",

@@ -47,6 +47,7 @@ def test_names_of_a_later_version_are_ignored(first):
         ({"config": {"beta": 0.1}}, "lacks config.max_length"),
         ({"config": {"beta": "high", "max_length": 512}}, "lacks config.beta"),
         ({"config": "none"}, "lacks config:"),
+        ({"schema": 3}, "was written by a newer version"),
     ],
 )
 def test_what_is_missing_is_named(first, folder, changes, what):

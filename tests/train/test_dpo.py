@@ -161,6 +161,11 @@ def test_only_complete_checkpoints_count(tmp_path, capsys):
     assert resume.last_complete(tmp_path).name == "checkpoint-2"
     out = capsys.readouterr().out
     assert "checkpoint-4 is incomplete" in out and "checkpoint-10 is incomplete" in out
+    for name in ("checkpoint-20-copy", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-30").touch()
+    assert resume.last_complete(tmp_path).name == "checkpoint-2"
+    assert len(list(tmp_path.iterdir())) == 4  # what is not the run's is left
 
 
 def test_second_ctrl_c_stops_at_once_and_the_handler_before_comes_back():

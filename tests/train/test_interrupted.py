@@ -27,6 +27,7 @@ import helpers  # noqa: E402, I001  (first: Unsloth before transformers)
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft import get_peft_model_state_dict, set_peft_model_state_dict  # noqa: E402
+from peft.tuners.lora import LoraLayer  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
@@ -325,6 +326,153 @@ def test_run_folder_that_was_moved_keeps_its_best_checkpoint(call, tmp_path, hoo
         call("run", At(hook, step, crash), **settings)
     (tmp_path / "run").rename(tmp_path / "moved")
     same(call("moved", **settings), whole)
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """By their steps."""
+    return sorted((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "adapter_model.safetensors"]
+)
+@pytest.mark.parametrize("damage", [bytes, lambda size: None], ids=["zeros", "a bit"])
+def test_checkpoint_that_was_damaged_in_place_is_not_used(call, tmp_path, capsys, name, damage):
+    """Its files have their sizes: zeros are what a machine that lost its power leaves."""
+    with pytest.raises(Crash):
+        call("run", At("on_step_begin", 5, crash))
+    file = checkpoints_of(tmp_path / "run")[-1] / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(damage(len(content)) or content)
+    same(call("run"), call("whole"))
+    out = capsys.readouterr().out
+    assert "checkpoint-4 is incomplete or damaged" in out and "Resuming from step 2" in out
+
+
+@pytest.mark.parametrize("hook, step", [("on_step_begin", 5), ("on_train_end", 7)])
+def test_checkpoint_whose_best_one_is_gone_is_not_used(call, tmp_path, hook, step):
+    settings = RUNS["steps"] | {"greater_is_better": True}
+    whole = call("whole", **settings)
+    with pytest.raises(Crash):
+        call("run", At(hook, step, crash), **settings)
+    last = checkpoints_of(tmp_path / "run")[-1]
+    best = last.with_name(Path(json.loads((last / "trainer_state.json").read_text())["best_model_checkpoint"]).name)
+    shutil.rmtree(best)
+    same(call("run", **settings), whole)
+
+
+@pytest.mark.parametrize("limit, kept", [(1, ["6"]), (2, ["4", "6"]), (0, ["2", "4", "6"])])
+def test_last_checkpoints_are_kept_by_their_steps_and_not_by_their_times(call, tmp_path, limit, kept):
+    """The older ones lie in the future, as after a copy; and what has another name is not the run's."""
+    settings = {"max_steps": 7, "eval_strategy": "no", "save_total_limit": limit}
+    folder = tmp_path / "run" / "checkpoints"
+
+    def later() -> None:
+        for path in checkpoints_of(tmp_path / "run"):
+            os.utime(path, (2e9, 2e9))
+        (folder / "checkpoint-4-mine").mkdir()
+
+    with pytest.raises(Crash):
+        call("run", At("on_step_begin", 5, later), At("on_step_begin", 6, crash), **settings)
+    names = {path.name for path in folder.glob("checkpoint-*")}
+    assert names == {"checkpoint-4-mine", *(f"checkpoint-{step}" for step in kept)}
+    same(call("run", **settings), call("whole", **settings))
+
+
+def test_call_that_would_train_otherwise_is_another_run(call, small, tmp_path):
+    """What no DPOConfig holds: how an adapter of the same weights is scaled, and early stopping."""
+    other = helpers.add_lora(helpers.load_model(str(small))[0].float())
+    for module in other.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling["default"] *= 4
+    other.peft_config["default"].lora_alpha *= 4
+    with pytest.raises(Crash):
+        call("run", At("on_step_begin", 5, crash))
+    with pytest.raises(UserError, match="another run .lora_alpha 16 there, 64 now"):
+        helpers.train_dpo(other, call.tokenizer, *PAIRS, tmp_path / "run", **SETTINGS | RUNS["steps"])
+    with pytest.raises(UserError, match="another run .early_stopping None there, 2 now"):
+        call("run", **RUNS["steps"] | {"early_stopping": 2})
+    first = call("early", **RUNS["early"])
+    with pytest.raises(UserError, match="another run .early_stopping 2 there, 5 now"):
+        call("early", **RUNS["early"] | {"early_stopping": 5})
+    named_otherwise = RUNS["early"] | {"metric_for_best_model": "rewards/accuracies"}
+    assert call("early", **named_otherwise).metrics == first.metrics
+
+
+def test_adapter_of_a_finished_run_that_was_damaged_is_not_loaded(call, tmp_path):
+    run = call("run", max_steps=1)
+    weights = run.adapter / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    for content, words in ((whole[:-9], "is damaged"), (whole[:-1] + b"\1", "not the one"), (None, "holds no")):
+        weights.unlink() if content is None else weights.write_bytes(content)
+        with pytest.raises(UserError, match=f"run/adapter.*{words}.*in another folder"):
+            call("run", max_steps=1)
+        assert all(torch.equal(value, call.fresh[k]) for k, value in get_peft_model_state_dict(call.policy).items())
+
+
+def test_one_folder_of_two_names_and_one_that_is_where_one_is(call, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    found = []
+
+    def second() -> None:
+        with pytest.raises(UserError, match="Another run is training"), alone_in(tmp_path / "link"):
+            pass
+        found.append("refused")
+
+    monkeypatch.chdir(tmp_path / "run")
+    settings = SETTINGS | {"max_steps": 1, "callbacks": [At("on_step_begin", 0, second)]}
+    helpers.train_dpo(call.policy, call.tokenizer, *PAIRS, ".", **settings)
+    assert found == ["refused"] and call("link", max_steps=1).folder == tmp_path / "run"
+
+
+def test_files_of_something_else_are_not_written_over(call, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "README.md").write_text("mine")
+    with pytest.raises(UserError, match="holds README.md and no run.json.*replace=True"):
+        call("run", max_steps=1)
+    (tmp_path / "run" / ".note.20260101").write_text("mine")
+    call("run", max_steps=1, replace=True)
+    assert sorted(path.name for path in (tmp_path / "run.old-1").iterdir()) == [".note.20260101", "README.md"]
+
+
+@pytest.fixture
+def read_only(disk):
+    """A function: makes that file system read-only, or writable again."""
+
+    def now(option: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{option}", str(disk)], check=True)
+
+    yield now
+    now("rw")
+
+
+def test_place_that_cannot_be_written(call, disk, read_only):
+    """A finished run is loaded, what would be written is refused; its folder may be the only one to be written."""
+    whole = call("disk/run", max_steps=1)
+    read_only("ro")
+    same(call("disk/run", max_steps=1), whole)
+    for name, settings in (("disk/new", {}), ("disk/run", {"max_steps": 2, "replace": True})):
+        with pytest.raises(UserError, match=r"could not be written .*\(Read-only file system\)"):
+            call(name, **{"max_steps": 1} | settings)
+    read_only("rw")
+    (disk / "mounted").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk / "mounted")], check=True)
+    read_only("ro")
+    try:
+        assert call("disk/mounted", max_steps=1).metrics["loss"] == whole.metrics["loss"]
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk / "mounted")], check=True)
+
+
+@pytest.mark.parametrize("name", ["n" * 250, "file/run"])
+def test_folder_that_cannot_be_made(call, tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match="could not be written to .*another folder|could not be written to .*can be written"
+    ):
+        call(name + "x" * 6, max_steps=1)
 
 
 WEIGHTS, TOKENIZER = "adapter_model.safetensors", "tokenizer.json"
