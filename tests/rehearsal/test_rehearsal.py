@@ -71,6 +71,15 @@ def loaded(*given, **named):
 
 FastLanguageModel.from_pretrained = loaded
 """
+# For 04 besides, which brings pairs of its own: fewer of them.
+FEWER = """
+import helpers
+
+train_all, few = helpers.train_dpo, lambda data, most: data.select(range(min(most, len(data))))
+helpers.train_dpo = lambda model, tokenizer, train, test, *more, **options: train_all(
+    model, tokenizer, few(train, {train}), few(test, {test}), *more, **options
+)
+"""
 
 
 def tiny(folder: Path, tokenizer) -> Path:
@@ -116,6 +125,8 @@ class Reader:
         notebook = nbformat.read(path, as_version=4)
         opening = self.tokenizer.encode(OPENING, add_special_tokens=False)
         cell = BEFORE.format(opening=opening, seen=str(self.folder / f"{path.stem}.json"))
+        if path.stem.startswith("04"):
+            cell += FEWER.format(train=PAIRS - HELD_OUT, test=HELD_OUT)
         notebook.cells.insert(0, nbformat.v4.new_code_cell(cell))
         here, began = {"metadata": {"path": str(path.parent)}}, time.monotonic()
         try:
