@@ -207,7 +207,9 @@ def _reference_of(job: Job, report: Report) -> tuple[PairLogps, float | None]:
         once(lambda: _keep(path, logps, seconds=str(seconds), machine=job.info.machine))
         return logps, seconds
     notes = once(lambda: read_notes(path))
-    return logps, float(notes["seconds"]) if notes.get("machine") == job.info.machine else None
+    with contextlib.suppress(ValueError):  # of a note that was edited
+        return logps, float(notes.get("seconds", "") if notes.get("machine") == job.info.machine else "")
+    return logps, None
 
 
 def _scored(job: Job, reference: PairLogps, initial: dict[str, torch.Tensor]) -> pd.DataFrame:

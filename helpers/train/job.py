@@ -153,11 +153,13 @@ class Job:
             if not replace:
                 raise
             runs.set_aside(self.folder)
-        if before is None and (others := [name for name in runs.FILES if (self.folder / name).exists()]):
+        checkpoints = any(self.folder.glob("checkpoints/checkpoint-*"))
+        others = [name for name in runs.FILES if (self.folder / name).exists()] + ["checkpoints"] * checkpoints
+        if before is None and others:
             if not replace:
                 raise UserError(say("no_run", folder=self.folder, files=", ".join(others)))
             runs.set_aside(self.folder)
-        finished, checkpoints = before and before.end, any(self.folder.glob("checkpoints/checkpoint-*"))
+        finished = before and before.end
         dated = bool(before and before.data.given and before.data.given == self.info.data.given)
         if before and dated and (finished or self.tokens.is_dir()):
             self.info.data = before.data

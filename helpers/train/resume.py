@@ -145,6 +145,8 @@ def result_settings(config: dict[str, Any]) -> dict[str, Any]:
     found = {name: value for name, value in changed_settings(config).items() if name in RESULT_SETTINGS}
     if metric := found.get("metric_for_best_model"):
         found["metric_for_best_model"] = f"eval_{metric.removeprefix('eval_')}"
+    if set(found.get("loss_weights", ())) == {1}:
+        del found["loss_weights"]  # as TRL takes none of them
     return found
 
 

@@ -396,7 +396,7 @@ def test_call_that_would_train_otherwise_is_another_run(call, small, tmp_path):
     first = call("early", **RUNS["early"])
     with pytest.raises(UserError, match="another run .early_stopping 2 there, 5 now"):
         call("early", **RUNS["early"] | {"early_stopping": 5})
-    named_otherwise = RUNS["early"] | {"metric_for_best_model": "rewards/accuracies"}
+    named_otherwise = RUNS["early"] | {"metric_for_best_model": "rewards/accuracies", "loss_weights": [1.0]}
     assert call("early", **named_otherwise).metrics == first.metrics
 
 
@@ -435,6 +435,9 @@ def test_files_of_something_else_are_not_written_over(call, tmp_path):
     (tmp_path / "run" / ".note.20260101").write_text("mine")
     call("run", max_steps=1, replace=True)
     assert sorted(path.name for path in (tmp_path / "run.old-1").iterdir()) == [".note.20260101", "README.md"]
+    (tmp_path / "other" / "checkpoints" / "checkpoint-7").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds checkpoints and no run.json"):
+        call("other", max_steps=1)
 
 
 @pytest.fixture
