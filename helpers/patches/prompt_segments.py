@@ -20,6 +20,7 @@ class Keys(NamedTuple):
     """Which keys the queries of each segment see: a completion's, those of its prompt and its own up to themselves."""
 
     index: torch.Tensor  # places of the keys in the one row, by segment; a prompt's come once for each that sees them
+    copies: torch.Tensor  # (tokens, 3): where in `index` a token is; where it is less often, a place of the filler
     ends_q: torch.Tensor  # where the queries of each segment end, after a 0; int32
     ends_k: torch.Tensor  # its keys
     longest_q: int
@@ -41,33 +42,51 @@ def moved(array: np.ndarray, device: torch.device) -> torch.Tensor:
 def segment_keys(sizes: list[list[int]], device: torch.device) -> Keys:
     """The keys of each segment on `device`; `sizes` are those of a prompt and its completions, for each pair.
 
-    The last row is what fills the batch up. Its keys are filled up too: batches of one width then mostly have equally
-    many places in `index`.
+    The last row is what fills the batch up; no loss comes of it, so its keys have a gradient of 0. They are filled up
+    too: batches of one width then mostly have equally many places in `index`.
     """
     queries = np.array([size for row in sizes for size in row])
     tokens, fill, begin, keys = int(queries.sum()), sizes[-1][0], 0, []
-    runs: list[tuple[int, int]] = []  # of keys: where one begins, and its size
+    runs: list[tuple[int, int, int]] = []  # of keys: where one begins, its size, how many came of the same before
     for prompt, *completions in sizes:
-        runs.append((begin, prompt))
+        runs.append((begin, prompt, 0))
         own = begin + prompt
-        for size in completions:
-            runs += [(begin, prompt), (own, size)]
+        for number, size in enumerate(completions, 1):
+            runs += [(begin, prompt, number), (own, size, 0)]
             own += size
         keys += [prompt, *(prompt + size for size in completions)]
         begin = own
     more = -sum(keys) % (tokens // 2)
-    keys[-1] += more
-    index = places(*np.array(runs).T)
+    index = places(*np.array(runs)[:, :2].T)
     index = np.concatenate([index[:-fill], np.full(more, index[-fill]), index[-fill:]])
+    copies, ends = np.full((tokens, 3), len(index) - 1), np.cumsum([size for _, size, _ in runs])
+    for (begin, size, before), end in zip(runs, ends, strict=True):
+        copies[begin : begin + size, before] = np.arange(end - size, end)
+    copies[-fill:, 0] += more
+    keys[-1] += more
     ends = moved(np.array([queries, keys]).cumsum(axis=1).astype(np.int32), device)
     ends_q, ends_k = torch.nn.functional.pad(ends, (1, 0))
-    return Keys(moved(index, device), ends_q, ends_k, int(queries.max()), max(keys))
+    return Keys(moved(index, device), moved(copies, device), ends_q, ends_k, int(queries.max()), max(keys))
+
+
+class _Seen(torch.autograd.Function):
+    """`x[keys.index]` for x of shape (tokens, ...). torch's own backward pass adds up row by row, in 16 bits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor, copies: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(copies)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        found = torch.nn.functional.embedding_bag(*ctx.saved_tensors, gradient.flatten(1), mode="sum")
+        return found.unflatten(1, gradient.shape[1:]), None, None
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Keys, scale: float | None = None) -> torch.Tensor:
     """Attention of one row of segments, each of q, k, v and the result of shape (1, tokens, heads, size of a head)."""
     # Not x[0], whose backward pass fills a tensor with zeros and copies into it.
-    q, k, v = q.squeeze(0), *(x.squeeze(0).index_select(0, keys.index) for x in (k, v))
+    q, k, v = q.squeeze(0), *(_Seen.apply(x.squeeze(0), keys.index, keys.copies) for x in (k, v))
     # Causal; if there are more keys than queries, the last query sees all. `varlen_attn` of torch.nn.attention does
     # the same as an operator written in Python, which at this size costs as long as the kernels take.
     out, *_ = torch.ops.aten._flash_attention_forward(  # noqa: SLF001  (see above)
@@ -132,6 +151,7 @@ def _compare() -> None:
     seen = (segment[:, None] == segment) | ((segment == 0) & (segment[:, None] < 3))
     expected = scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=seen.tril())
     close = torch.allclose(found.float(), expected, atol=0.05)
-    gradients = (torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in (found, expected))
+    losses = (out[:, :, :-1].float().square().sum() for out in (found, expected))  # without the filler
+    gradients = (torch.autograd.grad(loss, (q, k, v)) for loss in losses)
     close &= all(torch.allclose(one, other, atol=0.2, rtol=0.05) for one, other in zip(*gradients, strict=True))
     expect(close, "attention over segments gives other values than attention under a mask")

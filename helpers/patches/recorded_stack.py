@@ -117,7 +117,7 @@ class _Stack:
             self.weights = [weight for weight in self.layers.parameters() if weight.requires_grad]
             return self.plain(*args, **given)
         longest = _rounded(keys.longest_q), _rounded(keys.longest_k)
-        inputs = [given["input_ids"], given["position_ids"], keys.index, keys.ends_q, keys.ends_k]
+        inputs = [given["input_ids"], given["position_ids"], *keys[:4]]
         shape = (*longest, *(one.numel() for one in inputs))
         full = len(self.recordings) == _MOST
         if shape not in self.recordings and (full or not self._record(shape, inputs, given)):

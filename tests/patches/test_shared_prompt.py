@@ -13,6 +13,7 @@ from helpers.data.render import tokenize_pairs
 from helpers.model.logps import pair_logps, with_reference
 from helpers.patches import shared_prompt
 from helpers.patches.fused_lm_head import own_forward
+from helpers.patches.prompt_segments import _Seen, segment_keys  # _Seen serves a kernel that needs a GPU
 from helpers.patches.shared_prompt import pack, share_prompts
 from helpers.train.settings import DPOConfig
 from helpers.train.trainer import make_trainer
@@ -153,3 +154,15 @@ def test_segments_of_one_row_give_the_same_log_probs_and_gradient(policy):
     torch.nn.functional.softplus(rejected - chosen).mean().backward()
     gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
     assert (plain_gradient - gradient).norm() < 5e-3 * plain_gradient.norm()
+
+
+def test_keys_that_come_more_than_once_add_up_to_the_gradient_of_their_token():
+    keys = segment_keys([[3, 2, 4], [5, 1, 1], [7]], torch.device("cpu"))
+    x = torch.randn(23, 2, 4, dtype=torch.float64, requires_grad=True)
+    taken = _Seen.apply(x, keys.index, keys.copies)
+    assert torch.equal(taken, x.index_select(0, keys.index)) and len(keys.index) % 11 == 0
+    gradient = torch.randn_like(taken)
+    gradient[keys.index >= 16] = 0  # the filler
+    (found,) = torch.autograd.grad(taken, x, gradient)
+    (expected,) = torch.autograd.grad(x.index_select(0, keys.index), x, gradient)
+    assert torch.allclose(found, expected, atol=1e-12) and found[:3].abs().min() > 0
