@@ -319,10 +319,14 @@ def our_trainer(name: str, folder: str, data, settings: dict) -> tuple:
 def reference_rate(name: str, trainer, batch: int = BATCH) -> float:
     """Pairs a second of the pass that caches the reference's log-probs: `batch` at once, alone on the card, and warm.
 
-    TRL always takes as many as in training.
+    TRL always takes as many as in training, and switches the adapter off; ours is fresh again, as before a first step.
     """
     import torch
 
+    with torch.no_grad():
+        for weight_name, weight in trainer.model.named_parameters():
+            if "lora_B" in weight_name:
+                weight.zero_()
     rows = trainer.train_dataset.select(range(batch * 4))
     if SIDES[name]["by"] == "train_dpo":
         from helpers.model.logps import pair_logps

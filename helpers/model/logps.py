@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -71,6 +72,22 @@ def _rounded_alike(model: Model) -> torch.autocast:
     return torch.autocast(model.device.type, dtype=dtype if short else None, enabled=short)
 
 
+@contextlib.contextmanager
+def _without_zeros(model: Model) -> Iterator[None]:
+    """In the block a fresh adapter is left out: what it adds is 0, and takes time."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if not layers or any(layer.disable_adapters for layer in layers) or not is_fresh(model):
+        yield
+        return
+    trained = [(weight, weight.requires_grad) for weight in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for weight, requires_grad in trained:
+            weight.requires_grad = requires_grad
+
+
 def pair_logps(
     model: Model,
     tokenizer: Tokenizer,
@@ -96,7 +113,13 @@ def pair_logps(
     order = np.argsort(pair_lengths(ids), kind="stable")
     collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=max_length)
     result, sums = torch.zeros(4, len(ids), dtype=torch.float64), []
-    with evaluating(model), torch.no_grad(), _rounded_alike(model), fused_lm_head.applied(inner) as fused:
+    with (
+        evaluating(model),
+        torch.no_grad(),
+        _rounded_alike(model),
+        _without_zeros(model),
+        fused_lm_head.applied(inner) as fused,
+    ):
         laid_out_first = fused and can_share(inner)  # on the CPU, and then moved
         # Longest first: what a batch frees then has room for the next, and memory does not grow to the end.
         for start in list(reversed(range(0, len(ids), batch_size)))[share[0] :: share[1]]:

@@ -100,6 +100,23 @@ def test_scoring_and_sampling_put_the_mode_back_after_an_error(policy, monkeypat
     assert policy.training
 
 
+def test_a_fresh_adapter_is_not_computed_and_comes_back(policy):
+    tokenizer, asked = helpers.load_tokenizer(), []
+    name, layer = next((name, one) for name, one in policy.named_modules() if name.endswith("lora_A.default"))
+    layer.register_forward_hook(lambda *given: asked.append(name))
+    frozen = policy.get_parameter(f"{name}.weight").requires_grad_(False)
+    fresh = pair_logps(policy, tokenizer, load_pairs(TEST))
+    assert not asked and not frozen.requires_grad
+    with policy.disable_adapter():
+        assert pair_logps(policy, tokenizer, load_pairs(TEST)).chosen == fresh.chosen
+        pair_logps(policy, tokenizer, load_pairs(TEST))
+        assert not asked  # an inner call leaves it disabled
+    trained = policy.get_parameter(f"{name.replace('lora_A', 'lora_B')}.weight")
+    assert trained.requires_grad
+    trained.data += 1
+    assert pair_logps(policy, tokenizer, load_pairs(TEST)).chosen != fresh.chosen and asked
+
+
 def test_the_base_is_hashed_once_and_again_when_it_was_changed(policy, monkeypatch):
     from helpers.model import fingerprint
 
