@@ -319,7 +319,7 @@ def our_trainer(name: str, folder: str, data, settings: dict) -> tuple:
 def reference_rate(name: str, trainer, batch: int = BATCH) -> float:
     """Pairs a second of the pass that caches the reference's log-probs: `batch` at once, alone on the card, and warm.
 
-    TRL always takes as many as in training, and switches the adapter off; ours is fresh again, as before a first step.
+    TRL always takes as many as in training. Our adapter is fresh again, as before a first step.
     """
     import torch
 
