@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import psutil
 import torch
 from datasets import Dataset
@@ -15,7 +16,7 @@ from peft import PeftModel
 from transformers import PretrainedConfig
 
 from helpers.data.render import pair_lengths, token_counts
-from helpers.patches.shared_prompt import can_share
+from helpers.patches.shared_prompt import can_share, filler
 
 # What layers keep against the formula: those of transformers and PEFT (norms in 32 bits, inputs of the LoRA matrices,
 # less what one forward for both sides takes off), fitted to benchmarks/memory.py; Unsloth's, to benchmarks/gpu.py.
@@ -134,22 +135,30 @@ def plan_batch(config: PretrainedConfig, free: float, *, tokens: int) -> BatchPl
     return _plan(lambda pairs, on: estimate(pairs=pairs, checkpointing=on).total, free, batch=8)
 
 
-def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstimate:
-    """`estimate_memory` for a policy that is loaded; every pair is taken as the longest.
+def _longest_row(ids: Dataset, pairs: int, max_length: int) -> int:
+    """Tokens of so many pairs in one row, each prompt once: the longest one, and others as they may be drawn."""
+    prompt, *answers = token_counts(ids).values()
+    each = prompt + sum(np.minimum(answer, max_length - prompt) for answer in answers)
+    others = pairs - 1
+    drawn = each.max() + others * each.mean() + 2 * each.std() * others**0.5
+    tokens = math.ceil(min(pairs * each.max(), drawn))
+    return tokens + filler(tokens)
 
+
+def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstimate:
+    """`estimate_memory` for a policy that is loaded.
+
+    Every pair is taken as the longest, but where all pairs are in one row: others are then drawn with that one.
     `model` has a LoRA adapter, `ids` are the training pairs' (`tokenize_pairs`), `settings` those of `dpo_settings`.
     """
-    plain = model.device.type == "cpu"
-    if plain or not can_share(model.get_base_model()):
-        prompt, tokens = 0, int(pair_lengths(ids).max())
-    else:  # the pair with most tokens, its sides taken to be alike
-        prompt, *answers = max(zip(*token_counts(ids).values(), strict=True), key=sum)
-        prompt, tokens = int(prompt), int(prompt) + math.ceil(sum(answers) / 2)
+    plain, pairs = model.device.type == "cpu", settings["per_device_train_batch_size"]
+    tokens = min(int(pair_lengths(ids).max()), settings["max_length"])
+    if not plain and can_share(model.get_base_model()):
+        tokens = math.ceil(_longest_row(ids, pairs, settings["max_length"]) / pairs / 2)
     return estimate_memory(
         model.config,
-        pairs=settings["per_device_train_batch_size"],
-        tokens=min(tokens, settings["max_length"]),
-        prompt=prompt,
+        pairs=pairs,
+        tokens=tokens,
         checkpointing=settings["gradient_checkpointing"],
         load_in_4bit=bool(getattr(model, "is_loaded_in_4bit", False)),
         rank=next(iter(model.peft_config.values())).r,

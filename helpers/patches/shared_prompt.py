@@ -47,7 +47,7 @@ def _mask(sizes: list[list[int]], dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
-def _filler(tokens: int) -> int:
+def filler(tokens: int) -> int:
     """How many tokens fill a row up: at least one, at most 128 or, if kernels are recorded, a sixteenth of the row.
 
     For each new width kernels are chosen, loaded and recorded, and the fast ones want a multiple of 8.
@@ -63,7 +63,7 @@ def pack(
 
     The prompt's last token opens either completion, since it has to predict both first tokens; the last token of a
     completion predicts nothing and is left out. One row is filled up to few different widths, all multiples of 128 (see
-    `_filler`). None if the rows are no pairs with equal prompts and something after them.
+    `filler`). None if the rows are no pairs with equal prompts and something after them.
     """
     if len(ids) % 2:
         return None
@@ -85,7 +85,7 @@ def pack(
     told, names, rest = following != -100, ("input_ids", "position_ids", "shift_labels"), (0, 0, -100)
     flat = np.stack([ids[row, column], column, following])
     if one_row:
-        fill = _filler(len(row))
+        fill = filler(len(row))
         filled = np.concatenate([flat, np.tile(np.array(rest)[:, None], fill)], axis=1)
         inputs: dict[str, Any] = dict(zip(names, moved(filled, device)[:, None], strict=True))
         inputs["prefix_seg_info"] = segment_keys([*sizes, [fill]], device)
