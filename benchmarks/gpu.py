@@ -49,6 +49,7 @@ SHORT = USUAL | {"pairs": 8, "cached": True, "expert": "short"}
 ROOM = SHORT | {"checkpointing": False, "expert": "room"}
 OURS = {"by": "train_dpo", "pairs": 8, "checkpointing": True, "cached": True, "shared": True}
 TWO_ROWS = OURS | {"shared": False}
+LONG = {"pairs": 1, "step": 2, "tokens": 9216, "words": ((7900, 8000), (500, 512))}  # of a prompt, of an answer
 SIDES = {
     # Unsloth as most notebooks use it.
     "usual": USUAL | {"env": {"UNSLOTH_LOG_MFU": "1"}},
@@ -78,6 +79,9 @@ SIDES = {
     "explicit": USUAL | {"explicit": True},
     "ours_1024": OURS | {"tokens": 1024},
     "kept_1024": OURS | {"checkpointing": False, "tokens": 1024},
+    # Prompts of 8,000 tokens with two answers of 512, one pair at a time and two in a step.
+    "long": OURS | LONG,
+    "long_two_rows": TWO_ROWS | LONG,
 }
 OF_KIND = {"short": "ours", "room": "kept"}  # the side of train_dpo that an expert's is compared with
 # Sides that take turns. The first two waves are the fair table; TRL without Unsloth keeps some 100 GB in its best one.
@@ -87,15 +91,25 @@ WAVES = [
     ["ours_one_by_one", "kept_one_by_one"],
     ["ours_1024", "kept_1024", "two_rows_kept"],
     ["explicit", "offloaded", "two_rows", "two_rows_offloaded"],
+    ["long", "long_two_rows"],
 ]
 
 
-def make_pairs(tokenizer, longest: int, count: int = BATCH * DIFFERENT) -> list[dict]:
-    """`count` pairs of random words, about 350 tokens a sequence where `longest` is 512, in form of a conversation."""
+def in_a_step(name: str) -> int:
+    """Pairs in a step of a side."""
+    return SIDES[name].get("step", BATCH)
+
+
+def make_pairs(tokenizer, longest: int, count: int = BATCH * DIFFERENT, spans: tuple | None = None) -> list[dict]:
+    """`count` pairs of random words, about 350 tokens a sequence where `longest` is 512, in form of a conversation.
+
+    `spans`: from how many to how many words a prompt has, and an answer.
+    """
     source = random.Random(0)
     words = "cat dog sun tree blue red one two fish bird house river stone wind rain".split()
     assert all(len(tokenizer(" " + w, add_special_tokens=False)["input_ids"]) == 1 for w in words)
-    scale = longest / 512
+    scale = 1 if spans else longest / 512
+    asked, answered = spans or ((120, 200), (120, 240))
 
     def turn(role: str, least: int, most: int) -> list[dict]:
         length = round(source.randint(least, most) * scale)
@@ -103,9 +117,9 @@ def make_pairs(tokenizer, longest: int, count: int = BATCH * DIFFERENT) -> list[
 
     return [
         {
-            "prompt": turn("user", 120, 200),
-            "chosen": turn("assistant", 120, 240),
-            "rejected": turn("assistant", 120, 240),
+            "prompt": turn("user", *asked),
+            "chosen": turn("assistant", *answered),
+            "rejected": turn("assistant", *answered),
         }
         for _ in range(count)
     ]
@@ -327,7 +341,7 @@ def reference_rate(name: str, trainer, batch: int = BATCH) -> float:
         for weight_name, weight in trainer.model.named_parameters():
             if "lora_B" in weight_name:
                 weight.zero_()
-    rows = trainer.train_dataset.select(range(batch * 4))
+    rows = trainer.train_dataset.select(range(min(batch * 4, len(trainer.train_dataset))))
     if SIDES[name]["by"] == "train_dpo":
         from helpers.model.logps import pair_logps
 
@@ -400,7 +414,7 @@ def settings_of(name: str, longest: int) -> dict:
         "lr_scheduler_type": "constant",
         "optim": "adamw_8bit",
         "per_device_train_batch_size": SIDES[name]["pairs"],
-        "gradient_accumulation_steps": BATCH // SIDES[name]["pairs"],
+        "gradient_accumulation_steps": in_a_step(name) // SIDES[name]["pairs"],
         "gradient_checkpointing": bool(SIDES[name]["checkpointing"]),
         "max_steps": STEPS,
         "logging_steps": 1,
@@ -424,8 +438,9 @@ def side(name: str, folder: str, longest: int, say) -> dict:
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    pairs = make_pairs(AutoTokenizer.from_pretrained(folder), longest)
-    data = Dataset.from_list(pairs + pairs[-BATCH * TURN :])
+    step = in_a_step(name)
+    pairs = make_pairs(AutoTokenizer.from_pretrained(folder), longest, step * DIFFERENT, options.get("words"))
+    data = Dataset.from_list(pairs + pairs[-step * TURN :])
     settings = settings_of(name, longest)
     if options["by"] == "train_dpo":
         trainer, result = our_trainer(name, folder, data, settings)
@@ -437,7 +452,7 @@ def side(name: str, folder: str, longest: int, say) -> dict:
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
     peak = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    if options["cached"]:
+    if options["cached"] and not options.get("words"):
         result["reference_pairs_per_s"] = reference_rate(name, trainer)
         if options["by"] == "train_dpo":
             result["reference_pairs_per_s_at_32"] = reference_rate(name, trainer, 32)
@@ -453,10 +468,10 @@ def side(name: str, folder: str, longest: int, say) -> dict:
     )
 
 
-def best_turn(seconds: list[float]) -> float:
+def best_turn(seconds: list[float], pairs: int = BATCH) -> float:
     """Pairs a second by the median step of the fastest turn: with the least of what else the machine does in it."""
     turns = [seconds[at : at + TURN - 1] for at in range(0, len(seconds), TURN - 1)]
-    return round(BATCH / min(map(statistics.median, turns)), 2)
+    return round(pairs / min(map(statistics.median, turns)), 2)
 
 
 def measured(name: str, trainer, timer) -> dict:
@@ -484,15 +499,15 @@ def measured(name: str, trainer, timer) -> dict:
     return result | {
         "trainer": type(trainer).__name__,
         "optimizer": type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__,
-        "pairs_per_s": round(BATCH / step, 2),
+        "pairs_per_s": round(in_a_step(name) / step, 2),
         "tokens_a_sequence": round(tokens / 2),
-        "pairs_per_s_best_turn": best_turn(timer.seconds),
+        "pairs_per_s_best_turn": best_turn(timer.seconds, in_a_step(name)),
         "warm_up_seconds": round(timer.warm_up_seconds, 1),
         "step_seconds": [round(seconds, 4) for seconds in timer.seconds],
         "gpu_busy_share": round(sum(by_name.values()) / statistics.mean(same), 3),
         "kernels_a_step": round(len(kernels) / len(same)),
         "slowest_kernels": {kernel: round(seconds, 4) for kernel, seconds in by_name.most_common(12)},
-        "tflop_per_s": round(BATCH / step * needed / len(lengths) / 1e12, 1),
+        "tflop_per_s": round(in_a_step(name) / step * needed / len(lengths) / 1e12, 1),
         "losses": [float(row["loss"]) for row in trainer.state.log_history if "loss" in row],
     }
 
@@ -676,11 +691,14 @@ def estimate(config, options: dict):
     from helpers.model.memory import estimate_memory
 
     scale = options.get("tokens", 512) / 512
+    prompt, longest = PROMPT * scale, LONGEST * scale
+    if words := options.get("words"):
+        prompt, longest = words[0][1], words[0][1] + words[1][1]
     return estimate_memory(
         config,
         pairs=options["pairs"],
-        tokens=LONGEST * scale,
-        prompt=PROMPT * scale if options["shared"] else 0,
+        tokens=longest,
+        prompt=prompt if options["shared"] else 0,
         checkpointing=options["checkpointing"],
         load_in_4bit=options.get("load", {}).get("load_in_4bit", True),
         optim="adamw_8bit",
@@ -696,7 +714,7 @@ def dry_run(names: list[str]) -> None:
     for name in names:
         options = SIDES[name]
         gb = round(estimate(config, options).total / 1e9, 2)
-        sides[name] = options | {"pieces": BATCH // options["pairs"], "estimated_gb": gb}
+        sides[name] = options | {"pieces": in_a_step(name) // options["pairs"], "estimated_gb": gb}
         print(f"{name:18} {sides[name]}")
     rule = {f"{card} GB": predictions(card * 1e9) for card in (8, 16, 24, 80)}
     print(json.dumps({"sides": sides, "steps": STEPS, "rule": rule}))
