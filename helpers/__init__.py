@@ -9,7 +9,7 @@ The wings behind it, each importing only from those above it:
     data      a file or a list becomes pairs that can be trusted, with their token ids
     model     profiles, loading, replies, log-probs, hashes, memory
     run       the run folder, its figures, diagnosis, keep or discard, its model card
-    train     settings, trainer, `train_dpo`, the SFT start, the beta sweep
+    train     settings, trainer, `train_dpo`, the SFT start, the beta sweep, pairs from the policy's own replies
     thinking  think tags, thinking pairs, what is wrong with them, how they are scored
     after     inspection, recommendation, export
     teach     what only a notebook shows: figures and tables of lessons
@@ -44,10 +44,11 @@ from helpers.run.verdict import verdict
 from helpers.shutdown import shut_down_kernel
 from helpers.thinking.check import check_thinking
 from helpers.thinking.pairs import load_thinking_pairs, render_thinking
-from helpers.thinking.score import false_steps, thought_shares, thought_table
+from helpers.thinking.score import false_steps, score_thought, thought_shares, thought_table
 from helpers.thinking.tags import split_thinking, think_boundary
 from helpers.thinking.word_problems import KINDS, make_thinking_pairs
 from helpers.train.dpo import train_dpo
+from helpers.train.sample import sample_pairs
 from helpers.train.settings import DPOConfig, dpo_settings
 from helpers.train.sft import train_sft
 from helpers.train.sweep import Sweep, sweep_beta
@@ -60,7 +61,7 @@ __all__ = [
     "generate_replies", "implicit_rewards", "is_bf16_supported", "kept_update", "load_model", "load_pairs",
     "load_report", "load_thinking_pairs", "load_tokenizer", "machine", "make_thinking_pairs", "open_run",
     "output_folder", "pair_logps", "plan_batch", "quiet_progress", "recommend", "reference_logps", "render_thinking",
-    "seed_interval", "share", "shut_down_kernel", "split_pairs", "split_thinking", "sweep_beta", "text_progress",
-    "think_boundary", "thought_shares", "thought_table", "token_rewards", "tokenize_pairs", "train_dpo", "train_sft",
-    "verdict", "versions", "wilson_interval",
+    "sample_pairs", "score_thought", "seed_interval", "share", "shut_down_kernel", "split_pairs", "split_thinking",
+    "sweep_beta", "text_progress", "think_boundary", "thought_shares", "thought_table", "token_rewards",
+    "tokenize_pairs", "train_dpo", "train_sft", "verdict", "versions", "wilson_interval",
 ]  # fmt: skip

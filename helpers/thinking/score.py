@@ -51,6 +51,15 @@ _STATEMENTS: tuple[tuple[str, Callable[..., bool]], ...] = (  # pattern, whether
 )
 
 
+def _statements(thought: str) -> list[tuple[str, bool]]:
+    """The statements of a `thought` that can be evaluated, word for word, and whether they are true."""
+    return [
+        (found[0], is_true(*(int(part) if part.isdecimal() else part for part in found.groups())))
+        for pattern, is_true in _STATEMENTS
+        for found in re.finditer(pattern, thought)
+    ]
+
+
 def false_steps(thought: str) -> list[str]:
     """The statements of a `thought` that can be evaluated (those that `make_thinking_pairs` writes: calculations and
     comparisons of two whole numbers, percentages, days of the week, months and units) and are false, word for word.
@@ -58,12 +67,19 @@ def false_steps(thought: str) -> list[str]:
     >>> false_steps("Each box holds 8, so 3 * 8 = 24, and 24 + 5 = 30.")
     ['24 + 5 = 30']
     """
-    return [
-        found[0]
-        for pattern, is_true in _STATEMENTS
-        for found in re.finditer(pattern, thought)
-        if not is_true(*(int(part) if part.isdecimal() else part for part in found.groups()))
-    ]
+    return [text for text, is_true in _statements(thought) if not is_true]
+
+
+def score_thought(reply: str, answer: str, tokenizer: Tokenizer) -> float:
+    """A score for the judge of `sample_pairs`: 1 if a `reply` has one well-formed thought with true steps alone (see
+    `false_steps`) and says `answer` (see `is_right`); a half if a step is false, or there is none and the answer may be
+    a guess; else 0. `tokenizer` is of the model that replied.
+    """
+    found = split_thinking(reply, tokenizer)
+    if not (found.well_formed and is_right(found.answer, answer)):
+        return 0.0
+    steps = [is_true for _, is_true in _statements(found.thought or "")]
+    return 1.0 if steps and all(steps) else 0.5
 
 
 def thought_table(replies: Sequence[Reply], answers: Sequence[str], tokenizer: Tokenizer) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Training: settings, trainer, resume, `train_dpo`; a start by SFT; a sweep over beta."""
+"""Training: settings, trainer, resume, `train_dpo`; a start by SFT; a sweep over beta; sampled pairs."""
 
 from pathlib import Path
 from typing import Any

@@ -3,7 +3,7 @@
 import pytest
 
 from helpers.model.generate import Reply
-from helpers.thinking.score import false_steps, is_right, thought_shares, thought_table
+from helpers.thinking.score import false_steps, is_right, score_thought, thought_shares, thought_table
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,23 @@ def test_false_steps_reads_what_it_can():
     assert false_steps("50 * 9 / 5 = 90 and 0.5 * 4 = 2 are left alone") == []
     assert false_steps("3 days after Monday comes Friday") == ["3 days after Monday comes Friday"]
     assert false_steps("June has 31 days. One day is 60 hours.") == ["June has 31 days", "One day is 60 hours"]
+
+
+@pytest.mark.parametrize(
+    "reply, score",
+    [
+        ("<think>\n6 + 1 = 7\n</think>\n\nIt is 7.", 1),
+        ("<think>\n6 + 1 = 8\n</think>\n\nIt is 7.", 0.5),
+        ("<think>\n5 + 1 = 6, and 6 + 1 = 8\n</think>\n\nIt is 7.", 0.5),
+        ("<think>\nSeven is a good number.\n</think>\n\nIt is 7.", 0.5),
+        ("<think>\n6 + 1 = 7\n</think>\n\nIt is 8.", 0),
+        ("It is 7.", 0),
+        ("<think>\n6 + 1 = 7. It is 7.", 0),
+        ("<think>\n<think>\n6 + 1 = 7\n</think>\n\nIt is 7.", 0),
+    ],
+)
+def test_score_of_a_reply(reply, score, tokenizer):
+    assert score_thought(reply, "7", tokenizer) == score
 
 
 def replied(tokenizer, text, ended=True):
