@@ -219,9 +219,11 @@ def with_reference(pairs: Dataset, logps: PairLogps) -> Dataset:
 def sample_twice(model: Model, tokenizer: Tokenizer, prompts: Prompts, **sampling: Any) -> list[Reply]:
     """Two replies to each prompt at temperature 1: first one to each, then the second ones.
 
-    The model, tokenizer, prompts and sampling (max_new_tokens, seed) are as in `generate_replies`.
+    The model, tokenizer, prompts and sampling (max_new_tokens, seed, and batch_size, 32 if left out) are as in
+    `generate_replies`.
     """
-    return generate_replies(model, tokenizer, [*prompts, *prompts], temperature=1.0, batch_size=32, **sampling)
+    sampling = {"batch_size": 32} | sampling
+    return generate_replies(model, tokenizer, [*prompts, *prompts], temperature=1.0, **sampling)
 
 
 def _next_logps(inner: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:

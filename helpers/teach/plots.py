@@ -214,6 +214,23 @@ def plot_frontier(table: pd.DataFrame) -> plt.Figure:
     return figure
 
 
+def plot_losses(runs: pd.DataFrame) -> plt.Figure:
+    """Held-out accuracy against KL of each run with right labels: what does a nat of drift buy with each loss?
+
+    `runs` are those of `loss_runs`. A loss has one colour; its lowest strength is a circle, the next a square, the
+    highest a triangle.
+    """
+    figure, axis = _subplots(figsize=(8, 4.5))
+    for place, (loss, rows) in enumerate(runs[runs.exchanged == 0].groupby("loss", sort=False)):
+        for marker, (_, group) in zip("os^", rows.groupby("strength"), strict=False):
+            name = loss if marker == "o" else None
+            axis.plot(group.kl, group.accuracy, marker, color=f"C{place}", alpha=0.7, label=name)
+    axis.set(xlabel="KL(policy || reference) of sampled replies (nats a reply)", ylabel="held-out preference accuracy")
+    axis.set_title("a point is a run; strength: circle lowest, triangle highest", fontsize=10)
+    figure.legend(title="loss", fontsize=8, loc="outside right upper")
+    return figure
+
+
 def plot_gaps_and_margins(history: pd.DataFrame) -> plt.Figure:
     """Log-ratio gap and margin by step, a line for each beta: only one of the two can be compared.
 
