@@ -1,10 +1,10 @@
-# make setup | run | refresh | student | site | test | fast | lab | lint | lock | newest
+# make setup | run | refresh | student | site | test | fast | harness | lab | lint | lock | newest
 PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 NOTEBOOKS = $(wildcard notebooks/*.ipynb notebooks/extra/*.ipynb)
 
-.PHONY: setup run refresh student site test fast lab lint lock newest chromium
+.PHONY: setup run refresh student site test fast harness lab lint lock newest chromium
 
 setup: $(VENV)/installed
 
@@ -49,6 +49,14 @@ test: setup chromium
 # Every helper without a training run, in two processes. nbmake, which this needs not, takes four seconds to load.
 fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -p no:nbmake -n 2 --dist worksteal
+
+# lm-evaluation-harness in an environment of its own, which sees the packages of .venv, and the test that needs it.
+SITE = -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+harness: setup
+	$(BIN)/python -m venv outputs/harness
+	$(BIN)/python $(SITE) > "$$(outputs/harness/bin/python $(SITE))/venv.pth"
+	outputs/harness/bin/python -m pip install --quiet --disable-pip-version-check lm_eval==0.4.13
+	LM_EVAL_PYTHON=outputs/harness/bin/python $(BIN)/python -m pytest tests/after/test_retention.py -k harness
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

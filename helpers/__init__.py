@@ -24,6 +24,7 @@ from unsloth import FastLanguageModel, is_bfloat16_supported as is_bf16_supporte
 from helpers.after.export import export_run, kept_update
 from helpers.after.inspection import compare_generations, implicit_rewards, open_run, token_rewards
 from helpers.after.recommend import recommend
+from helpers.after.retention import retention
 from helpers.after.trl_script import share
 from helpers.common import PROJECT, UserError, output_folder
 from helpers.session import quiet_progress
@@ -61,7 +62,7 @@ __all__ = [
     "generate_replies", "implicit_rewards", "is_bf16_supported", "kept_update", "load_model", "load_pairs",
     "load_report", "load_thinking_pairs", "load_tokenizer", "machine", "make_thinking_pairs", "open_run",
     "output_folder", "pair_logps", "plan_batch", "quiet_progress", "recommend", "reference_logps", "render_thinking",
-    "sample_pairs", "score_thought", "seed_interval", "share", "shut_down_kernel", "split_pairs", "split_thinking",
-    "sweep_beta", "text_progress", "think_boundary", "thought_shares", "thought_table", "token_rewards",
-    "tokenize_pairs", "train_dpo", "train_sft", "verdict", "versions", "wilson_interval",
+    "retention", "sample_pairs", "score_thought", "seed_interval", "share", "shut_down_kernel", "split_pairs",
+    "split_thinking", "sweep_beta", "text_progress", "think_boundary", "thought_shares", "thought_table",
+    "token_rewards", "tokenize_pairs", "train_dpo", "train_sft", "verdict", "versions", "wilson_interval",
 ]  # fmt: skip

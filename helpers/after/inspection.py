@@ -188,8 +188,9 @@ def implicit_rewards(run: AnyRun, pairs: Dataset) -> pd.DataFrame:
     return table
 
 
-def _token_logps(model: Model, prompt: list[int], completion: list[int]) -> torch.Tensor:
-    """Log-probs of the completion's tokens in nats, shape (tokens,): the plain definition, one softmax a token."""
+def token_logps(model: Model, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    """Log-probs in nats under `model` of the tokens of `completion` after `prompt`, ids both, shape (tokens,): the
+    plain definition, one softmax a token."""
     ids = torch.tensor([prompt + completion], device=model.device)
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
@@ -212,7 +213,7 @@ def _side_rewards(opened: OpenRun, side: str, prompt: list[int], completion: lis
     starts = [i > 0 and (text[:1].isspace() or special[i] or special[i - 1]) for i, text in enumerate(texts)]
     words = {"side": side, "word": pd.Series(starts, dtype=int).cumsum(), "token": list(map(visible, texts)), "id": ids}
     table = pd.DataFrame(words | {"eos": [token == tokenizer.eos_token_id for token in ids]})
-    table = table.assign(**opened.both(lambda model: _token_logps(model, prompt, ids).numpy()))
+    table = table.assign(**opened.both(lambda model: token_logps(model, prompt, ids).numpy()))
     return table.assign(log_ratio=table.policy - table.reference, reward=opened.beta * (table.policy - table.reference))
 
 

@@ -18,6 +18,7 @@ from helpers.run import refused
 from helpers.run.diagnosis import ENOUGH_PAIRS, LIMITS, Diagnosis, diagnose
 from helpers.run.folder import DataInfo, Run
 from helpers.run.metrics import pairs_to_decide, wilson_interval
+from helpers.run.retained import lost_parts, retained_line, retained_parts
 
 # What this table adds to the limits of diagnosis, and the rules by name: decision, reason, what would change it.
 BOUNDS, WORDING = yaml.safe_load_all(Path(__file__).with_name("verdict.yaml").read_text("utf-8"))
@@ -28,6 +29,7 @@ DECIDES: dict[str, Callable[[dict[str, Any]], bool]] = {
     "not_numbers": lambda f: f["not_numbers"],
     "stopped": lambda f: f["asked"] and f["after_ends"][1] < f["before_ends"][0],
     "below": lambda f: f["high"] < 0.5,
+    "lost": lambda f: bool(f["lost"]),
     "unknown": lambda f: f["pairs"] == 0,
     "few": lambda f: f["pairs"] < ENOUGH_PAIRS,
     "half": lambda f: f["low"] <= 0.5,
@@ -154,13 +156,17 @@ def verdict(run: Run | str | Path, replies: pd.DataFrame | None = None) -> Verdi
 
     `replies`, the table of `compare_generations(run, prompts)`, adds whether replies end and how long they are. These
     figures are kept in the run's folder: later calls without replies have them, and the cards that `export_run` writes.
-    Raises UserError if that is another table, or the folder no finished run.
+    So it is with what `retention(run)` found. Raises UserError if `replies` is another table, or the folder no finished
+    run.
     """
     run = run if isinstance(run, Run) else Run.load(run)
     f: dict[str, Any] = {"enough": ENOUGH_PAIRS, "share": 0.5, "low": 0.0, "high": 1.0, "chosen_fall": 0.0}
     rows: dict[str, tuple[str, str]] = {}
     _held_out(run.held_out, f, rows)
     _replies(_kept(run, replies), f, rows)
+    parts = retained_parts(run.folder)
+    f |= {"lost": lost_parts(parts), "retained": retained_line(parts)}
+    rows |= {"retention(run)": ("", f["retained"])} if parts else {}
     rows["diagnose(run)"] = "", _diagnosed(diagnose(run), f)
     rows["left out of the training data"] = _left_out(run.info.data), ""
     needed = pairs_to_decide(f["share"])

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from helpers import Run, UserError, diagnose, verdict
+from helpers.common import write_json
 from helpers.run.card import model_card
 from helpers.run.diagnosis import RULES as SYMPTOM_RULES
 from helpers.run.folder import RunInfo
@@ -90,6 +91,11 @@ CASES = {
     "not_numbers": ({"held_out": pairs(108, 12).replace(-120.0, np.nan)}, None, "NaN"),
     "stopped": ({}, replies(12, 2), "Discard: replies no longer end: 17% of 12 do, 100% did before"),
     "below": ({"held_out": pairs(40, 80)}, None, r"0\.26 to 0\.42, is below one half.*exchange"),
+    "lost": (
+        {"parts": {"facts": {"items": 30, "before": 0.5, "after": 0.2, "change": -0.3, "low": -0.4, "high": -0.2}}},
+        None,
+        r"Undecided: .* unlike the pairs, share of facts that are right fell by 0\.30 \(95%: 0\.20 to 0\.40\)\. What",
+    ),
     "unknown": ({"held_out": None}, None, r"its held_out\.jsonl"),
     "few": ({"held_out": pairs(12, 2)}, None, "14 held-out pairs are too few.*30 or more"),
     "half": ({"held_out": pairs(66, 54)}, None, r"0\.46 to 0\.64, contains one half.*some 385 pairs.*0\.55"),
@@ -109,9 +115,24 @@ def test_each_rule_has_its_run_and_its_text():
     assert list(DECIDES) == list(WORDING) == list(CASES)
 
 
+def test_what_retention_found_is_on_the_cards(run):
+    run.info.config |= {"seed": 0}
+    assert "retention(run)" not in model_card(run, "adapter")
+    write_json(run.folder / "retention.json", {"parts": CASES["lost"][0]["parts"] | {"<b>": {}}})
+    card = model_card(run, "adapter")
+    assert "| retention(run) |  | share of facts that are right fell by 0.30" in card and "<b>" not in card
+    kept = {"facts": CASES["lost"][0]["parts"]["facts"] | {"change": -0.01, "high": 0.1}}
+    write_json(run.folder / "retention.json", {"parts": kept})
+    assert verdict(run).decision == "keep"
+    assert "| retention(run) |  | nothing found to be lost |" in model_card(run, "adapter")
+
+
 @pytest.mark.parametrize("rule", CASES)
 def test_rule(run, rule):
     changes, asked, line = CASES[rule]
+    if rule == "lost":
+        write_json(run.folder / "retention.json", changes)
+        changes = {}
     found = verdict(dataclasses.replace(run, **changes), asked)
     assert found.decision == WORDING[rule]["decision"] and pd.Series([found.line]).str.contains(line).all(), found.line
     assert "{" not in found.line and "nan" not in found.line.lower().replace("(nan or", "")
