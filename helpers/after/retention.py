@@ -82,7 +82,7 @@ def _ask(
     return pd.DataFrame(scores, columns=["part", "id", "kind", "score", "reply"]), own
 
 
-def _compared(items: pd.DataFrame) -> dict[str, float]:
+def _change_of(items: pd.DataFrame) -> dict[str, float]:
     change = items.after - items.before
     mean, half = float(change.mean()), seed_interval(change.tolist())
     means = {"before": float(items.before.mean()), "after": float(items.after.mean()), "change": mean}
@@ -106,7 +106,7 @@ def retention(run: AnyRun) -> Retention:
     after, _ = _ask(opened.model, opened.tokenizer, template, own)
     items = before.rename(columns={"score": "before", "reply": "reference"})
     items = items.assign(after=after.score, policy=after.reply)
-    parts = {name: _compared(of_part) for name in LOST if len(of_part := items[items.part == name])}
+    parts = {name: _change_of(of_part) for name in LOST if len(of_part := items[items.part == name])}
     try:
         write_json(opened.run.folder / RETAINED_FILE, {"parts": parts})
     except OSError as error:
