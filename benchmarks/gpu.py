@@ -101,7 +101,7 @@ def in_a_step(name: str) -> int:
 
 
 def make_pairs(tokenizer, longest: int, count: int = BATCH * DIFFERENT, spans: tuple | None = None) -> list[dict]:
-    """`count` pairs of random words, about 350 tokens a sequence where `longest` is 512, in form of a conversation.
+    """`count` pairs of random words, about 350 tokens a sequence where `longest` is 512, as conversations.
 
     `spans`: from how many to how many words a prompt has, and an answer.
     """

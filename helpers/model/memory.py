@@ -148,7 +148,8 @@ def _longest_row(ids: Dataset, pairs: int, max_length: int) -> int:
 def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstimate:
     """`estimate_memory` for a policy that is loaded.
 
-    Every pair is taken as the longest, but where all pairs are in one row: others are then drawn with that one.
+    Every pair is taken as the longest. Where all pairs are in one row, one of them is the longest, and the others are
+    as long as pairs drawn at random.
     `model` has a LoRA adapter, `ids` are the training pairs' (`tokenize_pairs`), `settings` those of `dpo_settings`.
     """
     plain, pairs = model.device.type == "cpu", settings["per_device_train_batch_size"]

@@ -77,7 +77,7 @@ class Policy:
     device = property(lambda self: self.model.device)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """A copy of the adapter's weights, in the machine's memory, where the card may be full."""
+        """A copy of the adapter's weights in the machine's memory, since a GPU may have no room for it."""
         return {name: tensor.to("cpu", copy=True) for name, tensor in adapter_weights(self.model).items()}
 
     def put_back(self, weights: dict[str, torch.Tensor]) -> None:

@@ -207,9 +207,12 @@ def _reference_of(job: Job, report: Report) -> tuple[PairLogps, float | None]:
         once(lambda: _keep(path, logps, seconds=str(seconds), machine=job.info.machine))
         return logps, seconds
     notes = once(lambda: read_notes(path))
-    with contextlib.suppress(ValueError):  # of a note that was edited
-        return logps, float(notes.get("seconds", "") if notes.get("machine") == job.info.machine else "")
-    return logps, None
+    if notes.get("machine") != job.info.machine:
+        return logps, None
+    try:
+        return logps, float(notes["seconds"])
+    except (LookupError, ValueError):  # of a note that was edited
+        return logps, None
 
 
 def _scored(job: Job, reference: PairLogps, initial: dict[str, torch.Tensor]) -> pd.DataFrame:
