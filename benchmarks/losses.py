@@ -149,7 +149,8 @@ def by_trl(kind: str, model, tokenizer, train, seed: int, folder: str, steps: in
     shared = """learning_rate num_train_epochs lr_scheduler_type warmup_steps weight_decay optim bf16 max_length
     logging_steps logging_first_step report_to""".split()
     values = {name: value for name, value in dpo_settings(model).items() if name in shared}
-    values |= {"seed": seed, "per_device_train_batch_size": size, "gradient_checkpointing": False, "max_steps": steps}
+    values |= {"seed": seed, "per_device_train_batch_size": size, "gradient_accumulation_steps": 1, "max_steps": steps}
+    values |= {"gradient_checkpointing": False, "max_grad_norm": 1.0}  # Unsloth's own configs have other defaults
     values |= {"output_dir": folder, "save_strategy": "no", "disable_tqdm": True} | settings
     if kind == "kto":
         # In any order: TRL goes through them one after the other, and estimates the KL among those of a batch.

@@ -2,9 +2,11 @@
 
 The same script runs on any number of cards, started by torchrun (on one card, by Python). The model is that of
 benchmarks/gpu.py: the shape of Qwen3-4B, random weights in 4 bits, kept in --folder if that is given. Each number of
-cards trains with 8 and with 16 pairs a card. All load and warm up first; then they take three turns alone, a step after
-the pause and four that count, so that a slow minute of the machine is one for all of them and no kernel is compiled in
-a step that counts. Pairs a second are those of the median step; scaling is against one card with as many pairs a card.
+cards trains with 8 and with 16 pairs a card, all on the same pairs in the same order: a batch of long ones is slow. What
+the most cards take in a step, fewer take in several. All load and warm up first; then they take three turns alone, a
+step of the most cards after the pause and four that count, so that a slow minute of the machine is one for all of them
+and hardly a kernel is compiled in a step that counts. Pairs a second are those of the median among these; scaling is
+against one card with as many pairs a card.
 
 Then one card takes the same steps as several did, in as many pieces: in bf16 the losses agree within 0.01, in fp32
 (--cpu) within 0.0002. Random weights give log-probs ten times those of a real model, so beta is a tenth of the usual,
@@ -43,7 +45,7 @@ SETTINGS = {
 
 
 def plan(cpu: bool) -> dict[str, int]:
-    """Steps before the first turn, turns, and steps of a turn, the first of which does not count."""
+    """Steps of the most cards before the first turn, turns, and steps of a turn, the first of which does not count."""
     # A width that was not there before is recorded first, which takes as long as two steps: most are in the warm-up.
     return {"warm_up": 2, "turns": 2, "turn": 3} if cpu else {"warm_up": 16, "turns": 3, "turn": 5}
 
@@ -56,8 +58,11 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
-def pacer(folder: Path, side: str, steps: dict[str, int], main: bool):
-    """A callback that trains in turns: it waits for a file before each, and leaves one after each."""
+def pacer(folder: Path, side: str, steps: dict[str, int], each: int, main: bool):
+    """A callback that trains in turns: it waits for a file before each, and leaves one after each.
+
+    `each`: steps in which the side takes what the most cards take in one.
+    """
     import torch
     from transformers import TrainerCallback
 
@@ -72,10 +77,10 @@ def pacer(folder: Path, side: str, steps: dict[str, int], main: bool):
         def on_step_end(self, args, state, control, **kwargs):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            place = state.global_step - steps["warm_up"]
-            if place > 0 and (place - 1) % steps["turn"] > 0:
+            place = state.global_step - each * steps["warm_up"]
+            if place > 0 and (place - 1) % (each * steps["turn"]) >= each:
                 self.seconds.append(time.perf_counter() - self.begin)
-            if place >= 0 and place % steps["turn"] == 0:
+            if place >= 0 and place % (each * steps["turn"]) == 0:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()  # the card is the next side's
                 if main:
@@ -105,16 +110,17 @@ def worker(folder: Path, cards: int, args: argparse.Namespace) -> None:
 
     def train(pairs: int, shared: int, name: str, callbacks: list):
         set_peft_model_state_dict(model, fresh)
-        settings = SETTINGS | ({"bf16": False, "beta": 0.1, "learning_rate": 0.1} if args.cpu else {})
+        count = most * pairs * max(args.cards)
+        settings = SETTINGS | ({"bf16": False, "beta": 0.1, "learning_rate": 0.01} if args.cpu else {})
         return train_dpo(
             model,
             tokenizer,
-            rows.select(range(4, 4 + most * pairs * shared)),
+            rows.select(range(4, 4 + count)),
             rows.select(range(4)),
             folder / name,
             per_device_train_batch_size=pairs,
             gradient_accumulation_steps=shared,
-            max_steps=most,
+            max_steps=count // (pairs * shared),
             callbacks=callbacks,
             **settings,
         )
@@ -124,9 +130,11 @@ def worker(folder: Path, cards: int, args: argparse.Namespace) -> None:
 
     for pairs in args.pairs:
         side = f"{cards}x{pairs}"
-        turns = pacer(folder, side, steps, rank == 0)
+        each = max(args.cards) // cards
+        turns = pacer(folder, side, steps, each, rank == 0)
         run = train(pairs, cards, side, [turns])
-        result = {"step_seconds": [round(s, 4) for s in turns.seconds], "losses": losses(run)}
+        seconds = [sum(turns.seconds[i : i + each]) for i in range(0, len(turns.seconds), each)]
+        result = {"seconds": [round(one, 4) for one in seconds], "losses": losses(run)}
         if torch.cuda.is_available():
             result["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         (folder / f"{side}.part-{rank}").write_text(json.dumps(result))
@@ -189,10 +197,10 @@ def take_turns(folder: Path, pairs: int, first: bool, groups: dict[int, subproce
             await_file(folder / f"{cards}x{pairs}.done-{turn}", groups)
 
 
-def side_result(folder: Path, cards: int, pairs: int) -> dict:
-    """What the processes of a side wrote, as one."""
+def side_result(folder: Path, cards: int, pairs: int, most: int) -> dict:
+    """What the processes of a side wrote, as one; `most` cards take in a step what `seconds` are those of."""
     parts = [json.loads((folder / f"{cards}x{pairs}.result-{rank}").read_text()) for rank in range(cards)]
-    result = {"pairs_per_s": round(cards * pairs / statistics.median(parts[0]["step_seconds"]), 2), **parts[0]}
+    result = {"pairs_per_s": round(most * pairs / statistics.median(parts[0]["seconds"]), 2), **parts[0]}
     if "peak_gb" in result:
         result["peak_gb"] = [part["peak_gb"] for part in parts]
     return result
@@ -222,6 +230,8 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.pairs = (2, 4) if args.cpu else PAIRS
+    if any(max(args.cards) % cards for cards in args.cards):
+        parser.error("The most cards have to be a multiple of each other number.")
     if args.worker:
         worker(Path(args.worker[0]), int(args.worker[1]), args)
         return
@@ -266,7 +276,7 @@ def run_all(folder: Path, groups: dict[int, subprocess.Popen], args: argparse.Na
         for cards in groups:
             for rank in range(cards):
                 await_file(folder / f"{cards}x{pairs}.result-{rank}", groups)
-            sides[f"{cards}x{pairs}"] = side_result(folder, cards, pairs)
+            sides[f"{cards}x{pairs}"] = side_result(folder, cards, pairs, max(groups))
             print(f"{cards}x{pairs}", json.dumps(sides[f"{cards}x{pairs}"]), flush=True)
         for cards in groups:
             if cards > 1 and 1 in groups:

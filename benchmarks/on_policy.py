@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--sft-weight", type=float, default=1.0, help="of the SFT loss of the chosen side; 0: none")
     parser.add_argument("--held-out", type=int, default=300, help="word problems, of five topics")
     parser.add_argument("--sampled", type=int, default=60, help="of them with sampled replies too")
-    parser.add_argument("--bits", type=int, choices=(16, 32), default=32, help="in which everything is computed")
+    parser.add_argument("--bits", type=int, choices=(16, 32), default=16, help="in which everything is computed")
     parser.add_argument("--batch", type=int, default=512, help="replies at a time; on a CPU 32 are enough")
     parser.add_argument("--processes", type=int, default=1, help="that share the runs on one machine")
     parser.add_argument("--folder", type=Path, default=Path("outputs/on_policy"), help="of the runs; it is kept")

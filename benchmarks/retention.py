@@ -62,7 +62,9 @@ def place(folder: Path, run: dict) -> Path:
 
 def measure(folder: Path, runs: list[dict], name: str, quick: bool) -> None:
     """Train the model `name` for each of `runs` and write its figures next to it, unless they are there."""
-    from helpers import add_lora, load_model, open_run, retention, train_dpo
+    from helpers import add_lora, load_model, open_run, retention, train_dpo  # isort: skip  (first: it imports Unsloth)
+    import torch
+
     from helpers.common import write_json
 
     for run in runs:
@@ -80,6 +82,7 @@ def measure(folder: Path, runs: list[dict], name: str, quick: bool) -> None:
         found = train_dpo(policy, tokenizer, train, test, path, **settings)
         opened = open_run(found)
         opened.model.float()
+        opened.model.get_base_model().config.dtype = torch.float32  # `generate` of Unsloth goes by it
         figures = {name: found.metrics[name] for name in ("accuracy", "log_ratio_gap", "chosen_change")}
         retained = retention(opened)
         write_json(path.with_suffix(".json"), run | {"steps": found.info.steps} | figures | {"parts": retained.parts})
