@@ -2,11 +2,11 @@
 
 The same script runs on any number of cards, started by torchrun (on one card, by Python). The model is that of
 benchmarks/gpu.py: the shape of Qwen3-4B, random weights in 4 bits, kept in --folder if that is given. Each number of
-cards trains with 8 and with 16 pairs a card, all on the same pairs in the same order: a batch of long ones is slow. What
-the most cards take in a step, fewer take in several. All load and warm up first; then they take three turns alone, a
-step of the most cards after the pause and four that count, so that a slow minute of the machine is one for all of them
-and hardly a kernel is compiled in a step that counts. Pairs a second are those of the median among these; scaling is
-against one card with as many pairs a card.
+cards trains with 8 and with 16 pairs a card, all on the same pairs in the same order: a batch of long ones is slow.
+What the most cards take in a step, fewer take in several. All load and warm up first; then they take three turns alone,
+a step of the most cards after the pause and four that count, so that a slow minute of the machine is one for all of
+them and hardly a kernel is compiled in a step that counts. Pairs a second are those of the median among these; scaling
+is against one card with as many pairs a card.
 
 Then one card takes the same steps as several did, in as many pieces: in bf16 the losses agree within 0.01, in fp32
 (--cpu) within 0.0002. Random weights give log-probs ten times those of a real model, so beta is a tenth of the usual,
