@@ -1,22 +1,25 @@
-"""Pairs from the policy's own replies against given pairs: python benchmarks/on_policy.py --processes 11 --out FILE
+"""Pairs from the policy's own replies against given pairs: python benchmarks/on_policy.py --processes 6 --out FILE
 
 The start is the SFT model of `04_thinking_pairs`, one for each seed. From it three rounds of DPO go on, each with the
 policy of the round before as its reference, by three arms that differ in their pairs alone:
 
 - on_policy: `sample_pairs` takes eight replies of the policy to each of the round's word problems, and a program
   judges them (`score_thought`);
-- offline: pairs that `make_thinking_pairs` writes, as many, in as many steps;
+- offline: pairs that `make_thinking_pairs` writes to other problems of the same topics, as many as on_policy got in
+  this round, in as many steps;
 - length: as on_policy, but the judge pays for form and length, which can be had without a right answer (first seed).
 
-No word problem is in two of the SFT, a round, and the held-out ones. After the start and each round: right answers to
+The problems of the rounds are of the two `--topics` of which the start gets some right at all: where all eight replies
+are wrong, there is no pair. No word problem is in two of the SFT, a round, and the held-out ones, which are of all five
+topics. After the start and each round: right answers to
 the held-out problems by topic, greedy; and eight sampled replies to some of them, which show how far the policy moved
 from the start (KL, in nats a reply), how many of a prompt's replies and answers differ, and for how many prompts all
 are right or all wrong.
 
-The embedded model in 32 bits, as on the pages (in 16 a part of what is trained is rounded away). On a GPU let
-`--processes` share the eleven runs. What is finished is kept in `--folder`, so after an interruption the same command
-goes on. `--quick` is a trial of one small round; most of its time is the SFT. The last line is one JSON object: for
-each arm and round the means over seeds, with half of their 95 percent interval (Student's t).
+The embedded model; a GPU trains and asks it in 16 bits. `--processes` share the six tasks (a seed, or the third arm).
+What is finished is kept in `--folder`, so after an interruption the same command goes on. `--quick` is a trial of one
+small round; most of its time is the SFT. The last line is one JSON object: for each arm and round the means over seeds,
+with half of their 95 percent interval (Student's t).
 """
 
 import argparse
@@ -30,6 +33,7 @@ from pathlib import Path
 from statistics import mean
 
 os.environ["DPO_PROFILE"] = "cpu"  # before helpers: the same settings on a GPU too
+os.environ["UNSLOTH_CPU_BF16"] = "0"  # on a CPU in 32 bits, as on the pages
 
 ARMS = ("on_policy", "offline", "length")
 HELD_OUT_TOPICS = ("everyday", "logic")  # of the written pairs, as in 04_thinking_pairs
@@ -53,8 +57,10 @@ def problems(args: argparse.Namespace, seed: int) -> tuple[list, list, list[list
         held_out += [pair for pair in others if pair["topic"] == topic][: args.held_out // len(topics)]
     known |= {pair["prompt"] for pair in held_out}
     each = args.prompts + args.pairs
-    fresh = make_thinking_pairs(2 * args.rounds * each, seed=100 + seed)
-    fresh = [pair for pair in fresh if pair["prompt"] not in known]
+    fresh = make_thinking_pairs(5 * args.rounds * each, seed=100 + seed)
+    fresh = [pair for pair in fresh if pair["prompt"] not in known and pair["topic"] in args.topics]
+    if len(fresh) < args.rounds * each:
+        raise SystemExit(f"{len(fresh)} problems of {args.topics} are too few for the rounds.")
     rounds = [fresh[i * each : (i + 1) * each] for i in range(args.rounds)]
     return (
         lesson,
@@ -110,43 +116,45 @@ def measure(policy, start: dict, held_out: list[dict], args: argparse.Namespace)
     }
 
 
-def run_arm(task: dict, args: argparse.Namespace) -> None:
-    """All rounds of one arm and seed; what is finished is loaded."""
+def run_task(task: dict, args: argparse.Namespace) -> None:
+    """All rounds of some arms of a seed; what is finished is loaded."""
     from helpers import add_lora, load_model, render_thinking, train_sft  # isort: skip  (first: it imports Unsloth)
-    import unsloth
     from filelock import FileLock
     from safetensors.torch import load_file, save_file
 
     from helpers.common import write_atomic, write_json
     from helpers.model.policy import Policy
 
-    if args.bits == 32:
-        unsloth.is_bfloat16_supported = lambda: False  # `dpo_settings` asks it
-    seed, arm, folder = task["seed"], task["arm"], args.folder / f"seed-{task['seed']}"
+    seed, folder = task["seed"], args.folder / f"seed-{task['seed']}"
     folder.mkdir(parents=True, exist_ok=True)
-    lesson, held_out, asked, given = problems(args, seed)
+    lesson, held_out, *rounds = problems(args, seed)
     model, tokenizer = load_model("embedded")
-    on_gpu = model.device.type == "cuda"
-    if args.bits == 32 and on_gpu:  # a CPU's was loaded so
-        model.float()
-        model.config.dtype = model.dtype  # `generate` of Unsloth goes by it
     policy = Policy(add_lora(model, seed=seed), tokenizer)
-    for one in (policy.model, policy.inner):
-        one._unsloth_forced_float32 = args.bits == 32 and on_gpu  # noqa: SLF001  (else its trainers turn bf16 on)
     file = folder / "start.safetensors"
     with FileLock(folder / "start.lock"):  # the arms of a seed share it
         if not file.is_file():
             train_sft(policy.model, tokenizer, render_thinking(lesson, tokenizer), learning_rate=1e-3, seed=seed)
             write_atomic(file, lambda path: save_file(policy.weights(), path))
     start = load_file(file)
-    policy.put_back(start)
-    if arm == "on_policy" and not (folder / "start.json").is_file():
-        write_json(folder / "start.json", measure(policy, start, held_out, args))
-    test = render_thinking(held_out[:: len(held_out) // min(40, len(held_out))], tokenizer)
+    for arm in task["arms"]:
+        policy.put_back(start)
+        if arm == "on_policy" and not (folder / "start.json").is_file():
+            write_json(folder / "start.json", measure(policy, start, held_out, args))
+        run_arm(policy, arm, start, held_out, rounds, folder, seed, args)
+
+
+def run_arm(policy, arm: str, start: dict, held_out: list, rounds: list, folder: Path, seed: int, args) -> None:
+    """The rounds of one arm, from the start on."""
+    from helpers import render_thinking
+    from helpers.common import write_json
+
+    asked, given = rounds
+    test = render_thinking(held_out[:: len(held_out) // min(40, len(held_out))], policy.tokenizer)
     for number in range(args.rounds):
         began, name = time.monotonic(), f"{arm}-{number + 1}"
         if arm == "offline":
-            pairs, sampled = render_thinking(given[number], tokenizer), {}
+            as_many = json.loads((folder / f"on_policy-{number + 1}.json").read_text(encoding="utf-8"))["pairs"]
+            pairs, sampled = render_thinking(given[number][:as_many], policy.tokenizer), {}
         else:
             pairs, sampled = sample(policy, asked[number], folder / f"{name}-replies", seed * 10 + number, arm, args)
         row = {"pairs": len(pairs), "sampled": sampled, "sampling_seconds": time.monotonic() - began}
@@ -179,7 +187,7 @@ def sample(policy, asked: list[dict], folder: Path, seed: int, arm: str, args: a
         of_replies = [sum(one["count"] * (one["score"] > 0) for one in row) for row in rows]
         found |= {"right": mean(of_replies) / args.replies, "all_right": mean(min(one) > 0 for one in scores)}
         found |= {"all_wrong": mean(max(one) == 0 for one in scores)}
-        # As many pairs as offline has; a right answer above a false step only if there are not enough others.
+        # At most so many; a right answer above a false step only if there are not enough others.
         pairs = pairs.select(sorted(range(len(pairs)), key=lambda i: -pairs[i]["score_chosen"]))
     return pairs.select(range(min(args.pairs, len(pairs)))), found
 
@@ -248,14 +256,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=600, help="word problems that are sampled in a round")
     parser.add_argument("--replies", type=int, default=8, help="to each, an even number")
-    parser.add_argument("--pairs", type=int, default=200, help="of a round, at most; offline has exactly so many")
+    parser.add_argument("--pairs", type=int, default=200, help="of a round, at most")
+    parser.add_argument("--topics", nargs="+", default=("order", "arithmetic"), help="of the problems of a round")
     parser.add_argument("--temperature", type=float, default=0.8, help="of the replies that are paired")
     parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of DPO")
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--sft-weight", type=float, default=1.0, help="of the SFT loss of the chosen side; 0: none")
     parser.add_argument("--held-out", type=int, default=300, help="word problems, of five topics")
     parser.add_argument("--sampled", type=int, default=60, help="of them with sampled replies too")
-    parser.add_argument("--bits", type=int, choices=(16, 32), default=16, help="in which everything is computed")
     parser.add_argument("--batch", type=int, default=512, help="replies at a time; on a CPU 32 are enough")
     parser.add_argument("--processes", type=int, default=1, help="that share the runs on one machine")
     parser.add_argument("--folder", type=Path, default=Path("outputs/on_policy"), help="of the runs; it is kept")
@@ -265,13 +273,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         vars(args).update(QUICK)
-    os.environ["UNSLOTH_CPU_BF16"] = str(int(args.bits == 16))
-    tasks = [{"seed": seed, "arm": arm} for arm in ARMS[:2] for seed in range(args.seeds)] + [
-        {"seed": 0, "arm": "length"}
-    ]
+    tasks = [{"seed": seed, "arms": ARMS[:2]} for seed in range(args.seeds)] + [{"seed": 0, "arms": ARMS[2:]}]
     if args.share is not None:
         for task in tasks[args.share :: args.processes]:
-            run_arm(task, args)
+            run_task(task, args)
         return
     settings = {name: value for name, value in vars(args).items() if name not in ("folder", "out", "share", "quick")}
     same = {name: value for name, value in settings.items() if name not in ("seeds", "processes")}
@@ -291,7 +296,8 @@ def main() -> None:
     from helpers.common import write_json
 
     table, rows = summary(args.folder, args)
-    shown = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
+    shown = {name: " ".join(value) if name == "topics" else value for name, value in settings.items()}
+    shown = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in shown.items())
     result = {"command": f"python benchmarks/on_policy.py {shown}", "settings": settings, "machine": machine()}
     result |= {"versions": versions(), "seconds": time.monotonic() - began, **compared(rows, args.rounds)}
     result["table"] = table
