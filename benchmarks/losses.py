@@ -8,8 +8,10 @@ and 30 percent of the training labels exchanged; the held-out ones stay right.
 
 Every run is measured alike, whatever trained it: accuracy and changes of held-out pairs by log-ratio against the base
 model, in 32 bits by plain transformers and PEFT; two sampled replies to each held-out prompt for the KL (as in
-benchmarks/beta.py), their length, and the share that ends. `seconds` are those of the training steps, with all
-processes at work; `train_dpo` has its reference cached and computes each prompt once, TRL's trainers run as they come.
+benchmarks/beta.py), their length, and the share that ends.
+
+`--alone` measures how long a step takes, on one epoch of 64 pairs for each loss in turn, with the machine to itself:
+`train_dpo` has its reference cached and computes each prompt once, TRL's trainers run as they come.
 
 `--processes` share the runs on one machine. A finished run is kept in `--folder`, and the same command goes on after an
 interruption; with `--minutes` no run is begun later. `--quick` tries every loss for two steps. The last line is one
@@ -32,10 +34,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SEEDS, EXCHANGED, STEP = (0, 1, 2), (0.0, 0.1, 0.3), 8
-FIGURES = (
-    "accuracy", "log_ratio_gap", "kl", "chosen_per_token", "rejected_per_token", "reply_tokens", "ended", "seconds",
-)  # fmt: skip
+SEEDS, EXCHANGED, STEP, ALONE = (0, 1, 2), (0.0, 0.1, 0.3), 8, 64
+FIGURES = ("accuracy", "log_ratio_gap", "kl", "chosen_per_token", "rejected_per_token", "reply_tokens", "ended")
 
 
 class Loss(NamedTuple):
@@ -210,17 +210,11 @@ class Bench:
         """`run` with what was measured, or with what failed."""
         from helpers import add_lora
 
-        loss, seed = LOSSES[run["loss"]], run["seed"]
-        settings, train = loss.settings(run["strength"]), exchange(self.train, run["exchanged"], seed)
-        model = add_lora(self.model, seed=seed)
+        seed, model = run["seed"], add_lora(self.model, seed=run["seed"])
         try:
             with tempfile.TemporaryDirectory() as folder:
-                call = (seed, folder, steps, settings)
-                if loss.trainer == "dpo":
-                    done = by_train_dpo(model, self.tokenizer, train, self.test, *call)
-                else:
-                    done = by_trl(loss.trainer, model, self.tokenizer, train, *call)
-                found = dict(zip(("seconds", "steps"), done, strict=True)) | self.measure(model, seed, Path(folder))
+                done = self.trained(model, run, folder, steps)
+                found = {"steps": done[1]} | self.measure(model, seed, Path(folder))
             if not math.isfinite(found["kl"]):
                 raise FloatingPointError("the KL is not a number")
             return run | {"status": "finished"} | found
@@ -230,6 +224,28 @@ class Bench:
             model.unload()
             del model
             gc.collect()
+
+    def trained(self, model, run: dict, folder: str, steps: int) -> tuple[float, int]:
+        """Train `model`; the seconds of the steps, and their number."""
+        loss, seed = LOSSES[run["loss"]], run["seed"]
+        train = exchange(self.train, run["exchanged"], seed)
+        call = (seed, folder, steps, loss.settings(run["strength"]))
+        if loss.trainer == "dpo":
+            return by_train_dpo(model, self.tokenizer, train, self.test, *call)
+        return by_trl(loss.trainer, model, self.tokenizer, train, *call)
+
+    def step_seconds(self, run: dict) -> float:
+        """Seconds a step, from one epoch of `ALONE` pairs, after a step that warms up."""
+        from helpers import add_lora
+
+        for steps in (1, ALONE // STEP):
+            model = add_lora(self.model, seed=run["seed"])
+            with tempfile.TemporaryDirectory() as folder:
+                seconds, done = self.trained(model, run, folder, steps)
+            model.unload()
+            del model
+            gc.collect()
+        return seconds / done
 
     def measure(self, model, seed: int, folder: Path) -> dict:
         """Held-out pairs by log-ratio in 32 bits, and the KL with two sampled replies to each prompt."""
@@ -273,6 +289,20 @@ def work(args: argparse.Namespace, runs: list[dict]) -> None:
         write_json(path, row)
 
 
+def alone(args: argparse.Namespace) -> None:
+    """Seconds a step of each loss, one after the other with the machine to itself, into a result that is there."""
+    from helpers.common import write_json  # first: it imports Unsloth
+    from helpers.run.folder import machine, versions
+
+    result = json.loads(args.out.read_text(encoding="utf-8"))
+    bench = Bench(args.model, ALONE, 8, 2, 8)
+    seconds = {run["loss"]: round(bench.step_seconds(run), 3) for run in plan(True, args.losses)}
+    how = f"python benchmarks/losses.py --alone --out {args.out.name}"
+    result["alone"] = {"command": how, "machine": machine(), "versions": versions(), "step_seconds": seconds}
+    write_json(args.out, result)
+    print(json.dumps(result["alone"]))
+
+
 def summary(rows: list[dict]) -> list[dict]:
     """A row for each loss, strength and share of exchanged labels: [mean over seeds, half of its 95% interval]."""
     from helpers.run.metrics import seed_interval
@@ -298,6 +328,7 @@ def main() -> None:
     parser.add_argument("--model", default="embedded", help="or a folder")
     parser.add_argument("--folder", type=Path, help="of the runs; it is kept. outputs/losses if left out")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--alone", action="store_true", help="measure only how long a step takes, into --out")
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ["DPO_PROFILE"] = "cpu"  # before helpers: the same settings and 16-bit weights on a GPU too
@@ -305,6 +336,9 @@ def main() -> None:
     args.steps, args.pairs, args.held_out, args.prompts, args.new_tokens = size
     args.folder = args.folder or Path("outputs/losses_quick" if args.quick else "outputs/losses")
     runs = plan(args.quick, args.losses)
+    if args.alone:
+        alone(args)
+        return
     if args.share is not None:
         work(args, runs)
         return

@@ -83,7 +83,7 @@ def test_what_is_finished_is_kept_what_failed_is_tried_again_and_the_next_runs_g
 
     def outcomes() -> list[tuple]:
         rows = [json.loads(losses.place(tmp_path, run).read_text()) for run in runs]
-        return [(row["status"].split(":")[0], row.get("seconds")) for row in rows]
+        return [(row["status"].split(":")[0], row.get("kl")) for row in rows]
 
     with monkeypatch.context() as patch:
         patch.setitem(losses.LOSSES, "sigmoid", broken)

@@ -15,7 +15,6 @@ _WANTED = (
     ("least KL, with at least {accuracy:.0%} of held-out pairs right", "kl", True),
     ("the chosen loses least log-prob", "chosen_per_token", False),
     ("most replies end", "ended", False),
-    ("shortest training", "seconds", True),
     ("least accuracy lost with {share:.0%} of labels exchanged", "lost", True),
 )
 CHANCE = "no difference beyond chance"
@@ -24,9 +23,9 @@ CHANCE = "no difference beyond chance"
 def loss_runs(stored: dict[str, Any]) -> pd.DataFrame:
     """The finished runs in `stored`, the JSON of benchmarks/losses.py, a row each; `run` names loss and strength.
 
-    kl is in nats a reply, the changes in nats (a token, where the name says so), seconds are those of the training.
-    `exchanged` is the share of training labels that were exchanged, `right` has "1" for each held-out pair that was
-    right. Raises UserError if no run finished.
+    kl is in nats a reply, the changes in nats (a token, where the name says so). `exchanged` is the share of training
+    labels that were exchanged, `right` has "1" for each held-out pair that was right. Raises UserError if no run
+    finished.
     """
     rows = [row for row in stored["runs"] if row["status"] == "finished"]
     if not rows:
@@ -62,7 +61,7 @@ def _compared(by_seed: pd.DataFrame, by_pair: pd.DataFrame | None, less: bool) -
 
 
 def take_this_when(runs: pd.DataFrame, *, accuracy: float) -> pd.DataFrame:
-    """Which loss, at which strength, is the best of `loss_runs` at what one may want: a row for each of six wants.
+    """Which loss, at which strength, is the best of `loss_runs` at what one may want: a row for each of five wants.
 
     A loss counts with the strength that is best at this. `mean` and `interval` are those of the best over its seeds (95
     percent, Student's t). "as good" are the losses that differ from it by no more than chance: seeds are compared with
