@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from helpers.run.metrics import seed_interval
+from helpers.teach import loss_runs
 
 ROOT = Path(__file__).parent.parent
 SIDES = {
@@ -364,6 +365,29 @@ def learning_rate() -> str:
 {"".join(rows)}"""
 
 
+def losses() -> str:
+    """One row for each loss: its three strengths, what each did, and how long a step takes."""
+    found = result("losses")
+    rows, seconds = loss_runs(found), found["alone"]["step_seconds"]
+    lines, columns = [], {"accuracy": 2, "kl": 1, "chosen_per_token": 2, "ended": 2}
+    for loss, runs in rows[rows.exchanged == 0].groupby("loss", sort=False):
+        means = runs.groupby("strength")[list(columns)].mean()
+        cells = [", ".join(f"{value + 0:.{n}f}" for value in means[name].round(n)) for name, n in columns.items()]
+        strengths = ", ".join(f"{value:g}" for value in means.index)
+        cells = [
+            f"`{loss}`, {found['strengths'][loss]} {strengths}",
+            *cells,
+            f"{seconds[loss] / seconds['sigmoid']:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |\n")
+    return f"""
+| loss and its strengths | accuracy | KL, nats a reply | change of the chosen, nats a token | replies that end | a step takes, times `sigmoid` |
+|---|---|---|---|---|---|
+{"".join(lines)}
+Means of three seeds: `{found["command"]}` on {found["machine"]}, one epoch of 360 pairs. Before training {found["reference"]["ended"]:.2f} of the replies end. Steps: `{found["alone"]["command"]}`, {found["alone"]["machine"]}.
+"""
+
+
 def public_runs() -> str:
     """One row for each public run, by how far its rate and steps would take it."""
 
@@ -478,6 +502,7 @@ TABLES = {
         "precision": precision,
         "learning-rate": learning_rate,
         "public-runs": public_runs,
+        "losses": losses,
     },
 }
 

@@ -85,9 +85,11 @@ def test_without_exchanged_labels_nothing_is_lost():
 def test_the_frontier_has_a_point_for_each_run_with_right_labels():
     settings = [*ROBUST, ("a", 0.5, 0.0, 80, 2.0), ("a", 1.0, 0.0, 70, 1.0)]
     figure = plots.plot_losses(loss_runs(stored(settings)))
-    (axis,) = figure.axes
-    points = {(line.get_marker(), line.get_color()): list(line.get_ydata()) for line in axis.lines}
-    assert points == {("o", "C0"): [0.9] * 3, ("s", "C0"): [0.8] * 3, ("^", "C0"): [0.7] * 3, ("o", "C1"): [0.88] * 3}
+    shown = [[line for line in axis.lines if line.get_marker() in "os^"] for axis in figure.axes]
+    every, near = ([(line.get_marker(), line.get_color(), *line.get_ydata()) for line in lines] for lines in shown)
+    means = {("o", "C0", 0.9), ("s", "C0", 0.8), ("^", "C0", 0.7), ("o", "C1", 0.88)}
+    assert {(*look, round(mean, 6)) for *look, mean in every} == means
+    assert [line[:2] for line in near] == [("o", "C0"), ("o", "C1")]  # those above 0.85
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "bb"]
-    assert "KL" in axis.get_xlabel() and "accuracy" in axis.get_ylabel()
-    assert not math.isnan(axis.lines[0].get_xdata()[0])
+    assert all("KL" in axis.get_xlabel() and "accuracy" in axis.get_ylabel() for axis in figure.axes)
+    assert not any(math.isnan(value) for line in figure.axes[0].lines for value in line.get_xdata())

@@ -3,6 +3,8 @@
 import itertools
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,16 @@ QUESTIONS = ["2 + 2?", "3 + 3?", "4 + 4?", "5 + 5?"]
 
 def reply(text, score, ended=True):
     return {"text": text, "count": 1, "score": score, "ended": ended}
+
+
+def test_the_readmes_judge_swaps_positions_and_counts_no_tie():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"^    from itertools import .*\n(?:    .*\n|\n)+", readme, flags=re.M)[0].replace("\n    ", "\n")
+    names = {"prefers_first": lambda prompt, first, second: len(first) >= len(second)}  # of two equal ones the first
+    exec(code.strip(), names)
+    assert names["judge"]("?", ["aa", "b", "c", "dddd"]) == [2, 0, 0, 3]
+    names["prefers_first"] = lambda prompt, first, second: True
+    assert names["judge"]("?", ["aa", "b", "c"]) == [0, 0, 0]
 
 
 def test_the_order_of_replies_does_not_change_which_are_paired():
