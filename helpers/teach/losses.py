@@ -56,7 +56,7 @@ def _compared(by_seed: pd.DataFrame, by_pair: pd.DataFrame | None, less: bool) -
             alike.append(other)
     mean, half = by_seed[best].mean(), seed_interval(by_seed[best].dropna())
     take = CHANCE if others and len(alike) == len(others) else best
-    interval = f"{mean - half:.3f} to {mean + half:.3f}"
+    interval = f"{mean - half:.3f} to {mean + half:.3f}" if math.isfinite(half) else "one seed"
     return {"take": take, "best": best, "mean": mean, "interval": interval, "as good": ", ".join(alike)}
 
 
