@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=600, help="word problems that are sampled in a round")
     parser.add_argument("--replies", type=int, default=8, help="to each, an even number")
     parser.add_argument("--pairs", type=int, default=200, help="of a round, at most")
-    parser.add_argument("--topics", nargs="+", default=("order", "arithmetic"), help="of the problems of a round")
+    parser.add_argument("--topics", nargs="+", default=["order", "arithmetic"], help="of the problems of a round")
     parser.add_argument("--temperature", type=float, default=0.8, help="of the replies that are paired")
     parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of DPO")
     parser.add_argument("--beta", type=float, default=0.1)
