@@ -337,6 +337,8 @@ def main() -> None:
     args.folder = args.folder or Path("outputs/losses_quick" if args.quick else "outputs/losses")
     runs = plan(args.quick, args.losses)
     if args.alone:
+        if not args.out:
+            parser.error("--alone writes into the result of the runs: name its file by --out.")
         alone(args)
         return
     if args.share is not None:

@@ -90,6 +90,8 @@ def test_the_frontier_has_a_point_for_each_run_with_right_labels():
     means = {("o", "C0", 0.9), ("s", "C0", 0.8), ("^", "C0", 0.7), ("o", "C1", 0.88)}
     assert {(*look, round(mean, 6)) for *look, mean in every} == means
     assert [line[:2] for line in near] == [("o", "C0"), ("o", "C1")]  # those above 0.85
+    runs = [list(line.get_ydata()) for line in figure.axes[0].lines if line.get_marker() == "."]
+    assert [sorted(values) for values in runs] == [[0.7] * 3 + [0.8] * 3 + [0.9] * 3, [0.88] * 3]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "bb"]
     assert all("KL" in axis.get_xlabel() and "accuracy" in axis.get_ylabel() for axis in figure.axes)
     assert not any(math.isnan(value) for line in figure.axes[0].lines for value in line.get_xdata())
