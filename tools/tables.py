@@ -365,6 +365,21 @@ def learning_rate() -> str:
 {"".join(rows)}"""
 
 
+def how_many() -> str:
+    """One row for each number of pairs: what one epoch and three made of them."""
+    found = result("how_many")
+    lines = []
+    for row in sorted(found["table"], key=lambda row: (row["pairs"], row["steps"])):
+        figures = {"gap": 2, "kl": 1, "accuracy": 2}
+        cells = [f"{round(row[name][0], n) + 0:.{n}f} ± {row[name][1]:.{n}f}" for name, n in figures.items()]
+        epochs = round(row["steps"] * 8 / row["pairs"])
+        lines.append(f"| {row['pairs']} | {epochs} | {row['steps']} | {' | '.join(cells)} |\n")
+    return f"""
+| pairs | epochs | steps | gap, nats | KL, nats a reply | held-out accuracy |
+|---|---|---|---|---|---|
+{"".join(lines)}"""
+
+
 def losses() -> str:
     """One row for each loss: its three strengths, what each did, and how long a step takes."""
     found = result("losses")
@@ -385,6 +400,49 @@ def losses() -> str:
 |---|---|---|---|---|---|
 {"".join(lines)}
 Means of three seeds: `{found["command"]}` on {found["machine"]}, one epoch of 360 pairs. Before training {found["reference"]["ended"]:.2f} of the replies end. Steps: `{found["alone"]["command"]}`, {found["alone"]["machine"]}.
+"""
+
+
+def retained() -> str:
+    """One row for each fault: how many runs gave an alarm, and the range of each part's change."""
+    found = result("retention")
+    names = {"healthy": "healthy, as in 03", "rate": "ten times the rate", "beta": "beta 0.001"}
+    names |= {"end": "answers cut off", "topic": "one topic, 20 epochs", "template": "another chat template"}
+    lines = []
+    for fault, name in names.items():
+        parts = [run["parts"] for run in found["runs"] if run["fault"] == fault]
+        changes = [[one[part]["change"] for one in parts] for part in found["limits"]]
+        cells = [f"{round(min(some), 2) + 0:.2f} to {round(max(some), 2) + 0:.2f}" for some in changes]
+        lines.append(f"| {name} | {found['by_fault'][fault]['alarms']} of {len(parts)} | {' | '.join(cells)} |\n")
+    limits = " | ".join(f"-{limit:g}" for limit in found["limits"].values())
+    return f"""
+| runs | alarms | texts, nats a token | own replies, nats a token | their end, nats | instructions | arithmetic | facts |
+|---|---|---|---|---|---|---|---|
+{"".join(lines)}| limit | | {limits} |
+
+`{found["command"]}` on {found["machine"]}: changes by training, lowest to highest of the runs.
+"""
+
+
+def on_policy() -> str:
+    """One row for each arm and round: means over seeds with half of their intervals."""
+    found, lines = result("on_policy"), []
+    digits = {"right": 3, "sampled_right": 3, "false_steps": 2, "kl": 1, "reply_tokens": 0, "different_answers": 1}
+    for row in found["table"]:
+        if row["round"] or row["arm"] == "on_policy":
+            cells = [
+                f"{row[name][0]:.{n}f}" + (f" ± {row[name][1]:.{n}f}" if row[name][1] else "")
+                for name, n in digits.items()
+            ]
+            arm = f"{row['arm']}, round {row['round']}" if row["round"] else "start"
+            lines.append(f"| {arm} | {row['seeds']} | {' | '.join(cells)} |\n")
+    gap, half = found["on_policy_minus_offline"]
+    times = found["times_the_start"]
+    return f"""
+| after | seeds | right, greedy | right, sampled | false steps | KL, nats a reply | tokens of a reply | different answers of 8 |
+|---|---|---|---|---|---|---|---|
+{"".join(lines)}
+On-policy minus offline, right greedy answers after the last round: {gap:+.3f} ± {half:.3f} (95 percent, {found["settings"]["seeds"]} seeds); {times["on_policy"]:.1f} and {times["offline"]:.1f} times as many as at the start. `{found["command"]}` on {found["machine"]}.
 """
 
 
@@ -501,8 +559,11 @@ TABLES = {
         "measured": measured,
         "precision": precision,
         "learning-rate": learning_rate,
+        "how-many": how_many,
         "public-runs": public_runs,
         "losses": losses,
+        "retained": retained,
+        "on-policy": on_policy,
     },
 }
 

@@ -103,6 +103,21 @@ def test_what_counts_as_lost(name):
     assert lost_parts({name: figures(math.nan)}) == [name]
 
 
+def test_the_limits_tell_the_damaged_runs_of_the_benchmark_from_the_healthy_ones():
+    stored = json.loads((ROOT / "benchmarks" / "results" / "retention.json").read_text(encoding="utf-8"))
+    alarms = Counter((run["fault"], bool(lost_parts(run["parts"]))) for run in stored["runs"])
+    healthy = alarms["healthy", True], alarms["healthy", False]
+    assert sum(healthy) == 20 and healthy[0] <= 1
+    damaged = {key: n for key, n in alarms.items() if key[0] != "healthy"}
+    assert sum(damaged.values()) == 40 and len({fault for fault, _ in damaged}) == 5
+    assert sum(n for (_, alarm), n in damaged.items() if alarm) >= 0.95 * 40
+    assert stored["limits"] == {name: one["limit"] for name, one in LOST.items()}
+    assert (stored["damaged_found"], stored["healthy_alarms"]) == (
+        sum(n for (_, alarm), n in damaged.items() if alarm),
+        healthy[0],
+    )
+
+
 def test_the_sentence_names_what_fell_and_by_how_much():
     assert retained_line({"texts": figures(0.1)}) == "nothing found to be lost"
     line = retained_line({"texts": figures(-0.5, 0.1), "facts": figures(0.0), "end": figures(math.nan)})
