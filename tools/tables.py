@@ -406,8 +406,9 @@ Means of three seeds: `{found["command"]}` on {found["machine"]}, one epoch of 3
 def retained() -> str:
     """One row for each fault: how many runs gave an alarm, and the range of each part's change."""
     found = result("retention")
-    names = {"healthy": "healthy, as in 03", "rate": "ten times the rate", "beta": "beta 0.001"}
-    names |= {"end": "answers cut off", "topic": "one topic, 20 epochs", "template": "another chat template"}
+    names = {"healthy": "healthy, as in 03", "rate": "10 times the rate", "beta": "beta 0.001, 5 times the rate"}
+    names |= {"end": "answers cut off, 5 times the rate", "topic": "one topic, 20 epochs, twice the rate"}
+    names["template"] = "another chat template"
     lines = []
     for fault, name in names.items():
         parts = [run["parts"] for run in found["runs"] if run["fault"] == fault]
@@ -439,7 +440,7 @@ def on_policy() -> str:
     gap, half = found["on_policy_minus_offline"]
     times = found["times_the_start"]
     return f"""
-| after | seeds | right, greedy | right, sampled | false steps | KL, nats a reply | tokens of a reply | different answers of 8 |
+| after | seeds | right, greedy | right, sampled | false steps, greedy | KL, nats a reply | tokens of a sampled reply | different answers of 8 sampled |
 |---|---|---|---|---|---|---|---|
 {"".join(lines)}
 On-policy minus offline, right greedy answers after the last round: {gap:+.3f} ± {half:.3f} (95 percent, {found["settings"]["seeds"]} seeds); {times["on_policy"]:.1f} and {times["offline"]:.1f} times as many as at the start. `{found["command"]}` on {found["machine"]}.

@@ -232,10 +232,11 @@ def too_little_or_far(values: dict[str, Any], pairs: int, lora: LoraConfig) -> s
     steps, rate = _steps(pairs, values), values["learning_rate"]
     alpha = lora.lora_alpha * (math.sqrt(lora.r) if lora.use_rslora else 1)
     reach = steps * alpha / 16  # for a rate of 1
+    known = {"steps": steps, "s": "s" * (steps > 1), "rate": rate}
     if 450 * reach * rate < 0.3:  # as `diagnose` judges afterwards
-        return say("hardly_moves", steps=steps, rate=rate, gap=450 * reach * rate, better=3 / 450 / reach)
+        return say("hardly_moves", **known, gap=450 * reach * rate, better=3 / 450 / reach)
     if reach * rate > 0.015 and pairs >= 60:
-        return say("goes_far", steps=steps, rate=rate, better=0.008 / reach)
+        return say("goes_far", **known, better=0.008 / reach)
     return ""
 
 
