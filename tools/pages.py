@@ -21,7 +21,7 @@ from sphinx.util import logging
 
 ROOT = Path(__file__).parent.parent
 # What the pages are made from; the pages after the notebooks in their order.
-PAGES = ["docs/*.md", "helpers/data/bundled/README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+PAGES = ["docs/*.md", "helpers/*/bundled/README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 FILES = [
     "README.md",
     "notebooks/*.ipynb",
