@@ -14,6 +14,7 @@ import pytest
 # Slow tests that begin first, if there is no time for all.
 FIRST = (
     "tests/test_way",
+    "tests/test_course",
     "rehearsal/test_rehearsal",
     "train/test_interrupted",
     "train/test_rows",
