@@ -55,11 +55,13 @@ def _until(name: str) -> float:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the fast tests first, then the slow ones of `FIRST`."""
+    """Put the fast tests first, then the slow ones of `FIRST`; of the notebooks the long ones last."""
     if _until("DPO_TESTS_UNTIL") == float("inf"):
         return
 
     def place(item: pytest.Item) -> tuple[bool, int]:
+        if item.path.suffix == ".ipynb":
+            return False, MINUTES.get(item.path.stem, 0) > 10
         name = f"{item.path.parent.name}/{item.path.stem}"  # two folders have a test_load
         order = FIRST.index(name) if name in FIRST else len(FIRST) + (name == LAST)
         return bool(item.get_closest_marker("slow")), order
