@@ -66,6 +66,13 @@ def over_seeds(values: list[float], digits: int) -> str:
     return f"{mean(values):.{digits}f} ± {seed_interval(values):.{digits}f}"
 
 
+def with_half(figure: list[float | None], digits: int) -> str:
+    """A mean and half of its interval, as benchmarks store them; one seed has no interval."""
+    value, half = figure
+    text = f"{round(value, digits) + 0:.{digits}f}"  # + 0: no "-0.0"
+    return text if half is None else f"{text} ± {half:.{digits}f}"
+
+
 def by_beta(column: str) -> dict[float, list[float]]:
     """A column of `beta.json` by beta, a value for each seed."""
     rows = result("beta")["table"]
@@ -356,7 +363,7 @@ def learning_rate() -> str:
 
     def cell(row: dict) -> str:
         digits = {"gap": 2, "kl": 1, "accuracy": 2}
-        return "; ".join(f"{round(row[name][0], n) + 0:.{n}f} ± {row[name][1]:.{n}f}" for name, n in digits.items())
+        return "; ".join(with_half(row[name], n) for name, n in digits.items())
 
     rows = [" | ".join([f"| {rate:.0e}", *(cell(table[rate, step]) for step in steps)]) + " |\n" for rate in rates]
     return f"""
@@ -371,7 +378,7 @@ def how_many() -> str:
     lines = []
     for row in sorted(found["table"], key=lambda row: (row["pairs"], row["steps"])):
         figures = {"gap": 2, "kl": 1, "accuracy": 2}
-        cells = [f"{round(row[name][0], n) + 0:.{n}f} ± {row[name][1]:.{n}f}" for name, n in figures.items()]
+        cells = [with_half(row[name], n) for name, n in figures.items()]
         epochs = round(row["steps"] * 8 / row["pairs"])
         lines.append(f"| {row['pairs']} | {epochs} | {row['steps']} | {' | '.join(cells)} |\n")
     return f"""
@@ -412,8 +419,8 @@ def retained() -> str:
     lines = []
     for fault, name in names.items():
         parts = [run["parts"] for run in found["runs"] if run["fault"] == fault]
-        changes = [[one[part]["change"] for one in parts] for part in found["limits"]]
-        cells = [f"{round(min(some), 2) + 0:.2f} to {round(max(some), 2) + 0:.2f}" for some in changes]
+        changes = [[round(one[part]["change"], 2) + 0 for one in parts] for part in found["limits"]]
+        cells = [span(some) for some in changes]
         lines.append(f"| {name} | {found['by_fault'][fault]['alarms']} of {len(parts)} | {' | '.join(cells)} |\n")
     limits = " | ".join(f"-{limit:g}" for limit in found["limits"].values())
     return f"""
@@ -431,10 +438,7 @@ def on_policy() -> str:
     digits = {"right": 3, "sampled_right": 3, "false_steps": 2, "kl": 1, "reply_tokens": 0, "different_answers": 1}
     for row in found["table"]:
         if row["round"] or row["arm"] == "on_policy":
-            cells = [
-                f"{row[name][0]:.{n}f}" + (f" ± {row[name][1]:.{n}f}" if row[name][1] else "")
-                for name, n in digits.items()
-            ]
+            cells = [with_half(row[name], n) for name, n in digits.items()]
             arm = f"{row['arm']}, round {row['round']}" if row["round"] else "start"
             lines.append(f"| {arm} | {row['seeds']} | {' | '.join(cells)} |\n")
     gap, half = found["on_policy_minus_offline"]
