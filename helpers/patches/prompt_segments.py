@@ -17,10 +17,10 @@ from helpers.patches import expect
 
 
 class Keys(NamedTuple):
-    """Which keys the queries of each segment see: a completion's, those of its prompt and its own up to themselves."""
+    """Which keys the queries of each segment see: a prompt and chosen, themselves; rejected, its prompt and itself."""
 
-    index: torch.Tensor  # places of the keys in the one row, by segment; a prompt's come once for each that sees them
-    copies: torch.Tensor  # (tokens, 3): where in `index` a token is; where it is less often, a place of the filler
+    index: torch.Tensor  # places of the keys in the one row, by segment, and at the end some that nobody sees
+    copies: torch.Tensor  # (2, tokens): where in `index` a token is first, and where again; else a place of the filler
     ends_q: torch.Tensor  # where the queries of each segment end, after a 0; int32
     ends_k: torch.Tensor  # its keys
     longest_q: int
@@ -36,37 +36,32 @@ def places(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 def moved(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """`array` as a tensor on `device`; a GPU copies it from pinned memory, for which the CPU need not wait."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type != "cuda":
+        return tensor.to(device)
+    pinned = torch.empty(array.shape, dtype=tensor.dtype, pin_memory=True)
+    pinned.numpy()[...] = array  # torch would wake threads up for it, which takes longer
+    return pinned.to(device, non_blocking=True)
 
 
-def segment_keys(sizes: list[list[int]], device: torch.device) -> Keys:
-    """The keys of each segment on `device`; `sizes` are those of a prompt and its completions, for each pair.
+def segment_keys(sizes: list[list[int]], fill: int, device: torch.device) -> Keys:
+    """The keys of each segment on `device`; `sizes` are those of prompt, chosen and rejected of each pair.
 
-    The last row is what fills the batch up; no loss comes of it, so its keys have a gradient of 0. They are filled up
-    too: batches of one width then mostly have equally many places in `index`.
+    The last `fill` tokens fill the batch up; no loss comes of them, so their keys have a gradient of 0. `index` is
+    filled up too: batches of one width then mostly have equally many places in it.
     """
-    queries = np.array([size for row in sizes for size in row])
-    tokens, fill, begin, keys = int(queries.sum()), sizes[-1][0], 0, []
-    runs: list[tuple[int, int, int]] = []  # of keys: where one begins, its size, how many came of the same before
-    for prompt, *completions in sizes:
-        runs.append((begin, prompt, 0))
-        own = begin + prompt
-        for number, size in enumerate(completions, 1):
-            runs += [(begin, prompt, number), (own, size, 0)]
-            own += size
-        keys += [prompt, *(prompt + size for size in completions)]
-        begin = own
-    more = -sum(keys) % (tokens // 2)
-    index = places(*np.array(runs)[:, :2].T)
-    index = np.concatenate([index[:-fill], np.full(more, index[-fill]), index[-fill:]])
-    copies, ends = np.full((tokens, 3), len(index) - 1), np.cumsum([size for _, size, _ in runs])
-    for (begin, size, before), end in zip(runs, ends, strict=True):
-        copies[begin : begin + size, before] = np.arange(end - size, end)
-    copies[-fill:, 0] += more
-    keys[-1] += more
+    prompt, chosen, rejected = np.array(sizes).T
+    first, tokens = prompt + chosen, int(np.sum(sizes)) + fill
+    begin = np.append(0, np.cumsum(first + rejected))
+    runs = np.stack([begin[:-1], begin[:-1], begin[:-1] + first], axis=1), np.stack([first, prompt, rejected], axis=1)
+    index = np.append(places(*(one.ravel() for one in runs)), np.arange(begin[-1], tokens))
+    copies, place = np.empty((2, tokens), dtype=np.int64), np.arange(len(index))
+    copies[1, index], copies[0, index[::-1]] = place, place[::-1]  # of those given to one token, the last is taken
+    copies[1, copies[0] == copies[1]] = place[-1]
+    queries, keys = (np.append(np.stack([first, second], axis=1), fill) for second in (rejected, prompt + rejected))
+    index = np.append(index, np.full(-len(index) % (tokens // 2), tokens - 1))
     ends = moved(np.array([queries, keys]).cumsum(axis=1).astype(np.int32), device)
     ends_q, ends_k = torch.nn.functional.pad(ends, (1, 0))
-    return Keys(moved(index, device), moved(copies, device), ends_q, ends_k, int(queries.max()), max(keys))
+    return Keys(moved(index, device), moved(copies, device), ends_q, ends_k, int(queries.max()), int(keys.max()))
 
 
 class _Seen(torch.autograd.Function):
@@ -79,8 +74,8 @@ class _Seen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        found = torch.nn.functional.embedding_bag(*ctx.saved_tensors, gradient.flatten(1), mode="sum")
-        return found.unflatten(1, gradient.shape[1:]), None, None
+        (copies,) = ctx.saved_tensors
+        return gradient.index_select(0, copies[0]) + gradient.index_select(0, copies[1]), None, None
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Keys, scale: float | None = None) -> torch.Tensor:
@@ -140,7 +135,7 @@ def _compare() -> None:
     from unsloth.utils import attention_dispatch as dispatch
 
     sizes = {"bsz": 1, "q_len": 8, "kv_seq_len": 8, "n_heads": 2, "head_dim": 16, "requires_grad": True}
-    unused, keys = ("seq_info", "attention_mask", "causal_mask"), segment_keys([[3, 2, 2], [1]], torch.device("cuda"))
+    unused, keys = ("seq_info", "attention_mask", "causal_mask"), segment_keys([[3, 2, 2]], 1, torch.device("cuda"))
     context = dispatch.AttentionContext(**sizes, **dict.fromkeys(unused), prefix_seg_info=keys)
     config = dispatch.AttentionConfig(backend=dispatch.SDPA, n_kv_heads=2, n_groups=1)
     take_segments()

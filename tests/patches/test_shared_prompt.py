@@ -132,6 +132,8 @@ def test_segments_of_one_row_give_the_same_log_probs_and_gradient(policy):
     assert sum(map(sum, sizes)) < 0.75 * inputs["attention_mask"].sum()
     assert ids.numel() % 128 == 0
     sizes.append([ids.numel() - sum(map(sum, sizes))])
+    told, own = (packed.inputs["shift_labels"] != -100).sum(), len(packed.packed[1])
+    assert own == (inputs["labels"] != -100).sum() and 0 <= told - own < 128 and told % 128 == 0
     pair = torch.cat([torch.full((sum(row),), i) for i, row in enumerate(sizes)])
     part = torch.cat([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in sizes])
     same = (part[:, None] == part[None, :]) | (part == 0)[None, :]
@@ -157,7 +159,7 @@ def test_segments_of_one_row_give_the_same_log_probs_and_gradient(policy):
 
 
 def test_keys_that_come_more_than_once_add_up_to_the_gradient_of_their_token():
-    keys = segment_keys([[3, 2, 4], [5, 1, 1], [7]], torch.device("cpu"))
+    keys = segment_keys([[3, 2, 4], [5, 1, 1]], 7, torch.device("cpu"))
     x = torch.randn(23, 2, 4, dtype=torch.float64, requires_grad=True)
     taken = _Seen.apply(x, keys.index, keys.copies)
     assert torch.equal(taken, x.index_select(0, keys.index)) and len(keys.index) % 11 == 0
