@@ -182,7 +182,7 @@ def _undone(job: Job) -> Iterator[dict[str, torch.Tensor]]:
 def _score(job: Job, policy: Policy, ids: Dataset) -> PairLogps:
     """`pair_logps` of `policy`, each process some of the batches."""
     share = processes().process_index, processes().num_processes
-    size, max_length = job.values["per_device_eval_batch_size"], job.values["max_length"]
+    size, max_length = job.scored_at_once, job.values["max_length"]
     part = pair_logps(policy.model, policy.tokenizer, ids, max_length=max_length, batch_size=size, share=share)
     return PairLogps(*(sum(parts) for parts in zip(*gather_object([part]), strict=True)))
 

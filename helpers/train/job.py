@@ -189,6 +189,18 @@ class Job:
             self.info.config = self.described
         self.info.memory_gb = {"needed": round(self._need(), 2), "free": round(free / 1e9, 2)}
 
+    @property
+    def scored_at_once(self) -> int:
+        """Pairs in a batch of a pass without gradients: `precompute_ref_batch_size`, or what the settings say.
+
+        Nothing is kept for a backward pass, so a GPU takes more than in training: few would leave it waiting.
+        """
+        values = share_step(self.values)
+        size = values.get("precompute_ref_batch_size") or values["per_device_eval_batch_size"]
+        if self.policy.device.type == "cpu" or values.get("precompute_ref_batch_size"):
+            return size
+        return max(size, values["per_device_train_batch_size"] * (2 if values["gradient_checkpointing"] else 4))
+
     def begin(self) -> None:
         """Say how a step is made, write run.json; UserError if training needs far more memory than is free."""
         self.folder.mkdir(parents=True, exist_ok=True)
