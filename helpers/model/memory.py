@@ -19,8 +19,9 @@ from helpers.data.render import pair_lengths, token_counts
 from helpers.patches.shared_prompt import can_share, filler
 
 # What layers keep against the formula: those of transformers and PEFT (norms in 32 bits, inputs of the LoRA matrices,
-# less what one forward for both sides takes off), fitted to benchmarks/memory.py; Unsloth's, to benchmarks/gpu.py.
-PLAIN_FACTOR, FUSED_FACTOR = 1.6, 0.8
+# less what one forward for both sides takes off), fitted to benchmarks/memory.py; Unsloth's, to benchmarks/gpu.py, as
+# what comes with the layers' inputs that are kept for recomputing.
+PLAIN_FACTOR, FUSED_FACTOR, INPUTS_FACTOR = 1.6, 0.76, 1.2
 PLAIN_CHECKPOINTING_BYTES = 1.1e9  # what recomputing plain layers took on top, at every size tried there
 ESTIMATE_MARGIN = 1.25  # below this multiple of what is free, training is tried with a warning
 # How a step is made; its pairs are the product of the first two.
@@ -91,7 +92,7 @@ def estimate_memory(
         recomputing = PLAIN_CHECKPOINTING_BYTES
     else:
         layer *= FUSED_FACTOR
-        recomputing = layers * rows * hidden * 2 * (checkpointing != "unsloth")  # the layers' inputs
+        recomputing = INPUTS_FACTOR * layers * rows * hidden * 2 * (checkpointing != "unsloth")
     activations = 2 * layer + recomputing if checkpointing else layers * layer  # 2: with their gradients
     logits = min(rows * vocabulary, 16 * 2**20) * 4 * 3
     return MemoryEstimate(weights, adapter, activations, logits)
