@@ -183,7 +183,7 @@ def gpu_fair() -> str:
     hosts = result("gpu_expert")["hosts"]
     rows = []
     for name, words in FAIR.items():
-        sides = [host["sides"][name] for host in hosts]
+        sides = [host["sides"][name] for host in hosts if name in host["sides"]]
         if "error" in sides[0]:
             rows.append(f"| {words} | {sides[0]['error']} | | | | | | |\n")
             continue
