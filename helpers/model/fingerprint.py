@@ -54,10 +54,12 @@ def adapter_settings(model: Model) -> dict[str, Any]:
 
 def is_fresh(model: Model) -> bool:
     """Whether `model` surely equals its base: what its adapter adds is zero, as one of LoRA's two matrices is."""
-    return not isinstance(model, PeftModel) or not any(
-        tensor.any()
-        for name, tensor in adapter_weights(model).items()
-        if not re.search("lora_A|lora_embedding_B|base_layer", name)
+    if not isinstance(model, PeftModel):
+        return True
+    # Without the base's embeddings, PEFT does not ask the hub whether they were resized.
+    state = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
+    return not any(
+        tensor.any() for name, tensor in state.items() if not re.search("lora_A|lora_embedding_B|base_layer", name)
     )
 
 

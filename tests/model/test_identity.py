@@ -361,6 +361,14 @@ def test_what_a_tokenizer_makes_of_a_text_decides_its_hash(tokenizer):
     assert len(set(found)) == 3
 
 
+def test_the_hub_is_not_asked_whether_an_adapter_is_fresh(monkeypatch):
+    """Each scoring of an opened run asked it, and PEFT warned if it could not be reached."""
+    model = get_peft_model(tiny(), LoraConfig(**LORA))
+    model.active_peft_config.base_model_name_or_path = "owner/name"
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *given: pytest.fail("asked"))
+    assert is_fresh(model)
+
+
 def test_a_fresh_adapter_is_fresh():
     assert is_fresh(get_peft_model(tiny(), LoraConfig(**LORA)))
     assert is_fresh(get_peft_model(tiny(), LoraConfig(r=4, target_modules=["embed_tokens"])))
