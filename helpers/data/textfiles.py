@@ -13,12 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from helpers.common import UserError
-from helpers.data.layouts import HALF_EMOJI, QUESTIONS, asked, find_layout, plain_value
+from helpers.data import tables
+from helpers.data.layouts import HALF_EMOJI, QUESTIONS, USUAL, asked, find_layout, plain_value
 from helpers.data.preferences import LeftOut
 
+QUESTIONS.update(tables("sources.yaml")[0])  # what is said of files
 JSONL = re.compile(r"\.(?:jsonl|ndjson)\b", re.I)
+# In the name of a file, or of a part of one: which split it is.
+SPLIT = re.compile(
+    r"(.+)-\d+-of-\d+\b|(?:.*[^a-z])?(train|test|valid|val|dev|eval|hold|held)"
+    r"(?:ing|ation|uation)?(?:[_-]?(?:out|set|split|data))?(?![a-z])",
+    re.I,
+)
+BESIDE = (*USUAL["prompt"], *USUAL["system"])  # next to a list of rows, such a text may belong to each of them
 NO_SPACE = re.compile(r"[^ \t\r\n\ufeff]")
 DOUBLED = re.compile(r'(?:^|\t)"[^\t]*""[^\t]*"(?:\t|[\r\n]*$)')  # a mark between tabs that is doubled in its field
+
+
+def split_of(name: str) -> str:
+    """The split that a name says, of a file or of a part of one; "" if it says none."""
+    found = SPLIT.match(name)
+    return (found[1] or found[2]).lower() if found else ""
 
 
 def open_bytes(path: Path) -> gzip.GzipFile | io.BufferedReader:
@@ -27,6 +42,8 @@ def open_bytes(path: Path) -> gzip.GzipFile | io.BufferedReader:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if pairs and pairs[0][0].startswith("\ufeff"):
+        pairs[0] = (pairs[0][0].lstrip("\ufeff"), pairs[0][1])
     whole = dict(pairs)
     if len(whole) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -93,31 +110,51 @@ def rows_in(whole: Any, name: str) -> list | None:
     """The rows that one value holds: a list, a dictionary of columns, of rows, or of one list; None if it is a row."""
     if isinstance(whole, list | tuple):
         return list(whole)
-    values = list(whole.values()) if isinstance(whole, dict) else []
+    if not isinstance(whole, dict) or (JSONL.search(name) and _makes_pair(tuple(whole))):  # a line is a row
+        return None
+    values = list(whole.values())
     firsts = [value[0] if isinstance(value, list) and value else value for value in values]
     keys = [first.keys() for first in firsts if isinstance(first, dict)]
-    if not values or any({"role", "content"} <= one or {"from", "value"} <= one for one in keys):  # of messages
+    if any({"role", "content"} <= one or {"from", "value"} <= one for one in keys):  # of messages
         return None
     lists = {key: value for key, value in whole.items() if isinstance(value, list)}
-    tables = [value for value in lists.values() if value and all(isinstance(item, dict) for item in value)]
-    if len(lists) == 1 and (
-        tables or len(values) == 1
-    ):  # {"version": 1, "data": [...]}, if it is not a row with a list
-        line = len(values) > 1 and JSONL.search(name) and not _makes_pair(tuple(tables[0][0]))
-        return None if line or _makes_pair(tuple(whole)) else next(iter(lists.values()))
+    tables = {key: value for key, value in lists.items() if value and all(isinstance(item, dict) for item in value)}
+    found = tables if tables else lists if len(values) == 1 else {}
+    if len(found) == 1 and not any(value for key, value in lists.items() if key not in found):
+        return _wrapped(whole, name, *found)
     if len(values) == 1 and isinstance(values[0], dict):  # {"data": {...}}
         rows = rows_in(values[0], name)
         return values if rows is None else rows
     if len(lists) == len(values):
         sizes = ", ".join(f"{key!r} ({len(value)})" for key, value in lists.items())
-        if len(tables) == len(lists) or len(set(map(len, values))) > 1:
+        if values and (len(tables) == len(lists) or len(set(map(len, values))) > 1):
             raise asked("several lists" if len(tables) == len(lists) else "unequal columns", name=name, sizes=sizes)
         return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
-    if not all(isinstance(value, dict) for value in values):
+    return _by_key(whole, name) if all(isinstance(value, dict) for value in values) else None
+
+
+def _wrapped(whole: dict[str, Any], name: str, key: str) -> list | None:
+    """The list under `key`, as in {"version": 1, "data": [...]}; None if `whole` is a row that has a list."""
+    rows = whole[key]
+    line = len(whole) > 1 and JSONL.search(name) and not _makes_pair(tuple(rows[0]))
+    if line or _makes_pair(tuple(whole)):
         return None
-    numbers = [str(key) for key in values[0]]  # by pandas: column -> row number -> value
+    for beside in whole:
+        if beside != key and beside.lower() in BESIDE and whole[beside]:
+            raise asked("beside rows", name=name, key=beside)
+    return rows
+
+
+def _by_key(whole: dict[str, dict], name: str) -> list | None:
+    """The rows of an object of objects: by their ids, or by pandas column -> row number -> value."""
+    if len(set(map(split_of, whole))) > 1:
+        raise asked("splits in one", name=name, held=", ".join(map(repr, whole)))
+    values = list(whole.values())
+    numbers = list(map(str, values[0]))
     if all(map(str.isdigit, numbers)) and all(list(map(str, value)) == numbers for value in values):
         return rows_in({key: list(value.values()) for key, value in whole.items()}, name)
+    if texts := [key for key in whole if re.search(r"\s|[?\uff1f]", key)]:
+        raise asked("keys are texts", name=name, key=texts[0])
     return values
 
 
@@ -145,6 +182,19 @@ def _count(rows: Iterator[tuple[str, list[str]]]) -> tuple[int, int]:
     return others.count(first), len(others) - others.count(first)
 
 
+def _swallowed(quoted: Iterator[tuple[str, list[str]]], plain: Iterator[tuple[str, list[str]]]) -> int:
+    """How many rows a stray quote may have swallowed: lines after the first of each row that quotes make of several,
+    if all lines of all such rows are whole rows without the quotes; else 0."""
+    starts, several, size = {origin for origin, _ in quoted}, [], 0
+    for origin, fields in plain:
+        size = size or len(fields)
+        if origin in starts:
+            several.append([])
+        several[-1].append(len(fields))
+    several = [sizes for sizes in several if len(sizes) > 1]
+    return sum(len(sizes) - 1 for sizes in several if all(set(sizes) == {size} for sizes in several))
+
+
 def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
     """How many lines stand before the names, and the arguments of `csv.reader`. Text between tabs has no quotes by its
     standard, but pandas and Excel write them. So that no row swallows others, the reading with more whole rows counts.
@@ -155,9 +205,9 @@ def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
     named = re.fullmatch(r'"?sep=(.)"?\s*', head)  # Excel's first line
     if named:
         skip, head = skip + 1, next(_open_text(path, skip + 1), "")
-    split = {mark: next(csv.reader([head], delimiter=mark), []) for mark in ",;\t|"}
-    mark = named[1] if named else "\t" if tsv and "\t" in head else max(split, key=lambda mark: len(split[mark]))
-    spaced = mark == "," and len(split[mark]) > 1 and all(name.startswith(" ") for name in split[mark][1:])
+    mark = named[1] if named else "\t" if tsv and "\t" in head else _mark(path, skip)
+    names = next(csv.reader([head], delimiter=mark), [])
+    spaced = mark == "," and len(names) > 1 and all(name.startswith(" ") for name in names[1:])
     quotes: dict[str, Any] = {"delimiter": mark, "strict": True, "skipinitialspace": spaced}
     text: dict[str, Any] = {"delimiter": mark, "quoting": csv.QUOTE_NONE}
     usual = mark != "\t" or head.startswith('"')
@@ -170,11 +220,24 @@ def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
         quoted, quoted_other = -1, 0
     if whole > quoted >= 0 and (not other if usual else other and not quoted_other):
         raise asked("two ways", name=name, quoted=quoted, whole=whole)
+    if usual and whole + other > quoted + quoted_other:
+        more = _swallowed(_fields(path, name, skip, quotes), _fields(path, name, skip, text))
+        if more:
+            raise asked("two ways", name=name, quoted=quoted, whole=quoted + more)
     doubled = quoted == whole and (not tsv or any(map(DOUBLED.search, _open_text(path, skip))))
     form, whole, other = (quotes, quoted, quoted_other) if usual or quoted > whole or doubled else (text, whole, other)
     if other and not whole:
-        raise asked("no names", name=name, line=skip + 1, held=", ".join(map(repr, next(csv.reader([head], **form)))))
+        (_, names), (_, first), *_ = itertools.islice(_fields(path, name, skip, form), 2)
+        what = "ends" if len(first) == len(names) + 1 and not first[-1] else "no names"
+        raise asked(what, name=name, line=skip + 1, held=", ".join(map(repr, names)), mark=mark)
     return skip, form
+
+
+def _mark(path: Path, skip: int) -> str:
+    """What stands between fields: of those that make a row as long as the first, the one that makes most names."""
+    lines = list(itertools.islice(_open_text(path, skip), 50)) or [","]
+    sizes = {mark: [len(row) for row in csv.reader(lines, delimiter=mark)] for mark in ",;\t|"}
+    return max(sizes, key=lambda mark: (sizes[mark][0] > 1 and sizes[mark][0] in sizes[mark][1:], sizes[mark][0]))
 
 
 def csv_rows(path: Path, name: str, skip: int, form: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -182,10 +245,13 @@ def csv_rows(path: Path, name: str, skip: int, form: dict[str, Any]) -> Iterator
     and the number 1.5 of "1.50"."""
     rows = _fields(path, name, skip, form)
     # A column without a name, like pandas' row numbers, is called by its place: it can be kept, but not read.
-    names = [name.strip() or f"column {place}" for place, name in enumerate(next(rows, ("", []))[1], 1)]
+    names = [name.replace("\ufeff", "").strip() for name in next(rows, ("", []))[1]]
+    names = [name or f"column {place}" for place, name in enumerate(names, 1)]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UserError(f"{name}: two columns of the first line have the same name, {twice[0]!r}. Rename one.")
     for origin, fields in rows:
+        if r"\N" in fields:  # databases write it for nothing
+            fields = [None if field == r"\N" else field for field in fields]
         row = dict(zip(names, fields, strict=False))
         yield origin, row if len(fields) == len(names) else LeftOut("more or fewer fields than the first line has")
