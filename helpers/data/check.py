@@ -26,7 +26,8 @@ LEAK = 0.05
 LEAK_SIGMAS = 2.6
 # Median of chosen / rejected tokens outside of which the lengths differ enough to be learned before anything else.
 LENGTH_RATIOS = (0.8, 1.25)
-SCORE = re.compile("score|rating|reward")  # of a column: what a judge gave to an answer
+SCORE = re.compile("score|rating|reward|rank")  # of a column: what a judge gave to an answer; rank 1 is the best
+FLAG = re.compile("(?:is_)?chosen_(?:is_)?better|((?:is_|was_)?(?:swapped|flipped|exchanged))")  # a column of 0 and 1
 
 
 def _accuracy(chosen: np.ndarray, rejected: np.ndarray) -> tuple[float, bool]:
@@ -89,12 +90,20 @@ class _Judge:
             self.find("one_prompt", one, f"the same prompt in {one.sum()} of {len(texts)} pairs")
 
     def scores(self) -> None:
-        """Columns such as score_chosen and score_rejected, or margin, that say the opposite of the labels."""
-        names = self.pairs.column_names
-        twins = [(name, name.replace("chosen", "rejected")) for name in names if SCORE.search(name)]
-        gaps = {f"{a} below {b}": self._numbers(a) - self._numbers(b) for a, b in twins if a != b and b in names}
-        gaps |= {"margin below zero": self._numbers("margin")} if "margin" in names else {}
-        for what, gap in gaps.items():
+        """Columns such as score_chosen and score_rejected, margin or swapped that say the opposite of the labels."""
+        for name in self.pairs.column_names:
+            twin, score, flag = name.replace("chosen", "rejected"), SCORE.search(name), FLAG.fullmatch(name)
+            if score and twin != name and twin in self.pairs.column_names:
+                gap, what = self._numbers(name) - self._numbers(twin), f"{name} below {twin}"
+                if score[0] == "rank":
+                    gap, what = -gap, f"{name} above {twin}"
+            elif name == "margin":
+                gap, what = self._numbers(name), "margin below zero"
+            elif flag:
+                gap, what = self._numbers(name) - 0.5, f"{name} says that the answers are exchanged"
+                gap = -gap if flag[1] else gap
+            else:
+                continue
             self.find("score_below", gap < 0, what, -gap)
 
     def _numbers(self, column: str) -> np.ndarray:

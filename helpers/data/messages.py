@@ -4,6 +4,7 @@ A row that is no pair raises LeftOut with its reason.
 """
 
 import re
+import unicodedata
 from typing import Any
 
 from datasets import Json, List, Value
@@ -160,5 +161,7 @@ def read_template_kwargs(value: Any) -> dict[str, Any]:
 
 
 def prompt_text(prompt: list[dict[str, str]]) -> str:
-    """A prompt for comparing: roles and texts without regard to case and to the amount of white space."""
-    return "\n".join(f"{turn['role']}: {' '.join(turn['content'].split()).casefold()}" for turn in prompt)
+    """A prompt for comparing: roles and texts without regard to case, to the amount of white space, and to how a letter
+    with an accent is written."""
+    text = "\n".join(f"{turn['role']}: {' '.join(turn['content'].split()).casefold()}" for turn in prompt)
+    return unicodedata.normalize("NFC", text)

@@ -176,30 +176,29 @@ def _fields(path: Path, name: str, skip: int, form: dict[str, Any]) -> Iterator[
         raise asked("invalid CSV", name=name, line=line, error=error, mark=form["delimiter"]) from None
 
 
-def _count(rows: Iterator[tuple[str, list[str]]]) -> tuple[int, int]:
+def _sizes(path: Path, name: str, skip: int, form: dict[str, Any]) -> dict[str, int]:
+    """How many fields each row has, by the line that it starts on."""
+    return {origin: len(fields) for origin, fields in _fields(path, name, skip, form)}
+
+
+def _count(sizes: dict[str, int]) -> tuple[int, int]:
     """How many rows are as long as the first, and how many are not."""
-    first, *others = [len(fields) for _, fields in rows] or [0]
+    first, *others = sizes.values() or [0]
     return others.count(first), len(others) - others.count(first)
 
 
-def _swallowed(quoted: Iterator[tuple[str, list[str]]], plain: Iterator[tuple[str, list[str]]]) -> int:
-    """How many rows a stray quote may have swallowed: lines after the first of each row that quotes make of several,
-    if all lines of all such rows are whole rows without the quotes; else 0."""
-    starts, several, size = {origin for origin, _ in quoted}, [], 0
-    for origin, fields in plain:
-        size = size or len(fields)
-        if origin in starts:
-            several.append([])
-        several[-1].append(len(fields))
-    several = [sizes for sizes in several if len(sizes) > 1]
-    return sum(len(sizes) - 1 for sizes in several if all(set(sizes) == {size} for sizes in several))
+def _mark(path: Path, skip: int) -> str:
+    """What stands between fields: of those that make a row as long as the first, the one that makes most names."""
+    lines = list(itertools.islice(_open_text(path, skip), 50)) or [","]
+    sizes = {mark: [len(row) for row in csv.reader(lines, delimiter=mark)] for mark in ",;\t|"}
+    return max(sizes, key=lambda mark: (sizes[mark][0] > 1 and sizes[mark][0] in sizes[mark][1:], sizes[mark][0]))
 
 
 def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
     """How many lines stand before the names, and the arguments of `csv.reader`. Text between tabs has no quotes by its
-    standard, but pandas and Excel write them. So that no row swallows others, the reading with more whole rows counts.
-    If both have as many, marks around a field are quotes only if they are around the names too, if those inside are
-    doubled, or if the file is called .csv."""
+    standard, but pandas and Excel write them. So that no row swallows others, the reading with more whole rows counts;
+    if all rows of several lines could be whole rows, one a line, the reader is asked. If both readings have as many
+    rows, marks around a field are quotes only if they are around the names too, doubled, or the file is called .csv."""
     csv.field_size_limit(sys.maxsize)
     skip, head = next(((number, line) for number, line in enumerate(_open_text(path, 0)) if line.strip()), (0, ""))
     named = re.fullmatch(r'"?sep=(.)"?\s*', head)  # Excel's first line
@@ -211,33 +210,29 @@ def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
     quotes: dict[str, Any] = {"delimiter": mark, "strict": True, "skipinitialspace": spaced}
     text: dict[str, Any] = {"delimiter": mark, "quoting": csv.QUOTE_NONE}
     usual = mark != "\t" or head.startswith('"')
-    whole, other = _count(_fields(path, name, skip, text))
+    lines, rows = _sizes(path, name, skip, text), {}
+    whole, other = _count(lines)
     try:
-        quoted, quoted_other = _count(_fields(path, name, skip, quotes))
+        rows = _sizes(path, name, skip, quotes)
+        quoted, quoted_other = _count(rows)
     except UserError:
         if usual:
             raise
         quoted, quoted_other = -1, 0
+    row_of = list(itertools.accumulate(line in rows for line in lines))  # of each line
+    count = Counter(row_of)
+    of_several = {size for row, size in zip(row_of, lines.values(), strict=True) if count[row] > 1}
+    if usual and of_several == {len(names)}:
+        raise asked("two ways", name=name, quoted=len(rows) - 1, whole=len(lines) - 1)
     if whole > quoted >= 0 and (not other if usual else other and not quoted_other):
         raise asked("two ways", name=name, quoted=quoted, whole=whole)
-    if usual and whole + other > quoted + quoted_other:
-        more = _swallowed(_fields(path, name, skip, quotes), _fields(path, name, skip, text))
-        if more:
-            raise asked("two ways", name=name, quoted=quoted, whole=quoted + more)
     doubled = quoted == whole and (not tsv or any(map(DOUBLED.search, _open_text(path, skip))))
     form, whole, other = (quotes, quoted, quoted_other) if usual or quoted > whole or doubled else (text, whole, other)
     if other and not whole:
-        (_, names), (_, first), *_ = itertools.islice(_fields(path, name, skip, form), 2)
-        what = "ends" if len(first) == len(names) + 1 and not first[-1] else "no names"
+        _, first = itertools.islice(_fields(path, name, skip, form), 2)
+        what = "ends" if len(first[1]) == len(names) + 1 and not first[1][-1] else "no names"
         raise asked(what, name=name, line=skip + 1, held=", ".join(map(repr, names)), mark=mark)
     return skip, form
-
-
-def _mark(path: Path, skip: int) -> str:
-    """What stands between fields: of those that make a row as long as the first, the one that makes most names."""
-    lines = list(itertools.islice(_open_text(path, skip), 50)) or [","]
-    sizes = {mark: [len(row) for row in csv.reader(lines, delimiter=mark)] for mark in ",;\t|"}
-    return max(sizes, key=lambda mark: (sizes[mark][0] > 1 and sizes[mark][0] in sizes[mark][1:], sizes[mark][0]))
 
 
 def csv_rows(path: Path, name: str, skip: int, form: dict[str, Any]) -> Iterator[tuple[str, Any]]:
