@@ -1,8 +1,7 @@
-"""What is wrong with pairs for a tokenizer, found before a training step is spent.
+"""What is wrong with pairs for a tokenizer, found before a training step is spent: `check_pairs` measures every pair
+once (`helpers.data.measure`) and judges the whole table afterwards."""
 
-`check_pairs` measures every pair once (`helpers.data.measure`) and judges the whole table afterwards.
-"""
-
+import itertools
 import re
 from typing import Any, Literal
 
@@ -26,8 +25,11 @@ LEAK = 0.05
 LEAK_SIGMAS = 2.6
 # Median of chosen / rejected tokens outside of which the lengths differ enough to be learned before anything else.
 LENGTH_RATIOS = (0.8, 1.25)
-SCORE = re.compile("score|rating|reward|rank")  # of a column: what a judge gave to an answer; rank 1 is the best
-FLAG = re.compile("(?:is_)?chosen_(?:is_)?better|((?:is_|was_)?(?:swapped|flipped|exchanged))")  # a column of 0 and 1
+SCORE = re.compile("score|rating|reward")  # of a column: what a judge gave to an answer
+FLAGS = {  # a column of 0 and 1 -> which of them says that the answers are exchanged
+    re.compile("(?:is_)?chosen_(?:is_)?better"): 0,
+    re.compile("(?:is_|was_)?(?:swapped|flipped|exchanged)"): 1,
+}
 
 
 def _accuracy(chosen: np.ndarray, rejected: np.ndarray) -> tuple[float, bool]:
@@ -91,19 +93,17 @@ class _Judge:
 
     def scores(self) -> None:
         """Columns such as score_chosen and score_rejected, margin or swapped that say the opposite of the labels."""
-        for name in self.pairs.column_names:
-            twin, score, flag = name.replace("chosen", "rejected"), SCORE.search(name), FLAG.fullmatch(name)
-            if score and twin != name and twin in self.pairs.column_names:
-                gap, what = self._numbers(name) - self._numbers(twin), f"{name} below {twin}"
-                if score[0] == "rank":
-                    gap, what = -gap, f"{name} above {twin}"
-            elif name == "margin":
-                gap, what = self._numbers(name), "margin below zero"
-            elif flag:
-                gap, what = self._numbers(name) - 0.5, f"{name} says that the answers are exchanged"
-                gap = -gap if flag[1] else gap
-            else:
-                continue
+        names, of = self.pairs.column_names, self._numbers
+        twins = [
+            (name, twin) for name in names if (twin := name.replace("chosen", "rejected")) != name and twin in names
+        ]
+        gaps = {f"{a} below {b}": of(a) - of(b) for a, b in twins if SCORE.search(a)}
+        gaps |= {f"{a} above {b}": of(b) - of(a) for a, b in twins if "rank" in a}  # 1 is the best
+        gaps |= {"margin below zero": of("margin")} if "margin" in names else {}
+        for name, (flag, bad) in itertools.product(names, FLAGS.items()):
+            if flag.fullmatch(name):
+                gaps[f"{name} says that the answers are exchanged"] = np.where(of(name) == bad, -1.0, np.nan)
+        for what, gap in gaps.items():
             self.find("score_below", gap < 0, what, -gap)
 
     def _numbers(self, column: str) -> np.ndarray:

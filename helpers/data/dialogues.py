@@ -1,7 +1,6 @@
 """Dialogues that are written into one text, by the marks of dialogues.yaml."""
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from helpers.data import tables
@@ -17,17 +16,22 @@ BEGIN = re.compile(
 )
 
 
-@dataclass(frozen=True, eq=False)
 class Marks:
     """One spelling; an entry of dialogues.yaml."""
 
-    name: str
-    mark: re.Pattern  # with a group for each role
-    answer: re.Pattern  # the mark of an assistant at the beginning of a text
-    end: re.Pattern
-    inside: re.Pattern
-    opening: re.Pattern
-    token: bool
+    def __init__(self, entry: dict[str, Any]):
+        roles = {role: entry.get(role, NEVER) for role in ("user", "assistant", "system")}
+        end, names = entry.get("end", NEVER), "|".join(f"(?P<{role}>{name})" for role, name in roles.items())
+        self.name, self.token = entry["name"], entry.get("token", False)
+        bare = entry["mark"].removeprefix(r"\n\n")
+        self.mark = re.compile(entry["mark"].format(f"(?:{names})"))
+        answer = bare.format(f"(?:{roles['assistant']})")
+        self.answer = re.compile(rf"\A\s*(?:(?:{end})\s*)?{answer}")  # at the beginning of a text
+        self.end = re.compile(rf"(?:\s*(?:{end}))+\s*\Z")
+        self.inside = re.compile(entry.get("inside", NEVER))
+        self.opening = re.compile(entry.get("opening", NEVER), re.DOTALL)
+        # What a dialogue must begin with.
+        self.first = bare.format(f"(?:{roles['user']}|{roles['system']})") + f"|{self.opening.pattern}"
 
     def turns(self, text: str) -> Turns | None:
         """The turns of a whole dialogue; None for any other text."""
@@ -58,30 +62,9 @@ class Marks:
         return self.inside.sub("\n", self.end.sub("", text.strip())).strip()
 
 
-def _spelling(entry: dict[str, Any]) -> Marks:
-    roles, end = {role: entry.get(role, NEVER) for role in ("user", "assistant", "system")}, entry.get("end", NEVER)
-    mark = entry["mark"].format("(?:{})".format("|".join(f"(?P<{role}>{name})" for role, name in roles.items())))
-    answer = entry["mark"].removeprefix(r"\n\n").format(f"(?:{roles['assistant']})")
-    return Marks(
-        entry["name"],
-        re.compile(mark),
-        re.compile(rf"\A\s*(?:(?:{end})\s*)?{answer}"),
-        re.compile(rf"(?:\s*(?:{end}))+\s*\Z"),
-        re.compile(entry.get("inside", NEVER)),
-        re.compile(entry.get("opening", NEVER), re.DOTALL),
-        entry.get("token", False),
-    )
-
-
-(_TABLE,) = tables("dialogues.yaml")
-SPELLINGS = [_spelling(entry) for entry in _TABLE]
+SPELLINGS = list(map(Marks, tables("dialogues.yaml")[0]))
 # What a text must begin with to be a dialogue at all: asked first, which is far faster.
-_FIRST = "|".join(
-    entry["mark"].removeprefix(r"\n\n").format(f"(?:{entry['user']}|{entry.get('system', NEVER)})")
-    + (f"|{entry['opening']}" if "opening" in entry else "")
-    for entry in _TABLE
-)
-START = re.compile(rf"(?:{BEGIN.pattern})?(?:{_FIRST})", re.DOTALL)
+START = re.compile(rf"(?:{BEGIN.pattern})?(?:{'|'.join(marks.first for marks in SPELLINGS)})", re.DOTALL)
 ANSWER_MARK = re.compile("|".join(marks.answer.pattern for marks in SPELLINGS))
 
 
@@ -141,9 +124,7 @@ def _refuse_lists(prompt: Any, sides: list[Any]) -> None:
     found = [LIST.fullmatch(side) if isinstance(side, str) else None for side in sides]
     wrapped = all(one and not one["more"] for one in found) and any("['" in side for side in sides)
     if wrapped or (isinstance(prompt, str) and LIST.fullmatch(prompt)):
-        raise LeftOut(
-            f"{'both answers are' if wrapped else 'the prompt is'} a list in a text ([...]): save plain texts"
-        )
+        raise LeftOut(f"{'both answers are' if wrapped else 'the prompt is'} a list in a text: save plain texts")
 
 
 def _goes_on(own: Any, talks: list[Turns]) -> bool:
@@ -159,10 +140,10 @@ def _begun(prompt: Any, sides: list[Any]) -> tuple[Marks, Any] | None:
     if not all(isinstance(side, str) and ANSWER_MARK.match(side) for side in sides):
         return None
     for marks in SPELLINGS:
-        found = [marks.answer.match(side) for side in sides]
-        if all(found):
+        found = [one[0] for side in sides if (one := marks.answer.match(side))]
+        if len(found) == len(sides):
             if not (isinstance(prompt, str) and START.match(prompt.lstrip())):
                 return (marks, prompt) if prompt and marks.certain("") else None
-            talk = read(f"{prompt}\n\n{found[0][0].lstrip()}")
+            talk = read(f"{prompt}\n\n{found[0].lstrip()}")
             return (talk[0] if all(map(talk[0].answer.match, sides)) else marks, talk[1][:-1]) if talk else None
     return None

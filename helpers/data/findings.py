@@ -1,7 +1,4 @@
-"""Findings of a check, their catalogue, and the report that holds them.
-
-Other wings add findings of the same type (`helpers.thinking.check`).
-"""
+"""Findings of a check, their catalogue, and the report that holds them; `helpers.thinking.check` adds its own."""
 
 import functools
 import re
@@ -116,11 +113,10 @@ class Report:
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each finding: severity, code, count, what, rows (the worst), why, cure."""
-        rows = [
-            (f.severity, f.code, f.count, visible(f.what, SHOWN_CHARACTERS), _worst_rows(f), f.why, f.cure)
-            for f in self.findings
-        ]
-        return pd.DataFrame(rows, columns=["severity", "code", "count", "what", "rows", "why", "cure"])
+        names = ["severity", "code", "count", "what", "rows", "why", "cure"]
+        cells = {"what": lambda one: visible(one.what, SHOWN_CHARACTERS), "rows": _worst_rows}
+        rows = [[cells[name](one) if name in cells else getattr(one, name) for name in names] for one in self.findings]
+        return pd.DataFrame(rows, columns=names)
 
     def _summary(self) -> str:
         kinds = f"{len(self.errors)} kinds of error, {len(self.findings) - len(self.errors)} of warning"

@@ -1,7 +1,4 @@
-"""Any spelling of turns as messages, and what a pair's messages must look like.
-
-A row that is no pair raises LeftOut with its reason.
-"""
+"""Any spelling of turns as messages, and what a pair's messages must look like; else LeftOut says why not."""
 
 import re
 import unicodedata
@@ -80,11 +77,10 @@ def has_more(value: Any) -> bool:
     """Whether messages in a cell have more than a role and a text."""
     if isinstance(value, str):
         return value.lstrip()[:1] in ("{", "[") and any(f'"{name}"' in value for name in KEPT)
-    if isinstance(value, dict) and not isinstance(value.get("messages"), list):
-        return any(map(value.get, KEPT)) or value.get("from") == "function_call"
-    return any(
-        map(has_more, value["messages"] if isinstance(value, dict) else value if isinstance(value, list) else ())
-    )
+    items = value.get("messages", value) if isinstance(value, dict) else value
+    if isinstance(items, list):
+        return any(map(has_more, items))
+    return isinstance(value, dict) and (any(map(value.get, KEPT)) or value.get("from") == "function_call")
 
 
 def kind_of(value: Any) -> str:

@@ -156,10 +156,9 @@ def _from_file(path: Path, name: str) -> Source:
             head = file.read(4096)
         said = [one for one in REFUSED if "bytes" in one and suffix in one.get("of", suffix).split()]
         instead = [one["advice"] for one in said if re.match(one["bytes"].encode(), head)]
-    if instead:
-        raise UserError(f"{name} {instead[0]}")
-    if suffix not in SUFFIXES:
-        raise asked("suffix", name=name, suffixes=", ".join(SUFFIXES), suffix=suffix)
+    if instead or suffix not in SUFFIXES:
+        other = asked("suffix", name=name, suffixes=", ".join(SUFFIXES), suffix=suffix)
+        raise UserError(f"{name} {instead[0]}") if instead else other
     if suffix in TABLES:
         with quiet_progress(0):
             table = datasets.load_dataset(TABLES[suffix], data_files=glob.escape(str(path)), split="train")
@@ -191,10 +190,9 @@ def open_source(source: Any, split: str) -> Source:
         raise UserError("A streamed dataset has no end that is known. Pass list(dataset.take(1000)).")
     if hasattr(source, "__arrow_c_stream__"):
         return _from_frame(source)
-    if isinstance(source, dict) and (
-        held := [key for key, one in source.items() if hasattr(one, "__arrow_c_stream__")]
-    ):
-        raise asked("frames", held=shortened(list(map(repr, held)), 5))
+    frames = [key for key in source if hasattr(source[key], "__arrow_c_stream__")] if isinstance(source, dict) else []
+    if frames:
+        raise asked("frames", held=shortened(list(map(repr, frames)), 5))
     if isinstance(source, dict | list | tuple | Iterator):
         whole = plain_value(list(source) if isinstance(source, Iterator) else source)
         rows = rows_in(whole, "The dictionary")

@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,7 @@ from helpers.data.preferences import LeftOut
 
 QUESTIONS.update(tables("sources.yaml")[0])  # what is said of files
 JSONL = re.compile(r"\.(?:jsonl|ndjson)\b", re.I)
-# In the name of a file, or of a part of one: which split it is.
-SPLIT = re.compile(
-    r"(.+)-\d+-of-\d+\b|(?:.*[^a-z])?(train|test|valid|val|dev|eval|hold|held)"
-    r"(?:ing|ation|uation)?(?:[_-]?(?:out|set|split|data))?(?![a-z])",
-    re.I,
-)
+SPLIT = re.compile(QUESTIONS["splits"], re.I)
 BESIDE = (*USUAL["prompt"], *USUAL["system"])  # next to a list of rows, such a text may belong to each of them
 NO_SPACE = re.compile(r"[^ \t\r\n\ufeff]")
 DOUBLED = re.compile(r'(?:^|\t)"[^\t]*""[^\t]*"(?:\t|[\r\n]*$)')  # a mark between tabs that is doubled in its field
@@ -32,8 +27,7 @@ DOUBLED = re.compile(r'(?:^|\t)"[^\t]*""[^\t]*"(?:\t|[\r\n]*$)')  # a mark betwe
 
 def split_of(name: str) -> str:
     """The split that a name says, of a file or of a part of one; "" if it says none."""
-    found = SPLIT.match(name)
-    return (found[1] or found[2]).lower() if found else ""
+    return "".join(found.groups("")).lower() if (found := SPLIT.match(name)) else ""
 
 
 def open_bytes(path: Path) -> gzip.GzipFile | io.BufferedReader:
@@ -74,9 +68,8 @@ def _values(text: str, name: str, only: int = 0) -> Iterator[tuple[int, Any]]:
 
 
 def json_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    """Rows of JSON lines, of objects that take several lines each, or of one JSON value. Not by `load_dataset`: its
-    reader forgets the line numbers, makes dates of texts that look like dates, and says of an invalid file only that
-    generating it failed."""
+    """Rows of JSON lines, of objects of several lines each, or of one JSON value. Not by `load_dataset`, which forgets
+    the line numbers, makes dates of texts that look like dates, and does not say what is invalid."""
     with open_bytes(path) as file:
         texts = (line.decode("utf-8", "replace").strip(" \t\r\n\ufeff") for line in file)
         lines = ((number, line) for number, line in enumerate(texts, 1) if line)
@@ -99,9 +92,9 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def _makes_pair(names: tuple[str, ...]) -> bool:
+def _makes_pair(names: Iterable[str]) -> bool:
     try:
-        return find_layout(names, {}, ()) is not None
+        return find_layout(tuple(names), {}, ()) is not None
     except UserError:  # a question about a pair
         return True
 
@@ -110,7 +103,7 @@ def rows_in(whole: Any, name: str) -> list | None:
     """The rows that one value holds: a list, a dictionary of columns, of rows, or of one list; None if it is a row."""
     if isinstance(whole, list | tuple):
         return list(whole)
-    if not isinstance(whole, dict) or (JSONL.search(name) and _makes_pair(tuple(whole))):  # a line is a row
+    if not isinstance(whole, dict) or (JSONL.search(name) and _makes_pair(whole)):  # a line is a row
         return None
     values = list(whole.values())
     firsts = [value[0] if isinstance(value, list) and value else value for value in values]
@@ -135,27 +128,23 @@ def rows_in(whole: Any, name: str) -> list | None:
 
 def _wrapped(whole: dict[str, Any], name: str, key: str) -> list | None:
     """The list under `key`, as in {"version": 1, "data": [...]}; None if `whole` is a row that has a list."""
-    rows = whole[key]
-    line = len(whole) > 1 and JSONL.search(name) and not _makes_pair(tuple(rows[0]))
-    if line or _makes_pair(tuple(whole)):
+    if _makes_pair(whole) or (len(whole) > 1 and JSONL.search(name) and not _makes_pair(whole[key][0])):
         return None
-    for beside in whole:
-        if beside != key and beside.lower() in BESIDE and whole[beside]:
-            raise asked("beside rows", name=name, key=beside)
-    return rows
+    if beside := [one for one in whole if one != key and one.lower() in BESIDE and whole[one]]:
+        raise asked("beside rows", name=name, key=beside[0])
+    return whole[key]
 
 
 def _by_key(whole: dict[str, dict], name: str) -> list | None:
     """The rows of an object of objects: by their ids, or by pandas column -> row number -> value."""
     if len(set(map(split_of, whole))) > 1:
         raise asked("splits in one", name=name, held=", ".join(map(repr, whole)))
-    values = list(whole.values())
-    numbers = list(map(str, values[0]))
-    if all(map(str.isdigit, numbers)) and all(list(map(str, value)) == numbers for value in values):
+    numbers = {tuple(map(str, value)) for value in whole.values()}
+    if len(numbers) == 1 and all(map(str.isdigit, *numbers)):
         return rows_in({key: list(value.values()) for key, value in whole.items()}, name)
     if texts := [key for key in whole if re.search(r"\s|[?\uff1f]", key)]:
         raise asked("keys are texts", name=name, key=texts[0])
-    return values
+    return list(whole.values())
 
 
 def _open_text(path: Path, skip: int) -> Iterator[str]:
@@ -176,15 +165,11 @@ def _fields(path: Path, name: str, skip: int, form: dict[str, Any]) -> Iterator[
         raise asked("invalid CSV", name=name, line=line, error=error, mark=form["delimiter"]) from None
 
 
-def _sizes(path: Path, name: str, skip: int, form: dict[str, Any]) -> dict[str, int]:
-    """How many fields each row has, by the line that it starts on."""
-    return {origin: len(fields) for origin, fields in _fields(path, name, skip, form)}
-
-
-def _count(sizes: dict[str, int]) -> tuple[int, int]:
-    """How many rows are as long as the first, and how many are not."""
+def _sizes(path: Path, name: str, skip: int, form: dict[str, Any]) -> tuple[dict[str, int], int, int]:
+    """How many fields each row has, by its line; how many rows have as many as the first, and how many do not."""
+    sizes = {origin: len(fields) for origin, fields in _fields(path, name, skip, form)}
     first, *others = sizes.values() or [0]
-    return others.count(first), len(others) - others.count(first)
+    return sizes, others.count(first), len(others) - others.count(first)
 
 
 def _mark(path: Path, skip: int) -> str:
@@ -201,8 +186,7 @@ def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
     rows, marks around a field are quotes only if they are around the names too, doubled, or the file is called .csv."""
     csv.field_size_limit(sys.maxsize)
     skip, head = next(((number, line) for number, line in enumerate(_open_text(path, 0)) if line.strip()), (0, ""))
-    named = re.fullmatch(r'"?sep=(.)"?\s*', head)  # Excel's first line
-    if named:
+    if named := re.fullmatch(r'"?sep=(.)"?\s*', head):  # Excel's first line
         skip, head = skip + 1, next(_open_text(path, skip + 1), "")
     mark = named[1] if named else "\t" if tsv and "\t" in head else _mark(path, skip)
     names = next(csv.reader([head], delimiter=mark), [])
@@ -210,22 +194,19 @@ def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
     quotes: dict[str, Any] = {"delimiter": mark, "strict": True, "skipinitialspace": spaced}
     text: dict[str, Any] = {"delimiter": mark, "quoting": csv.QUOTE_NONE}
     usual = mark != "\t" or head.startswith('"')
-    lines, rows = _sizes(path, name, skip, text), {}
-    whole, other = _count(lines)
+    lines, whole, other = _sizes(path, name, skip, text)
     try:
-        rows = _sizes(path, name, skip, quotes)
-        quoted, quoted_other = _count(rows)
+        rows, quoted, quoted_other = _sizes(path, name, skip, quotes)
     except UserError:
         if usual:
             raise
-        quoted, quoted_other = -1, 0
+        rows, quoted, quoted_other = {}, -1, 0
     row_of = list(itertools.accumulate(line in rows for line in lines))  # of each line
     count = Counter(row_of)
     of_several = {size for row, size in zip(row_of, lines.values(), strict=True) if count[row] > 1}
-    if usual and of_several == {len(names)}:
-        raise asked("two ways", name=name, quoted=len(rows) - 1, whole=len(lines) - 1)
-    if whole > quoted >= 0 and (not other if usual else other and not quoted_other):
-        raise asked("two ways", name=name, quoted=quoted, whole=whole)
+    swallowed = usual and of_several == {len(names)}
+    if swallowed or (whole > quoted >= 0 and (not other if usual else other and not quoted_other)):
+        raise asked("two ways", name=name, quoted=quoted, whole=len(lines) - 1 if swallowed else whole)
     doubled = quoted == whole and (not tsv or any(map(DOUBLED.search, _open_text(path, skip))))
     form, whole, other = (quotes, quoted, quoted_other) if usual or quoted > whole or doubled else (text, whole, other)
     if other and not whole:
@@ -242,8 +223,7 @@ def csv_rows(path: Path, name: str, skip: int, form: dict[str, Any]) -> Iterator
     # A column without a name, like pandas' row numbers, is called by its place: it can be kept, but not read.
     names = [name.replace("\ufeff", "").strip() for name in next(rows, ("", []))[1]]
     names = [name or f"column {place}" for place, name in enumerate(names, 1)]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(f"{name}: two columns of the first line have the same name, {twice[0]!r}. Rename one.")
     for origin, fields in rows:
         if r"\N" in fields:  # databases write it for nothing
