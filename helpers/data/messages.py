@@ -105,6 +105,8 @@ def _messages_in(value: Any) -> list[dict[str, Any]] | None:
 
 def to_messages(value: Any, column: str, role: str) -> list[dict[str, Any]]:
     """Any spelling of one or more turns as messages; a plain string becomes one turn of `role`."""
+    if isinstance(value, str) and value.lstrip()[:1] not in ("[", "{", "a"):  # most are plain
+        return [{"role": role, "content": value}]
     found = opened(value)
     whole = isinstance(found, dict) and (found is value or found.keys() <= {"messages", "tools"})
     if whole and isinstance(found.get("messages"), list):

@@ -166,9 +166,8 @@ def _from_file(path: Path, name: str) -> Source:
     with path.open("rb") as file:
         content = hashlib.file_digest(file, xxhash.xxh3_128)
     form = csv_form(path, name, suffix == ".tsv") if suffix in (".csv", ".tsv") else ()
-    if form:
-        return Source(name, functools.partial(csv_rows, path, name, *form), content.hexdigest())
-    return Source(name, lambda: _with_objects(json_rows(path, name), name), content.hexdigest())
+    rows = functools.partial(csv_rows if form else json_rows, path, name, *form)
+    return Source(name, lambda: _with_objects(rows(), name), content.hexdigest())
 
 
 def _with_objects(rows: Iterable[tuple[str, Any]], name: str) -> Iterator[tuple[str, Any]]:

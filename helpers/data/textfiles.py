@@ -137,11 +137,11 @@ def _wrapped(whole: dict[str, Any], name: str, key: str) -> list | None:
 
 def _by_key(whole: dict[str, dict], name: str) -> list | None:
     """The rows of an object of objects: by their ids, or by pandas column -> row number -> value."""
-    if len(set(map(split_of, whole))) > 1:
-        raise asked("splits in one", name=name, held=", ".join(map(repr, whole)))
     numbers = {tuple(map(str, value)) for value in whole.values()}
     if len(numbers) == 1 and all(map(str.isdigit, *numbers)):
         return rows_in({key: list(value.values()) for key, value in whole.items()}, name)
+    if len(set(map(split_of, whole))) > 1:
+        raise asked("splits in one", name=name, held=", ".join(map(repr, whole)))
     if texts := [key for key in whole if re.search(r"\s|[?\uff1f]", key)]:
         raise asked("keys are texts", name=name, key=texts[0])
     return list(whole.values())

@@ -476,3 +476,9 @@ def test_numbers_of_64_bits_and_marks_in_names_of_columns(tmp_path):
     pq.write_table(maps, tmp_path / "maps.parquet")
     with pytest.raises(UserError, match="maps.parquet can't be read.*Leave the column of that type out"):
         load_pairs(tmp_path / "maps.parquet")
+
+
+def test_columns_by_pandas_may_be_named_like_a_split_and_a_pattern_may_begin_with_a_bracket(tmp_path):
+    whole = {name: {"0": text} for name, text in (Q | {"test_score": 1}).items()}
+    assert rows_of(write(tmp_path / "a.json", json.dumps(whole))) == [Q | {"test_score": 1}]
+    assert rows_of(tmp_path / "[ab].json") == [Q | {"test_score": 1}]
