@@ -128,6 +128,7 @@ def test_a_mark_of_prose_is_taken_off_both_answers_or_off_neither(what):
 TOKENS = {  # text before the question, before the answer, after it
     "gpt-oss": ("<|start|>user<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>", "<|return|>"),
     "Seed-OSS": ("<seed:bos>user\n", "<seed:eos><seed:bos>assistant\n", "<seed:eos>"),
+    "ChatML": ("<|im_start|>user\r\n", "<|im_end|>\r\n<|im_start|>assistant\r\n", "<|im_end|>"),
     "MiniCPM": ("<用户>", "<AI>", ""),
 }
 
