@@ -94,9 +94,7 @@ class _Judge:
     def scores(self) -> None:
         """Columns such as score_chosen and score_rejected, margin or swapped that say the opposite of the labels."""
         names, of = self.pairs.column_names, self._numbers
-        twins = [
-            (name, twin) for name in names if (twin := name.replace("chosen", "rejected")) != name and twin in names
-        ]
+        twins = [(a, b) for a in names if (b := a.replace("chosen", "rejected")) != a and b in names]
         gaps = {f"{a} below {b}": of(a) - of(b) for a, b in twins if SCORE.search(a)}
         gaps |= {f"{a} above {b}": of(b) - of(a) for a, b in twins if "rank" in a}  # 1 is the best
         gaps |= {"margin below zero": of("margin")} if "margin" in names else {}
@@ -208,12 +206,10 @@ def check_pairs(
     judge.repeats(test)
     judge.scores()
     places = np.flatnonzero(long)
-    judge.add(
-        "long_prompt",
-        f"prompts over {max_prompt_length} tokens: {counts['shortened']} shortened, {counts['left_out']} left out, "
-        f"{len(places) - sum(counts.values())} kept",
-        places[np.argsort(-tokens[places], kind="stable")],
-    )
+    said = {**counts, "kept": len(places) - sum(counts.values())}
+    what = ", ".join(f"{count} {fate.replace('_', ' ')}" for fate, count in said.items())
+    order = places[np.argsort(-tokens[places], kind="stable")]
+    judge.add("long_prompt", f"prompts over {max_prompt_length} tokens: {what}", order)
     judge.lengths(max_length)
     figures = judge.leaks()
     judge.left_out()

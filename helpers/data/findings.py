@@ -113,10 +113,11 @@ class Report:
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each finding: severity, code, count, what, rows (the worst), why, cure."""
-        names = ["severity", "code", "count", "what", "rows", "why", "cure"]
-        cells = {"what": lambda one: visible(one.what, SHOWN_CHARACTERS), "rows": _worst_rows}
-        rows = [[cells[name](one) if name in cells else getattr(one, name) for name in names] for one in self.findings]
-        return pd.DataFrame(rows, columns=names)
+        rows = [
+            (f.severity, f.code, f.count, visible(f.what, SHOWN_CHARACTERS), _worst_rows(f), f.why, f.cure)
+            for f in self.findings
+        ]
+        return pd.DataFrame(rows, columns=["severity", "code", "count", "what", "rows", "why", "cure"])
 
     def _summary(self) -> str:
         kinds = f"{len(self.errors)} kinds of error, {len(self.findings) - len(self.errors)} of warning"

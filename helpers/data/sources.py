@@ -31,17 +31,8 @@ from helpers.session import quiet_progress
 
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}  # suffix -> its reader in `datasets`
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *TABLES)
-LIBRARY_ERRORS = (
-    OSError,
-    EOFError,
-    ImportError,
-    RuntimeError,
-    OverflowError,
-    ValueError,
-    zlib.error,
-    pa.ArrowException,
-    DatasetsError,
-)
+PYTHON_ERRORS = (OSError, EOFError, ImportError, RuntimeError, OverflowError, ValueError)
+LIBRARY_ERRORS = (*PYTHON_ERRORS, zlib.error, pa.ArrowException, DatasetsError)
 _, REFUSED, NO_FILES = tables("sources.yaml")
 REFUSED = [*REFUSED, *tables("refused.yaml")[0]]
 KNOWN = (*SUFFIXES, *" ".join(one["suffixes"] for one in REFUSED if "suffixes" in one).split())
@@ -88,7 +79,7 @@ def _from_dataset(given: Dataset | DatasetDict, name: str, split: str) -> Source
 
     def rows() -> Iterator[tuple[str, Any]]:
         for number, row in enumerate(table, 1):
-            for column, names in labels.items():
+            for column, names in labels.items():  # -1 is none of them
                 row[column] = names[-1 if row[column] is None else row[column]]
             yield row.pop("origin") if ours else f"{name} row {number}", row
 
@@ -156,9 +147,10 @@ def _from_file(path: Path, name: str) -> Source:
             head = file.read(4096)
         said = [one for one in REFUSED if "bytes" in one and suffix in one.get("of", suffix).split()]
         instead = [one["advice"] for one in said if re.match(one["bytes"].encode(), head)]
-    if instead or suffix not in SUFFIXES:
-        other = asked("suffix", name=name, suffixes=", ".join(SUFFIXES), suffix=suffix)
-        raise UserError(f"{name} {instead[0]}") if instead else other
+    if instead:
+        raise UserError(f"{name} {instead[0]}")
+    if suffix not in SUFFIXES:
+        raise asked("suffix", name=name, suffixes=", ".join(SUFFIXES), suffix=suffix)
     if suffix in TABLES:
         with quiet_progress(0):
             table = datasets.load_dataset(TABLES[suffix], data_files=glob.escape(str(path)), split="train")

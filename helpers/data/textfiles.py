@@ -172,7 +172,7 @@ def _sizes(path: Path, name: str, skip: int, form: dict[str, Any]) -> tuple[dict
     return sizes, others.count(first), len(others) - others.count(first)
 
 
-def _mark(path: Path, skip: int) -> str:
+def _delimiter(path: Path, skip: int) -> str:
     """What stands between fields: of those that make a row as long as the first, the one that makes most names."""
     lines = list(itertools.islice(_open_text(path, skip), 50)) or [","]
     sizes = {mark: [len(row) for row in csv.reader(lines, delimiter=mark)] for mark in ",;\t|"}
@@ -188,7 +188,7 @@ def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
     skip, head = next(((number, line) for number, line in enumerate(_open_text(path, 0)) if line.strip()), (0, ""))
     if named := re.fullmatch(r'"?sep=(.)"?\s*', head):  # Excel's first line
         skip, head = skip + 1, next(_open_text(path, skip + 1), "")
-    mark = named[1] if named else "\t" if tsv and "\t" in head else _mark(path, skip)
+    mark = named[1] if named else "\t" if tsv and "\t" in head else _delimiter(path, skip)
     names = next(csv.reader([head], delimiter=mark), [])
     spaced = mark == "," and len(names) > 1 and all(name.startswith(" ") for name in names[1:])
     quotes: dict[str, Any] = {"delimiter": mark, "strict": True, "skipinitialspace": spaced}
