@@ -1,8 +1,7 @@
-"""What is wrong with pairs for a tokenizer, found before a training step is spent.
+"""What is wrong with pairs for a tokenizer, found before a training step is spent: `check_pairs` measures every pair
+once (`helpers.data.measure`) and judges the whole table afterwards."""
 
-`check_pairs` measures every pair once (`helpers.data.measure`) and judges the whole table afterwards.
-"""
-
+import itertools
 import re
 from typing import Any, Literal
 
@@ -27,6 +26,10 @@ LEAK_SIGMAS = 2.6
 # Median of chosen / rejected tokens outside of which the lengths differ enough to be learned before anything else.
 LENGTH_RATIOS = (0.8, 1.25)
 SCORE = re.compile("score|rating|reward")  # of a column: what a judge gave to an answer
+FLAGS = {  # a column of 0 and 1 -> which of them says that the answers are exchanged
+    re.compile("(?:is_)?chosen_(?:is_)?better"): 0,
+    re.compile("(?:is_|was_)?(?:swapped|flipped|exchanged)"): 1,
+}
 
 
 def _accuracy(chosen: np.ndarray, rejected: np.ndarray) -> tuple[float, bool]:
@@ -89,11 +92,15 @@ class _Judge:
             self.find("one_prompt", one, f"the same prompt in {one.sum()} of {len(texts)} pairs")
 
     def scores(self) -> None:
-        """Columns such as score_chosen and score_rejected, or margin, that say the opposite of the labels."""
-        names = self.pairs.column_names
-        twins = [(name, name.replace("chosen", "rejected")) for name in names if SCORE.search(name)]
-        gaps = {f"{a} below {b}": self._numbers(a) - self._numbers(b) for a, b in twins if a != b and b in names}
-        gaps |= {"margin below zero": self._numbers("margin")} if "margin" in names else {}
+        """Columns such as score_chosen and score_rejected, margin or swapped that say the opposite of the labels."""
+        names, of = self.pairs.column_names, self._numbers
+        twins = [(a, b) for a in names if (b := a.replace("chosen", "rejected")) != a and b in names]
+        gaps = {f"{a} below {b}": of(a) - of(b) for a, b in twins if SCORE.search(a)}
+        gaps |= {f"{a} above {b}": of(b) - of(a) for a, b in twins if "rank" in a}  # 1 is the best
+        gaps |= {"margin below zero": of("margin")} if "margin" in names else {}
+        for name, (flag, bad) in itertools.product(names, FLAGS.items()):
+            if flag.fullmatch(name):
+                gaps[f"{name} says that the answers are exchanged"] = np.where(of(name) == bad, -1.0, np.nan)
         for what, gap in gaps.items():
             self.find("score_below", gap < 0, what, -gap)
 
@@ -199,12 +206,10 @@ def check_pairs(
     judge.repeats(test)
     judge.scores()
     places = np.flatnonzero(long)
-    judge.add(
-        "long_prompt",
-        f"prompts over {max_prompt_length} tokens: {counts['shortened']} shortened, {counts['left_out']} left out, "
-        f"{len(places) - sum(counts.values())} kept",
-        places[np.argsort(-tokens[places], kind="stable")],
-    )
+    said = {**counts, "kept": len(places) - sum(counts.values())}
+    what = ", ".join(f"{count} {fate.replace('_', ' ')}" for fate, count in said.items())
+    order = places[np.argsort(-tokens[places], kind="stable")]
+    judge.add("long_prompt", f"prompts over {max_prompt_length} tokens: {what}", order)
     judge.lengths(max_length)
     figures = judge.leaks()
     judge.left_out()

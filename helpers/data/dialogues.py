@@ -1,7 +1,6 @@
 """Dialogues that are written into one text, by the marks of dialogues.yaml."""
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from helpers.data import tables
@@ -9,22 +8,30 @@ from helpers.data.preferences import LeftOut
 
 Turns = list[dict[str, Any]]
 NEVER = "(?!)"
+OPTIONS = re.compile(r"(?m)^\s*\(?B[.):]")  # of a question with answers to choose from
+_TEXT = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
+LIST = re.compile(rf"\s*\[\s*{_TEXT}(?P<more>\s*,\s*{_TEXT})*\s*\]\s*", re.DOTALL)  # of texts, in a text
 BEGIN = re.compile(
     r"\s*(?:<s>(?!\s*\[INST\])|<bos>|\[gMASK\]<sop>|<\|begin_of_text\|>|<\|endoftext\|>|<｜begin▁of▁sentence｜>)"
 )
 
 
-@dataclass(frozen=True, eq=False)
 class Marks:
     """One spelling; an entry of dialogues.yaml."""
 
-    name: str
-    mark: re.Pattern  # with a group for each role
-    answer: re.Pattern  # the mark of an assistant at the beginning of a text
-    end: re.Pattern
-    inside: re.Pattern
-    opening: re.Pattern
-    token: bool
+    def __init__(self, entry: dict[str, Any]):
+        roles = {role: entry.get(role, NEVER) for role in ("user", "assistant", "system")}
+        end, names = entry.get("end", NEVER), "|".join(f"(?P<{role}>{name})" for role, name in roles.items())
+        self.name, self.token = entry["name"], entry.get("token", False)
+        bare = entry["mark"].removeprefix(r"\n\n")
+        self.mark = re.compile(entry["mark"].format(f"(?:{names})"))
+        answer = bare.format(f"(?:{roles['assistant']})")
+        self.answer = re.compile(rf"\A\s*(?:(?:{end})\s*)?{answer}")  # at the beginning of a text
+        self.end = re.compile(rf"(?:\s*(?:{end}))+\s*\Z")
+        self.inside = re.compile(entry.get("inside", NEVER))
+        self.opening = re.compile(entry.get("opening", NEVER), re.DOTALL)
+        # What a dialogue must begin with.
+        self.first = bare.format(f"(?:{roles['user']}|{roles['system']})") + f"|{self.opening.pattern}"
 
     def turns(self, text: str) -> Turns | None:
         """The turns of a whole dialogue; None for any other text."""
@@ -46,35 +53,18 @@ class Marks:
         alternate = len(roles) > 1 and roles == (["user", "assistant"] * len(roles))[: len(roles)]
         return turns if alternate or (self.token and roles[:1] == ["user"]) else None
 
+    def certain(self, mark: str) -> bool:
+        """Whether nobody begins an answer with this mark; Anthropic's without its empty line is a word of prose."""
+        return self.token and (self is not SPELLINGS[0] or mark.startswith("\n\n"))
+
     def bare(self, text: str) -> str:
         """The text of one turn."""
         return self.inside.sub("\n", self.end.sub("", text.strip())).strip()
 
 
-def _spelling(entry: dict[str, Any]) -> Marks:
-    roles, end = {role: entry.get(role, NEVER) for role in ("user", "assistant", "system")}, entry.get("end", NEVER)
-    mark = entry["mark"].format("(?:{})".format("|".join(f"(?P<{role}>{name})" for role, name in roles.items())))
-    answer = entry["mark"].removeprefix(r"\n\n").format(f"(?:{roles['assistant']})")
-    return Marks(
-        entry["name"],
-        re.compile(mark),
-        re.compile(rf"\A\s*(?:(?:{end})\s*)?{answer}"),
-        re.compile(rf"(?:\s*(?:{end}))+\s*\Z"),
-        re.compile(entry.get("inside", NEVER)),
-        re.compile(entry.get("opening", NEVER), re.DOTALL),
-        entry.get("token", False),
-    )
-
-
-(_TABLE,) = tables("dialogues.yaml")
-SPELLINGS = [_spelling(entry) for entry in _TABLE]
+SPELLINGS = list(map(Marks, tables("dialogues.yaml")[0]))
 # What a text must begin with to be a dialogue at all: asked first, which is far faster.
-_FIRST = "|".join(
-    entry["mark"].removeprefix(r"\n\n").format(f"(?:{entry['user']}|{entry.get('system', NEVER)})")
-    + (f"|{entry['opening']}" if "opening" in entry else "")
-    for entry in _TABLE
-)
-START = re.compile(rf"(?:{BEGIN.pattern})?(?:{_FIRST})", re.DOTALL)
+START = re.compile(rf"(?:{BEGIN.pattern})?(?:{'|'.join(marks.first for marks in SPELLINGS)})", re.DOTALL)
 ANSWER_MARK = re.compile("|".join(marks.answer.pattern for marks in SPELLINGS))
 
 
@@ -98,9 +88,11 @@ def as_turns(prompt: Any, sides: list[Any]) -> tuple[Any, list[Any], str]:
     """A prompt and its two answers, each as turns if marks tell these, else as it is; and the name of the spelling.
 
     A prompt in marks ends with a question. Answers are whole dialogues if both are, in one spelling, and go on from
-    the prompt; else a mark before the answer alone is taken off, if the prompt has such marks too. Raises LeftOut if
-    marks that nobody writes in prose stand in one of the answers only.
+    the prompt; else a mark before the answer alone is taken off, if the prompt has such marks too: a word of prose off
+    both answers or off neither, and never the letter of an option. Raises LeftOut if marks that nobody writes in prose
+    stand in one of the answers only, or for lists that became text.
     """
+    _refuse_lists(prompt, sides)
     asked, talks = read(prompt), [read(side) for side in sides]
     if asked and asked[1][-1] == {"role": "assistant", "content": ""}:
         asked[1].pop()
@@ -117,10 +109,22 @@ def as_turns(prompt: Any, sides: list[Any]) -> tuple[Any, list[Any], str]:
     asked = asked or _begun(prompt, sides)
     if asked:
         marks, prompt = asked
-        sides = [
-            marks.end.sub("", marks.answer.sub("", side, count=1)) if isinstance(side, str) else side for side in sides
-        ]
+        found = [marks.answer.match(side) if isinstance(side, str) else None for side in sides]
+        letters = all(one and one[0].strip() == "A:" for one in found) and OPTIONS.search(prompt[-1]["content"])
+        both = all(found) and not letters
+        own = [one if one and (both or marks.certain(one[0])) else None for one in found]
+        sides = [side[one.end() :] if one else side for side, one in zip(sides, own, strict=True)]
+        sides = [marks.end.sub("", side) if isinstance(side, str) else side for side in sides]
     return prompt, sides, asked[0].name if asked else ""
+
+
+def _refuse_lists(prompt: Any, sides: list[Any]) -> None:
+    """Raise LeftOut for a prompt that is the text of a list of texts, or for two such answers of one text, as pandas
+    writes them into CSV files. A list in JSON can be an honest answer."""
+    found = [LIST.fullmatch(side) if isinstance(side, str) else None for side in sides]
+    wrapped = all(one and not one["more"] for one in found) and any("['" in side for side in sides)
+    if wrapped or (isinstance(prompt, str) and LIST.fullmatch(prompt)):
+        raise LeftOut(f"{'both answers are' if wrapped else 'the prompt is'} a list in a text: save plain texts")
 
 
 def _goes_on(own: Any, talks: list[Turns]) -> bool:
@@ -136,11 +140,10 @@ def _begun(prompt: Any, sides: list[Any]) -> tuple[Marks, Any] | None:
     if not all(isinstance(side, str) and ANSWER_MARK.match(side) for side in sides):
         return None
     for marks in SPELLINGS:
-        found = [marks.answer.match(side) for side in sides]
-        if all(found):
+        found = [one[0] for side in sides if (one := marks.answer.match(side))]
+        if len(found) == len(sides):
             if not (isinstance(prompt, str) and START.match(prompt.lstrip())):
-                # Anthropic's mark of an answer alone is a word of prose.
-                return (marks, prompt) if marks.token and prompt and marks is not SPELLINGS[0] else None
-            talk = read(f"{prompt}\n\n{found[0][0].lstrip()}")
+                return (marks, prompt) if prompt and marks.certain("") else None
+            talk = read(f"{prompt}\n\n{found[0].lstrip()}")
             return (talk[0] if all(map(talk[0].answer.match, sides)) else marks, talk[1][:-1]) if talk else None
     return None

@@ -1,7 +1,4 @@
-"""Findings of a check, their catalogue, and the report that holds them.
-
-Other wings add findings of the same type (`helpers.thinking.check`).
-"""
+"""Findings of a check, their catalogue, and the report that holds them; `helpers.thinking.check` adds its own."""
 
 import functools
 import re

@@ -1,9 +1,7 @@
-"""Any spelling of turns as messages, and what a pair's messages must look like.
-
-A row that is no pair raises LeftOut with its reason.
-"""
+"""Any spelling of turns as messages, and what a pair's messages must look like; else LeftOut says why not."""
 
 import re
+import unicodedata
 from typing import Any
 
 from datasets import Json, List, Value
@@ -22,27 +20,32 @@ KEPT = WORDS["kept"]
 LOOKS_LIKE_MESSAGES = re.compile(
     r"""\s*(?:array\()?\[?\s*\{\s*(?:["'](?:role|content|from|value)|[^{}]*,\s*["'](?:role|from))["']\s*:"""
 )
+PARTS = re.compile(r'\s*\[\s*\{[^{}]*"type"\s*:\s*"text"')
 
 
 def _text_of(content: Any, column: str) -> str:
     if isinstance(content, list):
         parts = [{"text": part} if isinstance(part, str) else part for part in content]
-        other = [part for part in parts if not isinstance(part, dict) or part.get("type", "text") != "text"]
-        if other:
-            kind = other[0].get("type") if isinstance(other[0], dict) else kind_of(other[0])
-            raise LeftOut(f"a message in {column} has a part that is no text ({visible(str(kind), 40)})")
-        content = "".join(part.get("text") or "" for part in parts)
+        for part in parts:
+            kind = part.get("type", "text") if isinstance(part, dict) else kind_of(part)
+            if kind == "text" and not isinstance(part.get("text"), str | None):
+                kind = kind_of(part["text"])
+            if kind != "text":
+                raise LeftOut(f"a message in {column} has a part that is no text ({visible(str(kind), 40)})")
+        return "".join(part.get("text") or "" for part in parts)
     if not isinstance(content, str):
         raise LeftOut(f"a message in {column} holds {kind_of(content)}, not text")
+    if PARTS.match(content) and opened(content) is not content:
+        raise LeftOut(f"{column} holds the parts of a message as JSON in a text")
     return content
 
 
 def _call(value: Any, column: str) -> dict[str, Any]:
     """A call of a tool as templates take it."""
     call = opened(value)
-    if not isinstance(call, dict):
-        raise LeftOut(f"the tool_calls of a message in {column} hold {kind_of(call)}, not an object")
-    function = call.get("function", call)
+    function = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(function, dict):
+        raise LeftOut(f"the tool_calls of a message in {column} hold {kind_of(function)}, not an object")
     return {"type": "function", "function": {**function, "arguments": opened(function.get("arguments"))}}
 
 
@@ -74,8 +77,10 @@ def has_more(value: Any) -> bool:
     """Whether messages in a cell have more than a role and a text."""
     if isinstance(value, str):
         return value.lstrip()[:1] in ("{", "[") and any(f'"{name}"' in value for name in KEPT)
-    items = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
-    return any(any(map(item.get, KEPT)) or item.get("from") == "function_call" for item in items)
+    items = value.get("messages", value) if isinstance(value, dict) else value
+    if isinstance(items, list):
+        return any(map(has_more, items))
+    return isinstance(value, dict) and (any(map(value.get, KEPT)) or value.get("from") == "function_call")
 
 
 def kind_of(value: Any) -> str:
@@ -86,30 +91,38 @@ def kind_of(value: Any) -> str:
 def texts_of(value: Any) -> list[str | None] | None:
     """A list of texts (or nulls), or its JSON, as Chatbot Arena has for the turns of one side; else None."""
     value = opened(value)
-    return value if isinstance(value, list) and value and all(isinstance(item, str | None) for item in value) else None
+    texts = isinstance(value, list) and value and all(isinstance(item, str | None) for item in value)
+    return value if texts and not _messages_in(value) else None
+
+
+def _messages_in(value: Any) -> list[dict[str, Any]] | None:
+    """The messages of a cell, objects or JSON; pandas makes a list of JSON texts of them (datasets#8343). Else None."""
+    items = [opened(item) for item in (value if isinstance(value, list) else [value])]
+    keys = [item.keys() for item in items if isinstance(item, dict)]
+    whole = all(one & {"role", "from"} and one & {"content", "value", *KEPT} for one in keys)
+    return items if keys and whole and len(keys) == len(items) else None
 
 
 def to_messages(value: Any, column: str, role: str) -> list[dict[str, Any]]:
     """Any spelling of one or more turns as messages; a plain string becomes one turn of `role`."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{", "a"):
-        found = opened(value)
-        if isinstance(found, dict) and found.keys() <= {"messages", "tools"}:
-            found = found.get("messages")
-        items = found if isinstance(found, list) else [found]
-        keys = [item.keys() for item in items if isinstance(item, dict)]
-        if keys and len(keys) == len(items) and all(k & {"role", "from"} and k & {"content", "value"} for k in keys):
-            value = items
-        elif found is value and LOOKS_LIKE_MESSAGES.match(value):
-            raise LeftOut(f"{column} looks like a list of messages but is no JSON")
-    if isinstance(value, str):
+    if isinstance(value, str) and value.lstrip()[:1] not in ("[", "{", "a"):  # most are plain
         return [{"role": role, "content": value}]
-    if isinstance(value, dict):
-        value = value["messages"] if isinstance(value.get("messages"), list) else [value]
+    found = opened(value)
+    whole = isinstance(found, dict) and (found is value or found.keys() <= {"messages", "tools"})
+    if whole and isinstance(found.get("messages"), list):
+        if found.get("tools"):
+            raise LeftOut(f"{column} holds tools of its own: move them into a column tools, which is read")
+        found = value = found["messages"]
+    if items := _messages_in(found):
+        value = items
+    elif isinstance(value, str) and found is value and LOOKS_LIKE_MESSAGES.match(value):
+        raise LeftOut(f"{column} looks like a list of messages but is no JSON")
+    value = [value] if isinstance(value, str | dict) else value
     if not isinstance(value, list) or not value:
         nothing = "an empty list" if value == [] else "missing" if is_missing(value) else f"{kind_of(value)}, not text"
         raise LeftOut(f"{column} is {nothing}")
     if len(value) == 1 and isinstance(value[0], str):
-        return [{"role": role, "content": value[0]}]
+        return [{"role": role, "content": _text_of(value[0], column)}]
     return [_to_message(turn, column) for message in value for turn in _turns(message)]
 
 
@@ -146,5 +159,7 @@ def read_template_kwargs(value: Any) -> dict[str, Any]:
 
 
 def prompt_text(prompt: list[dict[str, str]]) -> str:
-    """A prompt for comparing: roles and texts without regard to case and to the amount of white space."""
-    return "\n".join(f"{turn['role']}: {' '.join(turn['content'].split()).casefold()}" for turn in prompt)
+    """A prompt for comparing: roles and texts without regard to case, to the amount of white space, and to how a letter
+    with an accent is written."""
+    text = "\n".join(f"{turn['role']}: {' '.join(turn['content'].split()).casefold()}" for turn in prompt)
+    return unicodedata.normalize("NFC", text)

@@ -8,17 +8,26 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from helpers.common import UserError
-from helpers.data.layouts import HALF_EMOJI, QUESTIONS, asked, find_layout, plain_value
+from helpers.data import tables
+from helpers.data.layouts import HALF_EMOJI, QUESTIONS, USUAL, asked, find_layout, plain_value
 from helpers.data.preferences import LeftOut
 
+QUESTIONS.update(tables("sources.yaml")[0])  # what is said of files
 JSONL = re.compile(r"\.(?:jsonl|ndjson)\b", re.I)
+SPLIT = re.compile(QUESTIONS["splits"], re.I)
+BESIDE = (*USUAL["prompt"], *USUAL["system"])  # next to a list of rows, such a text may belong to each of them
 NO_SPACE = re.compile(r"[^ \t\r\n\ufeff]")
 DOUBLED = re.compile(r'(?:^|\t)"[^\t]*""[^\t]*"(?:\t|[\r\n]*$)')  # a mark between tabs that is doubled in its field
+
+
+def split_of(name: str) -> str:
+    """The split that a name says, of a file or of a part of one; "" if it says none."""
+    return "".join(found.groups("")).lower() if (found := SPLIT.match(name)) else ""
 
 
 def open_bytes(path: Path) -> gzip.GzipFile | io.BufferedReader:
@@ -27,6 +36,8 @@ def open_bytes(path: Path) -> gzip.GzipFile | io.BufferedReader:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if pairs and pairs[0][0].startswith("\ufeff"):
+        pairs[0] = (pairs[0][0].lstrip("\ufeff"), pairs[0][1])
     whole = dict(pairs)
     if len(whole) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -57,9 +68,8 @@ def _values(text: str, name: str, only: int = 0) -> Iterator[tuple[int, Any]]:
 
 
 def json_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    """Rows of JSON lines, of objects that take several lines each, or of one JSON value. Not by `load_dataset`: its
-    reader forgets the line numbers, makes dates of texts that look like dates, and says of an invalid file only that
-    generating it failed."""
+    """Rows of JSON lines, of objects of several lines each, or of one JSON value. Not by `load_dataset`, which forgets
+    the line numbers, makes dates of texts that look like dates, and does not say what is invalid."""
     with open_bytes(path) as file:
         texts = (line.decode("utf-8", "replace").strip(" \t\r\n\ufeff") for line in file)
         lines = ((number, line) for number, line in enumerate(texts, 1) if line)
@@ -82,9 +92,9 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def _makes_pair(names: tuple[str, ...]) -> bool:
+def _makes_pair(names: Iterable[str]) -> bool:
     try:
-        return find_layout(names, {}, ()) is not None
+        return find_layout(tuple(names), {}, ()) is not None
     except UserError:  # a question about a pair
         return True
 
@@ -93,32 +103,48 @@ def rows_in(whole: Any, name: str) -> list | None:
     """The rows that one value holds: a list, a dictionary of columns, of rows, or of one list; None if it is a row."""
     if isinstance(whole, list | tuple):
         return list(whole)
-    values = list(whole.values()) if isinstance(whole, dict) else []
+    if not isinstance(whole, dict) or (JSONL.search(name) and _makes_pair(whole)):  # a line is a row
+        return None
+    values = list(whole.values())
     firsts = [value[0] if isinstance(value, list) and value else value for value in values]
     keys = [first.keys() for first in firsts if isinstance(first, dict)]
-    if not values or any({"role", "content"} <= one or {"from", "value"} <= one for one in keys):  # of messages
+    if any({"role", "content"} <= one or {"from", "value"} <= one for one in keys):  # of messages
         return None
     lists = {key: value for key, value in whole.items() if isinstance(value, list)}
-    tables = [value for value in lists.values() if value and all(isinstance(item, dict) for item in value)]
-    if len(lists) == 1 and (
-        tables or len(values) == 1
-    ):  # {"version": 1, "data": [...]}, if it is not a row with a list
-        line = len(values) > 1 and JSONL.search(name) and not _makes_pair(tuple(tables[0][0]))
-        return None if line or _makes_pair(tuple(whole)) else next(iter(lists.values()))
+    tables = {key: value for key, value in lists.items() if value and all(isinstance(item, dict) for item in value)}
+    found = tables if tables else lists if len(values) == 1 else {}
+    if len(found) == 1 and not any(value for key, value in lists.items() if key not in found):
+        return _wrapped(whole, name, *found)
     if len(values) == 1 and isinstance(values[0], dict):  # {"data": {...}}
         rows = rows_in(values[0], name)
         return values if rows is None else rows
     if len(lists) == len(values):
         sizes = ", ".join(f"{key!r} ({len(value)})" for key, value in lists.items())
-        if len(tables) == len(lists) or len(set(map(len, values))) > 1:
+        if values and (len(tables) == len(lists) or len(set(map(len, values))) > 1):
             raise asked("several lists" if len(tables) == len(lists) else "unequal columns", name=name, sizes=sizes)
         return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
-    if not all(isinstance(value, dict) for value in values):
+    return _by_key(whole, name) if all(isinstance(value, dict) for value in values) else None
+
+
+def _wrapped(whole: dict[str, Any], name: str, key: str) -> list | None:
+    """The list under `key`, as in {"version": 1, "data": [...]}; None if `whole` is a row that has a list."""
+    if _makes_pair(whole) or (len(whole) > 1 and JSONL.search(name) and not _makes_pair(whole[key][0])):
         return None
-    numbers = [str(key) for key in values[0]]  # by pandas: column -> row number -> value
-    if all(map(str.isdigit, numbers)) and all(list(map(str, value)) == numbers for value in values):
+    if beside := [one for one in whole if one != key and one.lower() in BESIDE and whole[one]]:
+        raise asked("beside rows", name=name, key=beside[0])
+    return whole[key]
+
+
+def _by_key(whole: dict[str, dict], name: str) -> list | None:
+    """The rows of an object of objects: by their ids, or by pandas column -> row number -> value."""
+    numbers = {tuple(map(str, value)) for value in whole.values()}
+    if len(numbers) == 1 and all(map(str.isdigit, *numbers)):
         return rows_in({key: list(value.values()) for key, value in whole.items()}, name)
-    return values
+    if len(set(map(split_of, whole))) > 1:
+        raise asked("splits in one", name=name, held=", ".join(map(repr, whole)))
+    if texts := [key for key in whole if re.search(r"\s|[?\uff1f]", key)]:
+        raise asked("keys are texts", name=name, key=texts[0])
+    return list(whole.values())
 
 
 def _open_text(path: Path, skip: int) -> Iterator[str]:
@@ -139,41 +165,54 @@ def _fields(path: Path, name: str, skip: int, form: dict[str, Any]) -> Iterator[
         raise asked("invalid CSV", name=name, line=line, error=error, mark=form["delimiter"]) from None
 
 
-def _count(rows: Iterator[tuple[str, list[str]]]) -> tuple[int, int]:
-    """How many rows are as long as the first, and how many are not."""
-    first, *others = [len(fields) for _, fields in rows] or [0]
-    return others.count(first), len(others) - others.count(first)
+def _sizes(path: Path, name: str, skip: int, form: dict[str, Any]) -> tuple[dict[str, int], int, int]:
+    """How many fields each row has, by its line; how many rows have as many as the first, and how many do not."""
+    sizes = {origin: len(fields) for origin, fields in _fields(path, name, skip, form)}
+    first, *others = sizes.values() or [0]
+    return sizes, others.count(first), len(others) - others.count(first)
+
+
+def _delimiter(path: Path, skip: int) -> str:
+    """What stands between fields: of those that make a row as long as the first, the one that makes most names."""
+    lines = list(itertools.islice(_open_text(path, skip), 50)) or [","]
+    sizes = {mark: [len(row) for row in csv.reader(lines, delimiter=mark)] for mark in ",;\t|"}
+    return max(sizes, key=lambda mark: (sizes[mark][0] > 1 and sizes[mark][0] in sizes[mark][1:], sizes[mark][0]))
 
 
 def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
     """How many lines stand before the names, and the arguments of `csv.reader`. Text between tabs has no quotes by its
-    standard, but pandas and Excel write them. So that no row swallows others, the reading with more whole rows counts.
-    If both have as many, marks around a field are quotes only if they are around the names too, if those inside are
-    doubled, or if the file is called .csv."""
+    standard, but pandas and Excel write them. So that no row swallows others, the reading with more whole rows counts;
+    if all rows of several lines could be whole rows, one a line, the reader is asked. If both readings have as many
+    rows, marks around a field are quotes only if they are around the names too, doubled, or the file is called .csv."""
     csv.field_size_limit(sys.maxsize)
     skip, head = next(((number, line) for number, line in enumerate(_open_text(path, 0)) if line.strip()), (0, ""))
-    named = re.fullmatch(r'"?sep=(.)"?\s*', head)  # Excel's first line
-    if named:
+    if named := re.fullmatch(r'"?sep=(.)"?\s*', head):  # Excel's first line
         skip, head = skip + 1, next(_open_text(path, skip + 1), "")
-    split = {mark: next(csv.reader([head], delimiter=mark), []) for mark in ",;\t|"}
-    mark = named[1] if named else "\t" if tsv and "\t" in head else max(split, key=lambda mark: len(split[mark]))
-    spaced = mark == "," and len(split[mark]) > 1 and all(name.startswith(" ") for name in split[mark][1:])
+    mark = named[1] if named else "\t" if tsv and "\t" in head else _delimiter(path, skip)
+    names = next(csv.reader([head], delimiter=mark), [])
+    spaced = mark == "," and len(names) > 1 and all(name.startswith(" ") for name in names[1:])
     quotes: dict[str, Any] = {"delimiter": mark, "strict": True, "skipinitialspace": spaced}
     text: dict[str, Any] = {"delimiter": mark, "quoting": csv.QUOTE_NONE}
     usual = mark != "\t" or head.startswith('"')
-    whole, other = _count(_fields(path, name, skip, text))
+    lines, whole, other = _sizes(path, name, skip, text)
     try:
-        quoted, quoted_other = _count(_fields(path, name, skip, quotes))
+        rows, quoted, quoted_other = _sizes(path, name, skip, quotes)
     except UserError:
         if usual:
             raise
-        quoted, quoted_other = -1, 0
-    if whole > quoted >= 0 and (not other if usual else other and not quoted_other):
-        raise asked("two ways", name=name, quoted=quoted, whole=whole)
+        rows, quoted, quoted_other = {}, -1, 0
+    row_of = list(itertools.accumulate(line in rows for line in lines))  # of each line
+    count = Counter(row_of)
+    of_several = {size for row, size in zip(row_of, lines.values(), strict=True) if count[row] > 1}
+    swallowed = usual and of_several == {len(names)}
+    if swallowed or (whole > quoted >= 0 and (not other if usual else other and not quoted_other)):
+        raise asked("two ways", name=name, quoted=quoted, whole=len(lines) - 1 if swallowed else whole)
     doubled = quoted == whole and (not tsv or any(map(DOUBLED.search, _open_text(path, skip))))
     form, whole, other = (quotes, quoted, quoted_other) if usual or quoted > whole or doubled else (text, whole, other)
     if other and not whole:
-        raise asked("no names", name=name, line=skip + 1, held=", ".join(map(repr, next(csv.reader([head], **form)))))
+        _, first = itertools.islice(_fields(path, name, skip, form), 2)
+        what = "ends" if len(first[1]) == len(names) + 1 and not first[1][-1] else "no names"
+        raise asked(what, name=name, line=skip + 1, held=", ".join(map(repr, names)), mark=mark)
     return skip, form
 
 
@@ -182,10 +221,12 @@ def csv_rows(path: Path, name: str, skip: int, form: dict[str, Any]) -> Iterator
     and the number 1.5 of "1.50"."""
     rows = _fields(path, name, skip, form)
     # A column without a name, like pandas' row numbers, is called by its place: it can be kept, but not read.
-    names = [name.strip() or f"column {place}" for place, name in enumerate(next(rows, ("", []))[1], 1)]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
+    names = [name.replace("\ufeff", "").strip() for name in next(rows, ("", []))[1]]
+    names = [name or f"column {place}" for place, name in enumerate(names, 1)]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(f"{name}: two columns of the first line have the same name, {twice[0]!r}. Rename one.")
     for origin, fields in rows:
+        if r"\N" in fields:  # databases write it for nothing
+            fields = [None if field == r"\N" else field for field in fields]
         row = dict(zip(names, fields, strict=False))
         yield origin, row if len(fields) == len(names) else LeftOut("more or fewer fields than the first line has")

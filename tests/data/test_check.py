@@ -178,6 +178,21 @@ def test_a_margin_below_zero_and_columns_that_are_no_scores(tokenizer):
     assert found(report, "score_below") is None
 
 
+@pytest.mark.parametrize(
+    "columns, what",
+    [
+        ({"is_chosen_better": [0, 1, True, False]}, "is_chosen_better says that the answers are exchanged"),
+        ({"was_swapped": [1, 0, False, True]}, "was_swapped says that the answers are exchanged"),
+        ({"chosen_rank": [3, 1, 1, 4], "rejected_rank": [2, 2, 2, 3]}, "chosen_rank above rejected_rank"),
+    ],
+)
+def test_flags_and_ranks_that_say_the_opposite(tokenizer, columns, what):
+    rows = [pair(f"Question {n}?") | {name: values[n] for name, values in columns.items()} for n in range(4)]
+    report = check_pairs(load_pairs(rows), tokenizer)
+    assert found(report, "score_below") == [0, 3]
+    assert what in [finding.what for finding in report.findings]
+
+
 def test_scores_are_those_of_the_rows_that_remain(tokenizer):
     rows = [pair("word " * 300, score_chosen=1, score_rejected=2), pair("Why?", score_chosen=1, score_rejected=2)]
     report = check_pairs(load_pairs(rows), tokenizer)

@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict
 
 from helpers.common import UserError
 from helpers.data.load import load_pairs
@@ -93,6 +93,9 @@ TEXTS = {
     "nul.csv": (HEAD + "q\0x,a,b\n", [("q\0x", "a", "b")]),
     "spaced.csv": (HEAD.replace(",", ", ") + '"q, r", "a", b\n', [("q, r", "a", "b")]),
     "long.csv": (HEAD + f"q,{'a' * 300_000},b\n", [("q", "a" * 300_000, "b")]),
+    "nothing.tsv": (TABS + "q\t\\N\tb\n", [("q", None, "b")]),
+    "names.csv": ("prompt;chosen;rejected;notes (a, b, c, d)\nq;a;b;c\n", [("q", "a", "b", "c")]),
+    "several.csv": (HEAD + 'q,"a, 1\n2, 3",b\nr,"a\n1",b\n', [("q", "a, 1\n2, 3", "b"), ("r", "a\n1", "b")]),
     "r.csv": ('"","prompt","chosen","rejected"\n"1","q","a, ""x""","b"\n', [("1", "q", 'a, "x"', "b")]),
 }
 
@@ -298,6 +301,17 @@ REFUSED = {
     "lfs.parquet": (b"version https://git-lfs.github.com/spec/v1\n", "pointer to the file. Run git lfs pull"),
     "two.csv": (HEAD + 'q,"a,b\nr,a",b\n', "two ways: as 1 rows with quotes .* or as 2 rows"),
     "two.tsv": (TABS + 'q\t"a\tb\nr\ta\tb\nx\ny\ta"\tb\n', "two ways: as 1 rows with quotes .* or as 3 rows"),
+    "swallowed.csv": (
+        HEAD + 'q,"a, 1",b\nr,"a,b\ns,a",b\n',
+        "two ways: as 2 rows with quotes .* or as 3 rows",
+    ),
+    "ends.csv": (HEAD + "q,a,b,\nr,a,b,\n", "rows end in ',', and so have an empty field more than line 1"),
+    "big.csv": (HEAD.encode("utf-32"), "written in UTF-32"),
+    "table.csv": ("| prompt | chosen | rejected |\r\n|---|:-:|---|\r\n| q | a | b |\r\n", "a table in Markdown"),
+    "rows.csv": (lines_of([Q, R]), "holds JSON: its name must end in .jsonl"),
+    "list.tsv": (json.dumps([Q], indent=1), "holds JSON"),
+    "table.jsonl": (b"PAR1\x15\x04", "a table in Parquet or Arrow: its name must end in .parquet"),
+    "packed.json.gz": (gzip.compress(b"a.json".ljust(257, b"\0") + b"ustar"), "is an archive"),
     "names.tsv": ('"prompt"\t"chosen"\n"1"\t"q"\t"a"\n', "no row has as many fields as line 1, .*'prompt', 'chosen'"),
     "about.csv": ("# made by us\n" + HEAD + "q,a,b\n", "no row has as many fields as line 1.*'# made by us'"),
     "twice.csv": ("prompt,chosen, chosen\nq,a,b\n", "same name, 'chosen'"),
@@ -344,3 +358,127 @@ def test_the_hub_says_which_sets_and_splits_there_are(tmp_path, monkeypatch):
     assert rows_of("some/pairs") == [Q]
     with pytest.raises(UserError, match=r"Unknown split \"test\". Should be one of \['train'\]"):
         rows_of("some/pairs", "test")
+
+
+# What JSON text in a file of this name is asked about, or its rows.
+ASKED = {
+    "parts.json": ({"train": Q, "test": R}, "holds several parts: 'train', 'test'"),
+    "columns.json": (
+        {key: {name: [Q[name]] for name in NAMES} for key in ("train_prefs", "test_prefs")},
+        "several parts",
+    ),
+    "system.json": ({"system_prompt": "Be brief.", "data": [Q]}, "'system_prompt' stands next to the list of rows"),
+    "task.json": ({"instruction": "Translate.", "examples": [Q]}, "'instruction' stands next to the list"),
+    "questions.json": ({f"What is {n}?": {"chosen": "a", "rejected": "b"} for n in "qr"}, "keys like 'What is q.'"),
+    "empty.json": ({}, []),
+    "errors.json": ({"data": [Q], "errors": []}, [Q]),
+    "dev.json": ({"train": [Q, R], "test": []}, [Q, R]),
+    "turns.jsonl": ({name: [name, name] for name in NAMES}, [{name: [name, name] for name in NAMES}]),
+    "objects.jsonl": ({name: {"text": name} for name in NAMES}, [{name: {"text": name} for name in NAMES}]),
+    "talks.jsonl": ({name: [{"by": "us"}] for name in NAMES}, [{name: [{"by": "us"}] for name in NAMES}]),
+    "wrapper.jsonl": ({"version": 1, "data": [Q, R]}, [Q, R]),
+    "mark.jsonl": ({"\ufeffprompt": "q", "chosen": "a", "rejected": "b"}, [Q]),
+    "lists.json": ([[1], [2]], "no row is an object, the first is a list"),
+    "texts.json": ([json.dumps(Q)], "no row is an object, the first is a text.*json.loads"),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_json_that_could_be_read_in_two_ways_is_asked_about(name, tmp_path):
+    whole, wanted = ASKED[name]
+    path = write(tmp_path / name, json.dumps(whole))
+    if isinstance(wanted, list):
+        assert rows_of(path) == wanted
+    else:
+        with pytest.raises(UserError, match=f"(?s)^{name}.*{wanted}"):
+            rows_of(path)
+
+
+def test_python_objects_that_are_no_rows_are_named(tmp_path):
+    frame = pd.DataFrame(ROWS)
+    for source in ({"train": frame}, dict(frame.items())):
+        with pytest.raises(UserError, match="holds tables or columns of tables .*Pass one table"):
+            rows_of(source)
+    with pytest.raises(UserError, match="no row is an object, the first is a PosixPath.*by a pattern"):
+        rows_of([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    with pytest.raises(UserError, match="several parts: 'train', 'test'"):
+        rows_of({"train": frame.to_dict("list"), "test": frame.to_dict("list")})
+    with pytest.raises(UserError, match=r"^list can't be read.*write it as a text, str\(value\)"):
+        load_pairs([Q | {"file": tmp_path}])
+    for text, wanted in ((json.dumps([Q] * 99), "is a text, not the name"), ("https://x.org/a.jsonl", "is an address")):
+        with pytest.raises(UserError, match=wanted) as caught:
+            rows_of(text)
+        assert len(str(caught.value)) < 250
+
+
+def test_what_a_folder_holds_besides_is_named(tmp_path, capsys):
+    folder = tmp_path / "data"
+    for name in ("a.jsonl", "_b.jsonl", "c.txt", "more/d.jsonl", ".hidden"):
+        write(folder / name, lines_of([Q]))
+    assert rows_of(folder) == [Q]
+    assert capsys.readouterr().out == "data: not read: _b.jsonl, c.txt, more/\n"
+    (folder / "link.jsonl").symlink_to("../nowhere")
+    for source in (folder, folder / "*.jsonl", folder / "link.jsonl"):
+        with pytest.raises(UserError, match="link.jsonl is a link to a file that is not here. Fetch"):
+            rows_of(source)
+
+
+HELD_OUT = ["pairs pairs_test", "training testing", "train holdout", "trainset testset", "a held-out", "train/a test/a"]
+
+
+@pytest.mark.parametrize("names", HELD_OUT)
+def test_files_to_test_on_are_never_read_with_the_others(names, tmp_path):
+    for name in names.split():
+        write(tmp_path / "data" / f"{name}.jsonl", lines_of([Q]))
+    with pytest.raises(UserError, match="holds several splits: "):
+        rows_of(tmp_path / "data" / "**" / "*.jsonl")
+
+
+@pytest.mark.parametrize(
+    "names", ["a b", "train more", "contest latest", "train-0-of-2 train-1-of-2 more", "test_a test_b"]
+)
+def test_files_of_one_split_are_read_together(names, tmp_path):
+    for name in names.split():
+        write(tmp_path / f"{name}.jsonl", lines_of([Q]))
+    assert rows_of(tmp_path) == [Q] * len(names.split())
+
+
+def test_the_cache_knows_a_shard_by_its_name(tmp_path):
+    for name in "ab":
+        write(tmp_path / "data" / f"{name}.jsonl", lines_of([Q]))
+    load_pairs(tmp_path / "data")
+    (tmp_path / "data" / "b.jsonl").rename(tmp_path / "data" / "z.jsonl")
+    assert load_pairs(tmp_path / "data")["origin"][:] == ["a.jsonl:1", "z.jsonl:1"]
+
+
+def test_names_of_classes_are_read_and_media_stay_bytes(tmp_path, capsys):
+    rows = [{"prompt": "q", "response_1": "a", "response_2": "b", "winner": winner} for winner in (0, 1, 2, None)]
+    data = Dataset.from_list(rows).cast_column("winner", ClassLabel(names=["response_2", "response_1", "tie"]))
+    data.to_parquet(tmp_path / "pairs.parquet")
+    for source in (data, tmp_path / "pairs.parquet"):
+        assert [row["chosen"][0]["content"] for row in load_pairs(source)] == ["b", "a"]
+        assert "response_1 -> response_1 (1), response_2 -> response_2 (1), tie -> tie" in capsys.readouterr().out
+    for media in (datasets.Audio(), datasets.Image()):
+        typed = datasets.Features({**{name: datasets.Value("string") for name in NAMES}, "heard": media})
+        table = pa.table({**{name: ["x"] for name in NAMES}, "heard": pa.array([{"bytes": b"RIFF", "path": None}])})
+        data = Dataset(table.cast(typed.arrow_schema))
+        assert load_pairs(data)["heard"][:] == [{"bytes": b"RIFF", "path": None}]
+
+
+def test_numbers_of_64_bits_and_marks_in_names_of_columns(tmp_path):
+    big = pa.table({**{name: [text] for name, text in Q.items()}, "hash": pa.array([2**63 + 1], pa.uint64())})
+    pq.write_table(big, tmp_path / "big.parquet")
+    for source in (big, tmp_path / "big.parquet"):
+        assert load_pairs(source)["hash"][:] == [2**63 + 1]
+    assert rows_of(pd.DataFrame([Q]).rename(columns={"prompt": "\ufeffprompt"})) == [Q]
+    assert rows_of(write(tmp_path / "marks.csv", "\ufeff\ufeffprompt,chosen,rejected\nq,a,b\n")) == [Q]
+    maps = big.append_column("meta", pa.array([[("k", "v")]], pa.map_(pa.string(), pa.string())))
+    pq.write_table(maps, tmp_path / "maps.parquet")
+    with pytest.raises(UserError, match="maps.parquet can't be read.*Leave the column of that type out"):
+        load_pairs(tmp_path / "maps.parquet")
+
+
+def test_columns_by_pandas_may_be_named_like_a_split_and_a_pattern_may_begin_with_a_bracket(tmp_path):
+    whole = {name: {"0": text} for name, text in (Q | {"test_score": 1}).items()}
+    assert rows_of(write(tmp_path / "a.json", json.dumps(whole))) == [Q | {"test_score": 1}]
+    assert rows_of(tmp_path / "[ab].json") == [Q | {"test_score": 1}]

@@ -192,3 +192,8 @@ def test_system_prompts_of_orca_do_not_part_a_question():
         rows_of = sides(split_pairs(load_pairs(rows), seed=seed))
         assert not {row // 3 for row in rows_of["train"]} & {row // 3 for row in rows_of["test"]}
         assert len(rows_of["test"]) == 12
+
+
+def test_one_question_with_accents_written_in_two_ways_is_one_family():
+    one, other, third = prompt_families([talk("Caf\u00e9?"), talk("CAFE\u0301?"), talk("Cafe?")])
+    assert one == other != third
