@@ -22,6 +22,7 @@ from helpers.data import tables
 ROLES_OF_COLUMNS = ("prompt", "system", "chosen", "rejected", "a", "b", "preference")
 HALF_EMOJI = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON, or a whole one
 ANSWER = re.compile(r"((?:response|answer|completion|output|reply|candidate|conversation)s?[_ -]?)(a|b|0|1|2)", re.I)
+PART = re.compile(r"\d+|[A-Z]?[^\W\d_A-Z]+|[A-Z]+")
 YES_NO = re.compile(r"(?:is_|.+_is_|is_.+_)better", re.I)  # such a column's "yes" is never taken for an answer
 SHOWN_NAMES = 20
 RANKED = ("score", "rank")
@@ -168,7 +169,8 @@ def _prompt_columns(names: tuple[str, ...], taken: list[str]) -> list[str]:
     raise asked("several prompts", names=listed(found), one=found[0], two=found[:2])
 
 
-def _two_answers(names: tuple[str, ...]) -> list[str]:
+def two_answers(names: Iterable[str]) -> list[str]:
+    """Two columns of answers by their usual names; raises UserError if there are more such pairs."""
     families: dict[str, list[str]] = {}
     for name in names:
         if found := ANSWER.fullmatch(name):
@@ -177,6 +179,31 @@ def _two_answers(names: tuple[str, ...]) -> list[str]:
     if len(two) > 1:
         raise asked("two sets of answers", names=listed([*two[0], *two[1]]))
     return two[0] if two else []
+
+
+@functools.lru_cache(10_000)
+def parts(name: str) -> tuple[str, ...]:
+    """The words and numbers in a name, in small letters: response, a, 1 for "responseA_1"."""
+    return tuple(part.casefold() for part in PART.findall(name))
+
+
+def apart(one: str, two: str) -> tuple[str, str]:
+    """The one part in which two names differ, as each has it; two empty texts if they differ in more."""
+    differ = [pair for pair in zip(parts(one), parts(two), strict=False) if len(set(pair)) > 1]
+    return differ[0] if len(differ) == 1 and len(parts(one)) == len(parts(two)) else ("", "")
+
+
+def says(what: str, name: str) -> bool:
+    """Whether a column's name has a word of this entry of formats.yaml."""
+    return bool(re.search(USUAL[what], " ".join(parts(name))))
+
+
+def twins(names: Iterable[str], answers: Iterable[str], what: str) -> list[tuple[str, str]]:
+    """Pairs of columns that differ as those of the answers do and have a word of `what`, like model_a and model_b."""
+    one, two = apart(*answers)
+    found = {parts(name): name for name in names if says(what, name)}
+    others = {made: tuple(two if part == one else part for part in made) for made in found if one in made}
+    return [(found[made], found[other]) for made, other in others.items() if other in found]
 
 
 def check_arguments(columns: Any, wins: Any, scores: Any, ranked: Any, first_wins: Any) -> dict[str, list[str]]:
@@ -206,31 +233,41 @@ def check_arguments(columns: Any, wins: Any, scores: Any, ranked: Any, first_win
 def find_layout(names: tuple[str, ...], columns: dict[str, list[str]], scores: tuple[str, ...]) -> Layout | None:
     """The layout that these column names make, or None; `columns`, by role, and `scores` go first. Raises UserError,
     without the source's name, if the names can be read in two ways or hold no pairs by their kind."""
-    if columns.keys() <= {"prompt", "system"} and not scores and not {"chosen", "rejected"} <= set(names):
+    plain = all(_found(names, columns, role) for role in ("chosen", "rejected"))
+    if columns.keys() <= {"prompt", "system"} and not scores and not plain:
         for entry in FORMATS:
             if set(entry["columns"]) <= set(names) and not set(entry.get("without", ())) & set(names):
                 if "refused" in entry:
                     raise UserError(entry["refused"])
-                return _made(names, entry | columns)
+                return _certain(_made(names, entry | columns), names)
     answers, by = _answers(names, columns, scores)
     if not answers:
         return None
     prompt = columns["prompt"] if "prompt" in columns else _prompt_columns(names, sum(columns.values(), []))
-    system, history = _found(names, columns, "system")[:1], ["history"] if "history" not in prompt else []
+    system, history = _found(names, columns, "system"), ["history"] if "history" not in prompt else []
+    if len(system) > 1:
+        raise asked("several system turns", names=listed(system), one=system[0])
     return _made(names, {"prompt": prompt, "system": system, "history": history, "answers": answers, **by})
+
+
+def _certain(layout: Layout, names: tuple[str, ...]) -> Layout:
+    """The layout of a known format; raises UserError if another column could say which answer is better, too."""
+    others = [name for name in _found(names, {}, "preference") if name not in layout.columns(names)]
+    if others and layout.kind not in ("", *RANKED):
+        raise asked("several preferences", names=listed([*layout.by, *others]))
+    return layout
 
 
 def _answers(names: tuple[str, ...], columns: dict[str, list[str]], scores: tuple[str, ...]) -> tuple[list, dict]:
     """The two columns of answers, and what tells the better one; no columns if the names tell of no pair."""
     if not scores and not {"a", "b", "preference"} & set(columns):
-        sides = [_found(names, columns, role)[:1] for role in ("chosen", "rejected")]
+        sides = [_found(names, columns, role) for role in ("chosen", "rejected")]
         if all(sides):
-            answers = sides[0] + sides[1]
-            if not {"chosen", "rejected"} & set(columns) and (two := _two_answers(names)):
-                values = dict(zip(("chosen", "rejected", "a", "b"), (*answers, *two), strict=True))
-                raise asked("chosen or a and b", names=listed(answers), others=listed(two), **values)
+            answers, others = [side[0] for side in sides], [name for side in sides for name in side[1:]]
+            if others := [*others, *([] if {"chosen", "rejected"} & set(columns) else two_answers(names))]:
+                raise asked("several answers", names=listed(answers), others=listed(others), answers=answers)
             return answers, {}
-    two = [] if {"a", "b"} <= set(columns) else _two_answers(names)
+    two = [] if {"a", "b"} <= set(columns) else two_answers(names)
     answers = [columns.get(role, [name])[0] for role, name in zip("ab", two or ("", ""), strict=True)]
     found = _found(names, columns, "preference") or [name for name in names if YES_NO.fullmatch(name)]
     found = [name for name in found if name not in answers]
@@ -238,4 +275,8 @@ def _answers(names: tuple[str, ...], columns: dict[str, list[str]], scores: tupl
         return [], {}
     if len(found) > 1 and not scores:
         raise asked("several preferences", names=listed(found))
+    if scores and (ranks := [name for name in scores if says("ranks", name)]):
+        raise asked("ranks", names=listed(ranks))
+    if scores and apart(*scores) == apart(*answers)[::-1] != ("", ""):
+        raise asked("scores exchanged", scores=scores, answers=answers)
     return answers, {"scores": scores} if scores else {"preference": found}

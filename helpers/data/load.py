@@ -15,9 +15,9 @@ import xxhash
 from datasets import Dataset, Features, Json, Value
 from trl.data_utils import extract_prompt
 
-from helpers.common import PROJECT, UserError, setting
+from helpers.common import PROJECT, UserError, setting, visible
 from helpers.data import CODE, dialogues, layouts, messages
-from helpers.data.layouts import RANKED, Layout, asked, listed, lookup, opened
+from helpers.data.layouts import RANKED, Layout, asked, listed, lookup, opened, parts
 from helpers.data.messages import WORDS
 from helpers.data.preferences import Judge, LeftOut, is_missing, number_of
 from helpers.data.report import LoadReport, load_report
@@ -57,6 +57,13 @@ def _earlier(row: dict[str, Any], layout: Layout) -> list[dict[str, Any]]:
     return turns
 
 
+def _tools(row: dict[str, Any], layout: Layout) -> Any:
+    """The tools of a row, in a column of their own or with an answer; each may be JSON."""
+    paths = (layout.tools or "tools", *(f"{name}.tools" for name in layout.answers))
+    tools = opened(lookup(row, " | ".join(paths)))
+    return [opened(tool) for tool in tools] if isinstance(tools, list) else tools
+
+
 def _arena(prompt: list[str | None], side: list[str | None]) -> list[dict[str, Any]]:
     if len(prompt) != len(side) or None in (*prompt, *side):
         raise LeftOut("the lists of questions and answers have different lengths or a turn without text")
@@ -64,16 +71,22 @@ def _arena(prompt: list[str | None], side: list[str | None]) -> list[dict[str, A
     return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
 
 
-def _elsewhere(row: dict[str, Any], names: set[str]) -> bool:
-    """Whether texts that should be answers are the names of two columns, or places in a list of answers."""
-    if max(map(len, names)) > MOST_OF_A_NAME:
-        return False
-    places = [int(name) for name in names if re.fullmatch(r"\d", name)]
-    lists = [value for value in row.values() if messages.texts_of(value)] if len(places) == 2 else []
-    columns = {name.strip().casefold() for name in row}
-    return {name.strip().casefold() for name in names} <= columns or any(
-        len(opened(value)) > max(places) for value in lists
-    )
+def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
+    """The two texts in the columns of the answers, if they only name answers: by other columns, or by keys, ids or
+    places (from 0 or from 1) in their cells; else nothing."""
+    sides = [str(lookup(row, path)) for path in layout.answers]
+    if max(map(len, sides)) > MOST_OF_A_NAME or not all(map(parts, sides)):
+        return []
+    names = {name for name, value in row.items() if isinstance(value, str | list | dict)}
+    for cell in (opened(row[name]) for name in row.keys() - layout.columns(row)):
+        names |= set(cell) if isinstance(cell, dict) else set()
+        items = cell if isinstance(cell, list) and not set(map(str, cell)) & set(sides) else []
+        objects = [item for item in items if isinstance(item, dict)]
+        names |= {str(item[key]) for item in objects for key in item if layouts.says("keys", key)}
+        if len(items) > 1 and not any({"role", "from"} & item.keys() for item in objects):
+            names |= set(map(str, range(len(items) + 1)))
+    found = [(made[: len(side)], made[-len(side) :]) for side in map(parts, sides) for made in map(parts, names)]
+    return sides if set(map(parts, sides)) <= {end for ends in found for end in ends} else []
 
 
 def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[str, Any]:
@@ -81,9 +94,6 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
     reason if it is no pair."""
     where = " + ".join(layout.prompt)
     prompt, *sides = _prompt(row, layout), lookup(row, better), lookup(row, worse)
-    texts = [side for side in sides if isinstance(side, str)]
-    if not layout.kind and len(texts) == 2 and _elsewhere(row, set(texts)):
-        raise LeftOut(f"{better} and {worse} name answers in other columns ({', '.join(texts)})")
     lists = [found for found in map(messages.texts_of, (prompt, *sides)) if found]
     if len(lists) == 3:
         if not layout.name and max(map(len, lists)) > 1:
@@ -101,14 +111,15 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
     elif len(rejected) == 1:  # ms-swift: only the last turn differs
         prompt, chosen = _with_own(own, chosen[:-1], where), chosen[-1:]
     else:
-        parts = extract_prompt({"chosen": chosen, "rejected": rejected})
-        prompt, chosen, rejected = _with_own(own, parts["prompt"], where), parts["chosen"], parts["rejected"]
-    earlier = _earlier(row, layout)
-    if earlier and prompt and prompt[0]["role"] == "system":
-        if any(turn["role"] == "system" and turn != prompt[0] for turn in earlier):
-            raise LeftOut(f"{layout.system} and the prompt hold two system turns that differ")
-        earlier = [turn for turn in earlier if turn["role"] != "system"]
-    prompt = [*earlier, *prompt]
+        found = extract_prompt({"chosen": chosen, "rejected": rejected})
+        prompt, chosen, rejected = _with_own(own, found["prompt"], where), found["chosen"], found["rejected"]
+    system = [turn for turn in prompt[:1] if turn["role"] == "system"]
+    prompt, earlier = prompt[len(system) :], _earlier(row, layout)
+    if system and any(turn["role"] == "system" and turn not in system for turn in earlier):
+        raise LeftOut(f"{layout.system} and the prompt hold two system turns that differ")
+    talk = [turn for turn in earlier if turn["role"] != "system"]
+    system = system or [turn for turn in earlier if turn["role"] == "system"]
+    prompt = [*system, *(talk if prompt[: len(talk)] != talk else ()), *prompt]  # the prompt may hold the talk already
     messages.check_roles(prompt, chosen, rejected)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
@@ -120,7 +131,7 @@ def _with_own(own: list[dict[str, Any]], shared: list[dict[str, Any]], where: st
     for turn in own if shared else ():
         text = " ".join(turn["content"].split())
         turns = [" ".join(other["content"].split()) for other in shared]
-        if turn["role"] == "user" and not any(text in other or (other and other in text) for other in turns):
+        if turn["role"] == "user" and not any(text in other for other in turns):
             raise LeftOut(f"{where} is not in the two dialogues; columns={{'prompt': []}} takes what they share")
     return shared if shared and shared[0]["role"] == "system" else [*system, *shared]
 
@@ -131,18 +142,22 @@ def _ranked(row: dict[str, Any], layout: Layout, every: bool) -> list[dict[str, 
     answers, numbers = opened(lookup(row, name)), opened(lookup(row, by))
     if not isinstance(answers, list):
         raise LeftOut(f"{name} is {messages.kind_of(answers)}, not a list of answers")
+    objects = [answer if isinstance(answer, dict) else {} for answer in answers]
     if isinstance(numbers, list):  # a number for each answer, in a column of their own
         if len(numbers) != len(answers):
             raise LeftOut(f"{name} and {by} have different lengths")
-        scores = list(map(number_of, numbers))
-    else:
-        scores = _scores([answer if isinstance(answer, dict) else {} for answer in answers], by.split(" | "))
+        objects = [{**answer, by: number} for answer, number in zip(objects, numbers, strict=True)]
+    scores, other = _scores(objects, by.split(" | ")), "rank" if layout.kind == "score" else "score"
+    both = [(x, y) for x, y in zip(scores, _scores(objects, [other]), strict=True) if x is not None and y is not None]
+    if any((x[0] - y[0]) * (x[1] - y[1]) > 0 for x, y in itertools.combinations(both, 2)):
+        raise LeftOut(f"{by} and {other} of {name} say different things")
     sign = 1 if layout.kind == "score" else -1
     texts = [lookup(answer, layout.text) if isinstance(answer, dict) else answer for answer in answers]
     items = [(sign * score, text) for score, text in zip(scores, texts, strict=True) if score is not None]
     items.sort(key=lambda item: -item[0])
     if len(items) < 2 or items[0][0] == items[-1][0]:
-        raise LeftOut("fewer than two answers with a score" if len(items) < 2 else "tie: all answers have one score")
+        few = f"fewer than two answers with a score ({by}: {visible(str([lookup(one, by) for one in objects]), 60)})"
+        raise LeftOut(few if len(items) < 2 else "tie: all answers have one score")
     two = itertools.combinations(items, 2) if every else [(items[0], items[-1])]
     pairs = [{**row, "chosen": better, "rejected": worse} for (high, better), (low, worse) in two if high > low]
     return [_pair(pair, layout, "chosen", "rejected") for pair in pairs]
@@ -196,7 +211,7 @@ class _Reader:
         # A struct would give every row the keys of all, as None.
         typed = dict(source.features or {}) | dict.fromkeys(("tools", "chat_template_kwargs"), Json())
         extras = {self.kept[name]: typed.get(name) or _column_feature(kinds) for name, kinds in others.items()}
-        self.calls = "tools" in extras or any(layout.tools for layout in self.judges)
+        self.calls = "tools" in extras or (self.calls and self.tools)
         extras |= {"tools": Json()} if self.calls else {}
         sides = dict.fromkeys(SIDES, messages.WHOLE_MESSAGES if self.whole else messages.MESSAGES)
         self.features = Features({**sides, "origin": Value("string"), **extras, "left_out": Value("string")})
@@ -205,7 +220,7 @@ class _Reader:
         """See every row. Returns the first question about a row's columns."""
         self.judges: dict[Layout, Judge] = {}  # in each, the rows of this layout
         self.marks: Counter[str] = Counter()  # of dialogues that are written into one text, except Anthropic's
-        self.count, self.quoted, self.whole, self.tools, question = 0, 0, False, True, None
+        self.count, self.quoted, self.whole, self.tools, self.calls, question = 0, 0, False, True, False, None
         self.kinds: dict[str, set[type]] = defaultdict(set, {name: set() for name in self.source.features or ()})
         for origin, row in self.source.rows():
             self.count += 1
@@ -235,9 +250,10 @@ class _Reader:
             with contextlib.suppress(LeftOut):
                 name = dialogues.as_turns(_prompt(row, layout), cells[len(layout.prompt) :])[2]
                 self.marks += Counter([name] if name else ())
-        tools = opened(lookup(row, layout.tools or "tools"))
+        tools = _tools(row, layout)
         whole = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
         self.tools = self.tools and (is_missing(tools) or whole)
+        self.calls = self.calls or bool(tools)
 
     def _check_columns(self) -> None:
         names = list(self.kinds)
@@ -245,6 +261,10 @@ class _Reader:
         missing = [f"there is no column {name!r}" for name in wanted if name not in names]
         if missing or not self.judges:
             unread = "the names of the columns make no preference pair" if names else "no row is an object"
+            if not missing and (two := layouts.two_answers(names)):
+                scores = "".join(map(str, layouts.twins(names, two, "scores")[:1]))
+                scores = scores and layouts.QUESTIONS["two columns of scores"].format(scores=scores)
+                raise asked("no preference", names=listed(two), columns=listed(names), scores=scores)
             raise asked("no pair", what=missing[0] if missing else unread, names=listed(names))
         for name, kinds in (("wins", {"preference", "votes"}), ("first_wins", {"preference"})):
             if self.given[name] is not None and not kinds & {layout.kind for layout in self.judges}:
@@ -258,11 +278,16 @@ class _Reader:
                 raise asked("prompt elsewhere", names=listed(sorted(places)))
 
     def _layout(self, row: dict[str, Any]) -> Layout | None:
-        """By the columns of the row; if its answers are in none of these, by those that hold something."""
-        layout = self.layout_of(tuple(name for name in row if name not in self.empty))
-        if layout is None or all(lookup(row, path) is None for path in layout.answers):
-            return self.layout_of(tuple(name for name, value in row.items() if value is not None)) or layout
-        return layout
+        """By the columns of the row; if these hold no answers or have two readings, by those that hold something."""
+        names, layout = tuple(name for name in row if name not in self.empty), None
+        try:
+            layout = self.layout_of(names)
+            if layout and any(lookup(row, path) is not None for path in layout.answers):
+                return layout
+        except UserError:
+            if None not in map(row.get, names):
+                raise
+        return self.layout_of(tuple(name for name, value in row.items() if value is not None)) or layout
 
     def reading(self) -> list[str]:
         """How the columns were read, a line for each layout and each preference; nothing for the three plain ones."""
@@ -296,6 +321,10 @@ class _Reader:
             raise LeftOut("no chosen and rejected, nor two answers with a preference")
         if media := next((name for name in WORDS["media"] if row.get(name)), None):
             raise LeftOut(f"the row has {media}; only text is trained here")
+        named = {"chosen", "rejected"} <= self.given["columns"].keys()
+        if not layout.kind and not named and (texts := _labels(row, layout)):
+            better, worse = layout.answers
+            raise LeftOut(layouts.QUESTIONS["labels"].format(better=better, worse=worse, texts=", ".join(texts)))
         if layout.kind in RANKED:
             pairs = _ranked(row, layout, self.given["ranked"] == "all")
         else:
@@ -304,7 +333,7 @@ class _Reader:
         if "chat_template_kwargs" in extras:
             extras["chat_template_kwargs"] = messages.read_template_kwargs(extras["chat_template_kwargs"])
         if self.calls:
-            extras["tools"] = opened(lookup(row, layout.tools or "tools")) or None
+            extras["tools"] = _tools(row, layout) or None
         return [{**extras, **pair} for pair in pairs]
 
     def rows(self) -> Iterator[dict[str, Any]]:

@@ -10,18 +10,19 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from helpers.common import UserError, visible
-from helpers.data.layouts import QUESTIONS, RANKED, USUAL, VERDICTS, YES_NO, Layout, asked, lookup, opened, shortened
+from helpers.data import layouts
+from helpers.data.layouts import QUESTIONS, VERDICTS, Layout, asked, lookup, opened
 
 MEANINGS = ("first", "second", "tie", None)
 UNKNOWN = "not certain"
 SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 SHOWN_VALUES = 12
 MOST_VALUES = 1000  # kept apart when values are counted
-TAIL = re.compile(r"(?:.*[_ -])?(a|b|0|1|2)", re.I)
+TAIL = re.compile(r"[a-z]|\d+|first|second")
+TAILS = (["a", "b"], ["0", "1"], ["1", "2"], ["first", "second"])
 TERM = re.compile(r"(?:(<=?|>=?) *)?(-?\d*\.?\d+)(?: *(?:to|\.\.|-) *(-?\d*\.?\d+))? +(first|second|tie|none)", re.I)
 # Columns whose numbers name an answer. Others ("label", "is_0_better") may hold 1 for yes, or a scale.
 NUMBERED = re.compile(r"preference|preferred|winner|choice|.*_(?:id|index|idx)", re.I)
-WORSE = re.compile(r"worse|worst|reject|lose|losing|disprefer", re.I)  # the column names the answer that lost
 Rule = Callable[[Any], str | None]  # value -> one of MEANINGS, or UNKNOWN
 
 
@@ -53,12 +54,15 @@ def _key(value: Any) -> str:
 def _top(value: Any) -> Any:
     """The name on top of a ranking as Argilla writes it, {"rank": [2, 1], "value": [...]} or a list; else the value."""
     if isinstance(value, dict) and value.keys() == {"rank", "value"}:
-        value = [dict(zip(value, item, strict=True)) for item in zip(*value.values(), strict=False)]
-    if not isinstance(value, list) or not all(isinstance(item, dict) and item.get("rank") for item in value):
+        lists = [item if isinstance(item, list) else [item] for item in value.values()]
+        value = [dict(zip(value, item, strict=True)) for item in zip(*lists, strict=False)]
+    if not isinstance(value, list) or not all(isinstance(item, dict) and "rank" in item for item in value):
         return value
-    best = min((item["rank"] for item in value), default=0)
-    top = [item.get("value") for item in value if item["rank"] == best]
-    return top[0] if len(top) == 1 else "tie"
+    known = [(rank, item.get("value")) for item in value if (rank := number_of(item["rank"])) is not None]
+    if len(known) < len(value):
+        return value if known else None
+    top = [name for rank, name in known if rank == min(best for best, _ in known)]
+    return top[0] if len(top) == 1 else "tie" if top else None
 
 
 def _words(text: str) -> str:
@@ -67,10 +71,10 @@ def _words(text: str) -> str:
 
 def _by_words(a: str, b: str, column: str) -> Rule:
     """Reads verdicts in words, and numbers that name an answer, about two answers with these column names."""
-    tails = [found[1].lower() if (found := TAIL.fullmatch(name)) else "" for name in (a, b)]
+    tails = [part if TAIL.fullmatch(part) else "" for part in layouts.apart(a, b)]
     # "The first" is not certain if the reader has response_2 as the first answer, nor is "b" of response_b, response_c.
     places = ("first|1st", "second|2nd") if tails == sorted(tails) else tails
-    if sorted(tails) not in (["a", "b"], ["0", "1"], ["1", "2"]):
+    if sorted(tails) not in TAILS:
         tails = ["a", "b"] if tails == ["", ""] else [re.escape(_words(name)) for name in (a, b)]
         places = places if tails == ["a", "b"] else tails
     nouns = VERDICTS["nouns"]
@@ -148,21 +152,22 @@ class Judge:
 
     def __init__(self, layout: Layout, sample: dict[str, Any], wins: Any, first_wins: Any):
         self.layout, self.sample, self.first_wins, self.count = layout, sample, first_wins, 0
-        self.judges = bool(layout.kind) and layout.kind not in RANKED
+        self.judges = bool(layout.kind) and layout.kind not in layouts.RANKED
         self.found: dict[str, Counter[str | None]] = defaultdict(Counter)  # how often a value had which meaning
         self.values: dict[str, Any] = {}  # the same values as they are shown
+        self.places: dict[str, None] = {}  # other columns that hold a value which is no verdict in words
+        self.asked = "preference" if wins is None else "wins"  # what does not say which answer is better
         wins = layout.wins if wins is None else wins
         self.given = (wins, first_wins) != (None, None)
         if not self.judges:
             return
         a, b = layout.answers
-        names = [(form.format(x), form.format(y)) for form in USUAL["models"] for x, y in ("ab", "12", (a, b))]
-        self.models = [*(pair for pair in names if set(pair) <= set(sample)), (a, b)]
+        self.models = [*layouts.twins(sample, (a, b), "models"), (a, b)]
         if isinstance(wins, str):
             self.rule = _by_rule(wins)
         elif wins is not None:
             self.rule = _by_table(wins.items() if isinstance(wins, dict) else wins)
-        elif WORSE.search(layout.by[0]) or YES_NO.fullmatch(layout.by[0]):
+        elif layouts.says("worse", layout.by[0]) or layouts.YES_NO.fullmatch(layout.by[0]):
             self.rule, self.models = lambda _: UNKNOWN, []
         else:
             self.rule = _by_words(a, b, layout.by[0])
@@ -178,7 +183,11 @@ class Judge:
         if is_missing(value):
             return None
         meaning = self.rule(value)
-        named = meaning if self.given or not isinstance(value, str) else self._named(value, row) or meaning
+        if self.given or not isinstance(value, str) or number_of(value) is not None:
+            return meaning
+        named = self._named(value, row) or meaning
+        if UNKNOWN in (meaning, named) or named != meaning:
+            self.places |= dict.fromkeys(name for name in row if row[name] == value and name != self.layout.by[0])
         return named if meaning in (named, UNKNOWN) else UNKNOWN  # a word and a name that say different things
 
     def _verdict(self, row: dict[str, Any]) -> tuple[Any, str | None]:
@@ -193,7 +202,7 @@ class Judge:
         if kind == "scores":
             first, second = (number_of(lookup(row, name)) for name in by)
             if first is None or second is None:
-                return "no score", None
+                return "no score ({}, {})".format(*(visible(repr(lookup(row, name)), 30) for name in by)), None
             return ("equal", "tie") if first == second else (f"{by[first < second]} higher", MEANINGS[first < second])
         value = lookup(row, by[0])
         votes = opened(value)
@@ -229,11 +238,9 @@ class Judge:
         if preference and self.first_wins is not None:
             what, sure = "first_wins", counts["first"] == 1 and counts["second"] <= 1
             kept |= {key: UNKNOWN for key, meaning in kept.items() if meaning != "tie"}
-        elif self.given:
-            what, sure = "wins", not counts[UNKNOWN]
         else:  # 1 alone may be of 0 and 1, or of 1 and 2
-            one = preference and {number_of(self.values[key]) for key in kept} == {1}
-            what, sure = "preference", not counts[UNKNOWN] and not one
+            one = preference and not self.given and {number_of(self.values[key]) for key in kept} == {1}
+            what, sure = self.asked, not counts[UNKNOWN] and not one
         if not sure:
             raise self._question(QUESTIONS[what].format(value=self.first_wins), kept)
 
@@ -242,13 +249,15 @@ class Judge:
         values = {key: self.values[key] for key in kept}
         values |= {key: json.dumps(value) for key, value in values.items() if isinstance(value, list | dict)}
         shown = {key: visible(repr(value), 60) for key, value in values.items()}
-        held = shortened([f"{text} ({self.found[key].total()})" for key, text in shown.items()], SHOWN_VALUES)
+        held = layouts.shortened([f"{text} ({self.found[key].total()})" for key, text in shown.items()], SHOWN_VALUES)
         scale = {key for key, value in values.items() if number_of(value) is not None}
         unsure = scale.union(key for key, meaning in kept.items() if meaning == UNKNOWN)
         keys = sorted(kept, key=lambda key: kept[key] != UNKNOWN)[:SHOWN_VALUES]
         wins = ", ".join(f"{shown[key]}: {'...' if key in unsure else repr(kept[key])}" for key in keys)
+        elsewhere = len(self.places) > 1 or any(layouts.says("models", name) for name in self.places)
         more = QUESTIONS["two values" if len(kept) == 2 else "scale" if scale else "one"].format(*values.values())
-        return asked("values", what=what, column=", ".join(self.layout.by), held=held, wins=wins, a=a, b=b, more=more)
+        said = {"column": ", ".join(self.layout.by), "held": held, "wins": wins, "a": a, "b": b, "more": more}
+        return asked("elsewhere" if elsewhere else "values", what=what, names=layouts.listed(self.places), **said)
 
     def order(self, row: dict[str, Any]) -> tuple[str, ...]:
         """Where the better answer is, and the other. Raises LeftOut for a tie, or if nothing is said."""
