@@ -23,7 +23,6 @@ ROLES_OF_COLUMNS = ("prompt", "system", "chosen", "rejected", "a", "b", "prefere
 HALF_EMOJI = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON, or a whole one
 ANSWER = re.compile(r"((?:response|answer|completion|output|reply|candidate|conversation)s?[_ -]?)(a|b|0|1|2)", re.I)
 PART = re.compile(r"\d+|[A-Z]?[^\W\d_A-Z]+|[A-Z]+")
-YES_NO = re.compile(r"(?:is_|.+_is_|is_.+_)better", re.I)  # such a column's "yes" is never taken for an answer
 SHOWN_NAMES = 20
 RANKED = ("score", "rank")
 TOLD_BY = ("preference", "scores", "one_hot", "votes", *RANKED)  # of what tells the better answer
@@ -208,15 +207,18 @@ def twins(names: Iterable[str], answers: Iterable[str], what: str) -> list[tuple
 
 def check_arguments(columns: Any, wins: Any, scores: Any, ranked: Any, first_wins: Any) -> dict[str, list[str]]:
     """The columns of each role. Raises UserError for arguments of `load_pairs` that can't be meant."""
-    if not isinstance(columns, dict) or set(columns) - set(ROLES_OF_COLUMNS):
-        wrong = [name for name in columns if name not in ROLES_OF_COLUMNS] if isinstance(columns, dict) else [columns]
-        raise asked("roles", names=listed(wrong))
+    keys = columns if isinstance(columns, dict) else [columns]
+    if no_roles := [name for name in keys if name not in ROLES_OF_COLUMNS]:
+        raise asked("roles", names=listed(no_roles))
     several = {"prompt"} if isinstance(columns.get("prompt"), list | tuple) else ()
     by_role = {role: list(name) if role in several else [name] for role, name in columns.items()}
     names = sum(by_role.values(), [])
     twice = [name for name in names if names.count(name) > 1]
-    told = (("wins=", wins), ("first_wins=", first_wins), ("scores=", scores))
-    said = [name for name, value in told if value is not None]
+    said = [
+        name
+        for name, value in {"wins=": wins, "first_wins=": first_wins, "scores=": scores}.items()
+        if value is not None
+    ]
     wrong = {
         "no column names": not all(isinstance(name, str) for name in names),
         "column twice": twice,
@@ -239,7 +241,11 @@ def find_layout(names: tuple[str, ...], columns: dict[str, list[str]], scores: t
             if set(entry["columns"]) <= set(names) and not set(entry.get("without", ())) & set(names):
                 if "refused" in entry:
                     raise UserError(entry["refused"])
-                return _certain(_made(names, entry | columns), names)
+                layout = _made(names, entry | columns)
+                others = [name for name in _found(names, {}, "preference") if name not in layout.columns(names)]
+                if others and layout.kind not in ("", *RANKED):
+                    raise asked("several preferences", names=listed([*layout.by, *others]))
+                return layout
     answers, by = _answers(names, columns, scores)
     if not answers:
         return None
@@ -248,14 +254,6 @@ def find_layout(names: tuple[str, ...], columns: dict[str, list[str]], scores: t
     if len(system) > 1:
         raise asked("several system turns", names=listed(system), one=system[0])
     return _made(names, {"prompt": prompt, "system": system, "history": history, "answers": answers, **by})
-
-
-def _certain(layout: Layout, names: tuple[str, ...]) -> Layout:
-    """The layout of a known format; raises UserError if another column could say which answer is better, too."""
-    others = [name for name in _found(names, {}, "preference") if name not in layout.columns(names)]
-    if others and layout.kind not in ("", *RANKED):
-        raise asked("several preferences", names=listed([*layout.by, *others]))
-    return layout
 
 
 def _answers(names: tuple[str, ...], columns: dict[str, list[str]], scores: tuple[str, ...]) -> tuple[list, dict]:
@@ -269,7 +267,7 @@ def _answers(names: tuple[str, ...], columns: dict[str, list[str]], scores: tupl
             return answers, {}
     two = [] if {"a", "b"} <= set(columns) else two_answers(names)
     answers = [columns.get(role, [name])[0] for role, name in zip("ab", two or ("", ""), strict=True)]
-    found = _found(names, columns, "preference") or [name for name in names if YES_NO.fullmatch(name)]
+    found = _found(names, columns, "preference") or [name for name in names if says("yes or no", name)]
     found = [name for name in found if name not in answers]
     if not set(answers) <= set(names) or not (scores or found):
         return [], {}

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import indent
 from typing import Any, Literal
 
 import xxhash
@@ -33,11 +34,10 @@ def _prompt(row: dict[str, Any], layout: Layout) -> Any:
     values = [lookup(row, name) for name in layout.prompt]
     if len(values) < 2:
         return values[0] if values else None
-    texts = ["" if is_missing(value) else value for value in values]
-    for name, text in zip(layout.prompt, texts, strict=True):
-        if not isinstance(text, str):
-            raise LeftOut(f"{name} is no text, so it can't be joined with {' + '.join(layout.prompt)}")
-    return "\n".join(filter(None, texts))
+    texts = {name: value for name, value in zip(layout.prompt, values, strict=True) if not is_missing(value)}
+    if other := [name for name, text in texts.items() if not isinstance(text, str)]:
+        raise LeftOut(f"{other[0]} is no text, so it can't be joined with {' + '.join(layout.prompt)}")
+    return "\n".join(texts.values())
 
 
 def _earlier(row: dict[str, Any], layout: Layout) -> list[dict[str, Any]]:
@@ -59,8 +59,7 @@ def _earlier(row: dict[str, Any], layout: Layout) -> list[dict[str, Any]]:
 
 def _tools(row: dict[str, Any], layout: Layout) -> Any:
     """The tools of a row, in a column of their own or with an answer; each may be JSON."""
-    paths = (layout.tools or "tools", *(f"{name}.tools" for name in layout.answers))
-    tools = opened(lookup(row, " | ".join(paths)))
+    tools = opened(lookup(row, " | ".join([layout.tools or "tools", *(f"{name}.tools" for name in layout.answers)])))
     return [opened(tool) for tool in tools] if isinstance(tools, list) else tools
 
 
@@ -75,18 +74,18 @@ def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
     """The two texts in the columns of the answers, if they only name answers: by other columns, or by keys, ids or
     places (from 0 or from 1) in their cells; else nothing."""
     sides = [str(lookup(row, path)) for path in layout.answers]
-    if max(map(len, sides)) > MOST_OF_A_NAME or not all(map(parts, sides)):
+    if max(map(len, sides)) > MOST_OF_A_NAME:
         return []
     names = {name for name, value in row.items() if isinstance(value, str | list | dict)}
     for cell in (opened(row[name]) for name in row.keys() - layout.columns(row)):
         names |= set(cell) if isinstance(cell, dict) else set()
         items = cell if isinstance(cell, list) and not set(map(str, cell)) & set(sides) else []
         objects = [item for item in items if isinstance(item, dict)]
-        names |= {str(item[key]) for item in objects for key in item if layouts.says("keys", key)}
-        if len(items) > 1 and not any({"role", "from"} & item.keys() for item in objects):
-            names |= set(map(str, range(len(items) + 1)))
-    found = [(made[: len(side)], made[-len(side) :]) for side in map(parts, sides) for made in map(parts, names)]
-    return sides if set(map(parts, sides)) <= {end for ends in found for end in ends} else []
+        if not any({"role", "from"} & item.keys() for item in objects):  # turns
+            names |= {str(item[key]) for item in objects for key in item if layouts.says("keys", key)}
+            names |= set(map(str, range(len(items) + 1))) if len(items) > 1 else set()
+    ends = {end for made in map(parts, names) for size in range(len(made)) for end in (made[: size + 1], made[size:])}
+    return sides if set(map(parts, sides)) <= ends else []
 
 
 def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[str, Any]:
@@ -127,12 +126,12 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
 def _with_own(own: list[dict[str, Any]], shared: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
     """The beginning that two whole dialogues share, with the system turn of the row's own prompt. Raises LeftOut if the
     row's prompt says something else."""
+    texts, turns = (
+        [" ".join(turn["content"].split()) for turn in talk if turn["role"] == "user"] for talk in (own, shared)
+    )
+    if shared and not all(any(text in turn for turn in turns) for text in texts):
+        raise LeftOut(f"{where} is not in the two dialogues; columns={{'prompt': []}} takes what they share")
     system = [turn for turn in own if turn["role"] == "system"]
-    for turn in own if shared else ():
-        text = " ".join(turn["content"].split())
-        turns = [" ".join(other["content"].split()) for other in shared]
-        if turn["role"] == "user" and not any(text in other for other in turns):
-            raise LeftOut(f"{where} is not in the two dialogues; columns={{'prompt': []}} takes what they share")
     return shared if shared and shared[0]["role"] == "system" else [*system, *shared]
 
 
@@ -142,7 +141,7 @@ def _ranked(row: dict[str, Any], layout: Layout, every: bool) -> list[dict[str, 
     answers, numbers = opened(lookup(row, name)), opened(lookup(row, by))
     if not isinstance(answers, list):
         raise LeftOut(f"{name} is {messages.kind_of(answers)}, not a list of answers")
-    objects = [answer if isinstance(answer, dict) else {} for answer in answers]
+    objects = [answer if isinstance(answer, dict) else {layout.text: answer} for answer in answers]
     if isinstance(numbers, list):  # a number for each answer, in a column of their own
         if len(numbers) != len(answers):
             raise LeftOut(f"{name} and {by} have different lengths")
@@ -152,12 +151,14 @@ def _ranked(row: dict[str, Any], layout: Layout, every: bool) -> list[dict[str, 
     if any((x[0] - y[0]) * (x[1] - y[1]) > 0 for x, y in itertools.combinations(both, 2)):
         raise LeftOut(f"{by} and {other} of {name} say different things")
     sign = 1 if layout.kind == "score" else -1
-    texts = [lookup(answer, layout.text) if isinstance(answer, dict) else answer for answer in answers]
-    items = [(sign * score, text) for score, text in zip(scores, texts, strict=True) if score is not None]
+    both = zip(scores, objects, strict=True)
+    items = [(sign * score, lookup(answer, layout.text)) for score, answer in both if score is not None]
     items.sort(key=lambda item: -item[0])
-    if len(items) < 2 or items[0][0] == items[-1][0]:
-        few = f"fewer than two answers with a score ({by}: {visible(str([lookup(one, by) for one in objects]), 60)})"
-        raise LeftOut(few if len(items) < 2 else "tie: all answers have one score")
+    if len(items) < 2:
+        held = visible(str([lookup(answer, by) for answer in objects]), 60)
+        raise LeftOut(f"fewer than two answers with a score ({by}: {held})")
+    if items[0][0] == items[-1][0]:
+        raise LeftOut("tie: all answers have one score")
     two = itertools.combinations(items, 2) if every else [(items[0], items[-1])]
     pairs = [{**row, "chosen": better, "rejected": worse} for (high, better), (low, worse) in two if high > low]
     return [_pair(pair, layout, "chosen", "rejected") for pair in pairs]
@@ -173,13 +174,10 @@ def _scores(answers: list[dict[str, Any]], names: list[str]) -> list[float | Non
     return [*whole, *used.values(), [None] * len(answers)][0]
 
 
-COLUMN_KINDS = {bool: "bool", int: "int64", float: "float64", str: "string"}
-
-
 def _column_feature(kinds: set[type]) -> Any:
     """The type of a column that holds values of these kinds; Json() for objects and for a mixture."""
     kind, *others = kinds - {int} if kinds == {int, float} else kinds
-    return Json() if others or kind not in COLUMN_KINDS else Value(COLUMN_KINDS[kind])
+    return Value(name) if not others and (name := WORDS["types"].get(kind.__name__)) else Json()
 
 
 class _Reader:
@@ -270,10 +268,8 @@ class _Reader:
             if self.given[name] is not None and not kinds & {layout.kind for layout in self.judges}:
                 raise asked("nothing to judge", read="; ".join(map(str, self.judges)))
         # One place of the prompt for all rows with these answers: an empty one is never filled from another column.
-        prompts: dict[tuple[str, ...], set[str]] = defaultdict(set)
-        for layout in self.judges:
-            prompts[layout.answers] |= {" + ".join(layout.prompt)} - {""}
-        for places in prompts.values():
+        for answers in dict.fromkeys(layout.answers for layout in self.judges):
+            places = {" + ".join(layout.prompt) for layout in self.judges if layout.answers == answers} - {""}
             if len(places) > 1:
                 raise asked("prompt elsewhere", names=listed(sorted(places)))
 
@@ -291,11 +287,10 @@ class _Reader:
 
     def reading(self) -> list[str]:
         """How the columns were read, a line for each layout and each preference; nothing for the three plain ones."""
-        told = set(layouts.USUAL["preference"])  # one next to chosen and rejected might say that they are exchanged
-        used = {"origin", "chat_template_kwargs", *(["tools"] if self.tools else [])}
-        texts = [name for name in self.kept if self.kinds[name] - {int, float} or name.lower() in told]
+        used, lines = {"origin", "chat_template_kwargs", *(["tools"] if self.tools else [])}, []
+        # A number is named, too, if it might say that chosen and rejected are exchanged.
+        texts = [name for name in self.kept if self.kinds[name] - {int, float} or layouts.says("doubts", name)]
         texts = [name for name in texts if name not in used]
-        lines = []
         for layout, judge in self.judges.items():
             if str(layout).removeprefix("prompt <- prompt; ") == str(Layout()) and not texts:
                 continue
@@ -391,15 +386,8 @@ def load_pairs(
     ranked: Literal["ends", "all"] = "ends",
     first_wins: Any = None,
 ) -> Dataset:
-    r"""Preference pairs in one form, whatever they come in. A row of the source may hold
+    """Preference pairs in one form, whatever they come in. A row of the source may hold
 
-    1. prompt, chosen, rejected as texts, or as lists of {role, content} with or without a system turn;
-    2. chosen and rejected as whole dialogues that share a beginning, as lists or written "\n\nHuman: ...
-       \n\nAssistant: ..."; the prompt is what they share, up to a whole turn;
-    3. question, better_response, worse_response, and names like these; instruction and input are joined;
-    4. two answers (response_a and response_b, answer_0 and answer_1, ...) and a column that names the better one.
-       Ties are left out. Numbers, truth values and words that are not certain are asked about: pass `wins`;
-    5. one of these public formats, which are known by their columns:
     {formats}
 
     What was read is printed, unless it is the three plain columns: the columns, what each value of the preference was
@@ -460,8 +448,9 @@ def load_pairs(
     return _take_out(table, reader, [] if known else reader.reading(), bundled=path == BUNDLED_PAIRS)
 
 
-_lines = (
-    f"       - {entry['name']}: {', '.join(entry['columns'])}{' (no pairs: refused)' * ('refused' in entry)}"
+_formats = (
+    f"   - {entry['name']}: {', '.join(entry['columns'])}{' (no pairs: refused)' * ('refused' in entry)}"
     for entry in layouts.FORMATS
 )
-load_pairs.__doc__ = (load_pairs.__doc__ or "").replace("    {formats}", "\n".join(_lines))
+_help = "\n".join([layouts.USUAL["help"].strip(), *_formats])
+load_pairs.__doc__ = (load_pairs.__doc__ or "").replace("    {formats}", indent(_help, "    "))

@@ -21,8 +21,6 @@ MOST_VALUES = 1000  # kept apart when values are counted
 TAIL = re.compile(r"[a-z]|\d+|first|second")
 TAILS = (["a", "b"], ["0", "1"], ["1", "2"], ["first", "second"])
 TERM = re.compile(r"(?:(<=?|>=?) *)?(-?\d*\.?\d+)(?: *(?:to|\.\.|-) *(-?\d*\.?\d+))? +(first|second|tie|none)", re.I)
-# Columns whose numbers name an answer. Others ("label", "is_0_better") may hold 1 for yes, or a scale.
-NUMBERED = re.compile(r"preference|preferred|winner|choice|.*_(?:id|index|idx)", re.I)
 Rule = Callable[[Any], str | None]  # value -> one of MEANINGS, or UNKNOWN
 
 
@@ -93,17 +91,9 @@ def _by_words(a: str, b: str, column: str) -> Rule:
         text = _words(text)
         return next((side for side, pattern in patterns if pattern.fullmatch(text)), UNKNOWN)
 
-    def of(value: Any) -> str | None:
-        if (number := number_of(value)) is None:
-            return of_text(value) if isinstance(value, str) else UNKNOWN
-        if not NUMBERED.fullmatch(column) or not tails[0].isdigit():
-            return UNKNOWN
-        one, two = map(float, tails)
-        if number not in (one, two) and not (one + two == 3 and 1 < number < 2):  # AlpacaEval has fractions
-            return UNKNOWN
-        return "tie" if number == 1.5 else "first" if abs(number - one) < abs(number - two) else "second"
-
-    return of
+    rule = VERDICTS["numbers"].get(" ".join(tails)) if layouts.says("numbers", column) else None
+    of_number = _by_rule(rule) if rule else lambda _: UNKNOWN
+    return lambda value: (of_text if isinstance(value, str) and number_of(value) is None else of_number)(value)
 
 
 def _by_first(value: Any, words: Rule) -> Rule:
@@ -111,9 +101,8 @@ def _by_first(value: Any, words: Rule) -> Rule:
     first = _key(value)
 
     def of(value: Any) -> str | None:
-        if isinstance(value, str) and words(value) == "tie" and number_of(value) is None:
-            return "tie"
-        return "first" if _key(value) == first else "second"
+        tie = isinstance(value, str) and words(value) == "tie" and number_of(value) is None
+        return "tie" if tie else "first" if _key(value) == first else "second"
 
     return of
 
@@ -167,17 +156,12 @@ class Judge:
             self.rule = _by_rule(wins)
         elif wins is not None:
             self.rule = _by_table(wins.items() if isinstance(wins, dict) else wins)
-        elif layouts.says("worse", layout.by[0]) or layouts.YES_NO.fullmatch(layout.by[0]):
+        elif layouts.says("worse", layout.by[0]) or layouts.says("yes or no", layout.by[0]):
             self.rule, self.models = lambda _: UNKNOWN, []
         else:
             self.rule = _by_words(a, b, layout.by[0])
         if first_wins is not None and layout.kind == "preference":
             self.rule = _by_first(first_wins, self.rule)
-
-    def _named(self, value: Any, row: dict[str, Any]) -> str | None:
-        """The side that a text names by its content: the model that wrote the answer, or the answer itself."""
-        pairs = ((lookup(row, a), lookup(row, b)) for a, b in self.models)
-        return next(("first" if value == a else "second" for a, b in pairs if value in (a, b) and a != b), None)
 
     def _of_preference(self, value: Any, row: dict[str, Any]) -> str | None:
         if is_missing(value):
@@ -185,8 +169,10 @@ class Judge:
         meaning = self.rule(value)
         if self.given or not isinstance(value, str) or number_of(value) is not None:
             return meaning
-        named = self._named(value, row) or meaning
-        if UNKNOWN in (meaning, named) or named != meaning:
+        # By its content, it may be the model that wrote an answer, or the answer itself.
+        pairs = ((lookup(row, a), lookup(row, b)) for a, b in self.models)
+        named = next(("first" if value == a else "second" for a, b in pairs if value in (a, b) and a != b), meaning)
+        if meaning == UNKNOWN or named != meaning:
             self.places |= dict.fromkeys(name for name in row if row[name] == value and name != self.layout.by[0])
         return named if meaning in (named, UNKNOWN) else UNKNOWN  # a word and a name that say different things
 
