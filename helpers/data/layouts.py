@@ -1,11 +1,9 @@
-"""Which columns of a source hold the prompt, the two answers, and what says which is better.
-
-Public formats that have names of their own are a table, formats.yaml. All others are found by usual column names; if
-two columns could hold the same thing, the reader is asked.
-"""
+"""Which columns hold the prompt, the two answers, and what says which is better: by formats.yaml, else by usual names.
+If two columns could hold the same thing, the reader is asked."""
 
 import contextlib
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -170,11 +168,9 @@ def _prompt_columns(names: tuple[str, ...], taken: list[str]) -> list[str]:
 
 def two_answers(names: Iterable[str]) -> list[str]:
     """Two columns of answers by their usual names; raises UserError if there are more such pairs."""
-    families: dict[str, list[str]] = {}
-    for name in names:
-        if found := ANSWER.fullmatch(name):
-            families.setdefault(found[1].lower(), []).append(name)
-    two = [sorted(pair, key=str.lower) for pair in families.values() if len(pair) == 2]
+    found = sorted(filter(ANSWER.fullmatch, names), key=str.lower)
+    families = (list(group) for _, group in itertools.groupby(found, lambda name: name.lower()[:-1]))
+    two = [pair for pair in families if len(pair) == 2]
     if len(two) > 1:
         raise asked("two sets of answers", names=listed([*two[0], *two[1]]))
     return two[0] if two else []

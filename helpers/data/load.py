@@ -57,10 +57,10 @@ def _earlier(row: dict[str, Any], layout: Layout) -> list[dict[str, Any]]:
     return turns
 
 
-def _tools(row: dict[str, Any], layout: Layout) -> Any:
-    """The tools of a row, in a column of their own or with an answer; each may be JSON."""
+def _tools(row: dict[str, Any], layout: Layout) -> list[Any]:
+    """What a row has as its tools, in a column of their own or with an answer; each may be JSON."""
     tools = opened(lookup(row, " | ".join([layout.tools or "tools", *(f"{name}.tools" for name in layout.answers)])))
-    return [opened(tool) for tool in tools] if isinstance(tools, list) else tools
+    return [opened(tool) for tool in (tools if isinstance(tools, list) else [tools])] if not is_missing(tools) else []
 
 
 def _arena(prompt: list[str | None], side: list[str | None]) -> list[dict[str, Any]]:
@@ -150,9 +150,8 @@ def _ranked(row: dict[str, Any], layout: Layout, every: bool) -> list[dict[str, 
     both = [(x, y) for x, y in zip(scores, _scores(objects, [other]), strict=True) if x is not None and y is not None]
     if any((x[0] - y[0]) * (x[1] - y[1]) > 0 for x, y in itertools.combinations(both, 2)):
         raise LeftOut(f"{by} and {other} of {name} say different things")
-    sign = 1 if layout.kind == "score" else -1
-    both = zip(scores, objects, strict=True)
-    items = [(sign * score, lookup(answer, layout.text)) for score, answer in both if score is not None]
+    sign, found = (1 if layout.kind == "score" else -1), zip(scores, objects, strict=True)
+    items = [(sign * score, lookup(answer, layout.text)) for score, answer in found if score is not None]
     items.sort(key=lambda item: -item[0])
     if len(items) < 2:
         held = visible(str([lookup(answer, by) for answer in objects]), 60)
@@ -249,8 +248,7 @@ class _Reader:
                 name = dialogues.as_turns(_prompt(row, layout), cells[len(layout.prompt) :])[2]
                 self.marks += Counter([name] if name else ())
         tools = _tools(row, layout)
-        whole = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
-        self.tools = self.tools and (is_missing(tools) or whole)
+        self.tools = self.tools and all(isinstance(tool, dict) for tool in tools)
         self.calls = self.calls or bool(tools)
 
     def _check_columns(self) -> None:
@@ -318,8 +316,7 @@ class _Reader:
             raise LeftOut(f"the row has {media}; only text is trained here")
         named = {"chosen", "rejected"} <= self.given["columns"].keys()
         if not layout.kind and not named and (texts := _labels(row, layout)):
-            better, worse = layout.answers
-            raise LeftOut(layouts.QUESTIONS["labels"].format(better=better, worse=worse, texts=", ".join(texts)))
+            raise LeftOut(layouts.QUESTIONS["labels"].format(*layout.answers, texts=", ".join(texts)))
         if layout.kind in RANKED:
             pairs = _ranked(row, layout, self.given["ranked"] == "all")
         else:
@@ -400,12 +397,10 @@ def load_pairs(
             folder of `save_to_disk`, a list of dicts, a Dataset, a data frame, or a name on the hub; left out, what
             `DPO_DATA` names, else the pairs that come with this project.
         split: which one to take, of a hub name or a DatasetDict.
-        columns: the source's columns, if they do not have the usual names: {"prompt": ..., "chosen": ...,
-            "rejected": ...} or {"prompt": ..., "a": ..., "b": ..., "preference": ...}, and "system". A list of
-            columns as the prompt is joined by line breaks.
-        wins: what each value of the preference column means: {1: "first", 2: "second", 3: "tie", "skip": None}
-            (None leaves rows out), or a rule for a scale of numbers, "1 to 3 first, 4 to 6 second" or
-            "< 0 first, 0 tie, > 0 second". It has to cover every value of the column.
+        columns: the source's columns by our names: {"prompt": ..., "chosen": ..., "rejected": ...} or {"prompt": ...,
+            "a": ..., "b": ..., "preference": ...}, and "system". A list of columns as the prompt is joined.
+        wins: what each value of the preference means: {1: "first", 2: "second", 3: "tie", "skip": None} (None leaves
+            rows out), or a rule for numbers: "1 to 3 first, 4 to 6 second" or "< 0 first, 0 tie, > 0 second".
         scores: two columns with a number for each answer; the higher one is better.
         ranked: of a list of ranked answers, "ends" pairs the best with the worst, "all" each with each.
         first_wins: the short form of `wins` for a column of two values: the one that means the first answer.
@@ -416,8 +411,7 @@ def load_pairs(
         "pairs.parquet row 12" a row, from 1) and the source's other columns as they were.
 
     Raises:
-        UserError: a source that can't be read, holds no pair, or can be read in two ways; it names file, line and
-            column, and what to pass.
+        UserError: a source that can't be read, holds no pair, or has two readings; it names what to pass.
 
     >>> load_pairs([{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}])[0]["prompt"]
     [{'role': 'user', 'content': '2 + 2?'}]

@@ -232,16 +232,16 @@ class Judge:
 
     def _question(self, what: str, kept: dict[str, str | None]) -> UserError:
         a, b = self.layout.answers
-        values = {key: self.values[key] for key in kept}
-        values |= {key: json.dumps(value) for key, value in values.items() if isinstance(value, list | dict)}
-        shown = {key: visible(repr(value), 60) for key, value in values.items()}
+        values = ((key, self.values[key]) for key in kept)
+        plain = {key: json.dumps(value) if isinstance(value, list | dict) else value for key, value in values}
+        shown = {key: visible(repr(value), 60) for key, value in plain.items()}
         held = layouts.shortened([f"{text} ({self.found[key].total()})" for key, text in shown.items()], SHOWN_VALUES)
-        scale = {key for key, value in values.items() if number_of(value) is not None}
+        scale = {key for key, value in plain.items() if number_of(value) is not None}
         unsure = scale.union(key for key, meaning in kept.items() if meaning == UNKNOWN)
         keys = sorted(kept, key=lambda key: kept[key] != UNKNOWN)[:SHOWN_VALUES]
         wins = ", ".join(f"{shown[key]}: {'...' if key in unsure else repr(kept[key])}" for key in keys)
         elsewhere = len(self.places) > 1 or any(layouts.says("models", name) for name in self.places)
-        more = QUESTIONS["two values" if len(kept) == 2 else "scale" if scale else "one"].format(*values.values())
+        more = QUESTIONS["two values" if len(kept) == 2 else "scale" if scale else "one"].format(*shown.values())
         said = {"column": ", ".join(self.layout.by), "held": held, "wins": wins, "a": a, "b": b, "more": more}
         return asked("elsewhere" if elsewhere else "values", what=what, names=layouts.listed(self.places), **said)
 
