@@ -28,9 +28,8 @@ TOLD_BY = ("preference", "scores", "one_hot", "votes", *RANKED)  # of what tells
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where one kind of source keeps things; formats.yaml says what each field means. `prompt` has several columns if
-    they are to be joined. `answers` are chosen and rejected, or the two to judge, or the list of ranked ones. `by` is
-    what tells the better one, of a `kind` in TOLD_BY; "" if the first is the better."""
+    """Where one kind of source keeps things, as in formats.yaml. `answers` are chosen and rejected, or two to judge, or
+    the list of ranked ones. `by` tells the better one, of a `kind` in TOLD_BY; "" if it is the first."""
 
     name: str = ""
     prompt: tuple[str, ...] = ()
@@ -159,11 +158,10 @@ def _found(names: tuple[str, ...], columns: dict[str, list[str]], role: str) -> 
 
 def _prompt_columns(names: tuple[str, ...], taken: list[str]) -> list[str]:
     found = [name for name in _found(names, {}, "prompt") if name not in taken]
-    if len(found) < 2 or found[0].lower() == "prompt":
-        return found[:1]
-    if {name.lower() for name in found} == {"instruction", "input"}:  # Alpaca's two parts of one question
-        return found
-    raise asked("several prompts", names=listed(found), one=found[0], two=found[:2])
+    alpaca = {name.lower() for name in found} == {"instruction", "input"}  # two parts of one question
+    if len(found) > 1 and found[0].lower() != "prompt" and not alpaca:
+        raise asked("several prompts", names=listed(found), one=found[0], two=found[:2])
+    return found if alpaca else found[:1]
 
 
 def two_answers(names: Iterable[str]) -> list[str]:
@@ -229,8 +227,7 @@ def check_arguments(columns: Any, wins: Any, scores: Any, ranked: Any, first_win
 
 
 def find_layout(names: tuple[str, ...], columns: dict[str, list[str]], scores: tuple[str, ...]) -> Layout | None:
-    """The layout that these column names make, or None; `columns`, by role, and `scores` go first. Raises UserError,
-    without the source's name, if the names can be read in two ways or hold no pairs by their kind."""
+    """The layout that these column names make, or None. Raises UserError if they have two readings or none by kind."""
     plain = all(_found(names, columns, role) for role in ("chosen", "rejected"))
     if columns.keys() <= {"prompt", "system"} and not scores and not plain:
         for entry in FORMATS:
@@ -269,8 +266,8 @@ def _answers(names: tuple[str, ...], columns: dict[str, list[str]], scores: tupl
         return [], {}
     if len(found) > 1 and not scores:
         raise asked("several preferences", names=listed(found))
-    if scores and (ranks := [name for name in scores if says("ranks", name)]):
-        raise asked("ranks", names=listed(ranks))
+    if any(says("ranks", name) for name in scores):
+        raise asked("ranks", names=listed(scores))
     if scores and apart(*scores) == apart(*answers)[::-1] != ("", ""):
         raise asked("scores exchanged", scores=scores, answers=answers)
     return answers, {"scores": scores} if scores else {"preference": found}

@@ -71,8 +71,7 @@ def _arena(prompt: list[str | None], side: list[str | None]) -> list[dict[str, A
 
 
 def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
-    """The two texts in the columns of the answers, if they only name answers: by other columns, or by keys, ids or
-    places (from 0 or from 1) in their cells; else nothing."""
+    """The texts in the answers' columns, if they only name other columns, or keys, ids or places in their cells."""
     sides = [str(lookup(row, path)) for path in layout.answers]
     if max(map(len, sides)) > MOST_OF_A_NAME:
         return []
@@ -89,8 +88,7 @@ def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
 
 
 def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[str, Any]:
-    """One row in the one form, without its origin; `better` and `worse` lead to its answers. Raises LeftOut with the
-    reason if it is no pair."""
+    """A row in the one form; `better` and `worse` lead to its answers. Raises LeftOut with the reason if it is none."""
     where = " + ".join(layout.prompt)
     prompt, *sides = _prompt(row, layout), lookup(row, better), lookup(row, worse)
     lists = [found for found in map(messages.texts_of, (prompt, *sides)) if found]
@@ -124,11 +122,9 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
 
 
 def _with_own(own: list[dict[str, Any]], shared: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    """The beginning that two whole dialogues share, with the system turn of the row's own prompt. Raises LeftOut if the
-    row's prompt says something else."""
-    texts, turns = (
-        [" ".join(turn["content"].split()) for turn in talk if turn["role"] == "user"] for talk in (own, shared)
-    )
+    """What two whole dialogues share, with the system turn of the row's prompt. Raises LeftOut if that asks more."""
+    users = ([turn["content"] for turn in talk if turn["role"] == "user"] for talk in (own, shared))
+    texts, turns = ([" ".join(text.split()) for text in talk] for talk in users)
     if shared and not all(any(text in turn for turn in turns) for text in texts):
         raise LeftOut(f"{where} is not in the two dialogues; columns={{'prompt': []}} takes what they share")
     system = [turn for turn in own if turn["role"] == "system"]
@@ -180,17 +176,15 @@ def _column_feature(kinds: set[type]) -> Any:
 
 
 class _Reader:
-    """What one look at every row of a source tells: the layouts, the types of the other columns, what the values of a
-    preference mean. `rows()` then yields every row in the one form, or with the reason why it is left out."""
+    """What one look at every row tells: the layouts, the types of the other columns, what the values of a preference
+    mean. `rows()` then yields every row in the one form, or with the reason why it is left out."""
 
     def __init__(self, source: Source, given: dict[str, Any]):
         self.source, self.given = source, given
         self.layout_of = functools.cache(lambda names: layouts.find_layout(names, given["columns"], given["scores"]))
-        self.empty: frozenset[str] = frozenset()
-        question = self._look()
-        if question and (empty := frozenset(name for name, kinds in self.kinds.items() if not kinds)):
-            self.empty = empty
-            question = self._look()  # once more, without the columns that hold nothing
+        question = self._look(set())
+        if question and (empty := {name for name, kinds in self.kinds.items() if not kinds}):
+            question = self._look(empty)  # once more, without the columns that hold nothing
         if not self.count:
             raise UserError(f"{source.name} has no rows.")
         try:
@@ -213,8 +207,9 @@ class _Reader:
         sides = dict.fromkeys(SIDES, messages.WHOLE_MESSAGES if self.whole else messages.MESSAGES)
         self.features = Features({**sides, "origin": Value("string"), **extras, "left_out": Value("string")})
 
-    def _look(self) -> UserError | None:
-        """See every row. Returns the first question about a row's columns."""
+    def _look(self, empty: set[str]) -> UserError | None:
+        """See every row, without these columns. Returns the first question about a row's columns."""
+        self.empty = empty
         self.judges: dict[Layout, Judge] = {}  # in each, the rows of this layout
         self.marks: Counter[str] = Counter()  # of dialogues that are written into one text, except Anthropic's
         self.count, self.quoted, self.whole, self.tools, self.calls, question = 0, 0, False, True, False, None
@@ -224,8 +219,7 @@ class _Reader:
             if not isinstance(row, dict):
                 continue
             if ".tsv" in origin:
-                cells = [value for value in row.values() if isinstance(value, str)]
-                self.quoted += sum(cell[:1] == cell[-1:] == '"' != cell for cell in cells)
+                self.quoted += sum(cell[:1] == cell[-1:] == '"' != cell for cell in map(str, row.values()))
             for name, value in row.items():
                 kinds = self.kinds[name]
                 if not is_missing(value):  # a whole number of more than 64 bits is an object too
@@ -258,8 +252,7 @@ class _Reader:
         if missing or not self.judges:
             unread = "the names of the columns make no preference pair" if names else "no row is an object"
             if not missing and (two := layouts.two_answers(names)):
-                scores = "".join(map(str, layouts.twins(names, two, "scores")[:1]))
-                scores = scores and layouts.QUESTIONS["two columns of scores"].format(scores=scores)
+                scores = [*layouts.twins(names, two, "scores"), ("...", "...")][0]
                 raise asked("no preference", names=listed(two), columns=listed(names), scores=scores)
             raise asked("no pair", what=missing[0] if missing else unread, names=listed(names))
         for name, kinds in (("wins", {"preference", "votes"}), ("first_wins", {"preference"})):
@@ -309,8 +302,7 @@ class _Reader:
             raise row
         if not isinstance(row, dict):
             raise LeftOut(f"the row is {messages.kind_of(row)}, not an object")
-        layout = self._layout(row)
-        if layout is None:
+        if (layout := self._layout(row)) is None:
             raise LeftOut("no chosen and rejected, nor two answers with a preference")
         if media := next((name for name in WORDS["media"] if row.get(name)), None):
             raise LeftOut(f"the row has {media}; only text is trained here")
@@ -352,14 +344,13 @@ def _used(line: str, row: dict[str, Any]) -> str:
 
 
 def _take_out(table: Dataset, reader: _Reader, reading: list[str], bundled: bool) -> Dataset:
-    """The pairs of a table that `_Reader.rows` made; the rows left out go into the report. Prints what is not plain.
-    Raises UserError if no pair remains."""
+    """The pairs of a table from `_Reader.rows`, with the report; prints what is not plain. UserError if there is none."""
     places = defaultdict(list)  # of each reason; "" for pairs
     for place, reason in enumerate(table["left_out"][:]):
         places[reason].append(place)
     kept = places.pop("", [])
-    first = {reason: table.select(rows[:5])["origin"][:] for reason, rows in places.items()}
-    left_out = {reason: {"count": len(rows), "origins": first[reason]} for reason, rows in places.items()}
+    first = table["origin"]
+    left_out = {why: {"count": len(rows), "origins": [first[row] for row in rows[:5]]} for why, rows in places.items()}
     report = LoadReport(reader.count, len(kept), left_out, bundled, reading)
     if not kept:
         raise UserError(f"{reader.source.name} holds no preference pair. {report}")
@@ -387,11 +378,6 @@ def load_pairs(
 
     {formats}
 
-    What was read is printed, unless it is the three plain columns: the columns, what each value of the preference was
-    taken for, which columns of text were not read. A row that is no pair is left out and counted: rows read = rows that
-    became pairs + rows left out. `load_report(pairs)` has all of it. Bytes that are no UTF-8 become U+FFFD, which
-    `check_pairs` reports. A message keeps its role, its text, calls of tools and a `reasoning_content`.
-
     Args:
         source: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow; also gzipped), a folder or a pattern of such files, a
             folder of `save_to_disk`, a list of dicts, a Dataset, a data frame, or a name on the hub; left out, what
@@ -409,9 +395,6 @@ def load_pairs(
         A Dataset with `prompt` (a list of {role, content}; a system turn may come first, a user turn is last), `chosen`
         and `rejected` (the same; both begin and end with an assistant turn), `origin` ("pairs.jsonl:12" is a line,
         "pairs.parquet row 12" a row, from 1) and the source's other columns as they were.
-
-    Raises:
-        UserError: a source that can't be read, holds no pair, or has two readings; it names what to pass.
 
     >>> load_pairs([{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}])[0]["prompt"]
     [{'role': 'user', 'content': '2 + 2?'}]
@@ -446,5 +429,5 @@ _formats = (
     f"   - {entry['name']}: {', '.join(entry['columns'])}{' (no pairs: refused)' * ('refused' in entry)}"
     for entry in layouts.FORMATS
 )
-_help = "\n".join([layouts.USUAL["help"].strip(), *_formats])
+_help = layouts.USUAL["help"].replace("{formats}", "\n".join(_formats)).strip()
 load_pairs.__doc__ = (load_pairs.__doc__ or "").replace("    {formats}", indent(_help, "    "))

@@ -43,8 +43,7 @@ def is_missing(value: Any) -> bool:
 
 
 def _key(value: Any) -> str:
-    number = number_of(value)
-    if number is not None:
+    if (number := number_of(value)) is not None:
         return f"{number:.10g}"
     return value.strip().casefold() if isinstance(value, str) else json.dumps(value, default=str).casefold()
 
@@ -88,23 +87,17 @@ def _by_words(a: str, b: str, column: str) -> Rule:
 
     @functools.lru_cache(MOST_VALUES)
     def of_text(text: str) -> str | None:
-        text = _words(text)
-        return next((side for side, pattern in patterns if pattern.fullmatch(text)), UNKNOWN)
+        return next((side for side, pattern in patterns if pattern.fullmatch(_words(text))), UNKNOWN)
 
     rule = VERDICTS["numbers"].get(" ".join(tails)) if layouts.says("numbers", column) else None
     of_number = _by_rule(rule) if rule else lambda _: UNKNOWN
     return lambda value: (of_text if isinstance(value, str) and number_of(value) is None else of_number)(value)
 
 
-def _by_first(value: Any, words: Rule) -> Rule:
+def _by_first(first: str, words: Rule, value: Any) -> str | None:
     """One value means the first answer, ties in words are ties, and all else is the second; `settle` counts them."""
-    first = _key(value)
-
-    def of(value: Any) -> str | None:
-        tie = isinstance(value, str) and words(value) == "tie" and number_of(value) is None
-        return "tie" if tie else "first" if _key(value) == first else "second"
-
-    return of
+    tie = isinstance(value, str) and words(value) == "tie" and number_of(value) is None
+    return "tie" if tie else "first" if _key(value) == first else "second"
 
 
 def _by_table(wins: Iterable[tuple[Any, str | None]]) -> Rule:
@@ -136,8 +129,7 @@ def _by_rule(rule: str) -> Rule:
 
 
 class Judge:
-    """Says of each row of one `layout` (`sample` is one) which answer won; `wins`, `first_wins` are as in `load_pairs`.
-    It has to `see` all rows and to `settle` before it judges one."""
+    """Which answer won, in rows of a `layout` (`sample` is one). It has to `see` all, and `settle`, to judge one."""
 
     def __init__(self, layout: Layout, sample: dict[str, Any], wins: Any, first_wins: Any):
         self.layout, self.sample, self.first_wins, self.count = layout, sample, first_wins, 0
@@ -161,7 +153,7 @@ class Judge:
         else:
             self.rule = _by_words(a, b, layout.by[0])
         if first_wins is not None and layout.kind == "preference":
-            self.rule = _by_first(first_wins, self.rule)
+            self.rule = functools.partial(_by_first, _key(first_wins), self.rule)
 
     def _of_preference(self, value: Any, row: dict[str, Any]) -> str | None:
         if is_missing(value):
