@@ -21,15 +21,14 @@ ROLES_OF_COLUMNS = ("prompt", "system", "chosen", "rejected", "a", "b", "prefere
 HALF_EMOJI = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON, or a whole one
 ANSWER = re.compile(r"((?:response|answer|completion|output|reply|candidate|conversation)s?[_ -]?)(a|b|0|1|2)", re.I)
 PART = re.compile(r"\d+|[A-Z]?[^\W\d_A-Z]+|[A-Z]+")
-SHOWN_NAMES = 20
+SHOWN = 20  # names or values in a message
 RANKED = ("score", "rank")
 TOLD_BY = ("preference", "scores", "one_hot", "votes", *RANKED)  # of what tells the better answer
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where one kind of source keeps things, as in formats.yaml. `answers` are chosen and rejected, or two to judge, or
-    the list of ranked ones. `by` tells the better one, of a `kind` in TOLD_BY; "" if it is the first."""
+    """Where one kind of source keeps things; formats.yaml says what each field means."""
 
     name: str = ""
     prompt: tuple[str, ...] = ()
@@ -38,7 +37,7 @@ class Layout:
     tools: str = ""
     answers: tuple[str, ...] = ("chosen", "rejected")
     text: str = ""
-    kind: str = ""
+    kind: str = ""  # one of TOLD_BY; "" if the first answer is the better
     by: tuple[str, ...] = ()
     status: str = ""
     wins: str | tuple[tuple[Any, str], ...] | None = None
@@ -65,14 +64,14 @@ def asked(what: str, /, **values: Any) -> UserError:
     return UserError(QUESTIONS[what].format(**values))
 
 
-def shortened(texts: list[str], most: int) -> str:
-    """Texts for a message, at most that many of them."""
-    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+def shortened(texts: list[str]) -> str:
+    """Texts for a message, at most SHOWN of them."""
+    return ", ".join(texts[:SHOWN]) + (f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else "")
 
 
 def listed(names: Iterable[str]) -> str:
-    """Column names for a message, at most SHOWN_NAMES of them."""
-    return shortened([repr(visible(str(name), 40)) for name in names], SHOWN_NAMES)
+    """Column names for a message, at most SHOWN of them."""
+    return shortened([repr(visible(str(name), 40)) for name in names])
 
 
 def plain_value(value: Any) -> Any:

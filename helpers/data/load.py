@@ -27,7 +27,6 @@ from helpers.session import quiet_progress
 
 BUNDLED_PAIRS = Path(__file__).parent / "bundled" / "pairs.jsonl"
 SIDES = ("prompt", "chosen", "rejected")
-MOST_OF_A_NAME = 60  # characters; a longer text is an answer, not the name of a column
 
 
 def _prompt(row: dict[str, Any], layout: Layout) -> Any:
@@ -73,7 +72,7 @@ def _arena(prompt: list[str | None], side: list[str | None]) -> list[dict[str, A
 def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
     """The texts in the answers' columns, if they only name other columns, or keys, ids or places in their cells."""
     sides = [str(lookup(row, path)) for path in layout.answers]
-    if max(map(len, sides)) > MOST_OF_A_NAME:
+    if max(map(len, sides)) > 60:  # characters; a longer text is an answer, not the name of one
         return []
     names = {name for name, value in row.items() if isinstance(value, str | list | dict)}
     for cell in (opened(row[name]) for name in row.keys() - layout.columns(row)):
@@ -102,8 +101,7 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
     own = [] if is_missing(prompt) and prompt != "" else messages.to_messages(prompt, where, "user")
     if chosen[0]["role"] == rejected[0]["role"] == "assistant":
         if not own:
-            reason = f"no prompt, and {better} and {worse} are no dialogues that share one"
-            raise LeftOut(f"{where} is missing" if where else reason)
+            raise LeftOut(f"{where} is missing" if where else f"no prompt, and {better} and {worse} are no dialogues")
         prompt = own
     elif len(rejected) == 1:  # ms-swift: only the last turn differs
         prompt, chosen = _with_own(own, chosen[:-1], where), chosen[-1:]
@@ -169,12 +167,6 @@ def _scores(answers: list[dict[str, Any]], names: list[str]) -> list[float | Non
     return [*whole, *used.values(), [None] * len(answers)][0]
 
 
-def _column_feature(kinds: set[type]) -> Any:
-    """The type of a column that holds values of these kinds; Json() for objects and for a mixture."""
-    kind, *others = kinds - {int} if kinds == {int, float} else kinds
-    return Value(name) if not others and (name := WORDS["types"].get(kind.__name__)) else Json()
-
-
 class _Reader:
     """What one look at every row tells: the layouts, the types of the other columns, what the values of a preference
     mean. `rows()` then yields every row in the one form, or with the reason why it is left out."""
@@ -201,7 +193,9 @@ class _Reader:
         self.kept = {name: f"source_{name}" if name in ours else name for name in others}  # what they are called here
         # A struct would give every row the keys of all, as None.
         typed = dict(source.features or {}) | dict.fromkeys(("tools", "chat_template_kwargs"), Json())
-        extras = {self.kept[name]: typed.get(name) or _column_feature(kinds) for name, kinds in others.items()}
+        types = {name: " ".join(kind.__name__ for kind in kinds) for name, kinds in others.items()}
+        values = {name: Value(WORDS["types"][kind]) for name, kind in types.items() if kind in WORDS["types"]}
+        extras = {here: typed.get(name) or values.get(name, Json()) for name, here in self.kept.items()}
         self.calls = "tools" in extras or (self.calls and self.tools)
         extras |= {"tools": Json()} if self.calls else {}
         sides = dict.fromkeys(SIDES, messages.WHOLE_MESSAGES if self.whole else messages.MESSAGES)
@@ -289,9 +283,8 @@ class _Reader:
             read = [f"{layout}", *([judge.reading()] if judge.judges else [])]
             read = [_used(line, judge.sample) for line in read] if layout.name else read
             lines += [f"{self.source.name}: {judge.count} row{'s' * (judge.count != 1)}{name}. {read[0]}", *read[1:]]
-        if self.marks:
-            marks = ", ".join(f"{name} ({count})" for name, count in self.marks.most_common())
-            lines.append(f"turns <- marks in the texts: {marks}")
+        marks = ", ".join(f"{name} ({count})" for name, count in self.marks.most_common())
+        lines += [f"turns <- marks in the texts: {marks}"] if marks else []
         if self.quoted:
             lines.append(layouts.QUESTIONS["quotes"].format(name=self.source.name, count=self.quoted))
         return [*lines, f"not read: {listed(texts)}"] if texts else lines
@@ -344,7 +337,7 @@ def _used(line: str, row: dict[str, Any]) -> str:
 
 
 def _take_out(table: Dataset, reader: _Reader, reading: list[str], bundled: bool) -> Dataset:
-    """The pairs of a table from `_Reader.rows`, with the report; prints what is not plain. UserError if there is none."""
+    """The pairs of a table from `_Reader.rows`, with a report. Prints what is not plain. UserError if there is none."""
     places = defaultdict(list)  # of each reason; "" for pairs
     for place, reason in enumerate(table["left_out"][:]):
         places[reason].append(place)
@@ -380,8 +373,7 @@ def load_pairs(
 
     Args:
         source: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow; also gzipped), a folder or a pattern of such files, a
-            folder of `save_to_disk`, a list of dicts, a Dataset, a data frame, or a name on the hub; left out, what
-            `DPO_DATA` names, else the pairs that come with this project.
+            `save_to_disk` folder, a list of dicts, a Dataset, a data frame, a hub name; else `DPO_DATA`, or our pairs.
         split: which one to take, of a hub name or a DatasetDict.
         columns: the source's columns by our names: {"prompt": ..., "chosen": ..., "rejected": ...} or {"prompt": ...,
             "a": ..., "b": ..., "preference": ...}, and "system". A list of columns as the prompt is joined.
@@ -392,9 +384,8 @@ def load_pairs(
         first_wins: the short form of `wins` for a column of two values: the one that means the first answer.
 
     Returns:
-        A Dataset with `prompt` (a list of {role, content}; a system turn may come first, a user turn is last), `chosen`
-        and `rejected` (the same; both begin and end with an assistant turn), `origin` ("pairs.jsonl:12" is a line,
-        "pairs.parquet row 12" a row, from 1) and the source's other columns as they were.
+        A Dataset with `prompt`, `chosen` and `rejected` (lists of {role, content}; answers begin with the assistant),
+        `origin` ("pairs.jsonl:12" is a line, "pairs.parquet row 12" a row) and the source's other columns as they were.
 
     >>> load_pairs([{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}])[0]["prompt"]
     [{'role': 'user', 'content': '2 + 2?'}]
@@ -406,8 +397,7 @@ def load_pairs(
         source = BUNDLED_PAIRS if named is None else PROJECT / named if (PROJECT / named).exists() else named
     name = printable(Path(source).name) if isinstance(source, str | Path) else "The source"
     try:
-        found = open_source(source, split)
-        name = found.name
+        name = (found := open_source(source, split)).name
         reader = _Reader(found, given)
         with quiet_progress(reader.count):
             if found.key is None:

@@ -16,7 +16,6 @@ from helpers.data.layouts import QUESTIONS, VERDICTS, Layout, asked, lookup, ope
 MEANINGS = ("first", "second", "tie", None)
 UNKNOWN = "not certain"
 SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-SHOWN_VALUES = 12
 MOST_VALUES = 1000  # kept apart when values are counted
 TAIL = re.compile(r"[a-z]|\d+|first|second")
 TAILS = (["a", "b"], ["0", "1"], ["1", "2"], ["first", "second"])
@@ -116,9 +115,8 @@ def _by_rule(rule: str) -> Rule:
         raise asked("no rule", rule=rule)
 
     def of(value: Any) -> str | None:
-        if (number := number_of(value)) is None:
-            return UNKNOWN
-        found = set()
+        number, found = number_of(value), set()
+        number = math.nan if number is None else number  # which is in no range
         for sign, low, high, meaning in (term.groups() for term in terms if term):
             ends = sorted((float(low), float(high or low)))
             if SIGNS[sign](number, ends[0]) if sign else ends[0] <= number <= ends[1]:
@@ -227,10 +225,10 @@ class Judge:
         values = ((key, self.values[key]) for key in kept)
         plain = {key: json.dumps(value) if isinstance(value, list | dict) else value for key, value in values}
         shown = {key: visible(repr(value), 60) for key, value in plain.items()}
-        held = layouts.shortened([f"{text} ({self.found[key].total()})" for key, text in shown.items()], SHOWN_VALUES)
+        held = layouts.shortened([f"{text} ({self.found[key].total()})" for key, text in shown.items()])
         scale = {key for key, value in plain.items() if number_of(value) is not None}
         unsure = scale.union(key for key, meaning in kept.items() if meaning == UNKNOWN)
-        keys = sorted(kept, key=lambda key: kept[key] != UNKNOWN)[:SHOWN_VALUES]
+        keys = sorted(kept, key=lambda key: kept[key] != UNKNOWN)[: layouts.SHOWN]
         wins = ", ".join(f"{shown[key]}: {'...' if key in unsure else repr(kept[key])}" for key in keys)
         elsewhere = len(self.places) > 1 or any(layouts.says("models", name) for name in self.places)
         more = QUESTIONS["two values" if len(kept) == 2 else "scale" if scale else "one"].format(*shown.values())
@@ -242,19 +240,18 @@ class Judge:
         value, meaning = self._verdict(row) if self.judges else (None, "first")
         if meaning in ("first", "second"):
             return self.layout.answers[:: 1 if meaning == "first" else -1]
-        said = "no preference" if is_missing(value) else f"no preference: {visible(str(value), 60)}"
-        raise LeftOut("tie" if meaning == "tie" else said)
+        said = "" if is_missing(value) else f": {visible(str(value), 60)}"
+        raise LeftOut("tie" if meaning == "tie" else f"no preference{said}")
 
     def reading(self) -> str:
         """What the values were taken for, in one line."""
-        names = dict(zip(MEANINGS, (*self.layout.answers, "tie, left out", "left out"), strict=True))
         groups = []
-        for meaning in MEANINGS:
+        for meaning, name in zip(MEANINGS, (*self.layout.answers, "tie, left out", "left out"), strict=True):
             keys = [key for key, meanings in self.found.items() if meaning in meanings]
             values = ["nothing" if is_missing(self.values[key]) else visible(str(self.values[key]), 60) for key in keys]
             if keys:
                 shown = ", ".join(dict.fromkeys(values[:6])) + ", ..." * (len(values) > 6)
                 count = sum(self.found[key][meaning] for key in keys)
-                groups.append(f"{shown} -> {names[meaning]} ({count})")
+                groups.append(f"{shown} -> {name} ({count})")
         single = sum(map(len, self.found.values())) == len(groups)
         return f"{', '.join(self.layout.by)}: {(', ' if single else '; ').join(groups)}"
