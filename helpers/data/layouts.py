@@ -17,7 +17,6 @@ from helpers.common import UserError, visible
 from helpers.data import tables
 
 (USUAL, VERDICTS, FORMATS), (QUESTIONS,) = tables("formats.yaml"), tables("questions.yaml")
-ROLES_OF_COLUMNS = ("prompt", "system", "chosen", "rejected", "a", "b", "preference")
 HALF_EMOJI = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON, or a whole one
 ANSWER = re.compile(r"((?:response|answer|completion|output|reply|candidate|conversation)s?[_ -]?)(a|b|0|1|2)", re.I)
 PART = re.compile(r"\d+|[A-Z]?[^\W\d_A-Z]+|[A-Z]+")
@@ -201,7 +200,7 @@ def twins(names: Iterable[str], answers: Iterable[str], what: str) -> list[tuple
 def check_arguments(columns: Any, wins: Any, scores: Any, ranked: Any, first_wins: Any) -> dict[str, list[str]]:
     """The columns of each role. Raises UserError for arguments of `load_pairs` that can't be meant."""
     keys = columns if isinstance(columns, dict) else [columns]
-    if no_roles := [name for name in keys if name not in ROLES_OF_COLUMNS]:
+    if no_roles := [name for name in keys if name not in USUAL["keys of columns="]]:
         raise asked("roles", names=listed(no_roles))
     several = {"prompt"} if isinstance(columns.get("prompt"), list | tuple) else ()
     by_role = {role: list(name) if role in several else [name] for role, name in columns.items()}

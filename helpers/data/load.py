@@ -58,8 +58,10 @@ def _earlier(row: dict[str, Any], layout: Layout) -> list[dict[str, Any]]:
 
 def _tools(row: dict[str, Any], layout: Layout) -> list[Any]:
     """What a row has as its tools, in a column of their own or with an answer; each may be JSON."""
-    tools = opened(lookup(row, " | ".join([layout.tools or "tools", *(f"{name}.tools" for name in layout.answers)])))
-    return [opened(tool) for tool in (tools if isinstance(tools, list) else [tools])] if not is_missing(tools) else []
+    cells = (opened(lookup(row, name)) for name in layout.answers)
+    found = [lookup(row, layout.tools or "tools"), *(cell.get("tools") for cell in cells if isinstance(cell, dict))]
+    tools = next((opened(tools) for tools in found if not is_missing(tools)), [])
+    return [opened(tool) for tool in (tools if isinstance(tools, list) else [tools])]
 
 
 def _arena(prompt: list[str | None], side: list[str | None]) -> list[dict[str, Any]]:
@@ -72,18 +74,19 @@ def _arena(prompt: list[str | None], side: list[str | None]) -> list[dict[str, A
 def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
     """The texts in the answers' columns, if they only name other columns, or keys, ids or places in their cells."""
     sides = [str(lookup(row, path)) for path in layout.answers]
-    if max(map(len, sides)) > 60:  # characters; a longer text is an answer, not the name of one
+    if layout.kind or max(map(len, sides)) > 60:  # characters; a longer text is an answer, not the name of one
         return []
     names = {name for name, value in row.items() if isinstance(value, str | list | dict)}
-    for cell in (opened(row[name]) for name in row.keys() - layout.columns(row)):
+    for cell in (cell for cell in map(opened, row.values()) if isinstance(cell, list | dict)):
         names |= set(cell) if isinstance(cell, dict) else set()
         items = cell if isinstance(cell, list) and not set(map(str, cell)) & set(sides) else []
         objects = [item for item in items if isinstance(item, dict)]
         if not any({"role", "from"} & item.keys() for item in objects):  # turns
             names |= {str(item[key]) for item in objects for key in item if layouts.says("keys", key)}
             names |= set(map(str, range(len(items) + 1))) if len(items) > 1 else set()
-    ends = {end for made in map(parts, names) for size in range(len(made)) for end in (made[: size + 1], made[size:])}
-    return sides if set(map(parts, sides)) <= ends else []
+    made, labels = [*map(parts, names)], map(parts, sides)
+    told = (label and any(label in (one[: len(label)], one[-len(label) :]) for one in made) for label in labels)
+    return sides if all(told) else []
 
 
 def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[str, Any]:
@@ -191,11 +194,11 @@ class _Reader:
         others = {name: kinds for name, kinds in self.kinds.items() if kinds and name not in taken}
         ours = {*WORDS["reserved"], *(() if self.tools else ("tools",))}
         self.kept = {name: f"source_{name}" if name in ours else name for name in others}  # what they are called here
+        held = ((name, " ".join(kind.__name__ for kind in kinds)) for name, kinds in others.items())
+        typed = {name: Value(WORDS["types"][kind]) if kind in WORDS["types"] else Json() for name, kind in held}
         # A struct would give every row the keys of all, as None.
-        typed = dict(source.features or {}) | dict.fromkeys(("tools", "chat_template_kwargs"), Json())
-        types = {name: " ".join(kind.__name__ for kind in kinds) for name, kinds in others.items()}
-        values = {name: Value(WORDS["types"][kind]) for name, kind in types.items() if kind in WORDS["types"]}
-        extras = {here: typed.get(name) or values.get(name, Json()) for name, here in self.kept.items()}
+        typed |= dict(source.features or {}) | dict.fromkeys(("tools", "chat_template_kwargs"), Json())
+        extras = {here: typed[name] for name, here in self.kept.items()}
         self.calls = "tools" in extras or (self.calls and self.tools)
         extras |= {"tools": Json()} if self.calls else {}
         sides = dict.fromkeys(SIDES, messages.WHOLE_MESSAGES if self.whole else messages.MESSAGES)
@@ -236,8 +239,7 @@ class _Reader:
                 name = dialogues.as_turns(_prompt(row, layout), cells[len(layout.prompt) :])[2]
                 self.marks += Counter([name] if name else ())
         tools = _tools(row, layout)
-        self.tools = self.tools and all(isinstance(tool, dict) for tool in tools)
-        self.calls = self.calls or bool(tools)
+        self.tools, self.calls = self.tools and {dict}.issuperset(map(type, tools)), self.calls or bool(tools)
 
     def _check_columns(self) -> None:
         names = list(self.kinds)
@@ -299,8 +301,7 @@ class _Reader:
             raise LeftOut("no chosen and rejected, nor two answers with a preference")
         if media := next((name for name in WORDS["media"] if row.get(name)), None):
             raise LeftOut(f"the row has {media}; only text is trained here")
-        named = {"chosen", "rejected"} <= self.given["columns"].keys()
-        if not layout.kind and not named and (texts := _labels(row, layout)):
+        if not {"chosen", "rejected"} <= self.given["columns"].keys() and (texts := _labels(row, layout)):
             raise LeftOut(layouts.QUESTIONS["labels"].format(*layout.answers, texts=", ".join(texts)))
         if layout.kind in RANKED:
             pairs = _ranked(row, layout, self.given["ranked"] == "all")

@@ -162,7 +162,7 @@ class Judge:
         # By its content, it may be the model that wrote an answer, or the answer itself.
         pairs = ((lookup(row, a), lookup(row, b)) for a, b in self.models)
         named = next(("first" if value == a else "second" for a, b in pairs if value in (a, b) and a != b), meaning)
-        if meaning == UNKNOWN or named != meaning:
+        if len(self.places) < 2 and (meaning == UNKNOWN or named != meaning):
             self.places |= dict.fromkeys(name for name in row if row[name] == value and name != self.layout.by[0])
         return named if meaning in (named, UNKNOWN) else UNKNOWN  # a word and a name that say different things
 
