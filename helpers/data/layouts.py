@@ -20,7 +20,7 @@ from helpers.data import tables
 HALF_EMOJI = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON, or a whole one
 ANSWER = re.compile(r"((?:response|answer|completion|output|reply|candidate|conversation)s?[_ -]?)(a|b|0|1|2)", re.I)
 PART = re.compile(r"\d+|[A-Z]?[^\W\d_A-Z]+|[A-Z]+")
-SHOWN = 20  # names or values in a message
+MOST_NAMES = 20  # names or values in a message
 RANKED = ("score", "rank")
 TOLD_BY = ("preference", "scores", "one_hot", "votes", *RANKED)  # of what tells the better answer
 
@@ -64,12 +64,12 @@ def asked(what: str, /, **values: Any) -> UserError:
 
 
 def shortened(texts: list[str]) -> str:
-    """Texts for a message, at most SHOWN of them."""
-    return ", ".join(texts[:SHOWN]) + (f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else "")
+    """Texts for a message, at most MOST_NAMES of them."""
+    return ", ".join(texts[:MOST_NAMES]) + (f" and {len(texts) - MOST_NAMES} more" if len(texts) > MOST_NAMES else "")
 
 
 def listed(names: Iterable[str]) -> str:
-    """Column names for a message, at most SHOWN of them."""
+    """Column names for a message, at most MOST_NAMES of them."""
     return shortened([repr(visible(str(name), 40)) for name in names])
 
 

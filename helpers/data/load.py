@@ -77,6 +77,7 @@ def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
     if layout.kind or max(map(len, sides)) > 60:  # characters; a longer text is an answer, not the name of one
         return []
     names = {name for name, value in row.items() if isinstance(value, str | list | dict)}
+    names |= {str(value) for name, value in row.items() if layouts.says("keys", name)}
     for cell in (cell for cell in map(opened, row.values()) if isinstance(cell, list | dict)):
         names |= set(cell) if isinstance(cell, dict) else set()
         items = cell if isinstance(cell, list) and not set(map(str, cell)) & set(sides) else []
@@ -368,7 +369,7 @@ def load_pairs(
     ranked: Literal["ends", "all"] = "ends",
     first_wins: Any = None,
 ) -> Dataset:
-    """Preference pairs in one form, whatever they come in. A row of the source may hold
+    """Preference pairs in one form, or a UserError that says what to pass. A row of the source may hold
 
     {formats}
 

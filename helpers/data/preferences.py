@@ -140,8 +140,7 @@ class Judge:
         self.given = (wins, first_wins) != (None, None)
         if not self.judges:
             return
-        a, b = layout.answers
-        self.models = [*layouts.twins(sample, (a, b), "models"), (a, b)]
+        self.models = [*layouts.twins(sample, layout.answers, "models"), layout.answers]
         if isinstance(wins, str):
             self.rule = _by_rule(wins)
         elif wins is not None:
@@ -149,7 +148,7 @@ class Judge:
         elif layouts.says("worse", layout.by[0]) or layouts.says("yes or no", layout.by[0]):
             self.rule, self.models = lambda _: UNKNOWN, []
         else:
-            self.rule = _by_words(a, b, layout.by[0])
+            self.rule = _by_words(*layout.answers, layout.by[0])
         if first_wins is not None and layout.kind == "preference":
             self.rule = functools.partial(_by_first, _key(first_wins), self.rule)
 
@@ -228,7 +227,7 @@ class Judge:
         held = layouts.shortened([f"{text} ({self.found[key].total()})" for key, text in shown.items()])
         scale = {key for key, value in plain.items() if number_of(value) is not None}
         unsure = scale.union(key for key, meaning in kept.items() if meaning == UNKNOWN)
-        keys = sorted(kept, key=lambda key: kept[key] != UNKNOWN)[: layouts.SHOWN]
+        keys = sorted(kept, key=lambda key: kept[key] != UNKNOWN)[: layouts.MOST_NAMES]
         wins = ", ".join(f"{shown[key]}: {'...' if key in unsure else repr(kept[key])}" for key in keys)
         elsewhere = len(self.places) > 1 or any(layouts.says("models", name) for name in self.places)
         more = QUESTIONS["two values" if len(kept) == 2 else "scale" if scale else "one"].format(*shown.values())

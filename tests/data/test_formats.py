@@ -173,6 +173,7 @@ READ = {
         {},
         [B_FIRST, A_FIRST],
     ),
+    "id of the winner": ([two("i2", column="winner", id_a="i1", id_b="i2")], {}, [B_FIRST]),
     "letters in front, exchanged": (
         [two("A", ("a_text", "b_text")), two("B", ("a_text", "b_text"))],
         {"columns": {"a": "b_text", "b": "a_text"}},
@@ -336,6 +337,14 @@ READ = {
         [{"prompt": Q, "answers": ["x"], "better_response": ONE, "worse_response": TWO}],
         {},
         [A_FIRST],
+    ),
+    "texts that stand in other columns too": (
+        [
+            PAIR | {"responses": [ONE, TWO], "model": "x"},
+            PAIR | {"responses": [{"text": ONE, "model": "x"}, {"text": TWO, "model": "y"}]},
+        ],
+        {},
+        [A_FIRST] * 2,
     ),
     "names that are the answers": (
         [PAIR | {"chosen": "A", "rejected": "B", "option_a": "one", "option_b": "two"}],
@@ -716,6 +725,7 @@ NAMES = {
     "ids": ("c-2", "c-1", {"completions": [{"completion_id": "c-1", "text": ONE}, {"completion_id": "c-2"}]}),
     "places from 0": ("1", "0", {"responses": [ONE, TWO]}),
     "places from 1": ("1", "2", {"responses": json.dumps([{"text": ONE}, {"text": TWO}])}),
+    "models in other columns": ("gpt-4", "llama", {"text1": ONE, "model1": "gpt-4", "text2": TWO, "model2": "llama"}),
     "numbers that are no texts": (1, 2, {"responses": [ONE, TWO]}),
 }
 
