@@ -877,6 +877,12 @@ def test_the_reading_is_printed_and_kept(capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("column", ["swapped", "is_chosen_better", "chosen_rank", "label"])
+def test_a_number_that_may_say_that_the_two_are_exchanged_is_named(column, capsys):
+    load_pairs([PAIR | {column: 1}])
+    assert f"not read: '{column}'" in capsys.readouterr().out
+
+
 def test_the_reading_names_what_a_format_has(capsys):
     load_pairs(READ["Label Studio"][0])
     assert capsys.readouterr().out.splitlines() == [
