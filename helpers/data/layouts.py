@@ -184,6 +184,7 @@ def apart(one: str, two: str) -> tuple[str, str]:
     return differ[0] if len(differ) == 1 and len(parts(one)) == len(parts(two)) else ("", "")
 
 
+@functools.lru_cache(10_000)
 def says(what: str, name: str) -> bool:
     """Whether a column's name has a word of this entry of formats.yaml."""
     return bool(re.search(USUAL[what], " ".join(parts(name))))

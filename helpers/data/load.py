@@ -9,7 +9,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from textwrap import indent
 from typing import Any, Literal
 
 import xxhash
@@ -422,4 +421,4 @@ _formats = (
     for entry in layouts.FORMATS
 )
 _help = layouts.USUAL["help"].replace("{formats}", "\n".join(_formats)).strip()
-load_pairs.__doc__ = (load_pairs.__doc__ or "").replace("    {formats}", indent(_help, "    "))
+load_pairs.__doc__ = (load_pairs.__doc__ or "").replace("{formats}", _help.replace("\n", "\n    "))
