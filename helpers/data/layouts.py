@@ -1,11 +1,9 @@
-"""Which columns of a source hold the prompt, the two answers, and what says which is better.
-
-Public formats that have names of their own are a table, formats.yaml. All others are found by usual column names; if
-two columns could hold the same thing, the reader is asked.
-"""
+"""Which columns hold the prompt, the two answers, and what says which is better: by formats.yaml, else by usual names.
+If two columns could hold the same thing, the reader is asked."""
 
 import contextlib
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -19,20 +17,17 @@ from helpers.common import UserError, visible
 from helpers.data import tables
 
 (USUAL, VERDICTS, FORMATS), (QUESTIONS,) = tables("formats.yaml"), tables("questions.yaml")
-ROLES_OF_COLUMNS = ("prompt", "system", "chosen", "rejected", "a", "b", "preference")
 HALF_EMOJI = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON, or a whole one
 ANSWER = re.compile(r"((?:response|answer|completion|output|reply|candidate|conversation)s?[_ -]?)(a|b|0|1|2)", re.I)
-YES_NO = re.compile(r"(?:is_|.+_is_|is_.+_)better", re.I)  # such a column's "yes" is never taken for an answer
-SHOWN_NAMES = 20
+PART = re.compile(r"\d+|[A-Z]?[^\W\d_A-Z]+|[A-Z]+")
+MOST_NAMES = 20  # names or values in a message
 RANKED = ("score", "rank")
 TOLD_BY = ("preference", "scores", "one_hot", "votes", *RANKED)  # of what tells the better answer
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where one kind of source keeps things; formats.yaml says what each field means. `prompt` has several columns if
-    they are to be joined. `answers` are chosen and rejected, or the two to judge, or the list of ranked ones. `by` is
-    what tells the better one, of a `kind` in TOLD_BY; "" if the first is the better."""
+    """Where one kind of source keeps things; formats.yaml says what each field means."""
 
     name: str = ""
     prompt: tuple[str, ...] = ()
@@ -41,7 +36,7 @@ class Layout:
     tools: str = ""
     answers: tuple[str, ...] = ("chosen", "rejected")
     text: str = ""
-    kind: str = ""
+    kind: str = ""  # one of TOLD_BY; "" if the first answer is the better
     by: tuple[str, ...] = ()
     status: str = ""
     wins: str | tuple[tuple[Any, str], ...] | None = None
@@ -68,14 +63,14 @@ def asked(what: str, /, **values: Any) -> UserError:
     return UserError(QUESTIONS[what].format(**values))
 
 
-def shortened(texts: list[str], most: int) -> str:
-    """Texts for a message, at most that many of them."""
-    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+def shortened(texts: list[str]) -> str:
+    """Texts for a message, at most MOST_NAMES of them."""
+    return ", ".join(texts[:MOST_NAMES]) + (f" and {len(texts) - MOST_NAMES} more" if len(texts) > MOST_NAMES else "")
 
 
 def listed(names: Iterable[str]) -> str:
-    """Column names for a message, at most SHOWN_NAMES of them."""
-    return shortened([repr(visible(str(name), 40)) for name in names], SHOWN_NAMES)
+    """Column names for a message, at most MOST_NAMES of them."""
+    return shortened([repr(visible(str(name), 40)) for name in names])
 
 
 def plain_value(value: Any) -> Any:
@@ -161,35 +156,62 @@ def _found(names: tuple[str, ...], columns: dict[str, list[str]], role: str) -> 
 
 def _prompt_columns(names: tuple[str, ...], taken: list[str]) -> list[str]:
     found = [name for name in _found(names, {}, "prompt") if name not in taken]
-    if len(found) < 2 or found[0].lower() == "prompt":
-        return found[:1]
-    if {name.lower() for name in found} == {"instruction", "input"}:  # Alpaca's two parts of one question
-        return found
-    raise asked("several prompts", names=listed(found), one=found[0], two=found[:2])
+    alpaca = {name.lower() for name in found} == {"instruction", "input"}  # two parts of one question
+    if len(found) > 1 and found[0].lower() != "prompt" and not alpaca:
+        raise asked("several prompts", names=listed(found), one=found[0], two=found[:2])
+    return found if alpaca else found[:1]
 
 
-def _two_answers(names: tuple[str, ...]) -> list[str]:
-    families: dict[str, list[str]] = {}
-    for name in names:
-        if found := ANSWER.fullmatch(name):
-            families.setdefault(found[1].lower(), []).append(name)
-    two = [sorted(pair, key=str.lower) for pair in families.values() if len(pair) == 2]
+def two_answers(names: Iterable[str]) -> list[str]:
+    """Two columns of answers by their usual names; raises UserError if there are more such pairs."""
+    found = sorted(filter(ANSWER.fullmatch, names), key=str.lower)
+    families = (list(group) for _, group in itertools.groupby(found, lambda name: name.lower()[:-1]))
+    two = [pair for pair in families if len(pair) == 2]
     if len(two) > 1:
         raise asked("two sets of answers", names=listed([*two[0], *two[1]]))
     return two[0] if two else []
 
 
+@functools.lru_cache(10_000)
+def parts(name: str) -> tuple[str, ...]:
+    """The words and numbers in a name, in small letters: response, a, 1 for "responseA_1"."""
+    return tuple(part.casefold() for part in PART.findall(name))
+
+
+def apart(one: str, two: str) -> tuple[str, str]:
+    """The one part in which two names differ, as each has it; two empty texts if they differ in more."""
+    differ = [pair for pair in zip(parts(one), parts(two), strict=False) if len(set(pair)) > 1]
+    return differ[0] if len(differ) == 1 and len(parts(one)) == len(parts(two)) else ("", "")
+
+
+@functools.lru_cache(10_000)
+def says(what: str, name: str) -> bool:
+    """Whether a column's name has a word of this entry of formats.yaml."""
+    return bool(re.search(USUAL[what], " ".join(parts(name))))
+
+
+def twins(names: Iterable[str], answers: Iterable[str], what: str) -> list[tuple[str, str]]:
+    """Pairs of columns that differ as those of the answers do and have a word of `what`, like model_a and model_b."""
+    one, two = apart(*answers)
+    found = {parts(name): name for name in names if says(what, name)}
+    others = {made: tuple(two if part == one else part for part in made) for made in found if one in made}
+    return [(found[made], found[other]) for made, other in others.items() if other in found]
+
+
 def check_arguments(columns: Any, wins: Any, scores: Any, ranked: Any, first_wins: Any) -> dict[str, list[str]]:
     """The columns of each role. Raises UserError for arguments of `load_pairs` that can't be meant."""
-    if not isinstance(columns, dict) or set(columns) - set(ROLES_OF_COLUMNS):
-        wrong = [name for name in columns if name not in ROLES_OF_COLUMNS] if isinstance(columns, dict) else [columns]
-        raise asked("roles", names=listed(wrong))
+    keys = columns if isinstance(columns, dict) else [columns]
+    if no_roles := [name for name in keys if name not in USUAL["keys of columns="]]:
+        raise asked("roles", names=listed(no_roles))
     several = {"prompt"} if isinstance(columns.get("prompt"), list | tuple) else ()
     by_role = {role: list(name) if role in several else [name] for role, name in columns.items()}
     names = sum(by_role.values(), [])
     twice = [name for name in names if names.count(name) > 1]
-    told = (("wins=", wins), ("first_wins=", first_wins), ("scores=", scores))
-    said = [name for name, value in told if value is not None]
+    said = [
+        name
+        for name, value in {"wins=": wins, "first_wins=": first_wins, "scores=": scores}.items()
+        if value is not None
+    ]
     wrong = {
         "no column names": not all(isinstance(name, str) for name in names),
         "column twice": twice,
@@ -204,38 +226,47 @@ def check_arguments(columns: Any, wins: Any, scores: Any, ranked: Any, first_win
 
 
 def find_layout(names: tuple[str, ...], columns: dict[str, list[str]], scores: tuple[str, ...]) -> Layout | None:
-    """The layout that these column names make, or None; `columns`, by role, and `scores` go first. Raises UserError,
-    without the source's name, if the names can be read in two ways or hold no pairs by their kind."""
-    if columns.keys() <= {"prompt", "system"} and not scores and not {"chosen", "rejected"} <= set(names):
+    """The layout that these column names make, or None. Raises UserError if they have two readings or none by kind."""
+    plain = all(_found(names, columns, role) for role in ("chosen", "rejected"))
+    if columns.keys() <= {"prompt", "system"} and not scores and not plain:
         for entry in FORMATS:
             if set(entry["columns"]) <= set(names) and not set(entry.get("without", ())) & set(names):
                 if "refused" in entry:
                     raise UserError(entry["refused"])
-                return _made(names, entry | columns)
+                layout = _made(names, entry | columns)
+                others = [name for name in _found(names, {}, "preference") if name not in layout.columns(names)]
+                if others and layout.kind not in ("", *RANKED):
+                    raise asked("several preferences", names=listed([*layout.by, *others]))
+                return layout
     answers, by = _answers(names, columns, scores)
     if not answers:
         return None
     prompt = columns["prompt"] if "prompt" in columns else _prompt_columns(names, sum(columns.values(), []))
-    system, history = _found(names, columns, "system")[:1], ["history"] if "history" not in prompt else []
+    system, history = _found(names, columns, "system"), ["history"] if "history" not in prompt else []
+    if len(system) > 1:
+        raise asked("several system turns", names=listed(system), one=system[0])
     return _made(names, {"prompt": prompt, "system": system, "history": history, "answers": answers, **by})
 
 
 def _answers(names: tuple[str, ...], columns: dict[str, list[str]], scores: tuple[str, ...]) -> tuple[list, dict]:
     """The two columns of answers, and what tells the better one; no columns if the names tell of no pair."""
     if not scores and not {"a", "b", "preference"} & set(columns):
-        sides = [_found(names, columns, role)[:1] for role in ("chosen", "rejected")]
+        sides = [_found(names, columns, role) for role in ("chosen", "rejected")]
         if all(sides):
-            answers = sides[0] + sides[1]
-            if not {"chosen", "rejected"} & set(columns) and (two := _two_answers(names)):
-                values = dict(zip(("chosen", "rejected", "a", "b"), (*answers, *two), strict=True))
-                raise asked("chosen or a and b", names=listed(answers), others=listed(two), **values)
+            answers, others = [side[0] for side in sides], [name for side in sides for name in side[1:]]
+            if others := [*others, *([] if {"chosen", "rejected"} & set(columns) else two_answers(names))]:
+                raise asked("several answers", names=listed(answers), others=listed(others), answers=answers)
             return answers, {}
-    two = [] if {"a", "b"} <= set(columns) else _two_answers(names)
+    two = [] if {"a", "b"} <= set(columns) else two_answers(names)
     answers = [columns.get(role, [name])[0] for role, name in zip("ab", two or ("", ""), strict=True)]
-    found = _found(names, columns, "preference") or [name for name in names if YES_NO.fullmatch(name)]
+    found = _found(names, columns, "preference") or [name for name in names if says("yes or no", name)]
     found = [name for name in found if name not in answers]
     if not set(answers) <= set(names) or not (scores or found):
         return [], {}
     if len(found) > 1 and not scores:
         raise asked("several preferences", names=listed(found))
+    if any(says("ranks", name) for name in scores):
+        raise asked("ranks", names=listed(scores))
+    if scores and apart(*scores) == apart(*answers)[::-1] != ("", ""):
+        raise asked("scores exchanged", scores=scores, answers=answers)
     return answers, {"scores": scores} if scores else {"preference": found}

@@ -15,9 +15,9 @@ import xxhash
 from datasets import Dataset, Features, Json, Value
 from trl.data_utils import extract_prompt
 
-from helpers.common import PROJECT, UserError, setting
+from helpers.common import PROJECT, UserError, setting, visible
 from helpers.data import CODE, dialogues, layouts, messages
-from helpers.data.layouts import RANKED, Layout, asked, listed, lookup, opened
+from helpers.data.layouts import RANKED, Layout, asked, listed, lookup, opened, parts
 from helpers.data.messages import WORDS
 from helpers.data.preferences import Judge, LeftOut, is_missing, number_of
 from helpers.data.report import LoadReport, load_report
@@ -26,18 +26,16 @@ from helpers.session import quiet_progress
 
 BUNDLED_PAIRS = Path(__file__).parent / "bundled" / "pairs.jsonl"
 SIDES = ("prompt", "chosen", "rejected")
-MOST_OF_A_NAME = 60  # characters; a longer text is an answer, not the name of a column
 
 
 def _prompt(row: dict[str, Any], layout: Layout) -> Any:
     values = [lookup(row, name) for name in layout.prompt]
     if len(values) < 2:
         return values[0] if values else None
-    texts = ["" if is_missing(value) else value for value in values]
-    for name, text in zip(layout.prompt, texts, strict=True):
-        if not isinstance(text, str):
-            raise LeftOut(f"{name} is no text, so it can't be joined with {' + '.join(layout.prompt)}")
-    return "\n".join(filter(None, texts))
+    texts = {name: value for name, value in zip(layout.prompt, values, strict=True) if not is_missing(value)}
+    if other := [name for name, text in texts.items() if not isinstance(text, str)]:
+        raise LeftOut(f"{other[0]} is no text, so it can't be joined with {' + '.join(layout.prompt)}")
+    return "\n".join(texts.values())
 
 
 def _earlier(row: dict[str, Any], layout: Layout) -> list[dict[str, Any]]:
@@ -57,6 +55,14 @@ def _earlier(row: dict[str, Any], layout: Layout) -> list[dict[str, Any]]:
     return turns
 
 
+def _tools(row: dict[str, Any], layout: Layout) -> list[Any]:
+    """What a row has as its tools, in a column of their own or with an answer; each may be JSON."""
+    cells = (opened(lookup(row, name)) for name in layout.answers)
+    found = [lookup(row, layout.tools or "tools"), *(cell.get("tools") for cell in cells if isinstance(cell, dict))]
+    tools = next((opened(tools) for tools in found if not is_missing(tools)), [])
+    return [opened(tool) for tool in (tools if isinstance(tools, list) else [tools])]
+
+
 def _arena(prompt: list[str | None], side: list[str | None]) -> list[dict[str, Any]]:
     if len(prompt) != len(side) or None in (*prompt, *side):
         raise LeftOut("the lists of questions and answers have different lengths or a turn without text")
@@ -64,26 +70,29 @@ def _arena(prompt: list[str | None], side: list[str | None]) -> list[dict[str, A
     return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
 
 
-def _elsewhere(row: dict[str, Any], names: set[str]) -> bool:
-    """Whether texts that should be answers are the names of two columns, or places in a list of answers."""
-    if max(map(len, names)) > MOST_OF_A_NAME:
-        return False
-    places = [int(name) for name in names if re.fullmatch(r"\d", name)]
-    lists = [value for value in row.values() if messages.texts_of(value)] if len(places) == 2 else []
-    columns = {name.strip().casefold() for name in row}
-    return {name.strip().casefold() for name in names} <= columns or any(
-        len(opened(value)) > max(places) for value in lists
-    )
+def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
+    """The texts in the answers' columns, if they only name other columns, or keys, ids or places in their cells."""
+    sides = [str(lookup(row, path)) for path in layout.answers]
+    if layout.kind or max(map(len, sides)) > 60:  # characters; a longer text is an answer, not the name of one
+        return []
+    names = {name for name, value in row.items() if isinstance(value, str | list | dict)}
+    names |= {str(value) for name, value in row.items() if layouts.says("keys", name)}
+    for cell in (cell for cell in map(opened, row.values()) if isinstance(cell, list | dict)):
+        names |= set(cell) if isinstance(cell, dict) else set()
+        items = cell if isinstance(cell, list) and not set(map(str, cell)) & set(sides) else []
+        objects = [item for item in items if isinstance(item, dict)]
+        if not any({"role", "from"} & item.keys() for item in objects):  # turns
+            names |= {str(item[key]) for item in objects for key in item if layouts.says("keys", key)}
+            names |= set(map(str, range(len(items) + 1))) if len(items) > 1 else set()
+    made, labels = [*map(parts, names)], map(parts, sides)
+    told = (label and any(label in (one[: len(label)], one[-len(label) :]) for one in made) for label in labels)
+    return sides if all(told) else []
 
 
 def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[str, Any]:
-    """One row in the one form, without its origin; `better` and `worse` lead to its answers. Raises LeftOut with the
-    reason if it is no pair."""
+    """A row in the one form; `better` and `worse` lead to its answers. Raises LeftOut with the reason if it is none."""
     where = " + ".join(layout.prompt)
     prompt, *sides = _prompt(row, layout), lookup(row, better), lookup(row, worse)
-    texts = [side for side in sides if isinstance(side, str)]
-    if not layout.kind and len(texts) == 2 and _elsewhere(row, set(texts)):
-        raise LeftOut(f"{better} and {worse} name answers in other columns ({', '.join(texts)})")
     lists = [found for found in map(messages.texts_of, (prompt, *sides)) if found]
     if len(lists) == 3:
         if not layout.name and max(map(len, lists)) > 1:
@@ -95,33 +104,31 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
     own = [] if is_missing(prompt) and prompt != "" else messages.to_messages(prompt, where, "user")
     if chosen[0]["role"] == rejected[0]["role"] == "assistant":
         if not own:
-            reason = f"no prompt, and {better} and {worse} are no dialogues that share one"
-            raise LeftOut(f"{where} is missing" if where else reason)
+            raise LeftOut(f"{where} is missing" if where else f"no prompt, and {better} and {worse} are no dialogues")
         prompt = own
     elif len(rejected) == 1:  # ms-swift: only the last turn differs
         prompt, chosen = _with_own(own, chosen[:-1], where), chosen[-1:]
     else:
-        parts = extract_prompt({"chosen": chosen, "rejected": rejected})
-        prompt, chosen, rejected = _with_own(own, parts["prompt"], where), parts["chosen"], parts["rejected"]
-    earlier = _earlier(row, layout)
-    if earlier and prompt and prompt[0]["role"] == "system":
-        if any(turn["role"] == "system" and turn != prompt[0] for turn in earlier):
-            raise LeftOut(f"{layout.system} and the prompt hold two system turns that differ")
-        earlier = [turn for turn in earlier if turn["role"] != "system"]
-    prompt = [*earlier, *prompt]
+        found = extract_prompt({"chosen": chosen, "rejected": rejected})
+        prompt, chosen, rejected = _with_own(own, found["prompt"], where), found["chosen"], found["rejected"]
+    system = [turn for turn in prompt[:1] if turn["role"] == "system"]
+    prompt, earlier = prompt[len(system) :], _earlier(row, layout)
+    if system and any(turn["role"] == "system" and turn not in system for turn in earlier):
+        raise LeftOut(f"{layout.system} and the prompt hold two system turns that differ")
+    talk = [turn for turn in earlier if turn["role"] != "system"]
+    system = system or [turn for turn in earlier if turn["role"] == "system"]
+    prompt = [*system, *(talk if prompt[: len(talk)] != talk else ()), *prompt]  # the prompt may hold the talk already
     messages.check_roles(prompt, chosen, rejected)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def _with_own(own: list[dict[str, Any]], shared: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    """The beginning that two whole dialogues share, with the system turn of the row's own prompt. Raises LeftOut if the
-    row's prompt says something else."""
+    """What two whole dialogues share, with the system turn of the row's prompt. Raises LeftOut if that asks more."""
+    users = ([turn["content"] for turn in talk if turn["role"] == "user"] for talk in (own, shared))
+    texts, turns = ([" ".join(text.split()) for text in talk] for talk in users)
+    if shared and not all(any(text in turn for turn in turns) for text in texts):
+        raise LeftOut(f"{where} is not in the two dialogues; columns={{'prompt': []}} takes what they share")
     system = [turn for turn in own if turn["role"] == "system"]
-    for turn in own if shared else ():
-        text = " ".join(turn["content"].split())
-        turns = [" ".join(other["content"].split()) for other in shared]
-        if turn["role"] == "user" and not any(text in other or (other and other in text) for other in turns):
-            raise LeftOut(f"{where} is not in the two dialogues; columns={{'prompt': []}} takes what they share")
     return shared if shared and shared[0]["role"] == "system" else [*system, *shared]
 
 
@@ -131,18 +138,23 @@ def _ranked(row: dict[str, Any], layout: Layout, every: bool) -> list[dict[str, 
     answers, numbers = opened(lookup(row, name)), opened(lookup(row, by))
     if not isinstance(answers, list):
         raise LeftOut(f"{name} is {messages.kind_of(answers)}, not a list of answers")
+    objects = [answer if isinstance(answer, dict) else {layout.text: answer} for answer in answers]
     if isinstance(numbers, list):  # a number for each answer, in a column of their own
         if len(numbers) != len(answers):
             raise LeftOut(f"{name} and {by} have different lengths")
-        scores = list(map(number_of, numbers))
-    else:
-        scores = _scores([answer if isinstance(answer, dict) else {} for answer in answers], by.split(" | "))
-    sign = 1 if layout.kind == "score" else -1
-    texts = [lookup(answer, layout.text) if isinstance(answer, dict) else answer for answer in answers]
-    items = [(sign * score, text) for score, text in zip(scores, texts, strict=True) if score is not None]
+        objects = [{**answer, by: number} for answer, number in zip(objects, numbers, strict=True)]
+    scores, other = _scores(objects, by.split(" | ")), "rank" if layout.kind == "score" else "score"
+    both = [(x, y) for x, y in zip(scores, _scores(objects, [other]), strict=True) if x is not None and y is not None]
+    if any((x[0] - y[0]) * (x[1] - y[1]) > 0 for x, y in itertools.combinations(both, 2)):
+        raise LeftOut(f"{by} and {other} of {name} say different things")
+    sign, found = (1 if layout.kind == "score" else -1), zip(scores, objects, strict=True)
+    items = [(sign * score, lookup(answer, layout.text)) for score, answer in found if score is not None]
     items.sort(key=lambda item: -item[0])
-    if len(items) < 2 or items[0][0] == items[-1][0]:
-        raise LeftOut("fewer than two answers with a score" if len(items) < 2 else "tie: all answers have one score")
+    if len(items) < 2:
+        held = visible(str([lookup(answer, by) for answer in objects]), 60)
+        raise LeftOut(f"fewer than two answers with a score ({by}: {held})")
+    if items[0][0] == items[-1][0]:
+        raise LeftOut("tie: all answers have one score")
     two = itertools.combinations(items, 2) if every else [(items[0], items[-1])]
     pairs = [{**row, "chosen": better, "rejected": worse} for (high, better), (low, worse) in two if high > low]
     return [_pair(pair, layout, "chosen", "rejected") for pair in pairs]
@@ -158,27 +170,16 @@ def _scores(answers: list[dict[str, Any]], names: list[str]) -> list[float | Non
     return [*whole, *used.values(), [None] * len(answers)][0]
 
 
-COLUMN_KINDS = {bool: "bool", int: "int64", float: "float64", str: "string"}
-
-
-def _column_feature(kinds: set[type]) -> Any:
-    """The type of a column that holds values of these kinds; Json() for objects and for a mixture."""
-    kind, *others = kinds - {int} if kinds == {int, float} else kinds
-    return Json() if others or kind not in COLUMN_KINDS else Value(COLUMN_KINDS[kind])
-
-
 class _Reader:
-    """What one look at every row of a source tells: the layouts, the types of the other columns, what the values of a
-    preference mean. `rows()` then yields every row in the one form, or with the reason why it is left out."""
+    """What one look at every row tells: the layouts, the types of the other columns, what the values of a preference
+    mean. `rows()` then yields every row in the one form, or with the reason why it is left out."""
 
     def __init__(self, source: Source, given: dict[str, Any]):
         self.source, self.given = source, given
         self.layout_of = functools.cache(lambda names: layouts.find_layout(names, given["columns"], given["scores"]))
-        self.empty: frozenset[str] = frozenset()
-        question = self._look()
-        if question and (empty := frozenset(name for name, kinds in self.kinds.items() if not kinds)):
-            self.empty = empty
-            question = self._look()  # once more, without the columns that hold nothing
+        question = self._look(set())
+        if question and (empty := {name for name, kinds in self.kinds.items() if not kinds}):
+            question = self._look(empty)  # once more, without the columns that hold nothing
         if not self.count:
             raise UserError(f"{source.name} has no rows.")
         try:
@@ -193,27 +194,29 @@ class _Reader:
         others = {name: kinds for name, kinds in self.kinds.items() if kinds and name not in taken}
         ours = {*WORDS["reserved"], *(() if self.tools else ("tools",))}
         self.kept = {name: f"source_{name}" if name in ours else name for name in others}  # what they are called here
+        held = ((name, " ".join(kind.__name__ for kind in kinds)) for name, kinds in others.items())
+        typed = {name: Value(WORDS["types"][kind]) if kind in WORDS["types"] else Json() for name, kind in held}
         # A struct would give every row the keys of all, as None.
-        typed = dict(source.features or {}) | dict.fromkeys(("tools", "chat_template_kwargs"), Json())
-        extras = {self.kept[name]: typed.get(name) or _column_feature(kinds) for name, kinds in others.items()}
-        self.calls = "tools" in extras or any(layout.tools for layout in self.judges)
+        typed |= dict(source.features or {}) | dict.fromkeys(("tools", "chat_template_kwargs"), Json())
+        extras = {here: typed[name] for name, here in self.kept.items()}
+        self.calls = "tools" in extras or (self.calls and self.tools)
         extras |= {"tools": Json()} if self.calls else {}
         sides = dict.fromkeys(SIDES, messages.WHOLE_MESSAGES if self.whole else messages.MESSAGES)
         self.features = Features({**sides, "origin": Value("string"), **extras, "left_out": Value("string")})
 
-    def _look(self) -> UserError | None:
-        """See every row. Returns the first question about a row's columns."""
+    def _look(self, empty: set[str]) -> UserError | None:
+        """See every row, without these columns. Returns the first question about a row's columns."""
+        self.empty = empty
         self.judges: dict[Layout, Judge] = {}  # in each, the rows of this layout
         self.marks: Counter[str] = Counter()  # of dialogues that are written into one text, except Anthropic's
-        self.count, self.quoted, self.whole, self.tools, question = 0, 0, False, True, None
+        self.count, self.quoted, self.whole, self.tools, self.calls, question = 0, 0, False, True, False, None
         self.kinds: dict[str, set[type]] = defaultdict(set, {name: set() for name in self.source.features or ()})
         for origin, row in self.source.rows():
             self.count += 1
             if not isinstance(row, dict):
                 continue
             if ".tsv" in origin:
-                cells = [value for value in row.values() if isinstance(value, str)]
-                self.quoted += sum(cell[:1] == cell[-1:] == '"' != cell for cell in cells)
+                self.quoted += sum(cell[:1] == cell[-1:] == '"' != cell for cell in map(str, row.values()))
             for name, value in row.items():
                 kinds = self.kinds[name]
                 if not is_missing(value):  # a whole number of more than 64 bits is an object too
@@ -235,9 +238,8 @@ class _Reader:
             with contextlib.suppress(LeftOut):
                 name = dialogues.as_turns(_prompt(row, layout), cells[len(layout.prompt) :])[2]
                 self.marks += Counter([name] if name else ())
-        tools = opened(lookup(row, layout.tools or "tools"))
-        whole = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
-        self.tools = self.tools and (is_missing(tools) or whole)
+        tools = _tools(row, layout)
+        self.tools, self.calls = self.tools and {dict}.issuperset(map(type, tools)), self.calls or bool(tools)
 
     def _check_columns(self) -> None:
         names = list(self.kinds)
@@ -245,32 +247,37 @@ class _Reader:
         missing = [f"there is no column {name!r}" for name in wanted if name not in names]
         if missing or not self.judges:
             unread = "the names of the columns make no preference pair" if names else "no row is an object"
+            if not missing and (two := layouts.two_answers(names)):
+                scores = [*layouts.twins(names, two, "scores"), ("...", "...")][0]
+                raise asked("no preference", names=listed(two), columns=listed(names), scores=scores)
             raise asked("no pair", what=missing[0] if missing else unread, names=listed(names))
         for name, kinds in (("wins", {"preference", "votes"}), ("first_wins", {"preference"})):
             if self.given[name] is not None and not kinds & {layout.kind for layout in self.judges}:
                 raise asked("nothing to judge", read="; ".join(map(str, self.judges)))
         # One place of the prompt for all rows with these answers: an empty one is never filled from another column.
-        prompts: dict[tuple[str, ...], set[str]] = defaultdict(set)
-        for layout in self.judges:
-            prompts[layout.answers] |= {" + ".join(layout.prompt)} - {""}
-        for places in prompts.values():
+        for answers in dict.fromkeys(layout.answers for layout in self.judges):
+            places = {" + ".join(layout.prompt) for layout in self.judges if layout.answers == answers} - {""}
             if len(places) > 1:
                 raise asked("prompt elsewhere", names=listed(sorted(places)))
 
     def _layout(self, row: dict[str, Any]) -> Layout | None:
-        """By the columns of the row; if its answers are in none of these, by those that hold something."""
-        layout = self.layout_of(tuple(name for name in row if name not in self.empty))
-        if layout is None or all(lookup(row, path) is None for path in layout.answers):
-            return self.layout_of(tuple(name for name, value in row.items() if value is not None)) or layout
-        return layout
+        """By the columns of the row; if these hold no answers or have two readings, by those that hold something."""
+        names, layout = tuple(name for name in row if name not in self.empty), None
+        try:
+            layout = self.layout_of(names)
+            if layout and any(lookup(row, path) is not None for path in layout.answers):
+                return layout
+        except UserError:
+            if None not in map(row.get, names):
+                raise
+        return self.layout_of(tuple(name for name, value in row.items() if value is not None)) or layout
 
     def reading(self) -> list[str]:
         """How the columns were read, a line for each layout and each preference; nothing for the three plain ones."""
-        told = set(layouts.USUAL["preference"])  # one next to chosen and rejected might say that they are exchanged
-        used = {"origin", "chat_template_kwargs", *(["tools"] if self.tools else [])}
-        texts = [name for name in self.kept if self.kinds[name] - {int, float} or name.lower() in told]
+        used, lines = {"origin", "chat_template_kwargs", *(["tools"] if self.tools else [])}, []
+        # A number is named, too, if it might say that chosen and rejected are exchanged.
+        texts = [name for name in self.kept if self.kinds[name] - {int, float} or layouts.says("doubts", name)]
         texts = [name for name in texts if name not in used]
-        lines = []
         for layout, judge in self.judges.items():
             if str(layout).removeprefix("prompt <- prompt; ") == str(Layout()) and not texts:
                 continue
@@ -278,9 +285,8 @@ class _Reader:
             read = [f"{layout}", *([judge.reading()] if judge.judges else [])]
             read = [_used(line, judge.sample) for line in read] if layout.name else read
             lines += [f"{self.source.name}: {judge.count} row{'s' * (judge.count != 1)}{name}. {read[0]}", *read[1:]]
-        if self.marks:
-            marks = ", ".join(f"{name} ({count})" for name, count in self.marks.most_common())
-            lines.append(f"turns <- marks in the texts: {marks}")
+        marks = ", ".join(f"{name} ({count})" for name, count in self.marks.most_common())
+        lines += [f"turns <- marks in the texts: {marks}"] if marks else []
         if self.quoted:
             lines.append(layouts.QUESTIONS["quotes"].format(name=self.source.name, count=self.quoted))
         return [*lines, f"not read: {listed(texts)}"] if texts else lines
@@ -291,11 +297,12 @@ class _Reader:
             raise row
         if not isinstance(row, dict):
             raise LeftOut(f"the row is {messages.kind_of(row)}, not an object")
-        layout = self._layout(row)
-        if layout is None:
+        if (layout := self._layout(row)) is None:
             raise LeftOut("no chosen and rejected, nor two answers with a preference")
         if media := next((name for name in WORDS["media"] if row.get(name)), None):
             raise LeftOut(f"the row has {media}; only text is trained here")
+        if not {"chosen", "rejected"} <= self.given["columns"].keys() and (texts := _labels(row, layout)):
+            raise LeftOut(layouts.QUESTIONS["labels"].format(*layout.answers, texts=", ".join(texts)))
         if layout.kind in RANKED:
             pairs = _ranked(row, layout, self.given["ranked"] == "all")
         else:
@@ -304,7 +311,7 @@ class _Reader:
         if "chat_template_kwargs" in extras:
             extras["chat_template_kwargs"] = messages.read_template_kwargs(extras["chat_template_kwargs"])
         if self.calls:
-            extras["tools"] = opened(lookup(row, layout.tools or "tools")) or None
+            extras["tools"] = _tools(row, layout) or None
         return [{**extras, **pair} for pair in pairs]
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -331,14 +338,13 @@ def _used(line: str, row: dict[str, Any]) -> str:
 
 
 def _take_out(table: Dataset, reader: _Reader, reading: list[str], bundled: bool) -> Dataset:
-    """The pairs of a table that `_Reader.rows` made; the rows left out go into the report. Prints what is not plain.
-    Raises UserError if no pair remains."""
+    """The pairs of a table from `_Reader.rows`, with a report. Prints what is not plain. UserError if there is none."""
     places = defaultdict(list)  # of each reason; "" for pairs
     for place, reason in enumerate(table["left_out"][:]):
         places[reason].append(place)
     kept = places.pop("", [])
-    first = {reason: table.select(rows[:5])["origin"][:] for reason, rows in places.items()}
-    left_out = {reason: {"count": len(rows), "origins": first[reason]} for reason, rows in places.items()}
+    first = table["origin"]
+    left_out = {why: {"count": len(rows), "origins": [first[row] for row in rows[:5]]} for why, rows in places.items()}
     report = LoadReport(reader.count, len(kept), left_out, bundled, reading)
     if not kept:
         raise UserError(f"{reader.source.name} holds no preference pair. {report}")
@@ -362,45 +368,25 @@ def load_pairs(
     ranked: Literal["ends", "all"] = "ends",
     first_wins: Any = None,
 ) -> Dataset:
-    r"""Preference pairs in one form, whatever they come in. A row of the source may hold
+    """Preference pairs in one form, or a UserError that says what to pass. A row of the source may hold
 
-    1. prompt, chosen, rejected as texts, or as lists of {role, content} with or without a system turn;
-    2. chosen and rejected as whole dialogues that share a beginning, as lists or written "\n\nHuman: ...
-       \n\nAssistant: ..."; the prompt is what they share, up to a whole turn;
-    3. question, better_response, worse_response, and names like these; instruction and input are joined;
-    4. two answers (response_a and response_b, answer_0 and answer_1, ...) and a column that names the better one.
-       Ties are left out. Numbers, truth values and words that are not certain are asked about: pass `wins`;
-    5. one of these public formats, which are known by their columns:
     {formats}
-
-    What was read is printed, unless it is the three plain columns: the columns, what each value of the preference was
-    taken for, which columns of text were not read. A row that is no pair is left out and counted: rows read = rows that
-    became pairs + rows left out. `load_report(pairs)` has all of it. Bytes that are no UTF-8 become U+FFFD, which
-    `check_pairs` reports. A message keeps its role, its text, calls of tools and a `reasoning_content`.
 
     Args:
         source: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow; also gzipped), a folder or a pattern of such files, a
-            folder of `save_to_disk`, a list of dicts, a Dataset, a data frame, or a name on the hub; left out, what
-            `DPO_DATA` names, else the pairs that come with this project.
+            `save_to_disk` folder, a list of dicts, a Dataset, a data frame, a hub name; else `DPO_DATA`, or our pairs.
         split: which one to take, of a hub name or a DatasetDict.
-        columns: the source's columns, if they do not have the usual names: {"prompt": ..., "chosen": ...,
-            "rejected": ...} or {"prompt": ..., "a": ..., "b": ..., "preference": ...}, and "system". A list of
-            columns as the prompt is joined by line breaks.
-        wins: what each value of the preference column means: {1: "first", 2: "second", 3: "tie", "skip": None}
-            (None leaves rows out), or a rule for a scale of numbers, "1 to 3 first, 4 to 6 second" or
-            "< 0 first, 0 tie, > 0 second". It has to cover every value of the column.
+        columns: the source's columns by our names: {"prompt": ..., "chosen": ..., "rejected": ...} or {"prompt": ...,
+            "a": ..., "b": ..., "preference": ...}, and "system". A list of columns as the prompt is joined.
+        wins: what each value of the preference means: {1: "first", 2: "second", 3: "tie", "skip": None} (None leaves
+            rows out), or a rule for numbers: "1 to 3 first, 4 to 6 second" or "< 0 first, 0 tie, > 0 second".
         scores: two columns with a number for each answer; the higher one is better.
         ranked: of a list of ranked answers, "ends" pairs the best with the worst, "all" each with each.
         first_wins: the short form of `wins` for a column of two values: the one that means the first answer.
 
     Returns:
-        A Dataset with `prompt` (a list of {role, content}; a system turn may come first, a user turn is last), `chosen`
-        and `rejected` (the same; both begin and end with an assistant turn), `origin` ("pairs.jsonl:12" is a line,
-        "pairs.parquet row 12" a row, from 1) and the source's other columns as they were.
-
-    Raises:
-        UserError: a source that can't be read, holds no pair, or can be read in two ways; it names file, line and
-            column, and what to pass.
+        A Dataset with `prompt`, `chosen` and `rejected` (lists of {role, content}; answers begin with the assistant),
+        `origin` ("pairs.jsonl:12" is a line, "pairs.parquet row 12" a row) and the source's other columns as they were.
 
     >>> load_pairs([{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}])[0]["prompt"]
     [{'role': 'user', 'content': '2 + 2?'}]
@@ -412,8 +398,7 @@ def load_pairs(
         source = BUNDLED_PAIRS if named is None else PROJECT / named if (PROJECT / named).exists() else named
     name = printable(Path(source).name) if isinstance(source, str | Path) else "The source"
     try:
-        found = open_source(source, split)
-        name = found.name
+        name = (found := open_source(source, split)).name
         reader = _Reader(found, given)
         with quiet_progress(reader.count):
             if found.key is None:
@@ -431,8 +416,9 @@ def load_pairs(
     return _take_out(table, reader, [] if known else reader.reading(), bundled=path == BUNDLED_PAIRS)
 
 
-_lines = (
-    f"       - {entry['name']}: {', '.join(entry['columns'])}{' (no pairs: refused)' * ('refused' in entry)}"
+_formats = (
+    f"   - {entry['name']}: {', '.join(entry['columns'])}{' (no pairs: refused)' * ('refused' in entry)}"
     for entry in layouts.FORMATS
 )
-load_pairs.__doc__ = (load_pairs.__doc__ or "").replace("    {formats}", "\n".join(_lines))
+_help = layouts.USUAL["help"].replace("{formats}", "\n".join(_formats)).strip()
+load_pairs.__doc__ = (load_pairs.__doc__ or "").replace("{formats}", _help.replace("\n", "\n    "))

@@ -10,18 +10,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from helpers.common import UserError, visible
-from helpers.data.layouts import QUESTIONS, RANKED, USUAL, VERDICTS, YES_NO, Layout, asked, lookup, opened, shortened
+from helpers.data import layouts
+from helpers.data.layouts import QUESTIONS, VERDICTS, Layout, asked, lookup, opened
 
 MEANINGS = ("first", "second", "tie", None)
 UNKNOWN = "not certain"
 SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-SHOWN_VALUES = 12
 MOST_VALUES = 1000  # kept apart when values are counted
-TAIL = re.compile(r"(?:.*[_ -])?(a|b|0|1|2)", re.I)
+TAIL = re.compile(r"[a-z]|\d+|first|second")
+TAILS = (["a", "b"], ["0", "1"], ["1", "2"], ["first", "second"])
 TERM = re.compile(r"(?:(<=?|>=?) *)?(-?\d*\.?\d+)(?: *(?:to|\.\.|-) *(-?\d*\.?\d+))? +(first|second|tie|none)", re.I)
-# Columns whose numbers name an answer. Others ("label", "is_0_better") may hold 1 for yes, or a scale.
-NUMBERED = re.compile(r"preference|preferred|winner|choice|.*_(?:id|index|idx)", re.I)
-WORSE = re.compile(r"worse|worst|reject|lose|losing|disprefer", re.I)  # the column names the answer that lost
 Rule = Callable[[Any], str | None]  # value -> one of MEANINGS, or UNKNOWN
 
 
@@ -44,8 +42,7 @@ def is_missing(value: Any) -> bool:
 
 
 def _key(value: Any) -> str:
-    number = number_of(value)
-    if number is not None:
+    if (number := number_of(value)) is not None:
         return f"{number:.10g}"
     return value.strip().casefold() if isinstance(value, str) else json.dumps(value, default=str).casefold()
 
@@ -53,12 +50,15 @@ def _key(value: Any) -> str:
 def _top(value: Any) -> Any:
     """The name on top of a ranking as Argilla writes it, {"rank": [2, 1], "value": [...]} or a list; else the value."""
     if isinstance(value, dict) and value.keys() == {"rank", "value"}:
-        value = [dict(zip(value, item, strict=True)) for item in zip(*value.values(), strict=False)]
-    if not isinstance(value, list) or not all(isinstance(item, dict) and item.get("rank") for item in value):
+        lists = [item if isinstance(item, list) else [item] for item in value.values()]
+        value = [dict(zip(value, item, strict=True)) for item in zip(*lists, strict=False)]
+    if not isinstance(value, list) or not all(isinstance(item, dict) and "rank" in item for item in value):
         return value
-    best = min((item["rank"] for item in value), default=0)
-    top = [item.get("value") for item in value if item["rank"] == best]
-    return top[0] if len(top) == 1 else "tie"
+    known = [(rank, item.get("value")) for item in value if (rank := number_of(item["rank"])) is not None]
+    if len(known) < len(value):
+        return value if known else None
+    top = [name for rank, name in known if rank == min(best for best, _ in known)]
+    return top[0] if len(top) == 1 else "tie" if top else None
 
 
 def _words(text: str) -> str:
@@ -67,10 +67,10 @@ def _words(text: str) -> str:
 
 def _by_words(a: str, b: str, column: str) -> Rule:
     """Reads verdicts in words, and numbers that name an answer, about two answers with these column names."""
-    tails = [found[1].lower() if (found := TAIL.fullmatch(name)) else "" for name in (a, b)]
+    tails = [part if TAIL.fullmatch(part) else "" for part in layouts.apart(a, b)]
     # "The first" is not certain if the reader has response_2 as the first answer, nor is "b" of response_b, response_c.
     places = ("first|1st", "second|2nd") if tails == sorted(tails) else tails
-    if sorted(tails) not in (["a", "b"], ["0", "1"], ["1", "2"]):
+    if sorted(tails) not in TAILS:
         tails = ["a", "b"] if tails == ["", ""] else [re.escape(_words(name)) for name in (a, b)]
         places = places if tails == ["a", "b"] else tails
     nouns = VERDICTS["nouns"]
@@ -86,32 +86,17 @@ def _by_words(a: str, b: str, column: str) -> Rule:
 
     @functools.lru_cache(MOST_VALUES)
     def of_text(text: str) -> str | None:
-        text = _words(text)
-        return next((side for side, pattern in patterns if pattern.fullmatch(text)), UNKNOWN)
+        return next((side for side, pattern in patterns if pattern.fullmatch(_words(text))), UNKNOWN)
 
-    def of(value: Any) -> str | None:
-        if (number := number_of(value)) is None:
-            return of_text(value) if isinstance(value, str) else UNKNOWN
-        if not NUMBERED.fullmatch(column) or not tails[0].isdigit():
-            return UNKNOWN
-        one, two = map(float, tails)
-        if number not in (one, two) and not (one + two == 3 and 1 < number < 2):  # AlpacaEval has fractions
-            return UNKNOWN
-        return "tie" if number == 1.5 else "first" if abs(number - one) < abs(number - two) else "second"
-
-    return of
+    rule = VERDICTS["numbers"].get(" ".join(tails)) if layouts.says("numbers", column) else None
+    of_number = _by_rule(rule) if rule else lambda _: UNKNOWN
+    return lambda value: (of_text if isinstance(value, str) and number_of(value) is None else of_number)(value)
 
 
-def _by_first(value: Any, words: Rule) -> Rule:
+def _by_first(first: str, words: Rule, value: Any) -> str | None:
     """One value means the first answer, ties in words are ties, and all else is the second; `settle` counts them."""
-    first = _key(value)
-
-    def of(value: Any) -> str | None:
-        if isinstance(value, str) and words(value) == "tie" and number_of(value) is None:
-            return "tie"
-        return "first" if _key(value) == first else "second"
-
-    return of
+    tie = isinstance(value, str) and words(value) == "tie" and number_of(value) is None
+    return "tie" if tie else "first" if _key(value) == first else "second"
 
 
 def _by_table(wins: Iterable[tuple[Any, str | None]]) -> Rule:
@@ -130,9 +115,8 @@ def _by_rule(rule: str) -> Rule:
         raise asked("no rule", rule=rule)
 
     def of(value: Any) -> str | None:
-        if (number := number_of(value)) is None:
-            return UNKNOWN
-        found = set()
+        number, found = number_of(value), set()
+        number = math.nan if number is None else number  # which is in no range
         for sign, low, high, meaning in (term.groups() for term in terms if term):
             ends = sorted((float(low), float(high or low)))
             if SIGNS[sign](number, ends[0]) if sign else ends[0] <= number <= ends[1]:
@@ -143,42 +127,42 @@ def _by_rule(rule: str) -> Rule:
 
 
 class Judge:
-    """Says of each row of one `layout` (`sample` is one) which answer won; `wins`, `first_wins` are as in `load_pairs`.
-    It has to `see` all rows and to `settle` before it judges one."""
+    """Which answer won, in rows of a `layout` (`sample` is one). It has to `see` all, and `settle`, to judge one."""
 
     def __init__(self, layout: Layout, sample: dict[str, Any], wins: Any, first_wins: Any):
         self.layout, self.sample, self.first_wins, self.count = layout, sample, first_wins, 0
-        self.judges = bool(layout.kind) and layout.kind not in RANKED
+        self.judges = bool(layout.kind) and layout.kind not in layouts.RANKED
         self.found: dict[str, Counter[str | None]] = defaultdict(Counter)  # how often a value had which meaning
         self.values: dict[str, Any] = {}  # the same values as they are shown
+        self.places: dict[str, None] = {}  # other columns that hold a value which is no verdict in words
+        self.asked = "preference" if wins is None else "wins"  # what does not say which answer is better
         wins = layout.wins if wins is None else wins
         self.given = (wins, first_wins) != (None, None)
         if not self.judges:
             return
-        a, b = layout.answers
-        names = [(form.format(x), form.format(y)) for form in USUAL["models"] for x, y in ("ab", "12", (a, b))]
-        self.models = [*(pair for pair in names if set(pair) <= set(sample)), (a, b)]
+        self.models = [*layouts.twins(sample, layout.answers, "models"), layout.answers]
         if isinstance(wins, str):
             self.rule = _by_rule(wins)
         elif wins is not None:
             self.rule = _by_table(wins.items() if isinstance(wins, dict) else wins)
-        elif WORSE.search(layout.by[0]) or YES_NO.fullmatch(layout.by[0]):
+        elif layouts.says("worse", layout.by[0]) or layouts.says("yes or no", layout.by[0]):
             self.rule, self.models = lambda _: UNKNOWN, []
         else:
-            self.rule = _by_words(a, b, layout.by[0])
+            self.rule = _by_words(*layout.answers, layout.by[0])
         if first_wins is not None and layout.kind == "preference":
-            self.rule = _by_first(first_wins, self.rule)
-
-    def _named(self, value: Any, row: dict[str, Any]) -> str | None:
-        """The side that a text names by its content: the model that wrote the answer, or the answer itself."""
-        pairs = ((lookup(row, a), lookup(row, b)) for a, b in self.models)
-        return next(("first" if value == a else "second" for a, b in pairs if value in (a, b) and a != b), None)
+            self.rule = functools.partial(_by_first, _key(first_wins), self.rule)
 
     def _of_preference(self, value: Any, row: dict[str, Any]) -> str | None:
         if is_missing(value):
             return None
         meaning = self.rule(value)
-        named = meaning if self.given or not isinstance(value, str) else self._named(value, row) or meaning
+        if self.given or not isinstance(value, str) or number_of(value) is not None:
+            return meaning
+        # By its content, it may be the model that wrote an answer, or the answer itself.
+        pairs = ((lookup(row, a), lookup(row, b)) for a, b in self.models)
+        named = next(("first" if value == a else "second" for a, b in pairs if value in (a, b) and a != b), meaning)
+        if len(self.places) < 2 and (meaning == UNKNOWN or named != meaning):
+            self.places |= dict.fromkeys(name for name in row if row[name] == value and name != self.layout.by[0])
         return named if meaning in (named, UNKNOWN) else UNKNOWN  # a word and a name that say different things
 
     def _verdict(self, row: dict[str, Any]) -> tuple[Any, str | None]:
@@ -193,7 +177,7 @@ class Judge:
         if kind == "scores":
             first, second = (number_of(lookup(row, name)) for name in by)
             if first is None or second is None:
-                return "no score", None
+                return "no score ({}, {})".format(*(visible(repr(lookup(row, name)), 30) for name in by)), None
             return ("equal", "tie") if first == second else (f"{by[first < second]} higher", MEANINGS[first < second])
         value = lookup(row, by[0])
         votes = opened(value)
@@ -229,45 +213,44 @@ class Judge:
         if preference and self.first_wins is not None:
             what, sure = "first_wins", counts["first"] == 1 and counts["second"] <= 1
             kept |= {key: UNKNOWN for key, meaning in kept.items() if meaning != "tie"}
-        elif self.given:
-            what, sure = "wins", not counts[UNKNOWN]
         else:  # 1 alone may be of 0 and 1, or of 1 and 2
-            one = preference and {number_of(self.values[key]) for key in kept} == {1}
-            what, sure = "preference", not counts[UNKNOWN] and not one
+            one = preference and not self.given and {number_of(self.values[key]) for key in kept} == {1}
+            what, sure = self.asked, not counts[UNKNOWN] and not one
         if not sure:
             raise self._question(QUESTIONS[what].format(value=self.first_wins), kept)
 
     def _question(self, what: str, kept: dict[str, str | None]) -> UserError:
         a, b = self.layout.answers
-        values = {key: self.values[key] for key in kept}
-        values |= {key: json.dumps(value) for key, value in values.items() if isinstance(value, list | dict)}
-        shown = {key: visible(repr(value), 60) for key, value in values.items()}
-        held = shortened([f"{text} ({self.found[key].total()})" for key, text in shown.items()], SHOWN_VALUES)
-        scale = {key for key, value in values.items() if number_of(value) is not None}
+        values = ((key, self.values[key]) for key in kept)
+        plain = {key: json.dumps(value) if isinstance(value, list | dict) else value for key, value in values}
+        shown = {key: visible(repr(value), 60) for key, value in plain.items()}
+        held = layouts.shortened([f"{text} ({self.found[key].total()})" for key, text in shown.items()])
+        scale = {key for key, value in plain.items() if number_of(value) is not None}
         unsure = scale.union(key for key, meaning in kept.items() if meaning == UNKNOWN)
-        keys = sorted(kept, key=lambda key: kept[key] != UNKNOWN)[:SHOWN_VALUES]
+        keys = sorted(kept, key=lambda key: kept[key] != UNKNOWN)[: layouts.MOST_NAMES]
         wins = ", ".join(f"{shown[key]}: {'...' if key in unsure else repr(kept[key])}" for key in keys)
-        more = QUESTIONS["two values" if len(kept) == 2 else "scale" if scale else "one"].format(*values.values())
-        return asked("values", what=what, column=", ".join(self.layout.by), held=held, wins=wins, a=a, b=b, more=more)
+        elsewhere = len(self.places) > 1 or any(layouts.says("models", name) for name in self.places)
+        more = QUESTIONS["two values" if len(kept) == 2 else "scale" if scale else "one"].format(*shown.values())
+        said = {"column": ", ".join(self.layout.by), "held": held, "wins": wins, "a": a, "b": b, "more": more}
+        return asked("elsewhere" if elsewhere else "values", what=what, names=layouts.listed(self.places), **said)
 
     def order(self, row: dict[str, Any]) -> tuple[str, ...]:
         """Where the better answer is, and the other. Raises LeftOut for a tie, or if nothing is said."""
         value, meaning = self._verdict(row) if self.judges else (None, "first")
         if meaning in ("first", "second"):
             return self.layout.answers[:: 1 if meaning == "first" else -1]
-        said = "no preference" if is_missing(value) else f"no preference: {visible(str(value), 60)}"
-        raise LeftOut("tie" if meaning == "tie" else said)
+        said = "" if is_missing(value) else f": {visible(str(value), 60)}"
+        raise LeftOut("tie" if meaning == "tie" else f"no preference{said}")
 
     def reading(self) -> str:
         """What the values were taken for, in one line."""
-        names = dict(zip(MEANINGS, (*self.layout.answers, "tie, left out", "left out"), strict=True))
         groups = []
-        for meaning in MEANINGS:
+        for meaning, name in zip(MEANINGS, (*self.layout.answers, "tie, left out", "left out"), strict=True):
             keys = [key for key, meanings in self.found.items() if meaning in meanings]
             values = ["nothing" if is_missing(self.values[key]) else visible(str(self.values[key]), 60) for key in keys]
             if keys:
                 shown = ", ".join(dict.fromkeys(values[:6])) + ", ..." * (len(values) > 6)
                 count = sum(self.found[key][meaning] for key in keys)
-                groups.append(f"{shown} -> {names[meaning]} ({count})")
+                groups.append(f"{shown} -> {name} ({count})")
         single = sum(map(len, self.found.values())) == len(groups)
         return f"{', '.join(self.layout.by)}: {(', ' if single else '; ').join(groups)}"

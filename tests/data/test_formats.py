@@ -127,7 +127,11 @@ def two(value, names=("response_a", "response_b"), column="preference", **more):
     return {"prompt": Q, names[0]: ONE, names[1]: TWO, column: value, **more}
 
 
-ONE_TWO = ("response_1", "response_2")
+ONE_TWO, ANSWERS = ("response_1", "response_2"), ("response1", "response2")
+WHOLE = [[{"role": "user", "content": Q}, {"role": "assistant", "content": text}] for text in (ONE, TWO)]
+LONGER = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, *side] for side in WHOLE]
+MT_BENCH = {"winner": "model_a", "turn": 1, "conversation_a": LONGER[0], "conversation_b": LONGER[1]}
+PAIR = {"prompt": Q, "chosen": ONE, "rejected": TWO}
 READ = {
     # verdicts in words: whole, known values only
     "letter": ([two("A")], {}, [A_FIRST]),
@@ -148,6 +152,40 @@ READ = {
             two("Llama 2", column="winner", model_a="GPT 1", model_b="Llama 2"),
             two("x", column="winner", model_a="x", model_b="y"),
         ],
+        {},
+        [B_FIRST, A_FIRST],
+    ),
+    "model name, the answers exchanged": (
+        [two("x", column="winner", model_a="x", model_b="y"), two("y", column="winner", model_a="x", model_b="y")],
+        {"columns": {"a": "response_b", "b": "response_a"}},
+        [A_FIRST, B_FIRST],
+    ),
+    "model name, two of three answers": (
+        [two("y", ("response_0", "response_1"), "winner", response_2="x", model_0="x", model_1="y", model_2="z")],
+        {"columns": {"a": "response_0", "b": "response_1"}},
+        [B_FIRST],
+    ),
+    "model name, other words and capitals": (
+        [
+            two("y", column="winner", Model_A_name="x", Model_B_name="y"),
+            two("y", column="winner", Model_A_name="y", Model_B_name="x"),
+        ],
+        {},
+        [B_FIRST, A_FIRST],
+    ),
+    "id of the winner": ([two("i2", column="winner", id_a="i1", id_b="i2")], {}, [B_FIRST]),
+    "letters in front, exchanged": (
+        [two("A", ("a_text", "b_text")), two("B", ("a_text", "b_text"))],
+        {"columns": {"a": "b_text", "b": "a_text"}},
+        [A_FIRST, B_FIRST],
+    ),
+    "ordinals in the names, exchanged": (
+        [two("first", ("first_answer", "second_answer"))],
+        {"columns": {"a": "second_answer", "b": "first_answer"}},
+        [A_FIRST],
+    ),
+    "names as ClassLabel has them": (
+        [two(value, ONE_TWO, "winner") for value in ("response_2", "tie", "response_1")],
         {},
         [B_FIRST, A_FIRST],
     ),
@@ -255,6 +293,91 @@ READ = {
         ],
         {},
         [B_FIRST],
+    ),
+    "chatbot_arena_conversations": (
+        [
+            {
+                "question_id": "58210e39",
+                "model_a": "m1",
+                "model_b": "m2",
+                "winner": "model_b",
+                "judge": "arena",
+                "turn": 1,
+                "anony": True,
+                "language": "English",
+                "tstamp": 1682351591.1,
+                "conversation_a": WHOLE[0],
+                "conversation_b": WHOLE[1],
+                "openai_moderation": {"flagged": False},
+                "toxic_chat_tag": {"flagged": False},
+            }
+        ],
+        {},
+        [B_FIRST],
+    ),
+    "the pair beside answers with ratings": (
+        [
+            {
+                "instruction": Q,
+                "generations": ["x", "y"],
+                "ratings": [1, 2],
+                "chosen_response": ONE,
+                "rejected_response": TWO,
+            }
+        ],
+        {},
+        [A_FIRST],
+    ),
+    "the pair beside one more answer": (
+        [{"query": Q, "response": "x", "chosen_response": ONE, "rejected_response": TWO}],
+        {},
+        [A_FIRST],
+    ),
+    "the pair beside answers": (
+        [{"prompt": Q, "answers": ["x"], "better_response": ONE, "worse_response": TWO}],
+        {},
+        [A_FIRST],
+    ),
+    "texts that stand in other columns too": (
+        [
+            PAIR | {"responses": [ONE, TWO], "model": "x"},
+            PAIR | {"responses": [{"text": ONE, "model": "x"}, {"text": TWO, "model": "y"}]},
+        ],
+        {},
+        [A_FIRST] * 2,
+    ),
+    "names that are the answers": (
+        [PAIR | {"chosen": "A", "rejected": "B", "option_a": "one", "option_b": "two"}],
+        {"columns": {"chosen": "chosen", "rejected": "rejected"}},
+        [[f"u:{Q}", "a:A", "a:B"]],
+    ),
+    "short answers next to other things": (
+        [
+            PAIR | {"chosen": "2", "rejected": "3", "score_2": 1, "score_3": 0, "ids": [7]},
+            PAIR | {"chosen": "2", "rejected": "3", "options": ["1", "2", "3"]},
+            PAIR | {"chosen": "Ann", "rejected": "Bo", "turns": [{"role": "user", "content": "Hi", "name": "Ann"}]},
+        ],
+        {},
+        [[f"u:{Q}", "a:2", "a:3"]] * 2 + [[f"u:{Q}", "a:Ann", "a:Bo"]],
+    ),
+    "two families, of which one is empty in each row": (
+        [
+            {"prompt": Q, "chosen": ONE, "rejected": TWO, "chosen_response": None, "rejected_response": None},
+            {"prompt": Q, "chosen": None, "rejected": None, "chosen_response": TWO, "rejected_response": ONE},
+        ],
+        {},
+        [A_FIRST, B_FIRST],
+    ),
+    "Argilla's ranks that are texts, or a single one": (
+        [
+            two([{"value": [{"rank": 1, "value": "response1"}, {"rank": "2", "value": "response2"}]}], ANSWERS),
+            two([{"value": {"rank": 1, "value": "response2"}}], ANSWERS),
+            two([{"value": {"rank": None, "value": None}}], ANSWERS),
+            two([{"value": {"rank": [None, None], "value": ["response1", "response2"]}}], ANSWERS),
+            two([{"value": {"rank": [], "value": []}}], ANSWERS),
+        ],
+        {},
+        [A_FIRST, B_FIRST],
     ),
     "summaries": ([{"info": {"post": Q}, "summaries": [{"text": ONE}, {"text": TWO}], "choice": 1}], {}, [B_FIRST]),
     "Prometheus": (
@@ -375,6 +498,37 @@ READ = {
         {},
         [[f"s:Be brief. / u:Hi / a:Yes? / u:{Q}", f"a:{ONE}", f"a:{TWO}"]],
     ),
+    "history that the dialogues hold already": (
+        [{"history": [["Hi", "Yes?"]], "chosen": LONGER[0], "rejected": LONGER[1]}],
+        {},
+        [[f"u:Hi / a:Yes? / u:{Q}", *A_FIRST[1:]]],
+    ),
+    "history that the prompt holds already": (
+        [PAIR | {"system": "Be brief.", "history": LONGER[0][:2], "prompt": LONGER[0][:3]}],
+        {},
+        [[f"s:Be brief. / u:Hi / a:Yes? / u:{Q}", *A_FIRST[1:]]],
+    ),
+    "an empty system beside another name for it": (
+        [PAIR | {"system": "", "system_prompt": "Be brief."}, PAIR | {"system": None, "system_prompt": "Be kind."}],
+        {},
+        [[f"s:Be brief. / u:{Q}", *A_FIRST[1:]], [f"s:Be kind. / u:{Q}", *A_FIRST[1:]]],
+    ),
+    "both parts of the question beside completions": (
+        [
+            {
+                "instruction": "Which is",
+                "input": "larger?",
+                "completions": [{"response": TWO, "overall_score": 1}, {"response": ONE, "overall_score": 2}],
+            }
+        ],
+        {},
+        [["u:Which is\nlarger?", *A_FIRST[1:]]],
+    ),
+    "both parts of the question beside generations": (
+        [{"instruction": "Which is", "input": "larger?", "generations": [TWO, ONE], "ratings": [1, 5]}],
+        {},
+        [["u:Which is\nlarger?", *A_FIRST[1:]]],
+    ),
     "system as an object": (
         [{"system": {"role": "system", "content": "Be brief."}, "question": Q, "chosen": ONE, "rejected": TWO}],
         {},
@@ -468,6 +622,60 @@ QUESTIONS = {
         [{"prompt": Q, "chosen": ONE, "rejected": TWO}, {"context": Q, "chosen": ONE, "rejected": TWO}],
         r"another column in another row",
     ),
+    "two families of chosen and rejected": (
+        [{"prompt": Q, "chosen": "gpt-4", "rejected": "llama", "chosen_response": ONE, "rejected_response": TWO}],
+        r"'chosen', 'rejected' or in 'chosen_response', 'rejected_response'.*columns=\{'chosen': ",
+    ),
+    "a model's name beside the chosen answer": (
+        [{"prompt": Q, "chosen": "gpt-4", "chosen_response": ONE, "rejected_response": TWO}],
+        r"'chosen', 'rejected_response' or in 'chosen_response'",
+    ),
+    "a flag beside the rejected answer": (
+        [{"prompt": Q, "chosen_response": ONE, "rejected_response": TWO, "rejected": "False"}],
+        r"'chosen_response', 'rejected' or in 'rejected_response'",
+    ),
+    "a letter beside chosen and rejected": (
+        [{"prompt": Q, "chosen_response": ONE, "rejected_response": TWO, "preferred": "A"}],
+        r"'preferred', 'rejected_response' or in 'chosen_response'",
+    ),
+    "a preference beside its strength (HelpSteer2)": (
+        [two(3, ONE_TWO, "preference_strength", preference="Response 1")],
+        r"'preference_strength', 'preference'.*columns=\{'preference': ",
+    ),
+    "a winner beside WebGPT's scores": (
+        [{"question": Q, "answer_0": ONE, "answer_1": TWO, "score_0": 0.9, "score_1": 0.1, "winner": "answer_1"}],
+        r"'score_0', 'score_1', 'winner'",
+    ),
+    "two system turns": ([PAIR | {"system": "S1", "system_prompt": "S2"}], r"'system', 'system_prompt'.*'system': "),
+    "MT-Bench without its number": ([MT_BENCH], r"turn 1 is about the first answer"),
+    "a winner that is not among the two": (
+        [two("x", column="winner", model_a="x", model_b="y"), two("x", column="winner", model_a="y", model_b="z")],
+        r"'winner' holds 'x' \(2\). .* also in 'model_a', so that wins=\{'x': \.\.\.\} would name one side",
+    ),
+    "a winner in columns of other names": (
+        [two(*v, column="winner", left="x", right="y") for v in (("x",), ("y",))],
+        r"also in 'left', 'right'",
+    ),
+    "a word and a name that say different things": (
+        [two("model_b", ONE_TWO[::-1], "winner", model_a="model_b", model_b="x")],
+        r"'winner' holds 'model_b'",
+    ),
+    "a third value of a known format": (
+        [{"history": Q, "human_ref_A": ONE, "human_ref_B": TWO, "labels": v} for v in (1, -1)],
+        r"it is not certain which answer is better. Column 'labels' holds 1 \(1\), -1 \(1\)",
+    ),
+    "a letter that stands for the better answer": (
+        [two("a", column="better_response")],
+        r"'response_a', 'response_b' are two answers.*columns=\{'preference': ",
+    ),
+    "scores without a preference": (
+        [two(7, column="score_a", score_b=8)],
+        r"columns=\{'preference': .*scores=\('score_a', 'score_b'\)",
+    ),
+    "Argilla's ranks, one of them missing": (
+        [two([{"value": {"rank": [1, None], "value": list(ANSWERS)}}], ANSWERS)],
+        r"'preference' holds",
+    ),
     "KTO": ([{"prompt": Q, "completion": ONE, "label": True}], r"KTO"),
     "one rated answer": ([{"prompt": Q, "response": ONE, "helpfulness": 4, "correctness": 4}], r"two answers"),
 }
@@ -505,7 +713,78 @@ def test_wins_without_a_preference_is_refused():
         load_pairs([{"prompt": Q, "chosen": ONE, "rejected": TWO}], first_wins=1)
 
 
+# Texts that are no answers: they name two, of which other cells of the row tell.
+NAMES = {
+    "letters": ("A", "B", {"summary_a": ONE, "summary_b": TWO}),
+    "names": ("Assistant A", "assistant_b", {"assistant_a": ONE, "assistant_b": TWO}),
+    "numbers": ("1", "2", {"text1": ONE, "text2": TWO}),
+    "beginnings": ("model_x", "model_y", {"model_x_answer": ONE, "model_y_answer": TWO}),
+    "capitals": ("b", "a", {"optionA": ONE, "optionB": TWO}),
+    "keys": ("gpt-4", "llama-2", {"responses": {"gpt-4": ONE, "llama-2": TWO}}),
+    "keys in JSON": ("A", "B", {"candidates": json.dumps({"A": ONE, "B": TWO})}),
+    "ids": ("c-2", "c-1", {"completions": [{"completion_id": "c-1", "text": ONE}, {"completion_id": "c-2"}]}),
+    "places from 0": ("1", "0", {"responses": [ONE, TWO]}),
+    "places from 1": ("1", "2", {"responses": json.dumps([{"text": ONE}, {"text": TWO}])}),
+    "models in other columns": ("gpt-4", "llama", {"text1": ONE, "model1": "gpt-4", "text2": TWO, "model2": "llama"}),
+    "numbers that are no texts": (1, 2, {"responses": [ONE, TWO]}),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_name_of_an_answer_is_no_answer(name):
+    chosen, rejected, others = NAMES[name]
+    rows = [{"prompt": Q, "chosen": chosen, "rejected": rejected, **others}] * 2
+    with pytest.raises(UserError, match=rf"2 left out: chosen and rejected name .*\({chosen}, {rejected}\).*columns="):
+        load_pairs(rows)
+
+
+@pytest.mark.parametrize(
+    "column", ["least_preferred", "inferior_response", "not_preferred", "\u8f83\u5dee\u56de\u7b54"]
+)
+def test_a_column_that_names_the_worse_answer_is_asked_about(column):
+    with pytest.raises(UserError, match=rf"'{column}' holds 'A' \(1\).*'A': \.\.\."):
+        load_pairs([two("A", column=column)], columns={"preference": column})
+    assert load_pairs([two("A", column="harmlessness_preference")], columns={"preference": "harmlessness_preference"})
+
+
+@pytest.mark.parametrize(
+    "columns, scores, words",
+    [
+        (None, ("rank_a", "rank_b"), "'rank_a', 'rank_b' 1 or the lowest may be the best"),
+        (None, ("score_b", "score_a"), "the other way round"),
+        ({"a": "response_b", "b": "response_a"}, ("score_a", "score_b"), "the other way round"),
+    ],
+)
+def test_scores_that_cannot_be_meant_are_refused(columns, scores, words):
+    with pytest.raises(UserError, match=words):
+        load_pairs([two(None, rank_a=1, rank_b=2, score_a=5, score_b=3)], columns=columns, scores=scores)
+
+
 LEFT_OUT = {
+    "a prompt that is longer than the question in the dialogues": (
+        {"prompt": f"Passage: the cat sat.\n\n{Q}", "chosen": WHOLE[0], "rejected": WHOLE[1]},
+        "prompt is not in the two dialogues",
+    ),
+    "scores in words": ({**two("A"), "score_a": "8,5", "score_b": "9/10"}, r"no score \('8,5', '9/10'\)"),
+    "ratings in lists": (
+        {"instruction": Q, "generations": [ONE, TWO], "ratings": [[5], [3]]},
+        r"fewer than two answers with a score \(ratings: \[\[5\], \[3\]\]\)",
+    ),
+    "ranks and scores that say different things": (
+        {
+            "instruction": Q,
+            "completions": [{"response": ONE, "rank": 1, "score": 0.1}, {"response": TWO, "rank": 2, "score": 0.9}],
+        },
+        "score and rank of completions say different things",
+    ),
+    "scores that are no ranks": (
+        {"prompt": Q, "answers": [{"text": ONE, "score": 3}, {"text": TWO, "score": 9}]},
+        r"with a score \(rank: \[None, None\]\)",
+    ),
+    "a whole talk beside its two answers": (
+        {"messages": WHOLE[0], "chosen_response": ONE, "rejected_response": TWO},
+        "the prompt ends with a turn of the assistant",
+    ),
     "a turn without text": (
         {
             "prompt": '["Q1", "Q2"]',
@@ -598,6 +877,12 @@ def test_the_reading_is_printed_and_kept(capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("column", ["swapped", "is_chosen_better", "chosen_rank", "label"])
+def test_a_number_that_may_say_that_the_two_are_exchanged_is_named(column, capsys):
+    load_pairs([PAIR | {column: 1}])
+    assert f"not read: '{column}'" in capsys.readouterr().out
+
+
 def test_the_reading_names_what_a_format_has(capsys):
     load_pairs(READ["Label Studio"][0])
     assert capsys.readouterr().out.splitlines() == [
@@ -635,6 +920,17 @@ def test_calls_of_tools_and_reasoning_are_kept_whole():
     older = {"from": "function_call", "value": '{"name": "find", "arguments": {}}'}
     rows[0]["chosen"] = [older, {"from": "observation", "value": "none"}, {"from": "gpt", "value": ONE}]
     assert load_pairs(rows)[0]["chosen"][0]["tool_calls"][0]["function"]["name"] == "find"
+
+
+@pytest.mark.parametrize("where", ["When2Call", "DiaTool", "texts"])
+def test_tools_are_kept_wherever_they_stand(where):
+    tool = {"type": "function", "function": {"name": "find", "parameters": {}}}
+    row = {"tools": [json.dumps(tool)], "messages": WHOLE[0][:1], "chosen_response": ONE, "rejected_response": TWO}
+    if where != "When2Call":
+        sides = [{"messages": side, "tools": [tool]} for side in WHOLE]
+        row = dict(zip(("chosen", "rejected"), sides if where == "DiaTool" else map(json.dumps, sides), strict=True))
+    (pair,) = load_pairs([row])
+    assert (plain(pair), pair["tools"]) == (A_FIRST, [tool])
 
 
 def test_messages_stay_short_with_very_many_columns(capsys):
