@@ -197,7 +197,8 @@ class _Reader:
         held = ((name, " ".join(kind.__name__ for kind in kinds)) for name, kinds in others.items())
         typed = {name: Value(WORDS["types"][kind]) if kind in WORDS["types"] else Json() for name, kind in held}
         # A struct would give every row the keys of all, as None.
-        typed |= dict(source.features or {}) | dict.fromkeys(("tools", "chat_template_kwargs"), Json())
+        typed |= {name: kind for name, kind in (source.features or {}).items() if kind}
+        typed |= dict.fromkeys(("tools", "chat_template_kwargs"), Json())
         extras = {here: typed[name] for name, here in self.kept.items()}
         self.calls = "tools" in extras or (self.calls and self.tools)
         extras |= {"tools": Json()} if self.calls else {}

@@ -110,8 +110,6 @@ def to_messages(value: Any, column: str, role: str) -> list[dict[str, Any]]:
     found = opened(value)
     whole = isinstance(found, dict) and (found is value or found.keys() <= {"messages", "tools"})
     if whole and isinstance(found.get("messages"), list):
-        if found.get("tools"):
-            raise LeftOut(f"{column} holds tools of its own: move them into a column tools, which is read")
         found = value = found["messages"]
     if items := _messages_in(found):
         value = items

@@ -131,7 +131,7 @@ def _from_folder(path: Path, name: str, split: str) -> Source:
         held = printable(", ".join(file.name for file in inside[:5]) or "nothing")
         raise UserError(f"{name} is a folder without a file in {', '.join(SUFFIXES)}. It holds {held}.")
     if others := [file.name + "/" * file.is_dir() for file in inside if file not in files]:
-        print(f"{name}: not read: {printable(shortened(others, 20))}")
+        print(f"{name}: not read: {printable(shortened(others))}")
     return _from_files(files, name)
 
 
@@ -183,7 +183,7 @@ def open_source(source: Any, split: str) -> Source:
         return _from_frame(source)
     frames = [key for key in source if hasattr(source[key], "__arrow_c_stream__")] if isinstance(source, dict) else []
     if frames:
-        raise asked("frames", held=shortened(list(map(repr, frames)), 5))
+        raise asked("frames", held=shortened(list(map(repr, frames))))
     if isinstance(source, dict | list | tuple | Iterator):
         whole = plain_value(list(source) if isinstance(source, Iterator) else source)
         rows = rows_in(whole, "The dictionary")

@@ -56,10 +56,11 @@ def test_messages_that_became_json_are_messages(what, tmp_path):
     assert rows_of(load_pairs([plain(*texts)])) == rows_of(pairs)[1:]
 
 
-def test_tools_of_one_answer_are_not_dropped_in_silence():
-    whole = {"messages": [say("user", "q"), say("assistant", "a")], "tools": [CALL]}
-    for side in (whole, json.dumps(whole)):
-        assert "chosen holds tools of its own" in reason_of({"chosen": side, "rejected": side})
+def test_tools_of_one_answer_are_kept():
+    whole, other = ({"messages": [say("user", "q"), say("assistant", text)]} for text in "ab")
+    for side in (whole | {"tools": [CALL]}, json.dumps(whole | {"tools": [CALL]})):
+        (pair,) = load_pairs([{"chosen": side, "rejected": other}])
+        assert pair["tools"] == [CALL]
     bare = {"messages": [say("user", "q"), MORE["calls"]], "tools": None}
     for side in (bare, json.dumps(bare)):
         (pair,) = load_pairs([{"chosen": side, "rejected": {"messages": [say("user", "q"), say("assistant", "b")]}}])
