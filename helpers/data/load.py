@@ -72,8 +72,9 @@ def _arena(prompt: list[str | None], side: list[str | None]) -> list[dict[str, A
 
 def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
     """The texts in the answers' columns, if they only name other columns, or keys, ids or places in their cells."""
-    sides = [str(lookup(row, path)) for path in layout.answers]
-    if layout.kind or max(map(len, sides)) > 60:  # characters; a longer text is an answer, not the name of one
+    cells = [] if layout.kind else [lookup(row, path) for path in layout.answers]
+    sides = [str(cell) for cell in cells if not isinstance(cell, list | dict)]
+    if len(sides) < 2 or max(map(len, sides)) > 60:  # characters; a longer text is an answer, not the name of one
         return []
     names = {name for name, value in row.items() if isinstance(value, str | list | dict)}
     names |= {str(value) for name, value in row.items() if layouts.says("keys", name)}

@@ -111,7 +111,8 @@ def to_messages(value: Any, column: str, role: str) -> list[dict[str, Any]]:
     whole = isinstance(found, dict) and (found is value or found.keys() <= {"messages", "tools"})
     if whole and isinstance(found.get("messages"), list):
         found = value = found["messages"]
-    if items := _messages_in(found):
+    objects = isinstance(value, list) and value and isinstance(value[0], dict)  # as most are
+    if not objects and (items := _messages_in(found)):
         value = items
     elif isinstance(value, str) and found is value and LOOKS_LIKE_MESSAGES.match(value):
         raise LeftOut(f"{column} looks like a list of messages but is no JSON")

@@ -36,7 +36,7 @@ def open_bytes(path: Path) -> gzip.GzipFile | io.BufferedReader:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if pairs and pairs[0][0].startswith("\ufeff"):
+    if pairs and pairs[0][0][:1] == "\ufeff":
         pairs[0] = (pairs[0][0].lstrip("\ufeff"), pairs[0][1])
     whole = dict(pairs)
     if len(whole) < len(pairs):
