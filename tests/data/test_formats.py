@@ -744,7 +744,8 @@ def test_the_name_of_an_answer_is_no_answer(name):
 def test_a_column_that_names_the_worse_answer_is_asked_about(column):
     with pytest.raises(UserError, match=rf"'{column}' holds 'A' \(1\).*'A': \.\.\."):
         load_pairs([two("A", column=column)], columns={"preference": column})
-    assert load_pairs([two("A", column="harmlessness_preference")], columns={"preference": "harmlessness_preference"})
+    for other in ("harmlessness_preference", "closer_answer"):
+        assert load_pairs([two("A", column=other)], columns={"preference": other})
 
 
 @pytest.mark.parametrize(
