@@ -191,15 +191,16 @@ class Job:
 
     @property
     def scored_at_once(self) -> int:
-        """Pairs in a batch of a pass without gradients: `precompute_ref_batch_size`, or what the settings say.
+        """Pairs in a batch of a pass without gradients: `precompute_ref_batch_size`, else `per_device_eval_batch_size`.
 
-        Nothing is kept for a backward pass, so a GPU takes more than in training: few would leave it waiting.
+        On a GPU, if neither is given, more than are trained on at once: nothing is kept for a backward pass, and few
+        would leave the GPU waiting.
         """
-        values = share_step(self.values)
-        size = values.get("precompute_ref_batch_size") or values["per_device_eval_batch_size"]
-        if self.policy.device.type == "cpu" or values.get("precompute_ref_batch_size"):
-            return size
-        return max(size, values["per_device_train_batch_size"] * (2 if values["gradient_checkpointing"] else 4))
+        given = [self.settings.get(name) for name in ("precompute_ref_batch_size", "per_device_eval_batch_size")]
+        if any(given) or self.policy.device.type == "cpu":
+            return given[0] or self.values["per_device_eval_batch_size"]
+        trained = share_step(self.values)["per_device_train_batch_size"]
+        return trained * (2 if self.values["gradient_checkpointing"] else 4)
 
     def begin(self) -> None:
         """Say how a step is made, write run.json; UserError if training needs far more memory than is free."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import helpers
 from helpers import pair_logps, train_dpo
 from helpers.model.fingerprint import base_hash
 from helpers.model.logps import sampled_kl
+from helpers.train.job import Job
 
 SETTINGS = {
     "bf16": False,
@@ -49,3 +51,24 @@ def test_held_out_figures_are_in_32_bits_and_the_weights_come_back(begun, bf16, 
 
     found = sampled_kl(policy, tokenizer, test["prompt"][:3], max_new_tokens=8, seed=0)
     assert math.isfinite(found.kl) and base_hash(policy) == base
+
+
+@pytest.mark.parametrize(
+    "given, checkpointing, pairs",
+    [
+        ({}, False, 16),
+        ({}, True, 8),
+        ({"per_device_eval_batch_size": 1}, False, 1),
+        ({"per_device_eval_batch_size": 1, "precompute_ref_batch_size": 3}, True, 3),
+    ],
+)
+def test_a_gpu_scores_more_pairs_at_once_than_it_trains_on(given, checkpointing, pairs):
+    values = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 5, "gradient_accumulation_steps": 2}
+    values |= {"gradient_checkpointing": checkpointing} | given
+
+    def at_once(device: str) -> int:
+        policy = SimpleNamespace(device=torch.device(device))
+        return Job.scored_at_once.fget(SimpleNamespace(policy=policy, settings=given, values=values))
+
+    assert at_once("cuda") == pairs
+    assert at_once("cpu") == (pairs if given else 5)
