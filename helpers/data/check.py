@@ -96,7 +96,9 @@ class _Judge:
         names, of = self.pairs.column_names, self._numbers
         twins = [(a, b) for a in names if (b := a.replace("chosen", "rejected")) != a and b in names]
         gaps = {f"{a} below {b}": of(a) - of(b) for a, b in twins if SCORE.search(a)}
-        gaps |= {f"{a} above {b}": of(b) - of(a) for a, b in twins if "rank" in a}  # 1 is the best
+        gaps |= {
+            f"{a} above {b}": of(b) - of(a) for a, b in twins if re.search("(?:^|_)rank$|^rank_", a)
+        }  # 1 is the best
         gaps |= {"margin below zero": of("margin")} if "margin" in names else {}
         for name, (flag, bad) in itertools.product(names, FLAGS.items()):
             if flag.fullmatch(name):

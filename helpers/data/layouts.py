@@ -192,10 +192,12 @@ def says(what: str, name: str) -> bool:
 
 def twins(names: Iterable[str], answers: Iterable[str], what: str) -> list[tuple[str, str]]:
     """Pairs of columns that differ as those of the answers do and have a word of `what`, like model_a and model_b."""
-    one, two = apart(*answers)
-    found = {parts(name): name for name in names if says(what, name)}
-    others = {made: tuple(two if part == one else part for part in made) for made in found if one in made}
-    return [(found[made], found[other]) for made, other in others.items() if other in found]
+    found, ends = {parts(name): name for name in names if says(what, name)}, apart(*answers)
+    for one, two in (ends, ("1", "2")) if ends == ("a", "b") else (ends,):  # model_1 may have written response_a
+        others = {made: tuple(two if part == one else part for part in made) for made in found if one in made}
+        if twin := [(found[made], found[other]) for made, other in others.items() if other in found]:
+            return twin
+    return []
 
 
 def check_arguments(columns: Any, wins: Any, scores: Any, ranked: Any, first_wins: Any) -> dict[str, list[str]]:
@@ -254,6 +256,8 @@ def _answers(names: tuple[str, ...], columns: dict[str, list[str]], scores: tupl
         sides = [_found(names, columns, role) for role in ("chosen", "rejected")]
         if all(sides):
             answers, others = [side[0] for side in sides], [name for side in sides for name in side[1:]]
+            if answers == ["chosen", "rejected"] and min(map(len, sides)) == 1:  # no other pair
+                others = []
             if others := [*others, *([] if {"chosen", "rejected"} & set(columns) else two_answers(names))]:
                 raise asked("several answers", names=listed(answers), others=listed(others), answers=answers)
             return answers, {}

@@ -77,14 +77,17 @@ def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
     if len(sides) < 2 or max(map(len, sides)) > 60:  # characters; a longer text is an answer, not the name of one
         return []
     names = {name for name, value in row.items() if isinstance(value, str | list | dict)}
-    names |= {str(value) for name, value in row.items() if layouts.says("keys", name)}
-    for cell in (cell for cell in map(opened, row.values()) if isinstance(cell, list | dict)):
-        names |= set(cell) if isinstance(cell, dict) else set()
+    own = {name for name in row if {"chosen", "rejected"} & set(parts(name))}  # what is said of the two answers
+    names |= {str(value) for name, value in row.items() if name not in own and layouts.says("keys", name)}
+    for name, cell in ((name, cell) for name, cell in zip(row, map(opened, row.values()), strict=True)):
+        if isinstance(cell, dict):
+            names |= {key for key, value in cell.items() if isinstance(value, str | list | dict)}
         items = cell if isinstance(cell, list) and not set(map(str, cell)) & set(sides) else []
         objects = [item for item in items if isinstance(item, dict)]
         if not any({"role", "from"} & item.keys() for item in objects):  # turns
             names |= {str(item[key]) for item in objects for key in item if layouts.says("keys", key)}
-            names |= set(map(str, range(len(items) + 1))) if len(items) > 1 else set()
+            if len(items) > 1 and (objects or layouts.says("lists", name)):
+                names |= set(map(str, range("0" not in sides, len(items) + ("0" not in sides))))
     made, labels = [*map(parts, names)], map(parts, sides)
     told = (label and any(label in (one[: len(label)], one[-len(label) :]) for one in made) for label in labels)
     return sides if all(told) else []
@@ -125,9 +128,9 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
 
 def _with_own(own: list[dict[str, Any]], shared: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
     """What two whole dialogues share, with the system turn of the row's prompt. Raises LeftOut if that asks more."""
-    users = ([turn["content"] for turn in talk if turn["role"] == "user"] for talk in (own, shared))
-    texts, turns = ([" ".join(text.split()) for text in talk] for talk in users)
-    if shared and not all(any(text in turn for turn in turns) for text in texts):
+    texts = [" ".join(turn["content"].split()) for turn in own if turn["role"] == "user"]
+    talk = " ".join(" ".join(turn["content"].split()) for turn in shared)
+    if shared and not all(text in talk for text in texts):
         raise LeftOut(f"{where} is not in the two dialogues; columns={{'prompt': []}} takes what they share")
     system = [turn for turn in own if turn["role"] == "system"]
     return shared if shared and shared[0]["role"] == "system" else [*system, *shared]
@@ -143,7 +146,7 @@ def _ranked(row: dict[str, Any], layout: Layout, every: bool) -> list[dict[str, 
     if isinstance(numbers, list):  # a number for each answer, in a column of their own
         if len(numbers) != len(answers):
             raise LeftOut(f"{name} and {by} have different lengths")
-        objects = [{**answer, by: number} for answer, number in zip(objects, numbers, strict=True)]
+        objects = [{**answer, by.split(" | ")[0]: number} for answer, number in zip(objects, numbers, strict=True)]
     scores, other = _scores(objects, by.split(" | ")), "rank" if layout.kind == "score" else "score"
     both = [(x, y) for x, y in zip(scores, _scores(objects, [other]), strict=True) if x is not None and y is not None]
     if any((x[0] - y[0]) * (x[1] - y[1]) > 0 for x, y in itertools.combinations(both, 2)):

@@ -142,7 +142,8 @@ def _by_key(whole: dict[str, dict], name: str) -> list | None:
         return rows_in({key: list(value.values()) for key, value in whole.items()}, name)
     if len(set(map(split_of, whole))) > 1:
         raise asked("splits in one", name=name, held=", ".join(map(repr, whole)))
-    if texts := [key for key in whole if re.search(r"\s|[?\uff1f]", key)]:
+    asks = any(name.lower() in USUAL["prompt"] for row in whole.values() for name in row)
+    if texts := [key for key in whole if not asks and re.search(r"\s|[?\uff1f]", key)]:
         raise asked("keys are texts", name=name, key=texts[0])
     return list(whole.values())
 
@@ -165,11 +166,10 @@ def _fields(path: Path, name: str, skip: int, form: dict[str, Any]) -> Iterator[
         raise asked("invalid CSV", name=name, line=line, error=error, mark=form["delimiter"]) from None
 
 
-def _sizes(path: Path, name: str, skip: int, form: dict[str, Any]) -> tuple[dict[str, int], int, int]:
-    """How many fields each row has, by its line; how many rows have as many as the first, and how many do not."""
-    sizes = {origin: len(fields) for origin, fields in _fields(path, name, skip, form)}
-    first, *others = sizes.values() or [0]
-    return sizes, others.count(first), len(others) - others.count(first)
+def _count(rows: Iterator[tuple[str, list[str]]]) -> tuple[int, int]:
+    """How many rows are as long as the first, and how many are not."""
+    first, *others = [len(fields) for _, fields in rows] or [0]
+    return others.count(first), len(others) - others.count(first)
 
 
 def _delimiter(path: Path, skip: int) -> str:
@@ -181,9 +181,9 @@ def _delimiter(path: Path, skip: int) -> str:
 
 def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
     """How many lines stand before the names, and the arguments of `csv.reader`. Text between tabs has no quotes by its
-    standard, but pandas and Excel write them. So that no row swallows others, the reading with more whole rows counts;
-    if all rows of several lines could be whole rows, one a line, the reader is asked. If both readings have as many
-    rows, marks around a field are quotes only if they are around the names too, doubled, or the file is called .csv."""
+    standard, but pandas and Excel write them. So that no row swallows others, the reading with more whole rows counts.
+    If both have as many, marks around a field are quotes only if they are around the names too, if those inside are
+    doubled, or if the file is called .csv."""
     csv.field_size_limit(sys.maxsize)
     skip, head = next(((number, line) for number, line in enumerate(_open_text(path, 0)) if line.strip()), (0, ""))
     if named := re.fullmatch(r'"?sep=(.)"?\s*', head):  # Excel's first line
@@ -194,19 +194,15 @@ def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
     quotes: dict[str, Any] = {"delimiter": mark, "strict": True, "skipinitialspace": spaced}
     text: dict[str, Any] = {"delimiter": mark, "quoting": csv.QUOTE_NONE}
     usual = mark != "\t" or head.startswith('"')
-    lines, whole, other = _sizes(path, name, skip, text)
+    whole, other = _count(_fields(path, name, skip, text))
     try:
-        rows, quoted, quoted_other = _sizes(path, name, skip, quotes)
+        quoted, quoted_other = _count(_fields(path, name, skip, quotes))
     except UserError:
         if usual:
             raise
-        rows, quoted, quoted_other = {}, -1, 0
-    row_of = list(itertools.accumulate(line in rows for line in lines))  # of each line
-    count = Counter(row_of)
-    of_several = {size for row, size in zip(row_of, lines.values(), strict=True) if count[row] > 1}
-    swallowed = usual and of_several == {len(names)}
-    if swallowed or (whole > quoted >= 0 and (not other if usual else other and not quoted_other)):
-        raise asked("two ways", name=name, quoted=quoted, whole=len(lines) - 1 if swallowed else whole)
+        quoted, quoted_other = -1, 0
+    if whole > quoted >= 0 and (not other if usual else other and not quoted_other):
+        raise asked("two ways", name=name, quoted=quoted, whole=whole)
     doubled = quoted == whole and (not tsv or any(map(DOUBLED.search, _open_text(path, skip))))
     form, whole, other = (quotes, quoted, quoted_other) if usual or quoted > whole or doubled else (text, whole, other)
     if other and not whole:

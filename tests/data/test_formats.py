@@ -1077,3 +1077,34 @@ def test_marks_in_one_answer_alone_are_no_pair():
     rows = [{"prompt": Q, "chosen": f"<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n{ONE}", "rejected": TWO}]
     with pytest.raises(UserError, match="only one of the two answers is a whole dialogue"):
         load_pairs(rows)
+
+
+ORDINARY = {
+    "scores beside": ({"instruction": "q", "completions": ["good", "bad"], "score": [9, 3]}, "good", "bad"),
+    "overall scores": ({"instruction": "q", "completions": ["good", "bad"], "overall_score": [3, 9]}, "bad", "good"),
+    "an embedding": ({"prompt": "q", "chosen": "36", "rejected": "35", "embedding": [0.1] * 40}, "36", "35"),
+    "tags": ({"prompt": "q", "chosen": "2", "rejected": "3", "tags": ["math", "easy", "short"]}, "2", "3"),
+    "votes": ({"prompt": "q", "chosen": "yes", "rejected": "no", "votes": {"yes": 9, "no": 1}}, "yes", "no"),
+    "labels": (
+        {"prompt": "q", "chosen": "good", "rejected": "bad", "chosen_label": "good", "rejected_label": "bad"},
+        "good",
+        "bad",
+    ),
+    "half a pair": ({"prompt": "q", "chosen": "a", "rejected": "b", "preferred": "A"}, "a", "b"),
+    "models by number": (two("n", column="winner", model_1="m", model_2="n"), TWO, ONE),
+}
+
+
+@pytest.mark.parametrize("what", ORDINARY)
+def test_what_is_certain_is_not_asked(what):
+    row, chosen, rejected = ORDINARY[what]
+    (pair,) = load_pairs([row])
+    assert [pair[side][0]["content"] for side in ("chosen", "rejected")] == [chosen, rejected]
+
+
+def test_a_prompt_may_say_in_one_text_what_the_dialogues_say_in_two_turns():
+    system, sides = {"role": "system", "content": "Be kind."}, dict(zip(("chosen", "rejected"), WHOLE, strict=True))
+    whole = {side: [system, *turns] for side, turns in sides.items()}
+    assert load_pairs([{"prompt": f"Be kind.\n\n{Q}", **whole}])[0]["prompt"] == [system, WHOLE[0][0]]
+    with pytest.raises(UserError, match="prompt is not in the two dialogues"):
+        load_pairs([{"prompt": f"Be kind.\n\n{Q}", **sides}])

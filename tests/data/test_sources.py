@@ -95,6 +95,10 @@ TEXTS = {
     "long.csv": (HEAD + f"q,{'a' * 300_000},b\n", [("q", "a" * 300_000, "b")]),
     "nothing.tsv": (TABS + "q\t\\N\tb\n", [("q", None, "b")]),
     "names.csv": ("prompt;chosen;rejected;notes (a, b, c, d)\nq;a;b;c\n", [("q", "a", "b", "c")]),
+    "pandas.csv": (
+        HEAD + 'q,"Here it is:\nParis, of course","b, c"\nr,"a ""x""",b\n',
+        [("q", "Here it is:\nParis, of course", "b, c"), ("r", 'a "x"', "b")],
+    ),
     "several.csv": (HEAD + 'q,"a, 1\n2, 3",b\nr,"a\n1",b\n', [("q", "a, 1\n2, 3", "b"), ("r", "a\n1", "b")]),
     "r.csv": ('"","prompt","chosen","rejected"\n"1","q","a, ""x""","b"\n', [("1", "q", 'a, "x"', "b")]),
 }
@@ -301,10 +305,6 @@ REFUSED = {
     "lfs.parquet": (b"version https://git-lfs.github.com/spec/v1\n", "pointer to the file. Run git lfs pull"),
     "two.csv": (HEAD + 'q,"a,b\nr,a",b\n', "two ways: as 1 rows with quotes .* or as 2 rows"),
     "two.tsv": (TABS + 'q\t"a\tb\nr\ta\tb\nx\ny\ta"\tb\n', "two ways: as 1 rows with quotes .* or as 3 rows"),
-    "swallowed.csv": (
-        HEAD + 'q,"a, 1",b\nr,"a,b\ns,a",b\n',
-        "two ways: as 2 rows with quotes .* or as 3 rows",
-    ),
     "ends.csv": (HEAD + "q,a,b,\nr,a,b,\n", "rows end in ',', and so have an empty field more than line 1"),
     "big.csv": (HEAD.encode("utf-32"), "written in UTF-32"),
     "table.csv": ("| prompt | chosen | rejected |\r\n|---|:-:|---|\r\n| q | a | b |\r\n", "a table in Markdown"),
