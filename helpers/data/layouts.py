@@ -209,11 +209,8 @@ def check_arguments(columns: Any, wins: Any, scores: Any, ranked: Any, first_win
     by_role = {role: list(name) if role in several else [name] for role, name in columns.items()}
     names = sum(by_role.values(), [])
     twice = [name for name in names if names.count(name) > 1]
-    said = [
-        name
-        for name, value in {"wins=": wins, "first_wins=": first_wins, "scores=": scores}.items()
-        if value is not None
-    ]
+    told = (("wins=", wins), ("first_wins=", first_wins), ("scores=", scores))
+    said = [name for name, value in told if value is not None]
     wrong = {
         "no column names": not all(isinstance(name, str) for name in names),
         "column twice": twice,
