@@ -79,7 +79,8 @@ def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
     names = {name for name, value in row.items() if isinstance(value, str | list | dict)}
     own = {name for name in row if {"chosen", "rejected"} & set(parts(name))}  # what is said of the two answers
     names |= {str(value) for name, value in row.items() if name not in own and layouts.says("keys", name)}
-    for name, cell in ((name, cell) for name, cell in zip(row, map(opened, row.values()), strict=True)):
+    start = 0 if "0" in sides else 1  # of places in a list
+    for name, cell in zip(row, map(opened, row.values()), strict=True):
         if isinstance(cell, dict):
             names |= {key for key, value in cell.items() if isinstance(value, str | list | dict)}
         items = cell if isinstance(cell, list) and not set(map(str, cell)) & set(sides) else []
@@ -87,7 +88,7 @@ def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
         if not any({"role", "from"} & item.keys() for item in objects):  # turns
             names |= {str(item[key]) for item in objects for key in item if layouts.says("keys", key)}
             if len(items) > 1 and (objects or layouts.says("lists", name)):
-                names |= set(map(str, range("0" not in sides, len(items) + ("0" not in sides))))
+                names |= set(map(str, range(start, start + len(items))))
     made, labels = [*map(parts, names)], map(parts, sides)
     told = (label and any(label in (one[: len(label)], one[-len(label) :]) for one in made) for label in labels)
     return sides if all(told) else []
@@ -403,7 +404,8 @@ def load_pairs(
         source = BUNDLED_PAIRS if named is None else PROJECT / named if (PROJECT / named).exists() else named
     name = printable(Path(source).name) if isinstance(source, str | Path) else "The source"
     try:
-        name = (found := open_source(source, split)).name
+        found = open_source(source, split)
+        name = found.name
         reader = _Reader(found, given)
         with quiet_progress(reader.count):
             if found.key is None:

@@ -21,7 +21,7 @@ from datasets.exceptions import DatasetsError
 
 from helpers.common import UserError
 from helpers.data import tables
-from helpers.data.layouts import QUESTIONS, asked, plain_value, shortened
+from helpers.data.layouts import asked, plain_value, shortened
 from helpers.data.messages import kind_of
 from helpers.data.preferences import LeftOut
 from helpers.data.report import load_report
@@ -33,8 +33,8 @@ TABLES = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}  # suff
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *TABLES)
 PYTHON_ERRORS = (OSError, EOFError, ImportError, RuntimeError, OverflowError, ValueError)
 LIBRARY_ERRORS = (*PYTHON_ERRORS, zlib.error, pa.ArrowException, DatasetsError)
-_, REFUSED, NO_FILES = tables("sources.yaml")
-REFUSED = [*REFUSED, *tables("refused.yaml")[0]]
+SAID_OF, NO_FILES = tables("sources.yaml")
+(REFUSED,) = tables("refused.yaml")
 KNOWN = (*SUFFIXES, *" ".join(one["suffixes"] for one in REFUSED if "suffixes" in one).split())
 
 
@@ -52,7 +52,7 @@ def reason_of(error: Exception) -> str:
     """The first line of what a library raised, or of its cause, and what to do about it if that is known."""
     cause = error.__cause__ or error
     reason = f"{type(cause).__name__}: {str(cause).strip()}".split("\n")[0][:300]
-    return ". ".join([reason, *(advice for part, advice in QUESTIONS["hints"].items() if part in reason)])
+    return ". ".join([reason, *(advice for part, advice in SAID_OF["hints"].items() if part in reason)])
 
 
 def printable(name: str) -> str:

@@ -17,9 +17,8 @@ from helpers.data import tables
 from helpers.data.layouts import HALF_EMOJI, QUESTIONS, USUAL, asked, find_layout, plain_value
 from helpers.data.preferences import LeftOut
 
-QUESTIONS.update(tables("sources.yaml")[0])  # what is said of files
 JSONL = re.compile(r"\.(?:jsonl|ndjson)\b", re.I)
-SPLIT = re.compile(QUESTIONS["splits"], re.I)
+SPLIT = re.compile(tables("sources.yaml")[0]["splits"], re.I)
 BESIDE = (*USUAL["prompt"], *USUAL["system"])  # next to a list of rows, such a text may belong to each of them
 NO_SPACE = re.compile(r"[^ \t\r\n\ufeff]")
 DOUBLED = re.compile(r'(?:^|\t)"[^\t]*""[^\t]*"(?:\t|[\r\n]*$)')  # a mark between tabs that is doubled in its field

@@ -18,9 +18,9 @@ from transformers import PretrainedConfig
 from helpers.data.render import pair_lengths, token_counts
 from helpers.patches.shared_prompt import can_share, filler
 
-# What layers keep against the formula: those of transformers and PEFT (norms in 32 bits, inputs of the LoRA matrices,
-# less what one forward for both sides takes off), fitted to benchmarks/memory.py; Unsloth's, to benchmarks/gpu.py, as
-# what comes with the layers' inputs that are kept for recomputing.
+# Measured peaks as times the formulas below. PLAIN: what the layers of transformers and PEFT keep (norms in 32 bits,
+# inputs of the LoRA matrices, less what one forward for both sides saves), by benchmarks/memory.py. FUSED: what
+# Unsloth's layers keep, and INPUTS: the layers' inputs, which are kept for recomputing; both by benchmarks/gpu.py.
 PLAIN_FACTOR, FUSED_FACTOR, INPUTS_FACTOR = 1.6, 0.76, 1.2
 PLAIN_CHECKPOINTING_BYTES = 1.1e9  # what recomputing plain layers took on top, at every size tried there
 ESTIMATE_MARGIN = 1.25  # below this multiple of what is free, training is tried with a warning

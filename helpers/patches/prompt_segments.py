@@ -17,10 +17,15 @@ from helpers.patches import expect
 
 
 class Keys(NamedTuple):
-    """Which keys the queries of each segment see: a prompt and chosen, themselves; rejected, its prompt and itself."""
+    """Which keys the queries of each segment see, up to themselves.
 
-    index: torch.Tensor  # places of the keys in the one row, by segment, and at the end some that nobody sees
-    copies: torch.Tensor  # (2, tokens): where in `index` a token is first, and where again; else a place of the filler
+    A prompt and its chosen answer are one segment, which sees itself. A rejected answer sees its prompt and itself.
+    """
+
+    index: torch.Tensor  # the keys' places in the one row, by segment; those at the end are in no segment
+    copies: (
+        torch.Tensor
+    )  # (2, tokens): a token's two places in `index`; the second of a token that is there once is filler
     ends_q: torch.Tensor  # where the queries of each segment end, after a 0; int32
     ends_k: torch.Tensor  # its keys
     longest_q: int

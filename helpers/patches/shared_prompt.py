@@ -63,9 +63,9 @@ def pack(
 
     The prompt's last token opens either completion, since it has to predict both first tokens; the last token of a
     completion predicts nothing and is left out. One row is filled up to few different widths, all multiples of 128 (see
-    `filler`). Some more tokens are predicted, so that the LM head's products have few sizes: for a new one their
-    kernels are chosen anew, which takes milliseconds. None if the rows are no pairs with equal prompts and something
-    after them.
+    `filler`). More tokens than needed are predicted, so that the LM head's products have few sizes: for a new size
+    their kernels are chosen anew, which takes milliseconds. None if the rows are no pairs with equal prompts and
+    something after them.
     """
     if len(ids) % 2:
         return None
@@ -89,7 +89,9 @@ def pack(
     if one_row:
         fill = filler(len(row))
         filled = np.concatenate([flat, np.tile(np.array(rest)[:, None], fill)], axis=1)
-        filled[2, np.flatnonzero(filled[2] == -100)[: -told.sum() % 128]] = 0  # predicted for nobody: see above
+        filled[2, np.flatnonzero(filled[2] == -100)[: -told.sum() % 128]] = (
+            0  # nobody reads these predictions: see above
+        )
         inputs: dict[str, Any] = dict(zip(names, moved(filled, device)[:, None], strict=True))
         inputs["prefix_seg_info"] = segment_keys(sizes, fill, device)
         packed = np.zeros_like(row), np.arange(len(row))
