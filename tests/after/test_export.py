@@ -273,6 +273,7 @@ def test_what_was_damaged_is_not_handed_over(made, pairs, tmp_path, form, name):
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten(made, tmp_path, monkeypatch):
     folder = export_run(made, "adapter", tmp_path / "adapter")
     (folder / "note.txt").write_text("mine")
@@ -293,6 +294,7 @@ def test_nothing_is_overwritten(made, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "adapter.old-1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["README.md", "adapter_config.json", "mine/note.txt"])
 def test_an_export_that_was_edited_is_kept(made, tmp_path, name):
     folder = export_run(made, "adapter", tmp_path / "adapter")
@@ -313,6 +315,7 @@ def fill(disk: Path, room: int) -> None:
     (disk / "filler").write_bytes(b"0" * (shutil.disk_usage(disk).free - room))
 
 
+@pytest.mark.slow
 def test_full_disk_is_said_and_nothing_is_left(made, pairs, disk):
     """Of a copy, for which shutil lists paths, and of a file of our own."""
     fill(disk, 0)
@@ -394,6 +397,7 @@ def test_upload_sends_the_token_to_the_hub_alone(made, tmp_path, monkeypatch, ca
 # ------------------------------------------------------------------------------------------------ more processes
 
 
+@pytest.mark.slow
 def test_other_pairs_and_other_references_are_refused(made, pairs, tmp_path):
     train, test = pairs
     with pytest.raises(UserError, match="train= is not what the run short was given: 15 pairs here, 16 there"):
@@ -408,6 +412,7 @@ def test_other_pairs_and_other_references_are_refused(made, pairs, tmp_path):
         export_run(changed, "trl", tmp_path / "trl", train=train, test=test)
 
 
+@pytest.mark.slow
 def test_template_that_writes_the_date_makes_no_other_pairs_tomorrow(
     pairs, tokenizer, small, tmp_path, day, monkeypatch
 ):
@@ -448,6 +453,7 @@ def test_long_prompts_are_treated_as_in_the_run(pairs, tokenizer, small, tmp_pat
     assert settings["eval_strategy"] == "no" and settings["model"] == "small"
 
 
+@pytest.mark.slow
 def test_rows_keep_what_they_pass_to_the_chat_template(pairs, tokenizer, small, tmp_path):
     """TRL's script reads `tools` and `chat_template_kwargs` of each row, from JSON lines that datasets reads."""
     rows = pairs[0].select(range(3)).to_list()
@@ -581,6 +587,7 @@ def test_torchrun_in_two_processes_repeats_the_run(small_run, small, pairs, tmp_
     assert losses_of(again.history) == pytest.approx(losses_of(small_run.history), abs=0.01)
 
 
+@pytest.mark.slow
 def test_runs_that_no_script_repeats_are_refused(made, pairs, tmp_path):
     lora = json.loads((made.adapter / "adapter_config.json").read_text())
     other = dataclasses.replace(made, info=dataclasses.replace(made.info, reference="another model"))
@@ -601,6 +608,7 @@ def test_runs_that_no_script_repeats_are_refused(made, pairs, tmp_path):
                 export_run(other, form, tmp_path / form, train=pairs[0], test=pairs[1])
 
 
+@pytest.mark.slow
 def test_script_of_trl_makes_the_adapter_of_the_run(made, pairs, tmp_path):
     """Of another kind than the usual, by a pattern, and on experts in one tensor as PEFT writes them."""
     lora = json.loads((made.adapter / "adapter_config.json").read_text())

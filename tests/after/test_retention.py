@@ -73,7 +73,7 @@ def test_check(name):
     assert CHECKS[name](good, value) and not CHECKS[name](bad, value)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, "\x00\ud83d" * 100, "9" * 10_000])
+@pytest.mark.parametrize("text", ["[" * 20_000, '{"a": ' * 20_000, "\x00\ud83d" * 100, "9" * 10_000])
 def test_hostile_replies_pass_no_check_and_break_none(text):
     assert not any(passes(item["checks"], text) for item in ITEMS if item["part"] in ("arithmetic", "facts"))
     assert all(isinstance(passes(item["checks"], text), bool) for item in ITEMS if "checks" in item)

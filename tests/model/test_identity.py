@@ -88,6 +88,7 @@ def test_a_relative_folder_that_is_passed_starts_at_the_working_directory(places
     assert helpers.load_tokenizer().name_or_path == str(places / "project" / "models" / "mine")
 
 
+@pytest.mark.slow
 def test_a_model_and_the_base_of_an_adapter_are_found_from_any_working_directory(places, tokenizer, monkeypatch):
     folder = save(places / "home" / "models" / "mine", tokenizer)
     model, _ = helpers.load_model("~/models/mine")

@@ -131,6 +131,7 @@ def check_each(policy, tokenizer, prompts, **sampling) -> None:
     assert found.error == pytest.approx(by_prompt.std(ddof=1) / math.sqrt(len(prompts)), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_batches_give_each_reply_its_kl(tiny, small):
     for seed in range(3):
         check_each(*tiny, PROMPTS, max_new_tokens=TOKENS, seed=seed)

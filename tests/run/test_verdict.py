@@ -172,6 +172,7 @@ def of_others(run: Run) -> dict[str, Run]:
     return every
 
 
+@pytest.mark.slow
 def test_no_run_with_a_symptom_is_kept(run):
     every, seen = of_others(run), set()
     assert len(every) >= 60

@@ -1,5 +1,6 @@
 """The batch that is fetched before it is asked for; on a GPU every run has it, here a Trainer of one number."""
 
+import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -53,6 +54,7 @@ def trained(folder, ahead: bool, resume: bool = False) -> tuple[list, list]:
     return batches, events
 
 
+@pytest.mark.slow
 def test_batches_and_their_order_stay_the_same_also_after_a_resume(tmp_path):
     plain, late = trained(tmp_path / "plain", ahead=False)
     ahead, early = trained(tmp_path / "ahead", ahead=True)
