@@ -25,7 +25,7 @@ LEAK = 0.05
 LEAK_SIGMAS = 2.6
 # Median of chosen / rejected tokens outside of which the lengths differ enough to be learned before anything else.
 LENGTH_RATIOS = (0.8, 1.25)
-SCORE = re.compile("score|rating|reward")  # of a column: what a judge gave to an answer
+SCORE = re.compile("score|rating|reward|points|grade|quality")  # of a column: what a judge gave to an answer
 FLAGS = {  # a column of 0 and 1 -> which of them says that the answers are exchanged
     re.compile("(?:is_)?chosen_(?:is_)?better"): 0,
     re.compile("(?:is_|was_)?(?:swapped|flipped|exchanged)"): 1,
@@ -94,7 +94,9 @@ class _Judge:
     def scores(self) -> None:
         """Columns such as score_chosen and score_rejected, margin or swapped that say the opposite of the labels."""
         names, of = self.pairs.column_names, self._numbers
-        twins = [(a, b) for a in names if (b := a.replace("chosen", "rejected")) != a and b in names]
+        words = (("chosen", "rejected"), ("better", "worse"), ("preferred", "dispreferred"), ("_j", "_k"))
+        both = [(a, a.replace(one, other)) for a in names for one, other in words if one in a and other not in a]
+        twins = [(a, b) for a, b in dict.fromkeys(both) if b in names]
         gaps = {f"{a} below {b}": of(a) - of(b) for a, b in twins if SCORE.search(a)}
         gaps |= {
             f"{a} above {b}": of(b) - of(a) for a, b in twins if re.search("(?:^|_)rank$|^rank_", a)

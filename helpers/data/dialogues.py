@@ -94,7 +94,8 @@ def as_turns(prompt: Any, sides: list[Any]) -> tuple[Any, list[Any], str]:
     """
     _refuse_lists(prompt, sides)
     asked, talks = read(prompt), [read(side) for side in sides]
-    if asked and asked[1][-1] == {"role": "assistant", "content": ""}:
+    opened = bool(asked) and asked[1][-1] == {"role": "assistant", "content": ""}  # by a mark before both answers
+    if opened:
         asked[1].pop()
     if asked and not asked[0].token and asked[1][-1]["role"] != "user":
         asked = None
@@ -115,6 +116,8 @@ def as_turns(prompt: Any, sides: list[Any]) -> tuple[Any, list[Any], str]:
         own = [one if one and (both or marks.certain(one[0])) else None for one in found]
         sides = [side[one.end() :] if one else side for side, one in zip(sides, own, strict=True)]
         sides = [marks.end.sub("", side) if isinstance(side, str) else side for side in sides]
+        if opened:  # the space after the mark
+            sides = [side.removeprefix(" ") if isinstance(side, str) else side for side in sides]
     return prompt, sides, asked[0].name if asked else ""
 
 

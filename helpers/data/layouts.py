@@ -193,18 +193,26 @@ def says(what: str, name: str) -> bool:
 def twins(names: Iterable[str], answers: Iterable[str], what: str) -> list[tuple[str, str]]:
     """Pairs of columns that differ as those of the answers do and have a word of `what`, like model_a and model_b."""
     found, ends = {parts(name): name for name in names if says(what, name)}, apart(*answers)
-    for one, two in (ends, ("1", "2")) if ends == ("a", "b") else (ends,):  # model_1 may have written response_a
+    spelled = (("a", "b"), ("1", "2"))  # model_1 may have written response_a
+    for one, two in dict.fromkeys((ends, *spelled)) if ends in spelled else (ends,):
         others = {made: tuple(two if part == one else part for part in made) for made in found if one in made}
         if twin := [(found[made], found[other]) for made, other in others.items() if other in found]:
             return twin
     return []
 
 
+def _two_names(value: Any) -> bool:
+    names = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+    return names and [len(value), len(set(value))] == [2, 2]
+
+
 def check_arguments(columns: Any, wins: Any, scores: Any, ranked: Any, first_wins: Any) -> dict[str, list[str]]:
     """The columns of each role. Raises UserError for arguments of `load_pairs` that can't be meant."""
     keys = columns if isinstance(columns, dict) else [columns]
-    if no_roles := [name for name in keys if name not in USUAL["keys of columns="]]:
+    if no_roles := [name for name in keys if keys is not columns or name not in USUAL["keys of columns="]]:
         raise asked("roles", names=listed(no_roles))
+    if {"chosen", "rejected"} & set(keys) and {"a", "b", "preference"} & set(keys):
+        raise asked("roles of two kinds", names=listed(keys))
     several = {"prompt"} if isinstance(columns.get("prompt"), list | tuple) else ()
     by_role = {role: list(name) if role in several else [name] for role, name in columns.items()}
     names = sum(by_role.values(), [])
@@ -214,7 +222,7 @@ def check_arguments(columns: Any, wins: Any, scores: Any, ranked: Any, first_win
     wrong = {
         "no column names": not all(isinstance(name, str) for name in names),
         "column twice": twice,
-        "two scores": scores is not None and (isinstance(scores, str) or [len(scores), len(set(scores))] != [2, 2]),
+        "two scores": scores is not None and not _two_names(scores),
         "kind of wins": not isinstance(wins, dict | str | None),
         "two judges": len(said) > 1,
         "ranked": ranked not in ("ends", "all"),
@@ -227,24 +235,40 @@ def check_arguments(columns: Any, wins: Any, scores: Any, ranked: Any, first_win
 def find_layout(names: tuple[str, ...], columns: dict[str, list[str]], scores: tuple[str, ...]) -> Layout | None:
     """The layout that these column names make, or None. Raises UserError if they have two readings or none by kind."""
     plain = all(_found(names, columns, role) for role in ("chosen", "rejected"))
-    if columns.keys() <= {"prompt", "system"} and not scores and not plain:
+    if columns.keys() <= {"prompt", "system", "preference"} and not scores and not plain:
         for entry in FORMATS:
+            if columns.get("preference", entry.get("preference")) != entry.get("preference"):
+                continue
             if set(entry["columns"]) <= set(names) and not set(entry.get("without", ())) & set(names):
                 if "refused" in entry:
                     raise UserError(entry["refused"])
-                layout = _made(names, entry | columns)
-                others = [name for name in _found(names, {}, "preference") if name not in layout.columns(names)]
-                if others and layout.kind not in ("", *RANKED):
+                layout = _made(names, {"system": _system(names, {})} | entry | columns)
+                if len(layout.answers) < len(entry["answers"]) or (layout.kind in RANKED and two_answers(names)):
+                    continue  # two other answers
+                others = dict.fromkeys(
+                    [*_found(names, {}, "preference"), *(one for one in names if says("verdict", one))]
+                )
+                others = [name for name in others if name not in layout.columns(names)]
+                if others and layout.kind not in ("", *RANKED) and "preference" not in columns:
                     raise asked("several preferences", names=listed([*layout.by, *others]))
                 return layout
     answers, by = _answers(names, columns, scores)
     if not answers:
         return None
+    if answers[0] == answers[1]:
+        raise asked("column twice", twice=answers)
     prompt = columns["prompt"] if "prompt" in columns else _prompt_columns(names, sum(columns.values(), []))
-    system, history = _found(names, columns, "system"), ["history"] if "history" not in prompt else []
+    history = ["history"] if "history" not in prompt else []
+    by = {"system": _system(names, columns), "history": history, **by}
+    return _made(names, {"prompt": prompt, "answers": answers, **by})
+
+
+def _system(names: tuple[str, ...], columns: dict[str, list[str]]) -> list[str]:
+    """The column of the system turn, if there is one."""
+    system = _found(names, columns, "system")
     if len(system) > 1:
         raise asked("several system turns", names=listed(system), one=system[0])
-    return _made(names, {"prompt": prompt, "system": system, "history": history, "answers": answers, **by})
+    return system
 
 
 def _answers(names: tuple[str, ...], columns: dict[str, list[str]], scores: tuple[str, ...]) -> tuple[list, dict]:
@@ -259,6 +283,8 @@ def _answers(names: tuple[str, ...], columns: dict[str, list[str]], scores: tupl
                 raise asked("several answers", names=listed(answers), others=listed(others), answers=answers)
             return answers, {}
     two = [] if {"a", "b"} <= set(columns) else two_answers(names)
+    if scores and not two and not {"a", "b"} & set(columns):  # compared instead of believed
+        two = [name for role in ("chosen", "rejected") for name in _found(names, columns, role)[:1]]
     answers = [columns.get(role, [name])[0] for role, name in zip("ab", two or ("", ""), strict=True)]
     found = _found(names, columns, "preference") or [name for name in names if says("yes or no", name)]
     found = [name for name in found if name not in answers]

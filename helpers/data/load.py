@@ -56,8 +56,8 @@ def _earlier(row: dict[str, Any], layout: Layout) -> list[dict[str, Any]]:
 
 
 def _tools(row: dict[str, Any], layout: Layout) -> list[Any]:
-    """What a row has as its tools, in a column of their own or with an answer; each may be JSON."""
-    cells = (opened(lookup(row, name)) for name in layout.answers)
+    """What a row has as its tools, in a column of their own, with an answer or with the prompt; each may be JSON."""
+    cells = (opened(lookup(row, name)) for name in (*layout.answers, *layout.prompt))
     found = [lookup(row, layout.tools or "tools"), *(cell.get("tools") for cell in cells if isinstance(cell, dict))]
     tools = next((opened(tools) for tools in found if not is_missing(tools)), [])
     return [opened(tool) for tool in (tools if isinstance(tools, list) else [tools])]
@@ -98,6 +98,9 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
     """A row in the one form; `better` and `worse` lead to its answers. Raises LeftOut with the reason if it is none."""
     where = " + ".join(layout.prompt)
     prompt, *sides = _prompt(row, layout), lookup(row, better), lookup(row, worse)
+    tools = [cell["tools"] for cell in map(opened, sides) if isinstance(cell, dict) and cell.get("tools")]
+    if len(tools) == 2 and tools[0] != tools[1]:
+        raise LeftOut("the two answers come with different tools")
     lists = [found for found in map(messages.texts_of, (prompt, *sides)) if found]
     if len(lists) == 3:
         if not layout.name and max(map(len, lists)) > 1:
@@ -109,7 +112,7 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
     own = [] if is_missing(prompt) and prompt != "" else messages.to_messages(prompt, where, "user")
     if chosen[0]["role"] == rejected[0]["role"] == "assistant":
         if not own:
-            raise LeftOut(f"{where} is missing" if where else f"no prompt, and {better} and {worse} are no dialogues")
+            raise LeftOut(f"{where} is missing" if where else layouts.QUESTIONS["no prompt"].format(better, worse))
         prompt = own
     elif len(rejected) == 1:  # ms-swift: only the last turn differs
         prompt, chosen = _with_own(own, chosen[:-1], where), chosen[-1:]
@@ -262,9 +265,11 @@ class _Reader:
                 raise asked("nothing to judge", read="; ".join(map(str, self.judges)))
         # One place of the prompt for all rows with these answers: an empty one is never filled from another column.
         for answers in dict.fromkeys(layout.answers for layout in self.judges):
-            places = {" + ".join(layout.prompt) for layout in self.judges if layout.answers == answers} - {""}
-            if len(places) > 1:
-                raise asked("prompt elsewhere", names=listed(sorted(places)))
+            places = {layout.prompt for layout in self.judges if layout.answers == answers} - {()}
+            whole = max(places, key=len, default=())  # of which a row may lack parts, as Alpaca's input
+            given = self.given["columns"].get("prompt", whole[:1])
+            if not all(set(place) <= set(whole) and place[0] in given for place in places):
+                raise asked("prompt elsewhere", names=listed(sorted(map(" + ".join, places))))
 
     def _layout(self, row: dict[str, Any]) -> Layout | None:
         """By the columns of the row; if these hold no answers or have two readings, by those that hold something."""
@@ -305,7 +310,7 @@ class _Reader:
             raise LeftOut(f"the row is {messages.kind_of(row)}, not an object")
         if (layout := self._layout(row)) is None:
             raise LeftOut("no chosen and rejected, nor two answers with a preference")
-        if media := next((name for name in WORDS["media"] if row.get(name)), None):
+        if media := next((name for name in WORDS["media"] if _holds(row.get(name))), None):
             raise LeftOut(f"the row has {media}; only text is trained here")
         if not {"chosen", "rejected"} <= self.given["columns"].keys() and (texts := _labels(row, layout)):
             raise LeftOut(layouts.QUESTIONS["labels"].format(*layout.answers, texts=", ".join(texts)))
@@ -329,6 +334,12 @@ class _Reader:
                     yield {**nothing, **pair, "origin": origin, "left_out": ""}
             except LeftOut as reason:
                 yield {**nothing, "origin": origin, "left_out": str(reason)}
+
+
+def _holds(value: Any) -> bool:
+    """Whether a cell has anything, or a list in it."""
+    value = opened(value)
+    return any(item is not None for item in value) if isinstance(value, list) else bool(value)
 
 
 def _used(line: str, row: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from helpers.data.messages import prompt_text
 from helpers.data.render import BOTH, IDS, Renderer, encode, has_thought, mapped, rows_of
 from helpers.patches.dataset_key import dataset_key
 
-HIDDEN = ("tool_calls", "reasoning_content")  # what a chat template may leave out of a message
+HIDDEN = ("tool_calls", "reasoning_content", "tools")  # what a chat template may leave out
 BIT = {code: 1 << place for place, code in enumerate((*WHAT, *HIDDEN))}  # each mark of a row is one bit
 LEFTOVER = re.compile(
     r"<[|｜][A-Za-z_▁]{1,30}[|｜]>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>|<extra_id_\d>"
@@ -33,7 +33,11 @@ LEFTOVER = re.compile(
 OTHER_MARK = re.compile(
     "|".join(one.answer.pattern for one in dialogues.SPELLINGS if one.name != "question and answer")
 )
-LATIN1_OF_UTF8 = re.compile("Ã[\u0080-\u00bf]|â€|Â[\u00a0-\u00bf]")
+# Of UTF-8: letters with accents, quotation marks, two letters in Cyrillic, two Chinese characters, the byte-order mark.
+LATIN1_OF_UTF8 = re.compile(
+    "Ã[\u0080-\u00bf]|â€|Â[\u00a0-\u00bf]|[\u00c2-\u00f4][\u0080-\u009f]|(?:[ÐÑ][\u0080-\u00bf\u2018-\u2122]){2}"
+    "|(?:[ä-é][\u0080-\u00bf\u2018-\u2122]{2}){2}|ï»¿"
+)
 THOUGHT = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
 # What one look at a completion tells; the start of the text and its length are measured apart.
 FEATURES: dict[str, Callable[[str, str], bool]] = {
@@ -146,7 +150,11 @@ class Measure:
         return 0
 
     def _hides(self, row: dict[str, Any], key: str) -> bool:
-        """Whether a side's text is the same without this part of its messages."""
+        """Whether a side's text is the same without this part of its messages, or the prompt's without the tools."""
+        if key == "tools":
+            bare = {name: value for name, value in row["options"].items() if name != key}
+            texts = (self.renderer.text(row["prompt"], options) for options in (row["options"], bare))
+            return bare != row["options"] and len(set(texts)) == 1
         for side in BOTH:
             talk = row["prompt"] + row[side]
             bare = [{name: value for name, value in turn.items() if name != key} for turn in talk]

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Collection
 from typing import Any
 
 from datasets import Json, List, Value
@@ -16,23 +17,30 @@ MESSAGES = List({"role": Value("string"), "content": Value("string")})
 WHOLE_MESSAGES = List(Json())  # if any message has more than a role and a text
 (WORDS,) = tables("words.yaml")
 ROLES = {spelling: role for role, spellings in WORDS["roles"].items() for spelling in spellings}
-KEPT = WORDS["kept"]
+KEPT, TEXTS, TALKS = WORDS["kept"], WORDS["texts"], WORDS["talks"]
 LOOKS_LIKE_MESSAGES = re.compile(
     r"""\s*(?:array\()?\[?\s*\{\s*(?:["'](?:role|content|from|value)|[^{}]*,\s*["'](?:role|from))["']\s*:"""
 )
 PARTS = re.compile(r'\s*\[\s*\{[^{}]*"type"\s*:\s*"text"')
 
 
+def _text_of_part(part: Any, column: str) -> str:
+    """The text of one part of a message: {"type": "text", "text": ...}, {"text": ...} or a text by itself."""
+    part = {"text": part} if isinstance(part, str) else part
+    kind, text = part.get("type", "text") if isinstance(part, dict) else kind_of(part), None
+    if kind == "text":
+        name = next((name for name in TEXTS if name in part), "a text without a text")
+        text, more = part.get(name), part.keys() - {name, "type", *WORDS["beside a text"]}
+        kind = name if name not in part else kind_of(text) if not isinstance(text, str | None) else kind
+        kind = min(more) if more and "type" not in part else kind
+    if kind != "text":
+        raise LeftOut(f"a message in {column} has a part that is no text ({visible(str(kind), 40)})")
+    return text or ""
+
+
 def _text_of(content: Any, column: str) -> str:
     if isinstance(content, list):
-        parts = [{"text": part} if isinstance(part, str) else part for part in content]
-        for part in parts:
-            kind = part.get("type", "text") if isinstance(part, dict) else kind_of(part)
-            if kind == "text" and not isinstance(part.get("text"), str | None):
-                kind = kind_of(part["text"])
-            if kind != "text":
-                raise LeftOut(f"a message in {column} has a part that is no text ({visible(str(kind), 40)})")
-        return "".join(part.get("text") or "" for part in parts)
+        return "".join(_text_of_part(part, column) for part in content)
     if not isinstance(content, str):
         raise LeftOut(f"a message in {column} holds {kind_of(content)}, not text")
     if PARTS.match(content) and opened(content) is not content:
@@ -50,16 +58,27 @@ def _call(value: Any, column: str) -> dict[str, Any]:
 
 
 def _turns(message: Any) -> list[Any]:
-    if isinstance(message, dict) and "input" in message and not message.keys() & {"role", "from"}:  # XTuner, Capybara
-        roles = {"system": "system", "user": "input", "assistant": "output"}
-        return [{"role": role, "content": message[name]} for role, name in roles.items() if message.get(name)]
+    """The turns of a message, which may be a question and its answer: {input, output}, {human, assistant}."""
+    if isinstance(message, dict) and not message.keys() & {"role", "from"}:
+        asked = next((name for name in ("input", "human", "user") if name in message), "")
+        roles = {"system": "system", "user": asked, "assistant": "output" if asked == "input" else "assistant"}
+        if asked:
+            return [{"role": role, "content": message[name]} for role, name in roles.items() if message.get(name)]
     return [message]
+
+
+def _has_both(names: Collection[str]) -> bool:
+    return "assistant" in names and ("human" in names or "user" in names)
+
+
+def _content(message: dict[str, Any]) -> Any:
+    return next((message[name] for name in TEXTS if message.get(name) is not None), None)
 
 
 def _to_message(message: Any, column: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise LeftOut(f"{column} is a list that holds {kind_of(message)} where a message {{role, content}} should be")
-    named, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    named, content = message.get("role") or message.get("from"), _content(message)
     role = ROLES.get(str(named).lower())
     if role is None:
         named = visible(str(named), 40)
@@ -68,7 +87,8 @@ def _to_message(message: Any, column: str) -> dict[str, Any]:
     if str(named).lower() == "function_call":  # LLaMA-Factory: the call is the text
         more, content = {"tool_calls": content}, None
     if "tool_calls" in more:  # `function_call` is the older spelling of one
-        calls = more["tool_calls"] if isinstance(more["tool_calls"], list) else [more["tool_calls"]]
+        calls = opened(more["tool_calls"])
+        calls = calls if isinstance(calls, list) else [calls]
         more["tool_calls"], content = [_call(call, column) for call in calls], content or ""
     return {"role": role, "content": _text_of(content, column), **more}
 
@@ -99,7 +119,7 @@ def _messages_in(value: Any) -> list[dict[str, Any]] | None:
     """The messages of a cell, objects or JSON; pandas makes a list of JSON texts of them (datasets#8343). Else None."""
     items = [opened(item) for item in (value if isinstance(value, list) else [value])]
     keys = [item.keys() for item in items if isinstance(item, dict)]
-    whole = all(one & {"role", "from"} and one & {"content", "value", *KEPT} for one in keys)
+    whole = all((one & {"role", "from"} and one & {*TEXTS, *KEPT}) or _has_both(one) for one in keys)
     return items if keys and whole and len(keys) == len(items) else None
 
 
@@ -108,9 +128,15 @@ def to_messages(value: Any, column: str, role: str) -> list[dict[str, Any]]:
     if isinstance(value, str) and value.lstrip()[:1] not in ("[", "{", "a"):  # most are plain
         return [{"role": role, "content": value}]
     found = opened(value)
-    whole = isinstance(found, dict) and (found is value or found.keys() <= {"messages", "tools"})
-    if whole and isinstance(found.get("messages"), list):
-        found = value = found["messages"]
+    name = next((name for name in TALKS if isinstance(found, dict) and isinstance(found.get(name), list)), "")
+    if name and isinstance(found, dict):
+        talk, others = found[name], found.keys() - {name, "tools", "system"}
+        last = talk[-1] if talk and isinstance(talk[-1], dict) else {}
+        if found is not value and others and ROLES.get(str(last.get("role", last.get("from"))).lower()) == role:
+            raise LeftOut(f"{column} holds messages as JSON in a text, beside {visible(', '.join(sorted(others)), 60)}")
+        if found is value or not others:
+            system = [{"role": "system", "content": found["system"]}] if found.get("system") else []
+            found = value = [*system, *talk]
     objects = isinstance(value, list) and value and isinstance(value[0], dict)  # as most are
     if not objects and (items := _messages_in(found)):
         value = items
@@ -120,7 +146,9 @@ def to_messages(value: Any, column: str, role: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
         nothing = "an empty list" if value == [] else "missing" if is_missing(value) else f"{kind_of(value)}, not text"
         raise LeftOut(f"{column} is {nothing}")
-    if len(value) == 1 and isinstance(value[0], str):
+    if all(isinstance(item, str) for item in value):
+        if len(value) > 1:
+            raise LeftOut(f"{column} is a list of {len(value)} texts: write one row for each, or join them")
         return [{"role": role, "content": _text_of(value[0], column)}]
     return [_to_message(turn, column) for message in value for turn in _turns(message)]
 

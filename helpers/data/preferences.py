@@ -1,6 +1,7 @@
 """Which of two answers won. Only what is certain is read; else the reader is asked for `wins`."""
 
 import functools
+import itertools
 import json
 import math
 import operator
@@ -65,8 +66,9 @@ def _words(text: str) -> str:
     return " ".join(re.sub(r"(?<=\w)[_-](?=\w)|[()\[\]\"'.,]|!+$", " ", text.casefold().strip()).split())
 
 
-def _by_words(a: str, b: str, column: str) -> Rule:
-    """Reads verdicts in words, and numbers that name an answer, about two answers with these column names."""
+def _by_words(a: str, b: str, column: str, models: Iterable[str] = ("", "")) -> Rule:
+    """Reads verdicts in words, and numbers that name an answer, about two answers with these column names, by those of
+    their `models` too."""
     tails = [part if TAIL.fullmatch(part) else "" for part in layouts.apart(a, b)]
     # "The first" is not certain if the reader has response_2 as the first answer, nor is "b" of response_b, response_c.
     places = ("first|1st", "second|2nd") if tails == sorted(tails) else tails
@@ -75,8 +77,9 @@ def _by_words(a: str, b: str, column: str) -> Rule:
         places = places if tails == ["a", "b"] else tails
     nouns = VERDICTS["nouns"]
     first, second = (
-        f"(?:{re.escape(_words(name))}|(?:the )?(?:(?:{nouns}) ?)?(?:{tail}|{place})|(?:{place}) (?:{nouns}))"
-        for name, tail, place in zip((a, b), tails, places, strict=True)
+        f"(?:{re.escape(_words(name))}{f'|{re.escape(_words(model))}' * bool(model)}"
+        f"|(?:the )?(?:(?:{nouns}) ?)?(?:{tail}|{place})|(?:{place}) (?:{nouns}))"
+        for name, tail, place, model in zip((a, b), tails, places, models, strict=True)
     )
     patterns = [
         (side, re.compile("|".join(VERDICTS[forms]).format(x=x, y=y, how=VERDICTS["how"])))
@@ -131,6 +134,8 @@ class Judge:
 
     def __init__(self, layout: Layout, sample: dict[str, Any], wins: Any, first_wins: Any):
         self.layout, self.sample, self.first_wins, self.count = layout, sample, first_wins, 0
+        said = wins.items() if isinstance(wins, dict) else ()
+        self.of_nothing = next((meaning for value, meaning in said if is_missing(value)), None)
         self.judges = bool(layout.kind) and layout.kind not in layouts.RANKED
         self.found: dict[str, Counter[str | None]] = defaultdict(Counter)  # how often a value had which meaning
         self.values: dict[str, Any] = {}  # the same values as they are shown
@@ -141,6 +146,8 @@ class Judge:
         if not self.judges:
             return
         self.models = [*layouts.twins(sample, layout.answers, "models"), layout.answers]
+        a, b = layout.answers
+        self.words = _by_words(a, b, layout.by[0], *self.models[:-1][:1])
         if isinstance(wins, str):
             self.rule = _by_rule(wins)
         elif wins is not None:
@@ -148,19 +155,20 @@ class Judge:
         elif layouts.says("worse", layout.by[0]) or layouts.says("yes or no", layout.by[0]):
             self.rule, self.models = lambda _: UNKNOWN, []
         else:
-            self.rule = _by_words(*layout.answers, layout.by[0])
+            self.rule = self.words
         if first_wins is not None and layout.kind == "preference":
-            self.rule = functools.partial(_by_first, _key(first_wins), self.rule)
+            self.rule = functools.partial(_by_first, _key(first_wins), self.words)
 
     def _of_preference(self, value: Any, row: dict[str, Any]) -> str | None:
-        if is_missing(value):
-            return None
+        if is_missing(value.strip() if isinstance(value, str) else value):
+            return self.of_nothing
         meaning = self.rule(value)
         if self.given or not isinstance(value, str) or number_of(value) is not None:
             return meaning
         # By its content, it may be the model that wrote an answer, or the answer itself.
-        pairs = ((lookup(row, a), lookup(row, b)) for a, b in self.models)
-        named = next(("first" if value == a else "second" for a, b in pairs if value in (a, b) and a != b), meaning)
+        pairs = (tuple(_key(lookup(row, name)) for name in pair) for pair in self.models)
+        key = _key(value)
+        named = next(("first" if key == a else "second" for a, b in pairs if key in (a, b) and a != b), meaning)
         if len(self.places) < 2 and (meaning == UNKNOWN or named != meaning):
             self.places |= dict.fromkeys(name for name in row if row[name] == value and name != self.layout.by[0])
         return named if meaning in (named, UNKNOWN) else UNKNOWN  # a word and a name that say different things
@@ -177,7 +185,9 @@ class Judge:
         if kind == "scores":
             first, second = (number_of(lookup(row, name)) for name in by)
             if first is None or second is None:
-                return "no score ({}, {})".format(*(visible(repr(lookup(row, name)), 30) for name in by)), None
+                name = by[first is not None]
+                held = lookup(row, name)
+                return f"no score in {name}" + ("" if is_missing(held) else f": {visible(repr(held), 30)}"), None
             return ("equal", "tie") if first == second else (f"{by[first < second]} higher", MEANINGS[first < second])
         value = lookup(row, by[0])
         votes = opened(value)
@@ -186,7 +196,10 @@ class Judge:
         return value, self._of_preference(value, row)
 
     def _majority(self, values: list[Any], states: Iterable[Any], row: dict[str, Any]) -> tuple[Any, str | None]:
-        if any(state not in ("submitted", False, None) for state in states):
+        counts = [state in ("submitted", False, None) for state in states]
+        if len(counts) == len(values) and any(counts):
+            values = list(itertools.compress(values, counts))
+        elif not all(counts):  # none that counts, or nothing tells which
             return "a vote that is a draft, discarded or cancelled", None
         said = [UNKNOWN if self.first_wins is not None else self._of_preference(value, row) for value in values]
         if UNKNOWN in said:
@@ -211,13 +224,26 @@ class Judge:
         kept = {key: UNKNOWN if UNKNOWN in sides else sides.pop() for key, sides in said.items() if sides}
         counts, preference = Counter(kept.values()), self.layout.kind == "preference"
         if preference and self.first_wins is not None:
-            what, sure = "first_wins", counts["first"] == 1 and counts["second"] <= 1
+            what, sure = "first_wins", counts["first"] == 1 and self._opposite(list(kept))
             kept |= {key: UNKNOWN for key, meaning in kept.items() if meaning != "tie"}
-        else:  # 1 alone may be of 0 and 1, or of 1 and 2
-            one = preference and not self.given and {number_of(self.values[key]) for key in kept} == {1}
+        else:  # 1 alone may be of 0 and 1, or of 1 and 2; 2 alone of a scale
+            numbers = {number_of(self.values[key]) for key in kept}
+            one = preference and not self.given and numbers in ({1}, {2})
             what, sure = self.asked, not counts[UNKNOWN] and not one
         if not sure:
             raise self._question(QUESTIONS[what].format(value=self.first_wins), kept)
+
+    def _opposite(self, keys: list[str]) -> bool:
+        """Whether of two values, besides ties, the second can only be the opposite of the first: both are words for an
+        answer, both are whole numbers, or neither is anything known."""
+        values = [self.values[key] for key in keys if self.words(self.values[key]) != "tie"]
+        if len(values) < 2 or all(isinstance(value, bool) for value in values):
+            return len(values) <= 2
+        numbers, known = list(map(number_of, values)), {self.words(value) for value in values}
+        if None not in numbers:
+            return len(values) == 2 and all(number == int(number) for number in numbers if number is not None)
+        plain = not any(re.search(VERDICTS["no verdict"], _words(str(value))) for value in values)
+        return len(values) == 2 and plain and known in ({"first", "second"}, {UNKNOWN})
 
     def _question(self, what: str, kept: dict[str, str | None]) -> UserError:
         a, b = self.layout.answers
@@ -230,7 +256,8 @@ class Judge:
         keys = sorted(kept, key=lambda key: kept[key] != UNKNOWN)[: layouts.MOST_NAMES]
         wins = ", ".join(f"{shown[key]}: {'...' if key in unsure else repr(kept[key])}" for key in keys)
         elsewhere = len(self.places) > 1 or any(layouts.says("models", name) for name in self.places)
-        more = QUESTIONS["two values" if len(kept) == 2 else "scale" if scale else "one"].format(*shown.values())
+        two = len(kept) == 2 and self._opposite(list(kept))
+        more = QUESTIONS["two values" if two else "scale" if scale else "one"].format(*shown.values())
         said = {"column": ", ".join(self.layout.by), "held": held, "wins": wins, "a": a, "b": b, "more": more}
         return asked("elsewhere" if elsewhere else "values", what=what, names=layouts.listed(self.places), **said)
 

@@ -480,9 +480,12 @@ READ = {
     ),
     # the question in several columns
     "AlpacaFarm": (
-        [{"instruction": "Which is", "input": "larger?", "output_1": ONE, "output_2": TWO, "preference": 2}],
+        [
+            {"instruction": "Which is", "input": "larger?", "output_1": ONE, "output_2": TWO, "preference": 2},
+            {"instruction": Q, "input": "", "output_1": ONE, "output_2": TWO, "preference": 1},
+        ],
         {},
-        [["u:Which is\nlarger?", f"a:{TWO}", f"a:{ONE}"]],
+        [["u:Which is\nlarger?", f"a:{TWO}", f"a:{ONE}"], A_FIRST],
     ),
     "history": (
         [
@@ -694,7 +697,11 @@ MISUSED = {
     "wins as a list": ({"wins": ["A", "B"]}, r"wins= is \{value"),
     "wins and scores": ({"wins": {"A": "first"}, "scores": ("s", "t")}, "wins= and scores="),
     "one score": ({"scores": "s"}, "scores= is two columns"),
-    "a column twice": ({"columns": {"a": "response_a", "b": "response_a"}}, "'response_a' twice"),
+    "chosen with a preference": ({"columns": {"chosen": "response_a", "preference": "winner"}}, "or a, b and preference"),
+    "no dictionary": ({"columns": "prompt"}, "columns= has the key 'prompt'"),
+    "scores that are no names": ({"scores": (1, 2)}, r"not \(1, 2\)"),
+    "scores that are a number": ({"scores": 5}, "not 5"),
+    "a column twice": ({"columns": {"a": "response_a", "b": "response_a"}}, "'response_a' would be read twice"),
     "a list for an answer": ({"columns": {"chosen": ["response_a"]}}, "name of a column"),
     "columns as a list": ({"columns": ["prompt"]}, "Its keys are ours"),
     "first, exchanged": ({"columns": {"a": "response_b", "b": "response_a", "preference": "place"}}, "'place' holds"),
@@ -766,7 +773,7 @@ LEFT_OUT = {
         {"prompt": f"Passage: the cat sat.\n\n{Q}", "chosen": WHOLE[0], "rejected": WHOLE[1]},
         "prompt is not in the two dialogues",
     ),
-    "scores in words": ({**two("A"), "score_a": "8,5", "score_b": "9/10"}, r"no score \('8,5', '9/10'\)"),
+    "scores in words": ({**two("A"), "score_a": "8,5", "score_b": "9/10"}, "no score in score_a: '8,5'"),
     "ratings in lists": (
         {"instruction": Q, "generations": [ONE, TWO], "ratings": [[5], [3]]},
         r"fewer than two answers with a score \(ratings: \[\[5\], \[3\]\]\)",

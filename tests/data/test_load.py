@@ -74,7 +74,7 @@ PROMPT, CHOSEN, REJECTED = [user("Which is larger?")], [assistant("Ten.")], [ass
         ),
         (
             {"prompt": dialogue("Hi", "Yes?", "n", "").rstrip(), "chosen": " Ten.", "rejected": " Two."},
-            ("u:Hi / a:Yes? / u:n", "a: Ten.", "a: Two."),
+            ("u:Hi / a:Yes? / u:n", "a:Ten.", "a:Two."),  # the space belongs to the mark
         ),
         (
             {"prompt": dialogue("n"), "chosen": dialogue("n", "Ten."), "rejected": dialogue("n", "Two.")},
