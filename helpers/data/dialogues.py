@@ -12,7 +12,7 @@ OPTIONS = re.compile(r"(?m)^\s*\(?B[.):]")  # of a question with answers to choo
 _TEXT = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
 LIST = re.compile(rf"\s*\[\s*{_TEXT}(?P<more>\s*,\s*{_TEXT})*\s*\]\s*", re.DOTALL)  # of texts, in a text
 BEGIN = re.compile(
-    r"\s*(?:<s>(?!\s*\[INST\])|<bos>|\[gMASK\]<sop>|<\|begin_of_text\|>|<\|endoftext\|>|<｜begin▁of▁sentence｜>)"
+    r"\s*(?:<s>(?!\s*\[INST\])|<bos>|\[gMASK\]<sop>|<\|begin_of_text\|>|<\|startoftext\|>|<\|endoftext\|>|<｜begin▁of▁sentence｜>)"
 )
 
 
@@ -64,7 +64,7 @@ class Marks:
 
 SPELLINGS = list(map(Marks, tables("dialogues.yaml")[0]))
 # What a text must begin with to be a dialogue at all: asked first, which is far faster.
-START = re.compile(rf"(?:{BEGIN.pattern})?(?:{'|'.join(marks.first for marks in SPELLINGS)})", re.DOTALL)
+START = re.compile(rf"{BEGIN.pattern}|{'|'.join(marks.first for marks in SPELLINGS)}", re.DOTALL)
 ANSWER_MARK = re.compile("|".join(marks.answer.pattern for marks in SPELLINGS))
 
 

@@ -697,7 +697,10 @@ MISUSED = {
     "wins as a list": ({"wins": ["A", "B"]}, r"wins= is \{value"),
     "wins and scores": ({"wins": {"A": "first"}, "scores": ("s", "t")}, "wins= and scores="),
     "one score": ({"scores": "s"}, "scores= is two columns"),
-    "chosen with a preference": ({"columns": {"chosen": "response_a", "preference": "winner"}}, "or a, b and preference"),
+    "chosen with a preference": (
+        {"columns": {"chosen": "response_a", "preference": "winner"}},
+        "or a, b and preference",
+    ),
     "no dictionary": ({"columns": "prompt"}, "columns= has the key 'prompt'"),
     "scores that are no names": ({"scores": (1, 2)}, r"not \(1, 2\)"),
     "scores that are a number": ({"scores": 5}, "not 5"),
