@@ -26,6 +26,7 @@ from helpers.session import quiet_progress
 
 BUNDLED_PAIRS = Path(__file__).parent / "bundled" / "pairs.jsonl"
 SIDES = ("prompt", "chosen", "rejected")
+PLACES = "abcdefgh"  # in a list
 
 
 def _prompt(row: dict[str, Any], layout: Layout) -> Any:
@@ -79,7 +80,7 @@ def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
     names = {name for name, value in row.items() if isinstance(value, str | list | dict)}
     own = {name for name in row if {"chosen", "rejected"} & set(parts(name))}  # what is said of the two answers
     names |= {str(value) for name, value in row.items() if name not in own and layouts.says("keys", name)}
-    start = 0 if "0" in sides else 1  # of places in a list
+    start = 0 if any("0" in parts(side) for side in sides) else 1  # of places in a list
     for name, cell in zip(row, map(opened, row.values()), strict=True):
         if isinstance(cell, dict):
             names |= {key for key, value in cell.items() if isinstance(value, str | list | dict)}
@@ -89,9 +90,21 @@ def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
             names |= {str(item[key]) for item in objects for key in item if layouts.says("keys", key)}
             if len(items) > 1 and (objects or layouts.says("lists", name)):
                 names |= set(map(str, range(start, start + len(items))))
-    made, labels = [*map(parts, names)], map(parts, sides)
-    told = (label and any(label in (one[: len(label)], one[-len(label) :]) for one in made) for label in labels)
-    return sides if all(told) else []
+                names |= set(PLACES[: len(items)]) if layouts.says("lists of answers", name) else set()
+    made = [*map(parts, names)]
+    return sides if all(any(_names(one, made) for one in _spellings(side)) for side in sides) else []
+
+
+def _spellings(label: str) -> list[tuple[str, ...]]:
+    """The words of a label, and of "response A" or "the first" the part that tells which."""
+    words = tuple(word for word in parts(label) if not re.fullmatch(layouts.VERDICTS["nouns"] + "|the", word))
+    ordinal = WORDS["ordinals"].get(words[0]) if len(words) == 1 else None
+    return [parts(label), words if len(words) == 1 else (), (str(ordinal),) if ordinal else ()]
+
+
+def _names(label: tuple[str, ...], made: list[tuple[str, ...]]) -> bool:
+    """Whether a label is the beginning or the end of what names something."""
+    return bool(label) and any(label in (one[: len(label)], one[-len(label) :]) for one in made)
 
 
 def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[str, Any]:

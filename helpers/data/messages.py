@@ -71,14 +71,12 @@ def _has_both(names: Collection[str]) -> bool:
     return "assistant" in names and ("human" in names or "user" in names)
 
 
-def _content(message: dict[str, Any]) -> Any:
-    return next((message[name] for name in TEXTS if message.get(name) is not None), None)
-
-
 def _to_message(message: Any, column: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise LeftOut(f"{column} is a list that holds {kind_of(message)} where a message {{role, content}} should be")
-    named, content = message.get("role") or message.get("from"), _content(message)
+    named, content = message.get("role") or message.get("from"), message.get("content")
+    if content is None:
+        content = next((message[name] for name in TEXTS if message.get(name) is not None), None)
     role = ROLES.get(str(named).lower())
     if role is None:
         named = visible(str(named), 40)
@@ -128,8 +126,7 @@ def to_messages(value: Any, column: str, role: str) -> list[dict[str, Any]]:
     if isinstance(value, str) and value.lstrip()[:1] not in ("[", "{", "a"):  # most are plain
         return [{"role": role, "content": value}]
     found = opened(value)
-    name = next((name for name in TALKS if isinstance(found, dict) and isinstance(found.get(name), list)), "")
-    if name and isinstance(found, dict):
+    if isinstance(found, dict) and (name := next((one for one in TALKS if isinstance(found.get(one), list)), "")):
         talk, others = found[name], found.keys() - {name, "tools", "system"}
         last = talk[-1] if talk and isinstance(talk[-1], dict) else {}
         if found is not value and others and ROLES.get(str(last.get("role", last.get("from"))).lower()) == role:
@@ -146,7 +143,7 @@ def to_messages(value: Any, column: str, role: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
         nothing = "an empty list" if value == [] else "missing" if is_missing(value) else f"{kind_of(value)}, not text"
         raise LeftOut(f"{column} is {nothing}")
-    if all(isinstance(item, str) for item in value):
+    if isinstance(value[0], str) and all(isinstance(item, str) for item in value):
         if len(value) > 1:
             raise LeftOut(f"{column} is a list of {len(value)} texts: write one row for each, or join them")
         return [{"role": role, "content": _text_of(value[0], column)}]
