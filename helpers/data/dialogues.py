@@ -8,6 +8,7 @@ from helpers.data.preferences import LeftOut
 
 Turns = list[dict[str, Any]]
 NEVER = "(?!)"
+SPACE = re.compile(r" (?!\s)")
 OPTIONS = re.compile(r"(?m)^\s*\(?B[.):]")  # of a question with answers to choose from
 _TEXT = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
 LIST = re.compile(rf"\s*\[\s*{_TEXT}(?P<more>\s*,\s*{_TEXT})*\s*\]\s*", re.DOTALL)  # of texts, in a text
@@ -23,6 +24,7 @@ class Marks:
         roles = {role: entry.get(role, NEVER) for role in ("user", "assistant", "system")}
         end, names = entry.get("end", NEVER), "|".join(f"(?P<{role}>{name})" for role, name in roles.items())
         self.name, self.token = entry["name"], entry.get("token", False)
+        self.spaced = entry["mark"].endswith(" ?") or roles["assistant"].endswith(" ?")
         bare = entry["mark"].removeprefix(r"\n\n")
         self.mark = re.compile(entry["mark"].format(f"(?:{names})"))
         answer = bare.format(f"(?:{roles['assistant']})")
@@ -116,8 +118,8 @@ def as_turns(prompt: Any, sides: list[Any]) -> tuple[Any, list[Any], str]:
         own = [one if one and (both or marks.certain(one[0])) else None for one in found]
         sides = [side[one.end() :] if one else side for side, one in zip(sides, own, strict=True)]
         sides = [marks.end.sub("", side) if isinstance(side, str) else side for side in sides]
-        if opened:  # the space after the mark
-            sides = [side.removeprefix(" ") if isinstance(side, str) else side for side in sides]
+        if opened and marks.spaced and all(isinstance(side, str) and SPACE.match(side) for side in sides):
+            sides = [side[1:] for side in sides]  # the space belongs to the mark
     return prompt, sides, asked[0].name if asked else ""
 
 
@@ -148,5 +150,7 @@ def _begun(prompt: Any, sides: list[Any]) -> tuple[Marks, Any] | None:
             if not (isinstance(prompt, str) and START.match(prompt.lstrip())):
                 return (marks, prompt) if prompt and marks.certain("") else None
             talk = read(f"{prompt}\n\n{found[0].lstrip()}")
+            if talk is None and BEGIN.match(prompt) and marks.certain(""):
+                return marks, prompt
             return (talk[0] if all(map(talk[0].answer.match, sides)) else marks, talk[1][:-1]) if talk else None
     return None

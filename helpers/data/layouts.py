@@ -241,6 +241,8 @@ def find_layout(names: tuple[str, ...], columns: dict[str, list[str]], scores: t
                 continue
             if set(entry["columns"]) <= set(names) and not set(entry.get("without", ())) & set(names):
                 if "refused" in entry:
+                    if entry.get("of one answer") and two_answers(names):
+                        continue
                     raise UserError(entry["refused"])
                 layout = _made(names, {"system": _system(names, {})} | entry | columns)
                 if len(layout.answers) < len(entry["answers"]) or (layout.kind in RANKED and two_answers(names)):
@@ -284,7 +286,8 @@ def _answers(names: tuple[str, ...], columns: dict[str, list[str]], scores: tupl
             return answers, {}
     two = [] if {"a", "b"} <= set(columns) else two_answers(names)
     if scores and not two and not {"a", "b"} & set(columns):  # compared instead of believed
-        two = [name for role in ("chosen", "rejected") for name in _found(names, columns, role)[:1]]
+        sides = [_found(names, columns, role)[:1] for role in ("chosen", "rejected")]
+        two = sum(sides, []) if all(sides) else []
     answers = [columns.get(role, [name])[0] for role, name in zip("ab", two or ("", ""), strict=True)]
     found = _found(names, columns, "preference") or [name for name in names if says("yes or no", name)]
     found = [name for name in found if name not in answers]

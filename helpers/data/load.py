@@ -58,10 +58,16 @@ def _earlier(row: dict[str, Any], layout: Layout) -> list[dict[str, Any]]:
 
 def _tools(row: dict[str, Any], layout: Layout) -> list[Any]:
     """What a row has as its tools, in a column of their own, with an answer or with the prompt; each may be JSON."""
-    cells = (opened(lookup(row, name)) for name in (*layout.answers, *layout.prompt))
-    found = [lookup(row, layout.tools or "tools"), *(cell.get("tools") for cell in cells if isinstance(cell, dict))]
+    cells = (lookup(row, name) for name in (*layout.answers, *layout.prompt))
+    found = [lookup(row, layout.tools or "tools"), *map(_own_tools, cells)]
     tools = next((opened(tools) for tools in found if not is_missing(tools)), [])
     return [opened(tool) for tool in (tools if isinstance(tools, list) else [tools])]
+
+
+def _own_tools(cell: Any) -> Any:
+    """The tools beside the messages in a cell."""
+    cell = opened(cell)
+    return opened(cell.get("tools")) if isinstance(cell, dict) and messages.talk_in(cell) is not None else None
 
 
 def _arena(prompt: list[str | None], side: list[str | None]) -> list[dict[str, Any]]:
@@ -73,13 +79,16 @@ def _arena(prompt: list[str | None], side: list[str | None]) -> list[dict[str, A
 
 def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
     """The texts in the answers' columns, if they only name other columns, or keys, ids or places in their cells."""
-    cells = [] if layout.kind else [lookup(row, path) for path in layout.answers]
+    judged = layout.kind and not {"chosen", "rejected"} & set(layout.answers)
+    cells = [] if judged else [lookup(row, path) for path in layout.answers]
     sides = [str(cell) for cell in cells if not isinstance(cell, list | dict)]
     if len(sides) < 2 or max(map(len, sides)) > 60:  # characters; a longer text is an answer, not the name of one
         return []
     names = {name for name, value in row.items() if isinstance(value, str | list | dict)}
     own = {name for name in row if {"chosen", "rejected"} & set(parts(name))}  # what is said of the two answers
     names |= {str(value) for name, value in row.items() if name not in own and layouts.says("keys", name)}
+    nouns = re.compile(layouts.VERDICTS["nouns"] + "|[a-h]")
+    answers = {name for name in row if name not in own and (one := parts(name)) and nouns.fullmatch(one[0])}
     start = 0 if any("0" in parts(side) for side in sides) else 1  # of places in a list
     for name, cell in zip(row, map(opened, row.values()), strict=True):
         if isinstance(cell, dict):
@@ -90,16 +99,15 @@ def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
             names |= {str(item[key]) for item in objects for key in item if layouts.says("keys", key)}
             if len(items) > 1 and (objects or layouts.says("lists", name)):
                 names |= set(map(str, range(start, start + len(items))))
-                names |= set(PLACES[: len(items)]) if layouts.says("lists of answers", name) else set()
-    made = [*map(parts, names)]
-    return sides if all(any(_names(one, made) for one in _spellings(side)) for side in sides) else []
+                answers |= {*PLACES[: len(items)], *names} if layouts.says("lists of answers", name) else set()
+    made, of_answers = [*map(parts, names)], [*map(parts, answers)]
+    return sides if all(_names(parts(side), made) or _names(_place(side), of_answers) for side in sides) else []
 
 
-def _spellings(label: str) -> list[tuple[str, ...]]:
-    """The words of a label, and of "response A" or "the first" the part that tells which."""
-    words = tuple(word for word in parts(label) if not re.fullmatch(layouts.VERDICTS["nouns"] + "|the", word))
-    ordinal = WORDS["ordinals"].get(words[0]) if len(words) == 1 else None
-    return [parts(label), words if len(words) == 1 else (), (str(ordinal),) if ordinal else ()]
+def _place(label: str) -> tuple[str, ...]:
+    """Of "response A" or "the first" the part that tells which."""
+    words = [word for word in parts(label) if not re.fullmatch(layouts.VERDICTS["nouns"] + "|the", word)]
+    return (str(WORDS["ordinals"].get(words[0], words[0])),) if len(words) == 1 and ":" not in label else ()
 
 
 def _names(label: tuple[str, ...], made: list[tuple[str, ...]]) -> bool:
@@ -111,7 +119,7 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
     """A row in the one form; `better` and `worse` lead to its answers. Raises LeftOut with the reason if it is none."""
     where = " + ".join(layout.prompt)
     prompt, *sides = _prompt(row, layout), lookup(row, better), lookup(row, worse)
-    tools = [cell["tools"] for cell in map(opened, sides) if isinstance(cell, dict) and cell.get("tools")]
+    tools = [tools for tools in map(_own_tools, sides) if tools]
     if len(tools) == 2 and tools[0] != tools[1]:
         raise LeftOut("the two answers come with different tools")
     lists = [found for found in map(messages.texts_of, (prompt, *sides)) if found]
@@ -123,6 +131,9 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
     chosen = messages.to_messages(sides[0], better, "assistant")
     rejected = messages.to_messages(sides[1], worse, "assistant")
     own = [] if is_missing(prompt) and prompt != "" else messages.to_messages(prompt, where, "user")
+    firsts = [[turn["role"] for turn in side[:2]] for side in (chosen, rejected)]
+    if own and chosen[0] == rejected[0] and firsts == [["system", "assistant"]] * 2:
+        own, chosen, rejected = [chosen[0], *own], chosen[1:], rejected[1:]
     if chosen[0]["role"] == rejected[0]["role"] == "assistant":
         if not own:
             raise LeftOut(f"{where} is missing" if where else layouts.QUESTIONS["no prompt"].format(better, worse))
@@ -255,7 +266,7 @@ class _Reader:
             self.judges[layout] = Judge(layout, row, self.given["wins"], self.given["first_wins"])
         self.judges[layout].see(row)
         cells = [lookup(row, path) for path in (*layout.prompt, *layout.answers)]
-        self.whole = self.whole or any(map(messages.has_more, cells))
+        self.whole = self.whole or any(map(messages.has_more, (*cells, lookup(row, layout.history))))
         if any(isinstance(cell, str) and cell[:2] != "\n\n" and dialogues.START.match(cell.lstrip()) for cell in cells):
             with contextlib.suppress(LeftOut):
                 name = dialogues.as_turns(_prompt(row, layout), cells[len(layout.prompt) :])[2]

@@ -2,7 +2,6 @@
 
 import re
 import unicodedata
-from collections.abc import Collection
 from typing import Any
 
 from datasets import Json, List, Value
@@ -27,12 +26,14 @@ PARTS = re.compile(r'\s*\[\s*\{[^{}]*"type"\s*:\s*"text"')
 def _text_of_part(part: Any, column: str) -> str:
     """The text of one part of a message: {"type": "text", "text": ...}, {"text": ...} or a text by itself."""
     part = {"text": part} if isinstance(part, str) else part
-    kind, text = part.get("type", "text") if isinstance(part, dict) else kind_of(part), None
+    kind, text = part.get("type") or "text" if isinstance(part, dict) else kind_of(part), None
     if kind == "text":
-        name = next((name for name in TEXTS if name in part), "a text without a text")
-        text, more = part.get(name), part.keys() - {name, "type", *WORDS["beside a text"]}
-        kind = name if name not in part else kind_of(text) if not isinstance(text, str | None) else kind
-        kind = min(more) if more and "type" not in part else kind
+        texts = [name for name in TEXTS if part.get(name) is not None]
+        more = [name for name, value in part.items() if value and name not in (*TEXTS, "type", *WORDS["beside a text"])]
+        text = part[texts[0]] if texts else None
+        kind = "a text without a text" if not part.keys() & set(TEXTS) else kind
+        kind = "several texts" if len(texts) > 1 else kind if isinstance(text, str | None) else kind_of(text)
+        kind = more[0] if more and not part.get("type") else kind
     if kind != "text":
         raise LeftOut(f"a message in {column} has a part that is no text ({visible(str(kind), 40)})")
     return text or ""
@@ -62,13 +63,10 @@ def _turns(message: Any) -> list[Any]:
     if isinstance(message, dict) and not message.keys() & {"role", "from"}:
         asked = next((name for name in ("input", "human", "user") if name in message), "")
         roles = {"system": "system", "user": asked, "assistant": "output" if asked == "input" else "assistant"}
-        if asked:
+        held = {name for name, value in message.items() if value is not None}
+        if asked == "input" or (asked and held <= set(roles.values())):
             return [{"role": role, "content": message[name]} for role, name in roles.items() if message.get(name)]
     return [message]
-
-
-def _has_both(names: Collection[str]) -> bool:
-    return "assistant" in names and ("human" in names or "user" in names)
 
 
 def _to_message(message: Any, column: str) -> dict[str, Any]:
@@ -95,10 +93,17 @@ def has_more(value: Any) -> bool:
     """Whether messages in a cell have more than a role and a text."""
     if isinstance(value, str):
         return value.lstrip()[:1] in ("{", "[") and any(f'"{name}"' in value for name in KEPT)
-    items = value.get("messages", value) if isinstance(value, dict) else value
+    items = talk_in(value) or value
     if isinstance(items, list):
         return any(map(has_more, items))
-    return isinstance(value, dict) and (any(map(value.get, KEPT)) or value.get("from") == "function_call")
+    called = isinstance(value, dict) and "function_call" in (value.get("from"), value.get("role"))
+    return called or (isinstance(value, dict) and any(map(value.get, KEPT)))
+
+
+def talk_in(value: Any) -> list[Any] | None:
+    """The messages in an object that has them under a name of their own."""
+    lists = (value.get(name) for name in TALKS) if isinstance(value, dict) else ()
+    return next((one for one in lists if isinstance(one, list)), None)
 
 
 def kind_of(value: Any) -> str:
@@ -113,12 +118,27 @@ def texts_of(value: Any) -> list[str | None] | None:
     return value if texts and not _messages_in(value) else None
 
 
-def _messages_in(value: Any) -> list[dict[str, Any]] | None:
-    """The messages of a cell, objects or JSON; pandas makes a list of JSON texts of them (datasets#8343). Else None."""
+def _messages_in(value: Any, objects: bool = False, role: str = "") -> list[dict[str, Any]] | None:
+    """The messages of a cell, objects or JSON; pandas makes a list of JSON texts of them (datasets#8343). Else None.
+
+    Of unusual names in JSON, which may be an honest answer, only those of a message that has nothing else.
+    """
     items = [opened(item) for item in (value if isinstance(value, list) else [value])]
-    keys = [item.keys() for item in items if isinstance(item, dict)]
-    whole = all((one & {"role", "from"} and one & {*TEXTS, *KEPT}) or _has_both(one) for one in keys)
-    return items if keys and whole and len(keys) == len(items) else None
+    whole = all(isinstance(item, dict) and _is_message(item, objects, role) for item in items)
+    return items if items and whole else None
+
+
+def _is_message(item: dict[str, Any], objects: bool, role: str) -> bool:
+    names, known = item.keys(), ROLES.get(str(item.get("role") or item.get("from")).lower())
+    if names & {"role", "from"}:
+        text = isinstance(item.get("text"), str) or isinstance(item.get("parts"), list)
+        return bool(names & {"content", "value", *KEPT} or (text and (objects or (known and len(names) == 2))))
+    both = (
+        "assistant" in names
+        and ("human" in names or "user" in names)
+        and names <= {"system", "human", "user", "assistant"}
+    )
+    return both and role == "user" and all(isinstance(text, str) for text in item.values())
 
 
 def to_messages(value: Any, column: str, role: str) -> list[dict[str, Any]]:
@@ -126,16 +146,16 @@ def to_messages(value: Any, column: str, role: str) -> list[dict[str, Any]]:
     if isinstance(value, str) and value.lstrip()[:1] not in ("[", "{", "a"):  # most are plain
         return [{"role": role, "content": value}]
     found = opened(value)
-    if isinstance(found, dict) and (name := next((one for one in TALKS if isinstance(found.get(one), list)), "")):
-        talk, others = found[name], found.keys() - {name, "tools", "system"}
+    if isinstance(found, dict) and (talk := talk_in(found)) is not None:
+        others = found.keys() - {*TALKS, "tools", "system"}
         last = talk[-1] if talk and isinstance(talk[-1], dict) else {}
         if found is not value and others and ROLES.get(str(last.get("role", last.get("from"))).lower()) == role:
             raise LeftOut(f"{column} holds messages as JSON in a text, beside {visible(', '.join(sorted(others)), 60)}")
         if found is value or not others:
             system = [{"role": "system", "content": found["system"]}] if found.get("system") else []
-            found = value = [*system, *talk]
+            found = value = [*(turn for turn in system if turn not in talk[:1]), *talk]
     objects = isinstance(value, list) and value and isinstance(value[0], dict)  # as most are
-    if not objects and (items := _messages_in(found)):
+    if not objects and (items := _messages_in(found, value is found, role)):
         value = items
     elif isinstance(value, str) and found is value and LOOKS_LIKE_MESSAGES.match(value):
         raise LeftOut(f"{column} looks like a list of messages but is no JSON")

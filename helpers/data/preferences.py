@@ -135,7 +135,10 @@ class Judge:
     def __init__(self, layout: Layout, sample: dict[str, Any], wins: Any, first_wins: Any):
         self.layout, self.sample, self.first_wins, self.count = layout, sample, first_wins, 0
         said = wins.items() if isinstance(wins, dict) else ()
-        self.of_nothing = next((meaning for value, meaning in said if is_missing(value)), None)
+        of_nothing = {meaning for value, meaning in said if is_missing(layouts.plain_value(value))}
+        if len(of_nothing) > 1:
+            raise asked("two meanings", value="")
+        self.of_nothing = next(iter(of_nothing), None)
         self.judges = bool(layout.kind) and layout.kind not in layouts.RANKED
         self.found: dict[str, Counter[str | None]] = defaultdict(Counter)  # how often a value had which meaning
         self.values: dict[str, Any] = {}  # the same values as they are shown
@@ -166,9 +169,14 @@ class Judge:
         if self.given or not isinstance(value, str) or number_of(value) is not None:
             return meaning
         # By its content, it may be the model that wrote an answer, or the answer itself.
-        pairs = (tuple(_key(lookup(row, name)) for name in pair) for pair in self.models)
-        key = _key(value)
-        named = next(("first" if key == a else "second" for a, b in pairs if key in (a, b) and a != b), meaning)
+        pairs = [[lookup(row, name) for name in pair] for pair in self.models]
+        pairs = [pair for pair in pairs if all(isinstance(name, str) for name in pair)]
+        alike = [list(map(_key, pair)) for pair in pairs]  # whatever the capitals
+        either = ((value, pairs), (_key(value), alike))
+        named = next(
+            ("first" if one == a else "second" for one, all_ in either for a, b in all_ if one in (a, b) and a != b),
+            meaning,
+        )
         if len(self.places) < 2 and (meaning == UNKNOWN or named != meaning):
             self.places |= dict.fromkeys(name for name in row if row[name] == value and name != self.layout.by[0])
         return named if meaning in (named, UNKNOWN) else UNKNOWN  # a word and a name that say different things
@@ -197,7 +205,8 @@ class Judge:
 
     def _majority(self, values: list[Any], states: Iterable[Any], row: dict[str, Any]) -> tuple[Any, str | None]:
         counts = [state in ("submitted", False, None) for state in states]
-        if len(counts) == len(values) and any(counts):
+        own = self.layout.status.count("*") == self.layout.by[0].count("*") or not self.layout.status  # of each vote
+        if own and len(counts) == len(values) and any(counts):
             values = list(itertools.compress(values, counts))
         elif not all(counts):  # none that counts, or nothing tells which
             return "a vote that is a draft, discarded or cancelled", None
@@ -224,7 +233,8 @@ class Judge:
         kept = {key: UNKNOWN if UNKNOWN in sides else sides.pop() for key, sides in said.items() if sides}
         counts, preference = Counter(kept.values()), self.layout.kind == "preference"
         if preference and self.first_wins is not None:
-            what, sure = "first_wins", counts["first"] == 1 and self._opposite(list(kept))
+            others = [key for key, meaning in kept.items() if meaning != "first"]
+            what, sure = "first_wins", counts["first"] == 1 and self._opposite(list(kept), others)
             kept |= {key: UNKNOWN for key, meaning in kept.items() if meaning != "tie"}
         else:  # 1 alone may be of 0 and 1, or of 1 and 2; 2 alone of a scale
             numbers = {number_of(self.values[key]) for key in kept}
@@ -233,16 +243,16 @@ class Judge:
         if not sure:
             raise self._question(QUESTIONS[what].format(value=self.first_wins), kept)
 
-    def _opposite(self, keys: list[str]) -> bool:
-        """Whether of two values, besides ties, the second can only be the opposite of the first: both are words for an
-        answer, both are whole numbers, or neither is anything known."""
+    def _opposite(self, keys: list[str], others: list[str]) -> bool:
+        """Whether of two values, besides ties, one can only be the opposite of the other: both are words for an answer,
+        both are whole numbers, or neither is anything known, and none of `others` says that there is no verdict."""
         values = [self.values[key] for key in keys if self.words(self.values[key]) != "tie"]
         if len(values) < 2 or all(isinstance(value, bool) for value in values):
             return len(values) <= 2
         numbers, known = list(map(number_of, values)), {self.words(value) for value in values}
         if None not in numbers:
             return len(values) == 2 and all(number == int(number) for number in numbers if number is not None)
-        plain = not any(re.search(VERDICTS["no verdict"], _words(str(value))) for value in values)
+        plain = not any(re.search(VERDICTS["no verdict"], _words(str(value))) for value in map(self.values.get, others))
         return len(values) == 2 and plain and known in ({"first", "second"}, {UNKNOWN})
 
     def _question(self, what: str, kept: dict[str, str | None]) -> UserError:
@@ -256,7 +266,7 @@ class Judge:
         keys = sorted(kept, key=lambda key: kept[key] != UNKNOWN)[: layouts.MOST_NAMES]
         wins = ", ".join(f"{shown[key]}: {'...' if key in unsure else repr(kept[key])}" for key in keys)
         elsewhere = len(self.places) > 1 or any(layouts.says("models", name) for name in self.places)
-        two = len(kept) == 2 and self._opposite(list(kept))
+        two = len(kept) == 2 and self._opposite(list(kept), list(kept))
         more = QUESTIONS["two values" if two else "scale" if scale else "one"].format(*shown.values())
         said = {"column": ", ".join(self.layout.by), "held": held, "wins": wins, "a": a, "b": b, "more": more}
         return asked("elsewhere" if elsewhere else "values", what=what, names=layouts.listed(self.places), **said)
