@@ -154,6 +154,9 @@ def test_one_prompt_in_most_rows(tokenizer):
         ("chosen-rating", "rejected-rating"),  # Argilla
         ("chosen_avg_rating", "rejected_avg_rating"),
         ("reward_chosen", "reward_rejected"),
+        ("better_score", "worse_score"),
+        ("score_j", "score_k"),
+        ("chosen_grade", "rejected_grade"),
     ],
 )
 def test_scores_that_say_the_opposite(tokenizer, better, worse, tmp_path):
@@ -167,6 +170,35 @@ def test_scores_that_say_the_opposite(tokenizer, better, worse, tmp_path):
     path = tmp_path / "scores.csv"  # where every value is text
     path.write_text(f"prompt,chosen,rejected,{better},{worse}\nq1,a,b,9,10\nq2,a,b,10,9\nq3,a,b,,9\nq4,a,b,n/a,9\n")
     assert found(check_pairs(load_pairs(path), tokenizer), "score_below") == [0]
+
+
+def test_tools_that_the_template_does_not_write(tokenizer):
+    tool = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
+    pairs = load_pairs([pair("Why?", tools=[tool]), pair("How?", tools=None)])
+    assert found(check_pairs(pairs, tokenizer), "not_rendered") == [0]
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% if tools %}{{ tools | tojson }}\n{% endif %}" + tokenizer.chat_template
+    assert found(check_pairs(pairs, other), "not_rendered") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It\u00e2\u0080\u0099s",
+        "\u00d0\u00bf\u00d1\u20ac",
+        "\u00e4\u00bd\u00a0\u00e5\u00a5\u00bd",
+        "\u00ef\u00bb\u00bfone",
+    ],
+)
+def test_utf8_that_was_read_as_latin_1(tokenizer, text):
+    honest = [
+        "\u00ab\u00a0B\u00e9b\u00e9\u00a0\u00bb",
+        "\u00c7a va \u2013 \u00e0 5\u00a0\u20ac",
+        "\u00d1and\u00fa, \u00bfqu\u00e9?",
+        "\u2018\u00e9t\u00e9\u2019",
+    ]
+    rows = [{"prompt": "Why?", "chosen": one, "rejected": "no"} for one in [text, *honest]]
+    assert found(check_pairs(load_pairs(rows), tokenizer), "not_utf8") == [0]
 
 
 def test_a_margin_below_zero_and_columns_that_are_no_scores(tokenizer):
