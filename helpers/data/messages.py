@@ -16,7 +16,7 @@ MESSAGES = List({"role": Value("string"), "content": Value("string")})
 WHOLE_MESSAGES = List(Json())  # if any message has more than a role and a text
 (WORDS,) = tables("words.yaml")
 ROLES = {spelling: role for role, spellings in WORDS["roles"].items() for spelling in spellings}
-KEPT, TEXTS, TALKS = WORDS["kept"], WORDS["texts"], WORDS["talks"]
+KEPT, TEXT_KEYS, TALKS = WORDS["kept"], WORDS["texts"], WORDS["talks"]
 LOOKS_LIKE_MESSAGES = re.compile(
     r"""\s*(?:array\()?\[?\s*\{\s*(?:["'](?:role|content|from|value)|[^{}]*,\s*["'](?:role|from))["']\s*:"""
 )
@@ -28,10 +28,12 @@ def _text_of_part(part: Any, column: str) -> str:
     part = {"text": part} if isinstance(part, str) else part
     kind, text = part.get("type") or "text" if isinstance(part, dict) else kind_of(part), None
     if kind == "text":
-        texts = [name for name in TEXTS if part.get(name) is not None]
-        more = [name for name, value in part.items() if value and name not in (*TEXTS, "type", *WORDS["beside a text"])]
+        texts = [name for name in TEXT_KEYS if part.get(name) is not None]
+        more = [
+            name for name, value in part.items() if value and name not in (*TEXT_KEYS, "type", *WORDS["beside a text"])
+        ]
         text = part[texts[0]] if texts else None
-        kind = "a text without a text" if not part.keys() & set(TEXTS) else kind
+        kind = "a text without a text" if not part.keys() & set(TEXT_KEYS) else kind
         kind = "several texts" if len(texts) > 1 else kind if isinstance(text, str | None) else kind_of(text)
         kind = more[0] if more and not part.get("type") else kind
     if kind != "text":
@@ -74,7 +76,7 @@ def _to_message(message: Any, column: str) -> dict[str, Any]:
         raise LeftOut(f"{column} is a list that holds {kind_of(message)} where a message {{role, content}} should be")
     named, content = message.get("role") or message.get("from"), message.get("content")
     if content is None:
-        content = next((message[name] for name in TEXTS if message.get(name) is not None), None)
+        content = next((message[name] for name in TEXT_KEYS if message.get(name) is not None), None)
     role = ROLES.get(str(named).lower())
     if role is None:
         named = visible(str(named), 40)
