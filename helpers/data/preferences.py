@@ -66,6 +66,10 @@ def _words(text: str) -> str:
     return " ".join(re.sub(r"(?<=\w)[_-](?=\w)|[()\[\]\"'.,]|!+$", " ", text.casefold().strip()).split())
 
 
+def _side_named(value: str, pairs: Iterable[tuple[str, str]]) -> str | None:
+    return next(("first" if value == a else "second" for a, b in pairs if value in (a, b) and a != b), None)
+
+
 def _by_words(a: str, b: str, column: str, models: Iterable[str] = ("", "")) -> Rule:
     """Reads verdicts in words, and numbers that name an answer, about two answers with these column names, by those of
     their `models` too."""
@@ -169,14 +173,12 @@ class Judge:
         if self.given or not isinstance(value, str) or number_of(value) is not None:
             return meaning
         # By its content, it may be the model that wrote an answer, or the answer itself.
-        pairs = [[lookup(row, name) for name in pair] for pair in self.models]
-        pairs = [pair for pair in pairs if all(isinstance(name, str) for name in pair)]
-        alike = [list(map(_key, pair)) for pair in pairs]  # whatever the capitals
-        either = ((value, pairs), (_key(value), alike))
-        named = next(
-            ("first" if one == a else "second" for one, all_ in either for a, b in all_ if one in (a, b) and a != b),
-            meaning,
-        )
+        pairs = [(lookup(row, a), lookup(row, b)) for a, b in self.models]
+        pairs = [(a, b) for a, b in pairs if isinstance(a, str) and isinstance(b, str)]
+        named = _side_named(value, pairs)
+        if named is None and self.models[1:]:  # whatever the capitals
+            named = _side_named(_key(value), [(_key(a), _key(b)) for a, b in pairs])
+        named = named or meaning
         if len(self.places) < 2 and (meaning == UNKNOWN or named != meaning):
             self.places |= dict.fromkeys(name for name in row if row[name] == value and name != self.layout.by[0])
         return named if meaning in (named, UNKNOWN) else UNKNOWN  # a word and a name that say different things
