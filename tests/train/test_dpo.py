@@ -467,6 +467,7 @@ def test_minutes_said_before_the_first_step_are_near_those_that_it_took(policy, 
     train_dpo(*call, tmp_path / "first")
     (seconds, began), ended = said[0], time.monotonic()
     assert 0.5 < (ended - began) / seconds < 2, (ended - began, seconds)
+    # Private: the parts of a run that a second call is not to repeat.
     monkeypatch.setattr(dpo, "_score", lambda *_: pytest.fail("the log-probs are in the cache"))
     monkeypatch.setattr(dpo, "_train", lambda *_: pytest.fail("as far as this"))
     fresh = helpers.add_lora(policy.unload(), seed=0)

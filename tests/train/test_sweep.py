@@ -20,7 +20,7 @@ from helpers.after.recommend import compare_accuracy, recommend
 from helpers.data.load import load_pairs
 from helpers.teach import plots
 from helpers.train.dpo import train_dpo
-from helpers.train.sweep import Sweep, _add, sweep_beta
+from helpers.train.sweep import Sweep, _add, sweep_beta  # private: rows without a run
 
 pytest_slow = pytest.mark.slow
 
