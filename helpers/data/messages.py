@@ -25,20 +25,30 @@ PARTS = re.compile(r'\s*\[\s*\{[^{}]*"type"\s*:\s*"text"')
 
 def _text_of_part(part: Any, column: str) -> str:
     """The text of one part of a message: {"type": "text", "text": ...}, {"text": ...} or a text by itself."""
-    part = {"text": part} if isinstance(part, str) else part
-    kind, text = part.get("type") or "text" if isinstance(part, dict) else kind_of(part), None
-    if kind == "text":
-        texts = [name for name in TEXT_KEYS if part.get(name) is not None]
-        more = [
-            name for name, value in part.items() if value and name not in (*TEXT_KEYS, "type", *WORDS["beside a text"])
-        ]
-        text = part[texts[0]] if texts else None
-        kind = "a text without a text" if not part.keys() & set(TEXT_KEYS) else kind
-        kind = "several texts" if len(texts) > 1 else kind if isinstance(text, str | None) else kind_of(text)
-        kind = more[0] if more and not part.get("type") else kind
-    if kind != "text":
-        raise LeftOut(f"a message in {column} has a part that is no text ({visible(str(kind), 40)})")
-    return text or ""
+    if isinstance(part, str):
+        return part
+    own = {name: value for name, value in part.items() if value} if isinstance(part, dict) else {}
+    texts = [own[name] for name in TEXT_KEYS if name in own]
+    other = next(
+        (name for name in own if "type" not in own and name not in (*TEXT_KEYS, *WORDS["beside a text"])), None
+    )
+    if not isinstance(part, dict):
+        kind = kind_of(part)
+    elif other or own.get("type", "text") != "text":
+        kind = other or own["type"]
+    elif len(texts) > 1:
+        kind = "several texts"
+    elif texts and not isinstance(texts[0], str):
+        kind = kind_of(texts[0])
+    elif part.keys() & set(TEXT_KEYS):
+        return "".join(texts)
+    else:
+        kind = "a text without a text"
+    raise LeftOut(f"a message in {column} has a part that is no text ({visible(str(kind), 40)})")
+
+
+def _role(message: dict[str, Any]) -> str | None:
+    return ROLES.get(str(message.get("role") or message.get("from")).lower())
 
 
 def _text_of(content: Any, column: str) -> str:
@@ -77,8 +87,7 @@ def _to_message(message: Any, column: str) -> dict[str, Any]:
     named, content = message.get("role") or message.get("from"), message.get("content")
     if content is None:
         content = next((message[name] for name in TEXT_KEYS if message.get(name) is not None), None)
-    role = ROLES.get(str(named).lower())
-    if role is None:
+    if (role := _role(message)) is None:
         named = visible(str(named), 40)
         raise LeftOut(f"a message in {column} has no role among system, user, assistant, tool, but {named!r}")
     more = {ours: message[name] for name, ours in KEPT.items() if message.get(name)}
@@ -95,8 +104,7 @@ def has_more(value: Any) -> bool:
     """Whether messages in a cell have more than a role and a text."""
     if isinstance(value, str):
         return value.lstrip()[:1] in ("{", "[") and any(f'"{name}"' in value for name in KEPT)
-    items = talk_in(value) or value
-    if isinstance(items, list):
+    if isinstance(items := talk_in(value) or value, list):
         return any(map(has_more, items))
     called = isinstance(value, dict) and "function_call" in (value.get("from"), value.get("role"))
     return called or (isinstance(value, dict) and any(map(value.get, KEPT)))
@@ -131,15 +139,12 @@ def _messages_in(value: Any, objects: bool = False, role: str = "") -> list[dict
 
 
 def _is_message(item: dict[str, Any], objects: bool, role: str) -> bool:
-    names, known = item.keys(), ROLES.get(str(item.get("role") or item.get("from")).lower())
+    names = item.keys()
     if names & {"role", "from"}:
         text = isinstance(item.get("text"), str) or isinstance(item.get("parts"), list)
-        return bool(names & {"content", "value", *KEPT} or (text and (objects or (known and len(names) == 2))))
-    both = (
-        "assistant" in names
-        and ("human" in names or "user" in names)
-        and names <= {"system", "human", "user", "assistant"}
-    )
+        alone = objects or (len(names) == 2 and _role(item) is not None)
+        return bool(names & {"content", "value", *KEPT}) or (text and alone)
+    both = names - {"system"} in ({"human", "assistant"}, {"user", "assistant"})
     return both and role == "user" and all(isinstance(text, str) for text in item.values())
 
 
@@ -151,7 +156,7 @@ def to_messages(value: Any, column: str, role: str) -> list[dict[str, Any]]:
     if isinstance(found, dict) and (talk := talk_in(found)) is not None:
         others = found.keys() - {*TALKS, "tools", "system"}
         last = talk[-1] if talk and isinstance(talk[-1], dict) else {}
-        if found is not value and others and ROLES.get(str(last.get("role", last.get("from"))).lower()) == role:
+        if found is not value and others and _role(last) == role:
             raise LeftOut(f"{column} holds messages as JSON in a text, beside {visible(', '.join(sorted(others)), 60)}")
         if found is value or not others:
             system = [{"role": "system", "content": found["system"]}] if found.get("system") else []
