@@ -235,25 +235,9 @@ def check_arguments(columns: Any, wins: Any, scores: Any, ranked: Any, first_win
 def find_layout(names: tuple[str, ...], columns: dict[str, list[str]], scores: tuple[str, ...]) -> Layout | None:
     """The layout that these column names make, or None. Raises UserError if they have two readings or none by kind."""
     plain = all(_found(names, columns, role) for role in ("chosen", "rejected"))
-    if columns.keys() <= {"prompt", "system", "preference"} and not scores and not plain:
-        for entry in FORMATS:
-            if columns.get("preference", entry.get("preference")) != entry.get("preference"):
-                continue
-            if set(entry["columns"]) <= set(names) and not set(entry.get("without", ())) & set(names):
-                if "refused" in entry:
-                    if entry.get("of one answer") and two_answers(names):
-                        continue
-                    raise UserError(entry["refused"])
-                layout = _made(names, {"system": _system(names, {})} | entry | columns)
-                if len(layout.answers) < len(entry["answers"]) or (layout.kind in RANKED and two_answers(names)):
-                    continue  # two other answers
-                others = dict.fromkeys(
-                    [*_found(names, {}, "preference"), *(one for one in names if says("verdict", one))]
-                )
-                others = [name for name in others if name not in layout.columns(names)]
-                if others and layout.kind not in ("", *RANKED) and "preference" not in columns:
-                    raise asked("several preferences", names=listed([*layout.by, *others]))
-                return layout
+    free = columns.keys() <= {"prompt", "system", "preference"} and not scores and not plain
+    if free and (layout := _of_format(names, columns)):
+        return layout
     answers, by = _answers(names, columns, scores)
     if not answers:
         return None
@@ -263,6 +247,25 @@ def find_layout(names: tuple[str, ...], columns: dict[str, list[str]], scores: t
     history = ["history"] if "history" not in prompt else []
     by = {"system": _system(names, columns), "history": history, **by}
     return _made(names, {"prompt": prompt, "answers": answers, **by})
+
+
+def _of_format(names: tuple[str, ...], columns: dict[str, list[str]]) -> Layout | None:
+    """The layout of the first public format that has these columns; raises UserError if its rows are no pairs."""
+    for entry in FORMATS:
+        there = set(entry["columns"]) <= set(names) and not set(entry.get("without", ())) & set(names)
+        if not there or columns.get("preference", entry.get("preference")) != entry.get("preference"):
+            continue
+        if "refused" in entry and not (entry.get("of one answer") and two_answers(names)):
+            raise UserError(entry["refused"])
+        layout = _made(names, {"system": _system(names, {})} | entry | columns)
+        if len(layout.answers) < len(entry.get("answers", "ab")) or (layout.kind in RANKED and two_answers(names)):
+            continue  # other answers
+        if layout.kind not in ("", *RANKED) and "preference" not in columns:
+            others = {*_found(names, {}, "preference"), *(name for name in names if says("verdict", name))}
+            if others := [name for name in names if name in others - layout.columns(names)]:
+                raise asked("several preferences", names=listed([*layout.by, *others]))
+        return layout
+    return None
 
 
 def _system(names: tuple[str, ...], columns: dict[str, list[str]]) -> list[str]:

@@ -261,7 +261,7 @@ class Judge:
         a, b = self.layout.answers
         values = ((key, self.values[key]) for key in kept)
         plain = {key: json.dumps(value) if isinstance(value, list | dict) else value for key, value in values}
-        shown = {key: visible(repr(value), 60) for key, value in plain.items()}
+        shown = {key: visible(repr(value), 120) for key, value in plain.items()}
         held = layouts.shortened([f"{text} ({self.found[key].total()})" for key, text in shown.items()])
         scale = {key for key, value in plain.items() if number_of(value) is not None}
         unsure = scale.union(key for key, meaning in kept.items() if meaning == UNKNOWN)
