@@ -147,7 +147,7 @@ def first_batch(model: Any, tokenizer: Any, path: Path, test: Dataset, folder: P
     job.begin()
     marks.append(time.perf_counter())
     reference = {name: zeros(len(getattr(checked, name).ids)) for name in ("train", "test")}
-    dpo.check_start = lambda trainer, settings: 0.0  # which would find that there was no pass of the reference
+    dpo.check_start = lambda trainer, settings: 0.0  # it would refuse these zeros
     trainer = dpo._trainer(job, reference, [])  # noqa: SLF001  (train_dpo, but for the reference's pass)
     batch = next(iter(trainer.get_train_dataloader()))
     marks.append(time.perf_counter())

@@ -27,6 +27,7 @@ from helpers.session import quiet_progress
 BUNDLED_PAIRS = Path(__file__).parent / "bundled" / "pairs.jsonl"
 SIDES = ("prompt", "chosen", "rejected")
 PLACES = "abcdefgh"  # in a list
+NOUN = re.compile(layouts.VERDICTS["nouns"])  # for an answer
 
 
 def _prompt(row: dict[str, Any], layout: Layout) -> Any:
@@ -65,7 +66,7 @@ def _tools(row: dict[str, Any], layout: Layout) -> list[Any]:
 
 
 def _own_tools(cell: Any) -> Any:
-    """The tools beside the messages in a cell."""
+    """The tools that a cell has next to its messages."""
     cell = opened(cell)
     return opened(cell.get("tools")) if isinstance(cell, dict) and messages.talk_in(cell) is not None else None
 
@@ -87,8 +88,8 @@ def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
     names = {name for name, value in row.items() if isinstance(value, str | list | dict)}
     own = {name for name in row if {"chosen", "rejected"} & set(parts(name))}  # what is said of the two answers
     names |= {str(value) for name, value in row.items() if name not in own and layouts.says("keys", name)}
-    nouns = re.compile(layouts.VERDICTS["nouns"] + "|[a-h]")
-    answers = {name for name in row if name not in own and (one := parts(name)) and nouns.fullmatch(one[0])}
+    firsts = {name: parts(name)[:1] for name in row if name not in own}
+    answers = {name for name, first in firsts.items() if first and (NOUN.fullmatch(first[0]) or first[0] in [*PLACES])}
     start = 0 if any("0" in parts(side) for side in sides) else 1  # of places in a list
     for name, cell in zip(row, map(opened, row.values()), strict=True):
         if isinstance(cell, dict):
@@ -106,7 +107,7 @@ def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
 
 def _place(label: str) -> tuple[str, ...]:
     """Of "response A" or "the first" the part that tells which."""
-    words = [word for word in parts(label) if not re.fullmatch(layouts.VERDICTS["nouns"] + "|the", word)]
+    words = [word for word in parts(label) if not (word == "the" or NOUN.fullmatch(word))]
     return (str(WORDS["ordinals"].get(words[0], words[0])),) if len(words) == 1 and ":" not in label else ()
 
 

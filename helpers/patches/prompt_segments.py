@@ -23,9 +23,8 @@ class Keys(NamedTuple):
     """
 
     index: torch.Tensor  # the keys' places in the one row, by segment; those at the end are in no segment
-    copies: (
-        torch.Tensor
-    )  # (2, tokens): a token's two places in `index`; the second of a token that is there once is filler
+    # (2, tokens): a token's two places in `index`; the second of a token that is there once is filler
+    copies: torch.Tensor
     ends_q: torch.Tensor  # where the queries of each segment end, after a 0; int32
     ends_k: torch.Tensor  # its keys
     longest_q: int

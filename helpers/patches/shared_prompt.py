@@ -89,9 +89,8 @@ def pack(
     if one_row:
         fill = filler(len(row))
         filled = np.concatenate([flat, np.tile(np.array(rest)[:, None], fill)], axis=1)
-        filled[2, np.flatnonzero(filled[2] == -100)[: -told.sum() % 128]] = (
-            0  # nobody reads these predictions: see above
-        )
+        nobody_reads = np.flatnonzero(filled[2] == -100)[: -told.sum() % 128]  # these predictions: see above
+        filled[2, nobody_reads] = 0
         inputs: dict[str, Any] = dict(zip(names, moved(filled, device)[:, None], strict=True))
         inputs["prefix_seg_info"] = segment_keys(sizes, fill, device)
         packed = np.zeros_like(row), np.arange(len(row))
