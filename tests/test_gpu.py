@@ -272,6 +272,42 @@ def test_a_recorded_step_gives_the_same_losses_and_gradients(base, pairs, tmp_pa
     assert handed[0] < 0.3 * handed[1]
 
 
+def test_a_loss_on_the_cpu_is_that_of_the_gpu_with_fewer_waits(base, pairs, tmp_path):
+    model, tokenizer = base
+    policy = helpers.add_lora(model, seed=0)
+    found, copies = [], []
+    try:
+        ids = tokenize_pairs(pairs[0].select(range(8)), tokenizer)
+        ids = with_reference(ids, pair_logps(policy, tokenizer, ids))
+        trainer = make_trainer(policy, tokenizer, ids, None, config(tmp_path))
+        weights = [weight for weight in policy.parameters() if weight.requires_grad]
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for weight in weights:
+                weight.normal_(std=0.01)
+        batch = trainer.data_collator(ids.to_list())
+        on_card = {name: one.to("cuda") for name, one in batch.items() if name != "packed_pairs"}
+        for inputs in (on_card | {"packed_pairs": batch["packed_pairs"]}, on_card):
+            policy.train().zero_grad()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                loss = trainer.compute_loss(policy, inputs)
+                loss.backward()
+                torch.cuda.synchronize()
+            copies.append(sum("DtoH" in event.name for event in profile.events()))
+            figures = {name: each[-1] for name, each in trainer._metrics["train"].items()}  # noqa: SLF001
+            del figures["num_tokens"]  # of all batches so far
+            found.append((loss, figures, torch.cat([weight.grad.flatten() for weight in weights])))
+    finally:
+        strip(model)
+    (loss, figures, gradient), (other_loss, other_figures, other_gradient) = found
+    alike = torch.nn.functional.cosine_similarity(gradient, other_gradient, dim=0).item()
+    print("losses", loss.item(), other_loss.item(), "gradients alike", alike, "copies to the CPU", copies)
+    assert (loss.device.type, other_loss.device.type) == ("cpu", "cuda") and copies[0] < 0.5 * copies[1]
+    assert loss.item() == pytest.approx(other_loss.item(), abs=1e-3) != pytest.approx(math.log(2), abs=1e-2)
+    assert figures == pytest.approx(other_figures, abs=0.02)
+    assert alike > 0.99
+
+
 @contextlib.contextmanager
 def nearly_full(left: float):
     """In the block so many bytes of the card are free."""

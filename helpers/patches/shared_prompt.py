@@ -23,6 +23,7 @@ from helpers.patches.prompt_segments import moved, places, segment_keys, take_se
 # Architectures whose attention takes any mask and whose positions are all in position_ids.
 SHARED_KINDS = ("llama", "qwen2", "qwen3")
 _BATCH = ("input_ids", "attention_mask", "labels")
+_FIGURES = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # of each prediction
 # Set to False, a GPU computes each pair as two rows: for benchmarks/gpu.py and tests, which compare.
 ON_GPU = True
 # Set to False, no kernels are recorded (`recorded_stack`), and rows have more widths; for the same comparisons.
@@ -36,6 +37,7 @@ class Packed:
     inputs: dict[str, Any]  # of the model
     given: tuple[torch.Tensor, ...]  # where each prediction is in the rows given: rows, columns
     packed: tuple[torch.Tensor, ...]  # where in the inputs
+    rows: dict[str, Any] | None = None  # the rows given, on the CPU, if the loss is to be computed there
 
 
 def _mask(sizes: list[list[int]], dtype: torch.dtype) -> torch.Tensor:
@@ -57,15 +59,20 @@ def filler(tokens: int) -> int:
 
 
 def pack(
-    ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, inner: PreTrainedModel, one_row: bool
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    labels: torch.Tensor,
+    inner: PreTrainedModel,
+    one_row: bool,
+    rows: dict[str, Any] | None = None,
 ) -> Packed | None:
     """The batch [chosen; rejected] for `inner` with each prompt once, as a row for each pair or all in `one_row`.
 
     The prompt's last token opens either completion, since it has to predict both first tokens; the last token of a
     completion predicts nothing and is left out. One row is filled up to few different widths, all multiples of 128 (see
     `filler`). More tokens than needed are predicted, so that the LM head's products have few sizes: for a new size
-    their kernels are chosen anew, which takes milliseconds. None if the rows are no pairs with equal prompts and
-    something after them.
+    their kernels are chosen anew, which takes milliseconds. With `rows`, what is found comes back to the CPU (see
+    `Packed`). None if the rows are no pairs with equal prompts and something after them.
     """
     if len(ids) % 2:
         return None
@@ -96,13 +103,14 @@ def pack(
         packed = np.zeros_like(row), np.arange(len(row))
     else:
         parts = [torch.from_numpy(one).split([*map(sum, sizes)]) for one in flat]
-        rows = zip(names, parts, rest, strict=True)
-        inputs = {name: pad_sequence(part, True, value).to(device) for name, part, value in rows}
+        padded = zip(names, parts, rest, strict=True)
+        inputs = {name: pad_sequence(part, True, value).to(device) for name, part, value in padded}
         inputs["attention_mask"] = _mask(sizes, inner.dtype)
         length = length.reshape(pairs, 2).sum(axis=1)
         packed = np.repeat(np.arange(pairs), length), places(np.zeros_like(length), length)
-    where = moved(np.stack([row, column, *packed])[:, told], device)
-    return Packed(inputs, tuple(where[:2]), tuple(where[2:]))
+    given, packed = np.stack([row, column])[:, told], np.stack(packed)[:, told]
+    given = moved(given, device if rows is None else torch.device("cpu"))
+    return Packed(inputs, tuple(given), tuple(moved(packed, device)), rows)
 
 
 def _on_gpu(inner: PreTrainedModel) -> bool:
@@ -125,11 +133,11 @@ def _share(inner: PreTrainedModel) -> None:
             return fused(*args, fused_lm_head=fused_lm_head, **kwargs)
         others = {name: value for name, value in kwargs.items() if name not in _BATCH}
         outputs = fused(*args, fused_lm_head=True, **others, **packed.inputs)
-        for name in ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"):
-            values = getattr(outputs, name)
-            if values is not None:
-                spread = values.new_zeros(len(batch[0]), batch[0].shape[1] - 1)
-                setattr(outputs, name, spread.index_put(packed.given, values[packed.packed]))
+        found = {name: getattr(outputs, name) for name in _FIGURES if getattr(outputs, name) is not None}
+        values = torch.stack([one[packed.packed].float() for one in found.values()]).to(packed.given[0].device)
+        for (name, one), own in zip(found.items(), values, strict=True):
+            spread = own.new_zeros(len(batch[0]), batch[0].shape[1] - 1)
+            setattr(outputs, name, spread.index_put(packed.given, own).to(one.dtype))
         return outputs
 
     inner.forward = forward
@@ -194,12 +202,42 @@ def lay_out_early(trainer: trl.DPOTrainer) -> None:
     inner, collate = trainer.model.get_base_model(), trainer.data_collator
     if not can_share(inner) or trainer.args.dataloader_num_workers:  # other processes do not have the model
         return
+    on_cpu = _loss_on_cpu(trainer)
 
     def collator(rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = collate(rows)
         if "attention_mask" in batch:  # not if rows come without padding
             labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)  # as the loss makes them
-            batch["packed_pairs"] = pack(batch["input_ids"], batch["attention_mask"], labels, inner, _on_gpu(inner))
+            given = batch["input_ids"], batch["attention_mask"], labels
+            batch["packed_pairs"] = pack(*given, inner, _on_gpu(inner), rows=dict(batch) if on_cpu else None)
         return batch
 
     trainer.data_collator = collator
+
+
+def _loss_on_cpu(trainer: trl.DPOTrainer) -> bool:
+    """Have `trainer` compute the loss and its figures on the CPU, from the log-probs of a batch that has its `rows`.
+
+    TRL's loss is some hundred small operations and waits for a dozen figures, all between the forward and the backward
+    pass. One copy to the CPU takes their place; the gradient takes the same way back. False where that can't be done:
+    a loss that puts tensors of its own on the GPU, a scaled one (fp16), several processes.
+    """
+    args, compute, step = trainer.args, trainer.compute_loss, trainer.training_step
+    if args.world_size > 1 or args.fp16 or trainer.ld_alpha is not None or "exo_pair" in trainer.loss_types:
+        return False
+
+    @functools.wraps(compute)
+    def compute_loss(model: Any, inputs: dict[str, Any], *more: Any, **options: Any) -> Any:
+        packed = inputs.get("packed_pairs")
+        if packed is not None:
+            inputs = packed.rows | {"packed_pairs": packed}
+        return compute(model, inputs, *more, **options)
+
+    @functools.wraps(step)
+    def training_step(*given: Any, **options: Any) -> torch.Tensor:
+        loss = step(*given, **options)
+        # A copy to the GPU would wait for the backward pass.
+        return loss if loss.device == args.device else torch.full((), loss.item(), device=args.device)
+
+    trainer.compute_loss, trainer.training_step = compute_loss, training_step
+    return True

@@ -93,12 +93,12 @@ def test_generation_and_plain_calls_are_unchanged(policy):
     assert text.shape[1] <= 7
 
 
-def test_batches_that_the_collator_packs_give_the_same_losses(policy, monkeypatch, tmp_path):
+def test_batches_that_the_collator_packs_give_the_same_losses_and_figures(policy, monkeypatch, tmp_path):
     policy, tokenizer = policy
     ids = tokenize_pairs(load_pairs().select(range(3)), tokenizer)
     ids = with_reference(ids, pair_logps(policy, tokenizer, ids))
     settings = {"output_dir": str(tmp_path), "bf16": False, "report_to": "none", "per_device_train_batch_size": 3}
-    losses, packings = [], []
+    losses, figures, packings = [], [], []
     monkeypatch.setattr(shared_prompt, "pack", lambda *given, **named: packings.append(1) or pack(*given, **named))
     for workers in (0, 1):  # with workers the batch is packed in the forward
         config = DPOConfig(**settings | {"dataloader_num_workers": workers})
@@ -108,10 +108,14 @@ def test_batches_that_the_collator_packs_give_the_same_losses(policy, monkeypatc
             assert len(packings) == 1 - workers
             packings.clear()
             with torch.no_grad():
+                for name in batch.keys() - {"packed_pairs"} if not workers else ():
+                    batch[name] = torch.zeros_like(batch[name])  # which the GPU has of it is not read
                 losses.append(trainer.compute_loss(policy, batch).item())
+            figures.append(dict(trainer._metrics["train"]))  # noqa: SLF001  (there is no loop here that logs them)
             assert len(packings) == workers
             packings.clear()
     assert losses[0] == losses[1] != math.log(2)
+    assert figures[0] == figures[1] and len(figures[0]) > 8
 
 
 def test_segments_of_one_row_give_the_same_log_probs_and_gradient(policy):
