@@ -134,7 +134,9 @@ def _share(inner: PreTrainedModel) -> None:
         others = {name: value for name, value in kwargs.items() if name not in _BATCH}
         outputs = fused(*args, fused_lm_head=True, **others, **packed.inputs)
         found = {name: getattr(outputs, name) for name in _FIGURES if getattr(outputs, name) is not None}
-        values = torch.stack([one[packed.packed].float() for one in found.values()]).to(packed.given[0].device)
+        # The loss takes a gradient of the log-probs alone. One of the entropy, even if it is 0, would be computed too.
+        told = [(one if name == "log_probs" else one.detach())[packed.packed].float() for name, one in found.items()]
+        values = torch.stack(told).to(packed.given[0].device)
         for (name, one), own in zip(found.items(), values, strict=True):
             spread = own.new_zeros(len(batch[0]), batch[0].shape[1] - 1)
             setattr(outputs, name, spread.index_put(packed.given, own).to(one.dtype))

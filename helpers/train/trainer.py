@@ -29,7 +29,7 @@ from helpers.model.logps import summed
 from helpers.patches.cached_reference import use_cached_reference
 from helpers.patches.cast_once import cast_weights_once
 from helpers.patches.given_ids import trainer_class
-from helpers.patches.optimizer_waits import update_without_waits
+from helpers.patches.one_update import update_at_once
 from helpers.patches.recorded_stack import record_stack
 from helpers.patches.shared_prompt import SHARED_KINDS, lay_out_early, share_prompts
 from helpers.patches.unsloth_checkpointing import set_checkpointing
@@ -167,7 +167,7 @@ def make_trainer(
     if model.device.type == "cuda":
         trainer.accelerator.dataloader_config.non_blocking = True  # or a copy of a batch waits for the step before
         trainer.add_callback(_BatchAhead(trainer))
-        update_without_waits(trainer)
+        update_at_once(trainer)
         if config.bf16:
             cast_weights_once(trainer)
             record_stack(trainer)

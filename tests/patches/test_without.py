@@ -46,7 +46,7 @@ modeling_llama.create_causal_mask = own_mask_only
 """,
     "prompt_segments": OTHER_SOURCE,
     "recorded_stack": "import torch\ndel torch.cuda.graph_pool_handle",
-    "optimizer_waits": "import bitsandbytes.optim.optimizer as module\ndel module.sync_gpu",
+    "one_update": "import bitsandbytes.optim.optimizer as module\ndel module.sync_gpu",
     "cast_once": "import torch\ndel torch._foreach_copy_",
     "given_ids": RENAME + "rename(trl.trainer.dpo_trainer.DPOTrainer, '_prepare_dataset', '_tokenize_dataset')",
     "cached_reference": RENAME + "rename(trl.trainer.dpo_trainer.DPOTrainer, 'precompute_ref_logps', 'ref_in_data')",
