@@ -87,10 +87,11 @@ def plain_value(value: Any) -> Any:
 
 
 def opened(value: Any) -> Any:
-    """What a cell holds as JSON; the cell itself if it is no text, or no JSON object or list."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):  # a cell of a CSV file
+    """What a cell holds as JSON, or as JSON in JSON; the cell itself if it is no text, or no JSON object or list."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "[", '"'):  # a cell of a CSV file
         with contextlib.suppress(ValueError):
-            return plain_value(json.loads(value)) if HALF_EMOJI.search(value) else json.loads(value)
+            found = opened(plain_value(json.loads(value)) if HALF_EMOJI.search(value) else json.loads(value))
+            return value if isinstance(found, str) else found
     return value
 
 
