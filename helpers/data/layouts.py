@@ -236,8 +236,8 @@ def check_arguments(columns: Any, wins: Any, scores: Any, ranked: Any, first_win
 def find_layout(names: tuple[str, ...], columns: dict[str, list[str]], scores: tuple[str, ...]) -> Layout | None:
     """The layout that these column names make, or None. Raises UserError if they have two readings or none by kind."""
     plain = all(_found(names, columns, role) for role in ("chosen", "rejected"))
-    free = columns.keys() <= {"prompt", "system", "preference"} and not scores and not plain
-    if free and (layout := _of_format(names, columns)):
+    free = columns.keys() <= {"prompt", "system", "preference"} and not plain
+    if free and (layout := _of_format(names, columns, scores)):
         return layout
     answers, by = _answers(names, columns, scores)
     if not answers:
@@ -250,9 +250,16 @@ def find_layout(names: tuple[str, ...], columns: dict[str, list[str]], scores: t
     return _made(names, {"prompt": prompt, "answers": answers, **by})
 
 
-def _of_format(names: tuple[str, ...], columns: dict[str, list[str]]) -> Layout | None:
-    """The layout of the first public format that has these columns; raises UserError if its rows are no pairs."""
+def _of_format(names: tuple[str, ...], columns: dict[str, list[str]], scores: tuple[str, ...]) -> Layout | None:
+    """The layout of the first public format that has these columns; raises UserError if its rows are no pairs. `scores`
+    compare its two answers if their names differ as those do, and no other rule finds answers."""
     for entry in FORMATS:
+        own = entry.get("scores") == [*scores] and not {"prompt", "history"} & set(names) - set(entry["columns"])
+        if scores and not own:
+            if len(entry.get("answers", ())) != 2 or two_answers(names):
+                continue
+            entry = {key: value for key, value in entry.items() if key not in (*TOLD_BY, "wins", "status")}
+            entry["scores"] = scores
         there = set(entry["columns"]) <= set(names) and not set(entry.get("without", ())) & set(names)
         if not there or columns.get("preference", entry.get("preference")) != entry.get("preference"):
             continue
@@ -261,12 +268,24 @@ def _of_format(names: tuple[str, ...], columns: dict[str, list[str]]) -> Layout 
         layout = _made(names, {"system": _system(names, {})} | entry | columns)
         if len(layout.answers) < len(entry.get("answers", "ab")) or (layout.kind in RANKED and two_answers(names)):
             continue  # other answers
-        if layout.kind not in ("", *RANKED) and "preference" not in columns:
+        if scores and ("" in (ends := apart(*layout.answers)) or set(apart(*scores)) != set(ends)):
+            continue  # nothing tells whose they are
+        if scores:
+            _check_scores(scores, layout.answers)
+        elif layout.kind not in ("", *RANKED) and "preference" not in columns:
             others = {*_found(names, {}, "preference"), *(name for name in names if says("verdict", name))}
             if others := [name for name in names if name in others - layout.columns(names)]:
                 raise asked("several preferences", names=listed([*layout.by, *others]))
         return layout
     return None
+
+
+def _check_scores(scores: tuple[str, ...], answers: Iterable[str]) -> None:
+    """Raise UserError if the higher one of two scores may be the worse, or the first one of the second answer."""
+    if any(says("ranks", name) for name in scores):
+        raise asked("ranks", names=listed(scores))
+    if apart(*scores) == apart(*answers)[::-1] != ("", ""):
+        raise asked("scores exchanged", scores=scores, answers=answers)
 
 
 def _system(names: tuple[str, ...], columns: dict[str, list[str]]) -> list[str]:
@@ -299,8 +318,6 @@ def _answers(names: tuple[str, ...], columns: dict[str, list[str]], scores: tupl
         return [], {}
     if len(found) > 1 and not scores:
         raise asked("several preferences", names=listed(found))
-    if any(says("ranks", name) for name in scores):
-        raise asked("ranks", names=listed(scores))
-    if scores and apart(*scores) == apart(*answers)[::-1] != ("", ""):
-        raise asked("scores exchanged", scores=scores, answers=answers)
+    if scores:
+        _check_scores(scores, answers)
     return answers, {"scores": scores} if scores else {"preference": found}
