@@ -237,11 +237,14 @@ def find_layout(names: tuple[str, ...], columns: dict[str, list[str]], scores: t
     """The layout that these column names make, or None. Raises UserError if they have two readings or none by kind."""
     plain = all(_found(names, columns, role) for role in ("chosen", "rejected"))
     free = columns.keys() <= {"prompt", "system", "preference"} and not plain
-    if free and (layout := _of_format(names, columns, scores)):
+    layout = _of_format(names, columns, scores) if free else None
+    answers, by = (layout.answers, {}) if layout else _answers(names, columns, scores)
+    if any(says("ranks", name) for name in scores if answers):
+        raise asked("ranks", names=listed(scores))
+    if scores and answers and apart(*scores) == apart(*answers)[::-1] != ("", ""):
+        raise asked("scores exchanged", scores=scores, answers=answers)
+    if layout or not answers:
         return layout
-    answers, by = _answers(names, columns, scores)
-    if not answers:
-        return None
     if answers[0] == answers[1]:
         raise asked("column twice", twice=answers)
     prompt = columns["prompt"] if "prompt" in columns else _prompt_columns(names, sum(columns.values(), []))
@@ -258,8 +261,7 @@ def _of_format(names: tuple[str, ...], columns: dict[str, list[str]], scores: tu
         if scores and not own:
             if len(entry.get("answers", ())) != 2 or two_answers(names):
                 continue
-            entry = {key: value for key, value in entry.items() if key not in (*TOLD_BY, "wins", "status")}
-            entry["scores"] = scores
+            entry = {key: entry[key] for key in entry.keys() - {*TOLD_BY, "wins", "status"}} | {"scores": scores}
         there = set(entry["columns"]) <= set(names) and not set(entry.get("without", ())) & set(names)
         if not there or columns.get("preference", entry.get("preference")) != entry.get("preference"):
             continue
@@ -270,22 +272,12 @@ def _of_format(names: tuple[str, ...], columns: dict[str, list[str]], scores: tu
             continue  # other answers
         if scores and ("" in (ends := apart(*layout.answers)) or set(apart(*scores)) != set(ends)):
             continue  # nothing tells whose they are
-        if scores:
-            _check_scores(scores, layout.answers)
-        elif layout.kind not in ("", *RANKED) and "preference" not in columns:
+        if not (scores or layout.kind in ("", *RANKED) or "preference" in columns):
             others = {*_found(names, {}, "preference"), *(name for name in names if says("verdict", name))}
             if others := [name for name in names if name in others - layout.columns(names)]:
                 raise asked("several preferences", names=listed([*layout.by, *others]))
         return layout
     return None
-
-
-def _check_scores(scores: tuple[str, ...], answers: Iterable[str]) -> None:
-    """Raise UserError if the higher one of two scores may be the worse, or the first one of the second answer."""
-    if any(says("ranks", name) for name in scores):
-        raise asked("ranks", names=listed(scores))
-    if apart(*scores) == apart(*answers)[::-1] != ("", ""):
-        raise asked("scores exchanged", scores=scores, answers=answers)
 
 
 def _system(names: tuple[str, ...], columns: dict[str, list[str]]) -> list[str]:
@@ -318,6 +310,4 @@ def _answers(names: tuple[str, ...], columns: dict[str, list[str]], scores: tupl
         return [], {}
     if len(found) > 1 and not scores:
         raise asked("several preferences", names=listed(found))
-    if scores:
-        _check_scores(scores, answers)
     return answers, {"scores": scores} if scores else {"preference": found}
