@@ -30,6 +30,7 @@ class Marks:
         answer = bare.format(f"(?:{roles['assistant']})")
         self.answer = re.compile(rf"\A\s*(?:(?:{end})\s*)?{answer}")  # at the beginning of a text
         self.end = re.compile(rf"(?:\s*(?:{end}))+\s*\Z")
+        self.alone = re.compile(entry.get("alone", "" if self.token else NEVER))
         self.inside = re.compile(entry.get("inside", NEVER))
         self.opening = re.compile(entry.get("opening", NEVER), re.DOTALL)
         # What a dialogue must begin with.
@@ -53,7 +54,7 @@ class Marks:
             del turns[0]
         roles = [turn["role"] for turn in turns if turn["role"] != "system"]
         alternate = len(roles) > 1 and roles == (["user", "assistant"] * len(roles))[: len(roles)]
-        return turns if alternate or (self.token and roles[:1] == ["user"]) else None
+        return turns if alternate or (roles[:1] == ["user"] and self.alone.match(text)) else None
 
     def certain(self, mark: str) -> bool:
         """Whether nobody begins an answer with this mark; Anthropic's without its empty line is a word of prose."""

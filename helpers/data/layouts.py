@@ -87,10 +87,11 @@ def plain_value(value: Any) -> Any:
 
 
 def opened(value: Any) -> Any:
-    """What a cell holds as JSON; the cell itself if it is no text, or no JSON object or list."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):  # a cell of a CSV file
+    """What a cell holds as JSON, or as JSON in JSON; the cell itself if it is no text, or no JSON object or list."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "[", '"'):  # a cell of a CSV file
         with contextlib.suppress(ValueError):
-            return plain_value(json.loads(value)) if HALF_EMOJI.search(value) else json.loads(value)
+            found = opened(plain_value(json.loads(value)) if HALF_EMOJI.search(value) else json.loads(value))
+            return value if isinstance(found, str) else found
     return value
 
 
@@ -235,12 +236,15 @@ def check_arguments(columns: Any, wins: Any, scores: Any, ranked: Any, first_win
 def find_layout(names: tuple[str, ...], columns: dict[str, list[str]], scores: tuple[str, ...]) -> Layout | None:
     """The layout that these column names make, or None. Raises UserError if they have two readings or none by kind."""
     plain = all(_found(names, columns, role) for role in ("chosen", "rejected"))
-    free = columns.keys() <= {"prompt", "system", "preference"} and not scores and not plain
-    if free and (layout := _of_format(names, columns)):
+    free = columns.keys() <= {"prompt", "system", "preference"} and not plain
+    layout = _of_format(names, columns, scores) if free else None
+    answers, by = (layout.answers, {}) if layout else _answers(names, columns, scores)
+    if any(says("ranks", name) for name in scores if answers):
+        raise asked("ranks", names=listed(scores))
+    if scores and answers and apart(*scores) == apart(*answers)[::-1] != ("", ""):
+        raise asked("scores exchanged", scores=scores, answers=answers)
+    if layout or not answers:
         return layout
-    answers, by = _answers(names, columns, scores)
-    if not answers:
-        return None
     if answers[0] == answers[1]:
         raise asked("column twice", twice=answers)
     prompt = columns["prompt"] if "prompt" in columns else _prompt_columns(names, sum(columns.values(), []))
@@ -249,9 +253,15 @@ def find_layout(names: tuple[str, ...], columns: dict[str, list[str]], scores: t
     return _made(names, {"prompt": prompt, "answers": answers, **by})
 
 
-def _of_format(names: tuple[str, ...], columns: dict[str, list[str]]) -> Layout | None:
-    """The layout of the first public format that has these columns; raises UserError if its rows are no pairs."""
+def _of_format(names: tuple[str, ...], columns: dict[str, list[str]], scores: tuple[str, ...]) -> Layout | None:
+    """The layout of the first public format that has these columns; raises UserError if its rows are no pairs. `scores`
+    compare its two answers if their names differ as those do, and no other rule finds answers."""
     for entry in FORMATS:
+        own = entry.get("scores") == [*scores] and not {"prompt", "history"} & set(names) - set(entry["columns"])
+        if scores and not own:
+            if len(entry.get("answers", ())) != 2 or two_answers(names):
+                continue
+            entry = {key: entry[key] for key in entry.keys() - {*TOLD_BY, "wins", "status"}} | {"scores": scores}
         there = set(entry["columns"]) <= set(names) and not set(entry.get("without", ())) & set(names)
         if not there or columns.get("preference", entry.get("preference")) != entry.get("preference"):
             continue
@@ -260,7 +270,9 @@ def _of_format(names: tuple[str, ...], columns: dict[str, list[str]]) -> Layout 
         layout = _made(names, {"system": _system(names, {})} | entry | columns)
         if len(layout.answers) < len(entry.get("answers", "ab")) or (layout.kind in RANKED and two_answers(names)):
             continue  # other answers
-        if layout.kind not in ("", *RANKED) and "preference" not in columns:
+        if scores and ("" in (ends := apart(*layout.answers)) or set(apart(*scores)) != set(ends)):
+            continue  # nothing tells whose they are
+        if not (scores or layout.kind in ("", *RANKED) or "preference" in columns):
             others = {*_found(names, {}, "preference"), *(name for name in names if says("verdict", name))}
             if others := [name for name in names if name in others - layout.columns(names)]:
                 raise asked("several preferences", names=listed([*layout.by, *others]))
@@ -298,8 +310,4 @@ def _answers(names: tuple[str, ...], columns: dict[str, list[str]], scores: tupl
         return [], {}
     if len(found) > 1 and not scores:
         raise asked("several preferences", names=listed(found))
-    if any(says("ranks", name) for name in scores):
-        raise asked("ranks", names=listed(scores))
-    if scores and apart(*scores) == apart(*answers)[::-1] != ("", ""):
-        raise asked("scores exchanged", scores=scores, answers=answers)
     return answers, {"scores": scores} if scores else {"preference": found}

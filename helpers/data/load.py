@@ -30,8 +30,17 @@ PLACES = "abcdefgh"  # in a list
 NOUN = re.compile(layouts.VERDICTS["nouns"])  # for an answer
 
 
+def _text(row: dict[str, Any], name: str) -> Any:
+    """What a column has. Raises LeftOut for a text that tables write for nothing."""
+    value = lookup(row, name)
+    if isinstance(value, str) and (text := value.strip()) in WORDS["nothing"]:
+        raise LeftOut(f"{name} is the text {text!r}, which tables write for nothing")
+    return value
+
+
 def _prompt(row: dict[str, Any], layout: Layout) -> Any:
-    values = [lookup(row, name) for name in layout.prompt]
+    read = lookup if _holds(lookup(row, layout.history)) else _text  # "None" can be a reply
+    values = [read(row, name) for name in layout.prompt]
     if len(values) < 2:
         return values[0] if values else None
     texts = {name: value for name, value in zip(layout.prompt, values, strict=True) if not is_missing(value)}
@@ -42,7 +51,7 @@ def _prompt(row: dict[str, Any], layout: Layout) -> Any:
 
 def _earlier(row: dict[str, Any], layout: Layout) -> list[dict[str, Any]]:
     """The system turn and the earlier turns that have columns of their own."""
-    system, history = lookup(row, layout.system), opened(lookup(row, layout.history))
+    system, history = _text(row, layout.system), opened(lookup(row, layout.history))
     nothing = is_missing(system.strip() if isinstance(system, str) else system)
     turns = [] if nothing else messages.to_messages(system, layout.system, "system")
     if not isinstance(history, list) and not is_missing(history):

@@ -103,7 +103,7 @@ def _to_message(message: Any, column: str) -> dict[str, Any]:
 def has_more(value: Any) -> bool:
     """Whether messages in a cell have more than a role and a text."""
     if isinstance(value, str):
-        return value.lstrip()[:1] in ("{", "[") and any(f'"{name}"' in value for name in KEPT)
+        return value.lstrip()[:1] in ("{", "[", '"') and any(f'"{name}"' in value.replace("\\", "") for name in KEPT)
     if isinstance(items := talk_in(value) or value, list):
         return any(map(has_more, items))
     called = isinstance(value, dict) and "function_call" in (value.get("from"), value.get("role"))
@@ -150,7 +150,7 @@ def _is_message(item: dict[str, Any], objects: bool, role: str) -> bool:
 
 def to_messages(value: Any, column: str, role: str) -> list[dict[str, Any]]:
     """Any spelling of one or more turns as messages; a plain string becomes one turn of `role`."""
-    if isinstance(value, str) and value.lstrip()[:1] not in ("[", "{", "a"):  # most are plain
+    if isinstance(value, str) and value.lstrip()[:1] not in ("[", "{", "a", '"'):  # most are plain
         return [{"role": role, "content": value}]
     found = opened(value)
     if isinstance(found, dict) and (talk := talk_in(found)) is not None:

@@ -1,5 +1,6 @@
 """Rows of JSON and CSV files, every value as it is written, with the line that each row starts on."""
 
+import contextlib
 import csv
 import gzip
 import io
@@ -165,10 +166,11 @@ def _fields(path: Path, name: str, skip: int, form: dict[str, Any]) -> Iterator[
         raise asked("invalid CSV", name=name, line=line, error=error, mark=form["delimiter"]) from None
 
 
-def _count(rows: Iterator[tuple[str, list[str]]]) -> tuple[int, int]:
-    """How many rows are as long as the first, and how many are not."""
-    first, *others = [len(fields) for _, fields in rows] or [0]
-    return others.count(first), len(others) - others.count(first)
+def _count(rows: Iterator[tuple[str, list[str]]]) -> tuple[int, int, int]:
+    """How many rows are as long as the first, how many are not, and how many fields begin with a space and a mark."""
+    first, *others = [(len(fields), sum(field[:2] == ' "' for field in fields)) for _, fields in rows] or [(0, 0)]
+    whole = sum(size == first[0] for size, _ in others)
+    return whole, len(others) - whole, first[1] + sum(marks for _, marks in others)
 
 
 def _delimiter(path: Path, skip: int) -> str:
@@ -182,7 +184,8 @@ def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
     """How many lines stand before the names, and the arguments of `csv.reader`. Text between tabs has no quotes by its
     standard, but pandas and Excel write them. So that no row swallows others, the reading with more whole rows counts.
     If both have as many, marks around a field are quotes only if they are around the names too, if those inside are
-    doubled, or if the file is called .csv."""
+    doubled, or if the file is called .csv. Spaces before fields are dropped if marks after them are quotes then, and as
+    many rows are whole."""
     csv.field_size_limit(sys.maxsize)
     skip, head = next(((number, line) for number, line in enumerate(_open_text(path, 0)) if line.strip()), (0, ""))
     if named := re.fullmatch(r'"?sep=(.)"?\s*', head):  # Excel's first line
@@ -193,13 +196,19 @@ def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
     quotes: dict[str, Any] = {"delimiter": mark, "strict": True, "skipinitialspace": spaced}
     text: dict[str, Any] = {"delimiter": mark, "quoting": csv.QUOTE_NONE}
     usual = mark != "\t" or head.startswith('"')
-    whole, other = _count(_fields(path, name, skip, text))
+    whole, other, _ = _count(_fields(path, name, skip, text))
     try:
-        quoted, quoted_other = _count(_fields(path, name, skip, quotes))
+        quoted, quoted_other, marks = _count(_fields(path, name, skip, quotes))
     except UserError:
         if usual:
             raise
-        quoted, quoted_other = -1, 0
+        quoted, quoted_other, marks = -1, 0, 0
+    if marks and mark != "\t":
+        with contextlib.suppress(UserError):
+            found = _count(_fields(path, name, skip, quotes | {"skipinitialspace": True}))
+            if found[0] >= quoted and found[2] < marks:
+                print(QUESTIONS["spaces"].format(name=name))
+                quoted, quoted_other, quotes["skipinitialspace"] = found[0], found[1], True
     if whole > quoted >= 0 and (not other if usual else other and not quoted_other):
         raise asked("two ways", name=name, quoted=quoted, whole=whole)
     doubled = quoted == whole and (not tsv or any(map(DOUBLED.search, _open_text(path, skip))))

@@ -269,6 +269,15 @@ def test_shards_in_a_folder_or_by_a_pattern(tmp_path, monkeypatch):
         rows_of(tmp_path / "bare")
 
 
+def test_a_row_that_goes_on_in_the_next_file_is_asked_about(tmp_path):
+    text = "".join(json.dumps(row) + "\n" for row in (Q, R, Q))
+    for cut in range(len(json.dumps(Q)) + 2, len(json.dumps(Q) + json.dumps(R)) + 1):
+        (tmp_path / "part-0.jsonl").write_text(text[:cut])
+        (tmp_path / "part-1.jsonl").write_text(text[cut:])
+        with pytest.raises(UserError, match="part-0.jsonl, line 2, .* goes on in the next file, join the files"):
+            rows_of(tmp_path)
+
+
 def test_shards_of_one_split(tmp_path):
     for part, row in enumerate((Q, R)):
         Dataset.from_list([row]).to_parquet(tmp_path / f"train-0000{part}-of-00002.parquet")
