@@ -57,9 +57,9 @@ def save(folder, tokenizer, **settings):
 
 
 @pytest.fixture
-def places(tmp_path, tokenizer, monkeypatch):
+def places(tmp_path, short_tokenizer, monkeypatch):
     """A model in models/mine of a home, and the working directory elsewhere."""
-    tokenizer.save_pretrained(tmp_path / "home" / "models" / "mine")
+    short_tokenizer.save_pretrained(tmp_path / "home" / "models" / "mine")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path / "elsewhere")
