@@ -444,13 +444,10 @@ def _of_source(source: Any) -> dict[str, Any]:
         sets = {"train_pairs": source.train_dataset, "test_pairs": source.eval_dataset}
         sizes = {name: len(rows) for name, rows in sets.items() if hasattr(rows, "column_names")}
         return {"history": source.state.log_history, "config": config} | sizes
-    if not isinstance(source, list) or not all(isinstance(row, dict) and _named_by_text(row) for row in source):
+    rows = source if isinstance(source, list) else [None]
+    if not all(isinstance(row, dict) and all(isinstance(key, str) for key in row) for row in rows):
         raise unreadable("not_a_history")
     return {"history": source}
-
-
-def _named_by_text(row: dict) -> bool:
-    return all(isinstance(key, str) for key in row)
 
 
 def _readable(known: dict[str, Any]) -> dict[str, Any]:
