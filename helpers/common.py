@@ -24,9 +24,14 @@ class UserError(ValueError):
     """A mistake that we could foresee in a setting, a file or a model; its text names the cure."""
 
 
-def errors_of(file: Path) -> Callable[..., UserError]:
-    """A function that makes the error with a text of this YAML `file`, by its name and what its braces want."""
-    texts: dict[str, str] = yaml.safe_load(file.read_text("utf-8"))
+def documents(module: str, name: str) -> list[Any]:
+    """The documents of the YAML file `name` in the folder of a `module`, which passes its `__file__`."""
+    return list(yaml.safe_load_all(Path(module).with_name(name).read_text("utf-8")))
+
+
+def errors_of(module: str, name: str) -> Callable[..., UserError]:
+    """A function that makes the error with a text of a `module`'s file `name`, by its name and what its braces want."""
+    (texts,) = documents(module, name)
     return lambda name, /, **values: UserError(texts[name].format(**values))
 
 

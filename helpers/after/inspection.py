@@ -107,20 +107,25 @@ def load_policy(run: Run) -> tuple[PeftModel, Tokenizer]:
     return model, tokenizer
 
 
-def open_run(run: Run | str | Path, *, ref_model: Model | None = None) -> OpenRun:
+AnyRun = OpenRun | Run | str | Path
+
+
+def open_run(run: AnyRun, *, ref_model: Model | None = None) -> OpenRun:
     """Load a run's policy and reference, after a check that they are what the run left.
 
     On a CPU both calculate in 32 bits. In the 16 bits of training, rounding changes the log-ratio of a token by a good
     part of what training changes.
 
     Args:
-        run: a run, or its folder.
+        run: a run, or its folder; what is open already is returned as it is.
         ref_model: the reference, for a run whose train_dpo had a `ref_model`.
 
     Raises:
         UserError: the folder is no finished run, or was edited; the adapter is missing or no safetensors file; the
             base model is not here, is another one, or comes with code (which is never run).
     """
+    if isinstance(run, OpenRun):
+        return run
     run = run if isinstance(run, Run) else Run.load(run)
     _check_reference(run, ref_model)
     model, tokenizer = load_policy(run)
@@ -131,13 +136,6 @@ def open_run(run: Run | str | Path, *, ref_model: Model | None = None) -> OpenRu
     if ref_model is not None and ref_model.device.type == "cpu":
         ref_model = copy.deepcopy(ref_model).float()  # the caller's stays as it is
     return OpenRun(run, model.eval(), tokenizer, ref_model)
-
-
-AnyRun = OpenRun | Run | str | Path
-
-
-def _opened(run: AnyRun) -> OpenRun:
-    return run if isinstance(run, OpenRun) else open_run(run)
 
 
 def compare_generations(
@@ -155,7 +153,7 @@ def compare_generations(
         max_new_tokens: where a reply is cut.
         options: of `generate_replies`; greedy by default, temperature, top_p and seed to sample.
     """
-    opened = _opened(run)
+    opened = open_run(run)
     options = opened.run.info.template | options | {"max_new_tokens": max_new_tokens}
     replies = opened.both(lambda model: generate_replies(model, opened.tokenizer, prompts, **options))
     columns: dict[str, list] = {"prompt": [_conversation(prompt) for prompt in prompts]}
@@ -174,7 +172,7 @@ def implicit_rewards(run: AnyRun, pairs: Dataset) -> pd.DataFrame:
     of `Run.held_out` (log-probs in nats under reference and policy, tokens, log_ratio_gap), chosen_reward,
     rejected_reward, margin (their difference), and the texts.
     """
-    opened = _opened(run)
+    opened = open_run(run)
     ids = tokenize_pairs(pairs, opened.tokenizer)
     logps = opened.both(lambda model: pair_logps(model, opened.tokenizer, ids, max_length=opened.max_length))
     table = held_out_table(pairs, **logps)
@@ -226,7 +224,7 @@ def token_rewards(run: AnyRun, pair: dict) -> pd.DataFrame:
     ends the turn), reference and policy (log-probs in nats), log_ratio (nats), reward. Raises UserError if the chat
     template refuses the pair.
     """
-    opened = _opened(run)
+    opened = open_run(run)
     # Not as a Dataset, which would give each tool of the row the keys of the others.
     (row,) = Renderer(opened.tokenizer)([pair])
     if row["refused"]:

@@ -99,7 +99,7 @@ def retention(run: AnyRun) -> Retention:
     kept in the run's folder (retention.json): `verdict` then has their sentence, as have the cards of `export_run`.
     `run` is a run, its folder, or what `open_run` gave, whose UserErrors it raises.
     """
-    opened = run if isinstance(run, OpenRun) else open_run(run)
+    opened = open_run(run)
     template = opened.run.info.template
     with opened.reference() as model:
         before, own = _ask(model, _asked_before(opened), template)

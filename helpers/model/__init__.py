@@ -1,7 +1,6 @@
 """Models: which one a machine gets, loading it, what it replies, its log-probs, and the memory that it needs."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,4 +11,4 @@ Model = PreTrainedModel | PeftModel
 Tokenizer = PreTrainedTokenizerBase
 Prompts = Sequence[str | list[dict] | dict]  # questions, conversations, or rows of pairs
 
-refusal = errors_of(Path(__file__).with_name("refusals.yaml"))
+refusal = errors_of(__file__, "refusals.yaml")

@@ -18,20 +18,13 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from helpers.common import cache_folder, write_atomic
 from helpers.data.render import IDS, data_hash, pair_lengths, prompt_ids, tokenize_pairs
 from helpers.model import Model, Prompts, Tokenizer
-from helpers.model.fingerprint import (
-    adapter_settings,
-    base_model,
-    config_hash,
-    fingerprint,
-    is_fresh,
-    tokenizer_hash,
-)
+from helpers.model.fingerprint import adapter_settings, base_model, config_hash, fingerprint, is_fresh, tokenizer_hash
 from helpers.model.generate import Reply, evaluating, generate_replies
 from helpers.model.load import check_token
 from helpers.patches import fused_lm_head
@@ -166,26 +159,19 @@ def reference_file(model: Model, tokenizer: Tokenizer, data: str, max_length: in
     return cache_folder() / "reference" / f"{key}.safetensors"
 
 
-def read_logps(path: Path, pairs: int) -> PairLogps | None:
-    """What `write_logps` wrote to `path` for so many `pairs`; None if it is not there or damaged."""
+def read_logps(path: Path, pairs: int) -> tuple[PairLogps, dict[str, str]] | None:
+    """What `write_logps` wrote to `path` for so many `pairs`, and its notes; None if it is not there or damaged."""
     try:
-        logps = PairLogps(**load_file(path))
+        with safe_open(path, framework="pt") as file:
+            logps, notes = PairLogps(*map(file.get_tensor, PairLogps._fields)), file.metadata() or {}
         if len(logps.chosen) != pairs:
             raise ValueError("wrong number of pairs")
-        return logps
+        return logps, notes
     except FileNotFoundError:
         return None
     except Exception as error:  # safetensors has an exception type of its own for a file that is cut short
         print(f"The cached reference log-probs are damaged ({type(error).__name__}); computing them again.")
         return None
-
-
-def read_notes(path: Path) -> dict[str, str]:
-    """The notes that `write_logps` wrote to `path`; none if it is not there."""
-    if not path.exists():
-        return {}
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
 
 
 def write_logps(path: Path, logps: PairLogps, **notes: str) -> None:
@@ -201,10 +187,10 @@ def reference_logps(
     """`pair_logps` (model, tokenizer, pairs, max_length, batch_size) of the reference, kept in the cache folder."""
     ids = _ids(pairs, tokenizer)
     path = reference_file(model, tokenizer, data_hash(ids), max_length)
-    logps = read_logps(path, len(ids))
-    if logps is None:
-        logps = pair_logps(model, tokenizer, ids, max_length=max_length, batch_size=batch_size)
-        write_logps(path, logps)
+    if kept := read_logps(path, len(ids)):
+        return kept[0]
+    logps = pair_logps(model, tokenizer, ids, max_length=max_length, batch_size=batch_size)
+    write_logps(path, logps)
     return logps
 
 

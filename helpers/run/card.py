@@ -16,9 +16,7 @@ from helpers.run.verdict import verdict
 TEMPLATES = Path(__file__).with_name("templates")
 # Of the models that the profiles name, as their cards on the hub state them.
 BASE_LICENCES = dict.fromkeys((EMBEDDED_HUB_NAME, PROFILES["gpu"].model, PROFILES["gpu"].thinking_model), "apache-2.0")
-
-
-# How transformers or PEFT load what a form holds: library, class, folder.
+# How transformers or PEFT load what a form holds: library and class.
 LOADERS = dict.fromkeys(("run", "adapter"), ("peft", "AutoPeftModelForCausalLM"))
 LOADERS["merged"] = ("transformers", "AutoModelForCausalLM")
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from transformers import Trainer, TrainingArguments
 
+from helpers.common import documents
 from helpers.data.findings import Report
-from helpers.run import refused
+from helpers.run import unreadable
 from helpers.run.folder import Run, Status, describe_config, read_info
 from helpers.run.metrics import wilson_interval
 
@@ -32,7 +32,7 @@ NOTE = "note"
 LN2 = math.log(2)  # the loss of a policy that equals its reference
 # Limits by name with their reasons; the catalogue by code: what is seen, evidence, causes with their cures, the test
 # that decides between them; and what cannot be judged without more.
-LIMIT_TABLE, SYMPTOMS, UNSEEN = yaml.safe_load_all(Path(__file__).with_name("symptoms.yaml").read_text("utf-8"))
+LIMIT_TABLE, SYMPTOMS, UNSEEN = documents(__file__, "symptoms.yaml")
 LIMITS: dict[str, float] = {name: row["limit"] for name, row in LIMIT_TABLE.items()}
 ENOUGH_PAIRS = LIMIT_TABLE["enough_pairs"]["limit"]
 
@@ -142,11 +142,8 @@ def _moves(rows: pd.DataFrame, ends: pd.DataFrame, f: dict[str, Any]) -> dict[st
     means = f["loss"] in PER_TOKEN and abs(logp) < LIMITS["token_logp"]  # over the tokens of an answer were logged
     found = {"chosen_end": chosen, "rejected_end": rejected, "gap": chosen - rejected, "logp_end": logp}
     still = last["rewards/chosen"] == last["rewards/rejected"] == 0  # at any beta
-    found |= {
-        "still": bool(still),
-        "moved": 0.0 if still else max(abs(chosen), abs(rejected)),
-        "logp_start": logp - chosen,
-    }
+    found |= {"still": bool(still), "logp_start": logp - chosen}
+    found["moved"] = 0.0 if still else max(abs(chosen), abs(rejected))
     found["ahead"] = last["rewards/chosen"] - last["rewards/rejected"]
     found["moved"] *= LIMITS["answer_tokens"] if means else 1
     found["chosen_fall"] = chosen / (logp - chosen or math.nan)
@@ -201,10 +198,8 @@ def measure(known: dict[str, Any], prefix: str = "eval_") -> dict[str, Any]:
     tenth = max(math.ceil(len(train) / 10), 2 if len(train) > 4 else 1)
     f |= {"loss_end": last_half.loss.mean(), "loss_half": first_half.loss.tail(2).mean()}
     f |= {"loss_peak": train.loss.rolling(tenth).mean().max(), "gradient": train.grad_norm.max()}
-    f |= {
-        "margin_end": last_half["rewards/margins"].mean(),
-        "falls": bool(train.loss.head(1).max() == train.loss.max()),
-    }
+    f["margin_end"] = last_half["rewards/margins"].mean()
+    f["falls"] = bool(train.loss.head(1).max() == train.loss.max())
     # The loss of step 1 is taken before its update, as is an evaluation at step 0.
     start = pd.concat([evaluated[evaluated.step == 0], train[train.step <= 1]]).head(1)
     off = start[["rewards/chosen", "rewards/rejected"]].abs().max(axis=1) / f["beta"]
@@ -231,11 +226,8 @@ def measure(known: dict[str, Any], prefix: str = "eval_") -> dict[str, Any]:
 def _leaks(f: dict[str, Any]) -> bool:
     """An accuracy that the surface explains, or too good to be true, before half of the run is over."""
     explained = f["low_first"] > LIMITS["leak_explained"] and f["surface"] >= f["low_first"]
-    return (
-        f["early"] <= LIMITS["leak_early"]
-        and f["pairs"] >= ENOUGH_PAIRS
-        and (explained or f["low_first"] > LIMITS["leak"])
-    )
+    early = f["early"] <= LIMITS["leak_early"] and f["pairs"] >= ENOUGH_PAIRS
+    return early and (explained or f["low_first"] > LIMITS["leak"])
 
 
 def _rises(f: dict[str, Any], limit: str) -> bool:
@@ -263,12 +255,8 @@ def _breaks(f: dict[str, Any]) -> bool:
 
 def _came_back(f: dict[str, Any]) -> bool:
     """Both sides much unlikelier than under the reference in the first row, which is the worst, and less so later."""
-    return (
-        f["first_at"] < LIMITS["flat_at"]
-        and f["back_from"] > LIMITS["flat_from"]
-        and f["falls"] is True
-        and (f["back_to"] < LIMITS["back_to"])
-    )
+    worst_first = f["first_at"] < LIMITS["flat_at"] and f["falls"] is True
+    return worst_first and f["back_from"] > LIMITS["flat_from"] and f["back_to"] < LIMITS["back_to"]
 
 
 def _below_half(f: dict[str, Any]) -> bool | str:
@@ -412,7 +400,7 @@ def _of_text(text: str) -> Any:
         with contextlib.suppress(ValueError, SyntaxError):
             if rows := [ast.literal_eval(line) for line in quoted]:
                 return rows
-    raise refused("not_a_history")
+    raise unreadable("not_a_history")
 
 
 def _existing(source: str | Path) -> Path:
@@ -421,7 +409,7 @@ def _existing(source: str | Path) -> Path:
     with contextlib.suppress(OSError):
         if path.exists():
             return path
-    raise refused("no_history", folder=path.name[:60])
+    raise unreadable("no_history", folder=path.name[:60])
 
 
 def _of_folder(folder: Path) -> dict[str, Any]:
@@ -431,13 +419,13 @@ def _of_folder(folder: Path) -> dict[str, Any]:
         return of_run(Run(folder, info, [], {}, None) if stopped else Run.load(folder))
     states = [*folder.glob("trainer_state.json"), *folder.glob("checkpoint-*/trainer_state.json")]
     if not states:
-        raise refused("no_history", folder=folder.name)
+        raise unreadable("no_history", folder=folder.name)
     try:
         read = [json.loads(path.read_text(encoding="utf-8")) for path in states]
         state = max(read, key=lambda state: state["global_step"])
         return {"history": state["log_history"], "config": {"max_steps": state["max_steps"]}}
     except (ValueError, KeyError, TypeError) as error:
-        raise refused("state", folder=folder.name, error=error) from error
+        raise unreadable("state", folder=folder.name, error=error) from error
 
 
 def _of_source(source: Any) -> dict[str, Any]:
@@ -456,13 +444,10 @@ def _of_source(source: Any) -> dict[str, Any]:
         sets = {"train_pairs": source.train_dataset, "test_pairs": source.eval_dataset}
         sizes = {name: len(rows) for name, rows in sets.items() if hasattr(rows, "column_names")}
         return {"history": source.state.log_history, "config": config} | sizes
-    if not isinstance(source, list) or not all(isinstance(row, dict) and _named_by_text(row) for row in source):
-        raise refused("not_a_history")
+    rows = source if isinstance(source, list) else [None]
+    if not all(isinstance(row, dict) and all(isinstance(key, str) for key in row) for row in rows):
+        raise unreadable("not_a_history")
     return {"history": source}
-
-
-def _named_by_text(row: dict) -> bool:
-    return all(isinstance(key, str) for key in row)
 
 
 def _readable(known: dict[str, Any]) -> dict[str, Any]:
@@ -470,18 +455,17 @@ def _readable(known: dict[str, Any]) -> dict[str, Any]:
     for place, row in enumerate(known["history"], 1):
         for key, value in row.items():
             if other := OTHERS.get(key.removeprefix("eval_")):
-                raise refused("not_dpo", key=key, other=other)
+                raise unreadable("not_dpo", key=key, other=other)
             if key.endswith(("loss", "step", "epoch", "grad_norm", "learning_rate")) or "/" in key:
                 number = _number(value, f"{key} in row {place}")
                 if key.endswith("rewards/accuracies") and (number or 0) > 1:
-                    raise refused("no_share", name=f"{key} in row {place}", value=value)
+                    raise unreadable("no_share", name=f"{key} in row {place}", value=value)
     for name in ("train_pairs", "test_pairs"):
         if not isinstance(known.get(name, 0), int) or known.get(name, 0) < 0:
-            raise refused("no_count", name=name, value=known[name])
+            raise unreadable("no_count", name=name, value=known[name])
     config = known.get("config", {})
-    return known | {
-        "config": config | {name: _number(config[name], f"{name} in config") for name in NUMBERS if name in config}
-    }
+    numbers = {name: _number(config[name], f"{name} in config") for name in NUMBERS if name in config}
+    return known | {"config": config | numbers}
 
 
 def _number(value: Any, name: str) -> float | None:
@@ -489,7 +473,7 @@ def _number(value: Any, name: str) -> float | None:
     try:
         return float(value) if isinstance(value, str) else value if value is None else value + 0
     except (TypeError, ValueError) as error:
-        raise refused("no_number", name=name, value=value) from error
+        raise unreadable("no_number", name=name, value=value) from error
 
 
 def diagnose(
@@ -519,7 +503,7 @@ def diagnose(
     known |= _of_source(source)
     known |= {} if report is None else {"longest": report.longest}
     if not isinstance(config, TrainingArguments | dict | None):
-        raise refused("no_config", kind=type(config).__name__)
+        raise unreadable("no_config", kind=type(config).__name__)
     settings = describe_config(config) if isinstance(config, TrainingArguments) else config or {}
     findings = {one.code: one.count for one in report.findings} if report is not None else None
     given = {"train_pairs": train_pairs, "test_pairs": test_pairs, "findings": findings}

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from helpers.common import UserError, file_hash, write_atomic, write_json
 from helpers.model.fingerprint import hash_tensors
-from helpers.run import refused
+from helpers.run import unreadable
 
 POLICY_AT_START = "the policy at its start"  # `RunInfo.reference` of a run without a ref_model
 USUAL_RULE = {"max_prompt_length": 256, "on_long_prompt": "shorten"}  # `check_pairs`; of runs that have none written
@@ -115,13 +115,8 @@ class RunInfo:
 class Run:
     """What a training run left in its folder: all that is needed to use or go on with it, on any machine.
 
-    Attributes:
-        folder: holds `adapter/` (LoRA weights and tokenizer), the files below, and a model card; `reference/` too
-            if the run started from an adapter that was trained before.
-        info: model, data, settings and state.
-        history: one dict for each logging and evaluation step, as TRL logs them.
-        metrics: held-out figures before and after, seconds.
-        held_out: one row for each held-out pair: origin, topic, flaw, log-probs under reference and policy.
+    `folder` holds `adapter/` (LoRA weights and tokenizer), FILES and a model card; `reference/` too if the run started
+    from an adapter that was trained before.
     """
 
     folder: Path
@@ -143,11 +138,11 @@ class Run:
         except FileNotFoundError as error:
             missing, pickled = config if weights.is_file() else weights, weights.with_suffix(".bin").is_file()
             code = "pickled" if pickled and missing == weights else "incomplete"
-            raise refused(code, name=place, missing=missing.name) from error
+            raise unreadable(code, name=place, missing=missing.name) from error
         except (AttributeError, KeyError, SafetensorError, OSError, ValueError) as error:
-            raise refused("damaged", name=place, error=error) from error
+            raise unreadable("damaged", name=place, error=error) from error
         if hash_tensors(found) != expected or not same:
-            raise refused("other_adapter", name=place)
+            raise unreadable("other_adapter", name=place)
         return found
 
     def check_tokenizer(self) -> None:
@@ -155,9 +150,9 @@ class Run:
         for name, known in self.info.tokenizer.items():
             path, place = self.adapter / name, f"{self.folder.name}/adapter"
             if not path.is_file():
-                raise refused("incomplete", name=place, missing=name)
+                raise unreadable("incomplete", name=place, missing=name)
             if file_hash(path) != known:
-                raise refused("other_tokenizer", name=place, file=name)
+                raise unreadable("other_tokenizer", name=place, file=name)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Run":

@@ -5,11 +5,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import yaml
+from helpers.common import documents
+from helpers.run import unreadable
 
-from helpers.run import refused
-
-LOST: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("retained.yaml").read_text("utf-8"))
+LOST: dict[str, dict[str, Any]] = documents(__file__, "retained.yaml")[0]
 RETAINED_FILE = "retention.json"  # in the folder of a run
 Parts = dict[str, dict[str, float]]  # by the names of LOST: items, means before and after, change, its low and high
 
@@ -39,4 +38,4 @@ def retained_parts(folder: Path) -> Parts:
     except FileNotFoundError:
         return {}
     except (KeyError, TypeError, ValueError) as error:
-        raise refused("retention", folder=folder.name, error=error) from error
+        raise unreadable("retention", folder=folder.name, error=error) from error

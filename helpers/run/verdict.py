@@ -10,18 +10,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
-from helpers.common import html_table, why_not_written, write_json
+from helpers.common import documents, html_table, why_not_written, write_json
 from helpers.data.render import BOTH
-from helpers.run import refused
+from helpers.run import unreadable
 from helpers.run.diagnosis import ENOUGH_PAIRS, LIMITS, Diagnosis, diagnose
 from helpers.run.folder import DataInfo, Run
 from helpers.run.metrics import pairs_to_decide, wilson_interval
 from helpers.run.retained import lost_parts, retained_line, retained_parts
 
 # What this table adds to the limits of diagnosis, and the rules by name: decision, reason, what would change it.
-BOUNDS, WORDING = yaml.safe_load_all(Path(__file__).with_name("verdict.yaml").read_text("utf-8"))
+BOUNDS, WORDING = documents(__file__, "verdict.yaml")
 MODELS = ("reference", "policy")
 # Which rule holds, by the numbers of a run; the first decides.
 DECIDES: dict[str, Callable[[dict[str, Any]], bool]] = {
@@ -104,7 +103,7 @@ def _kept(run: Run, replies: pd.DataFrame | None) -> pd.DataFrame:
     if replies is None or not len(replies):
         return pd.DataFrame(json.loads(file.read_bytes()) if file.is_file() else {})
     if missing := [name for name in names if name not in replies.columns]:
-        raise refused("not_replies", missing=", ".join(missing))
+        raise unreadable("not_replies", missing=", ".join(missing))
     try:
         write_json(file, replies[names].to_dict(orient="list"))
     except OSError as error:

@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from datasets import Dataset
 
+from helpers.common import documents
 from helpers.data.report import load_report
 from helpers.run.diagnosis import SYMPTOMS, measure, of_run, to_try
 from helpers.run.folder import Run, RunInfo
 
-_TABLES: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+_TABLES: dict[str, Any] = documents(__file__, "lessons.yaml")[0]
 SHOWN, DRAWN, ADVICE = (_TABLES[name] for name in ("shown", "drawn", "advice"))
 
 

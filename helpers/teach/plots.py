@@ -276,9 +276,8 @@ def plot_changes(table: pd.DataFrame) -> plt.Figure:
         axis.errorbar(betas, changes.mean(), yerr=bars, fmt=marker, color=color, capsize=3, label=side)
     axis.axhline(0, **DASHED, label="reference")
     seeds = groups.size().max()
-    title = (
-        f"means of {seeds} seeds, 95% intervals over the seeds" if seeds > 1 else "one seed, so no interval over seeds"
-    )
+    of_several = f"means of {seeds} seeds, 95% intervals over the seeds"
+    title = of_several if seeds > 1 else "one seed, so no interval over seeds"
     _label(axis, "beta", "log policy - log reference (nats),\nmean of held-out pairs", title)
     return figure
 

@@ -3,19 +3,15 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-import yaml
-from jinja2 import TemplateError
-
-from helpers.common import UserError
+from helpers.common import UserError, documents
 from helpers.data.findings import Finding
-from helpers.data.render import BOTH, encode, render, template_options
+from helpers.data.render import BOTH, Renderer, encode
 from helpers.model import Tokenizer
 from helpers.thinking.tags import ANY_TAG, CLOSE, OPEN, OPEN_AT_END, split_thinking, think_boundary
 
-_FOUND: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("findings.yaml").read_text("utf-8"))
+_FOUND: dict[str, dict[str, Any]] = documents(__file__, "findings.yaml")[0]
 _CODES = {"spelling": "think_spelling", "text before": "thought_late"}  # of `Thinking.problems`, if not thought_...
 
 
@@ -52,14 +48,18 @@ def check_thinking(pairs: Iterable[dict], tokenizer: Tokenizer, max_length: int 
     boundary = think_boundary(tokenizer)
     tags_are_text = boundary.kind == "ordinary" and not boundary.one_token
     found: dict[str, dict[int, str]] = defaultdict(dict)  # code -> position of the row -> how to name it
-    rows = list(pairs)
+    rows, renderer = list(pairs), Renderer(tokenizer)
     for position, row in enumerate(rows):
         if not {"prompt", *BOTH} <= set(row):
             raise UserError(f"Row {position + 1} has no prompt, chosen and rejected. Call render_thinking first.")
         name = row.get("origin") or f"row {position + 1}"
         for code in _prompt_codes(row["prompt"], tokenizer):
             found[code][position] = f"{name} (prompt)"
-        sides = {side: _side_codes(row, side, tokenizer, max_length) for side in BOTH}
+        if isinstance(prompt := row["prompt"], str):  # rendered already
+            texts = {"asked": prompt, "refused": False} | {f"{side}_text": prompt + row[side] for side in BOTH}
+        else:
+            (texts,) = renderer([row])
+        sides = {side: _side_codes(row, side, texts, tokenizer, max_length) for side in BOTH}
         for side, (codes, thinks) in sides.items():
             for code in codes | ({"tags_are_text"} if tags_are_text and (thinks or codes) else set()):
                 found[code].setdefault(position, f"{name} ({side})")
@@ -74,19 +74,15 @@ def check_thinking(pairs: Iterable[dict], tokenizer: Tokenizer, max_length: int 
     ]
 
 
-def _side_codes(row: dict, side: str, tokenizer: Tokenizer, max_length: int | None) -> tuple[set[str], bool]:
-    """The codes of what is wrong with one side, and whether it thinks."""
-    prompt, reply = row["prompt"], row[side]
-    if isinstance(prompt, str):
-        before, full, codes, written = prompt, prompt + reply, set(), None
-    else:
-        try:
-            options = template_options(row)
-            before = render(tokenizer, prompt, add_generation_prompt=True, **options)
-            full = render(tokenizer, prompt + reply, **options)
-        except (TemplateError, ValueError):  # check_pairs names such rows
-            return set(), False
-        content = reply[-1]["content"]
+def _side_codes(
+    row: dict, side: str, texts: dict[str, Any], tokenizer: Tokenizer, max_length: int | None
+) -> tuple[set[str], bool]:
+    """The codes of what is wrong with one side, and whether it thinks; `texts` are those of `Renderer`."""
+    before, full, codes, written = texts["asked"], texts[f"{side}_text"], set(), None
+    if texts["refused"]:  # check_pairs names such rows
+        return set(), False
+    if not isinstance(row["prompt"], str):
+        content = row[side][-1]["content"]
         # The template of a thinking-only model also takes a message whose thought only closes.
         only_closes = CLOSE in content and OPEN not in content and OPEN_AT_END.search(before)
         codes, written = _codes(content, tokenizer, opened=bool(only_closes))
@@ -98,7 +94,7 @@ def _side_codes(row: dict, side: str, tokenizer: Tokenizer, max_length: int | No
         codes = {"thought_breaks_prompt"}
     elif not codes:
         codes, thought = _codes(completion, tokenizer, opened=bool(OPEN_AT_END.search(before)))
-        if not isinstance(prompt, str) and not written:
+        if not isinstance(row["prompt"], str) and not written:
             codes.discard("thought_empty")  # the template's own block, around no thought
     if max_length and len(full_ids) > max_length and CLOSE in completion:
         to_close = full[: full.rfind(CLOSE) + len(CLOSE)]

@@ -7,17 +7,15 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from helpers.common import documents
 from helpers.thinking.pairs import THINKING_FIELDS
 
 # One planted error each: a wrong calculation, a number of the question copied wrong, plus for minus, a wrong fact
 # (days of a month, size of a unit), or a right thought followed by another answer.
 KINDS = ("slip", "misread", "operation", "fact", "wrong_answer")
-_TEXTS: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+_TEXTS: dict[str, Any] = documents(__file__, "word_problems.yaml")[0]
 NAMES, DAYS, MONTHS, UNITS = (_TEXTS[name] for name in ("names", "days", "months", "units"))
 _NEXT_MONTH = dict(pairwise([*MONTHS, "January"])) | {"January": "February"}
 _FORMS = {"%": "{}% of {} = {}", "days after": "{} days after {} comes {}"}

@@ -27,7 +27,6 @@ from helpers.model.logps import (
     in_32_bits,
     pair_logps,
     read_logps,
-    read_notes,
     reference_file,
     with_reference,
     write_logps,
@@ -199,14 +198,14 @@ def _reference_of(job: Job, report: Report) -> tuple[PairLogps, float | None]:
     """The reference's log-probs, from the cache if they are there, and the seconds that they took on such a machine."""
     policy = job.reference or job.policy
     path = reference_file(policy.model, policy.tokenizer, report.hash, job.values["max_length"])
-    logps = once(lambda: read_logps(path, len(report.ids)))
-    if logps is None:
+    kept = once(lambda: read_logps(path, len(report.ids)))
+    if kept is None:
         began = time.monotonic()
         logps = _score(job, policy, report.ids)
         seconds = time.monotonic() - began
         once(lambda: _keep(path, logps, seconds=str(seconds), machine=job.info.machine))
         return logps, seconds
-    notes = once(lambda: read_notes(path))
+    logps, notes = kept
     if notes.get("machine") != job.info.machine:
         return logps, None
     try:

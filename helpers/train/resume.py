@@ -154,12 +154,9 @@ def differences(before: RunInfo, info: RunInfo) -> list[str]:
     """In what the run `before` differs from the one of `info`, in words; versions and machine may differ."""
     there, now = result_settings(before.config), result_settings(info.config)
     names = sorted(name for name in there.keys() | now.keys() if there.get(name) != now.get(name))
-    changed = [f"{name} {before.config.get(name)} there, {info.config.get(name)} now" for name in names]
-    changed += [
-        f"{name} {value} there, {info.adapter[name]} now"
-        for name, value in before.adapter.items()
-        if value != info.adapter[name]
-    ]
+    names += [name for name, value in before.adapter.items() if value != info.adapter[name]]
+    old, new = before.config | before.adapter, info.config | info.adapter
+    changed = [f"{name} {old.get(name)} there, {new.get(name)} now" for name in names]
     if before.early_stopping not in (-1, info.early_stopping):
         changed += [f"early_stopping {before.early_stopping or None} there, {info.early_stopping or None} now"]
     changed += [f"other {name}" for name in ("model", "base") if before[name] != info[name]]

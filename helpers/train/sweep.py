@@ -38,16 +38,10 @@ _SETTINGS = {"eval_strategy": "no", "load_best_model_at_end": False, "logging_fi
 class Sweep:
     """What a sweep left; it loads without a model.
 
-    Attributes:
-        folder: holds `sweep.json` (all of the below), `table.csv`, and a run folder for each beta and seed.
-        info: model, settings, data, versions and machine, and how the reference's own replies look.
-        table: a row for each run. `status` is "finished" or says what failed; held-out figures as in `Run.metrics`;
-            kl and kl_error (nats for a reply, see `sampled_kl`); means over sampled replies; grad_norm and weight (mean
-            sigmoid of -margin, by which a pair counts in the gradient: Rafailov et al. 2023, section 4) at the first
-            and the last step; seconds.
-        history: a row for each logged step of each run; split is "train" or "held out", log_ratio_gap, chosen and
-            rejected are in nats.
-        gaps: log-ratio gap of each held-out pair; columns are (beta, seed).
+    `table` has a row for each run: `status` is "finished" or says what failed; held-out figures as in `Run.metrics`; kl
+    and kl_error (nats for a reply, see `sampled_kl`); means over sampled replies; grad_norm and weight (mean sigmoid of
+    -margin, by which a pair counts in the gradient: Rafailov et al. 2023, section 4) at the first and the last step;
+    seconds.
     """
 
     folder: Path  # holds `sweep.json` (all of the below), `table.csv`, and a run folder for each beta and seed

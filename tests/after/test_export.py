@@ -38,6 +38,7 @@ from helpers.run.folder import POLICY_AT_START, DataInfo, Run, RunInfo, Status, 
 from helpers.train import resume
 from helpers.train.job import hash_without_date
 from helpers.train.processes import share_step
+from tests.conftest import small_model
 
 ROOT = Path(__file__).parent.parent.parent
 TOKEN = "hf_" + "Secret" * 6
@@ -92,6 +93,11 @@ def run(pairs, tmp_path_factory) -> Run:
     )
 
 
+@pytest.fixture(scope="module")
+def small(short_tokenizer, tmp_path_factory):
+    return small_model(tmp_path_factory.mktemp("models") / "small", short_tokenizer)
+
+
 @pytest.fixture(autouse=True)
 def base_of_small_runs(small, monkeypatch):
     monkeypatch.setenv("DPO_MODEL", str(small))
@@ -131,8 +137,8 @@ def made_up(folder: Path, train, test, tokenizer, small: Path, **rule) -> Run:
 
 
 @pytest.fixture(scope="module")
-def made(pairs, tokenizer, small, tmp_path_factory) -> Run:
-    return made_up(tmp_path_factory.mktemp("made") / "short", *pairs, tokenizer, small)
+def made(pairs, short_tokenizer, small, tmp_path_factory) -> Run:
+    return made_up(tmp_path_factory.mktemp("made") / "short", *pairs, short_tokenizer, small)
 
 
 def texts(folder: Path) -> str:
@@ -414,10 +420,10 @@ def test_other_pairs_and_other_references_are_refused(made, pairs, tmp_path):
 
 @pytest.mark.slow
 def test_template_that_writes_the_date_makes_no_other_pairs_tomorrow(
-    pairs, tokenizer, small, tmp_path, day, monkeypatch
+    pairs, short_tokenizer, small, tmp_path, day, monkeypatch
 ):
-    dated = copy.deepcopy(tokenizer)
-    dated.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
+    dated = copy.deepcopy(short_tokenizer)
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + dated.chat_template
     base = shutil.copytree(small, tmp_path / small.name)
     dated.save_pretrained(base)
     monkeypatch.setenv("DPO_MODEL", str(base))
@@ -435,11 +441,11 @@ def test_template_that_writes_the_date_makes_no_other_pairs_tomorrow(
 
 
 @pytest.mark.slow
-def test_long_prompts_are_treated_as_in_the_run(pairs, tokenizer, small, tmp_path):
+def test_long_prompts_are_treated_as_in_the_run(pairs, short_tokenizer, small, tmp_path):
     train, test = pairs
     longest = [{"role": "user", "content": "word " * 100}]
     train = train.map(lambda row, place: {"prompt": longest if place == 3 else row["prompt"]}, with_indices=True)
-    run = made_up(tmp_path / "run", train, test, tokenizer, small, max_prompt_length=100, on_long_prompt="drop")
+    run = made_up(tmp_path / "run", train, test, short_tokenizer, small, max_prompt_length=100, on_long_prompt="drop")
     assert run.info.train_pairs == 15
     data = export_run(run, "trl", tmp_path / "trl", train=train, test=test) / "data"
     assert len((data / "train.jsonl").read_text().splitlines()) == 15
@@ -454,7 +460,7 @@ def test_long_prompts_are_treated_as_in_the_run(pairs, tokenizer, small, tmp_pat
 
 
 @pytest.mark.slow
-def test_rows_keep_what_they_pass_to_the_chat_template(pairs, tokenizer, small, tmp_path):
+def test_rows_keep_what_they_pass_to_the_chat_template(pairs, short_tokenizer, small, tmp_path):
     """TRL's script reads `tools` and `chat_template_kwargs` of each row, from JSON lines that datasets reads."""
     rows = pairs[0].select(range(3)).to_list()
     city = {"type": "object", "properties": {"city": {"type": "string"}}}
@@ -465,7 +471,7 @@ def test_rows_keep_what_they_pass_to_the_chat_template(pairs, tokenizer, small, 
     rows[1] |= {"tools": json.dumps(tools), "chat_template_kwargs": None}
     rows[2] |= {"tools": None, "chat_template_kwargs": None}
     train, test = datasets.Dataset.from_list(rows), pairs[1]
-    run = made_up(tmp_path / "run", train, test, tokenizer, small)
+    run = made_up(tmp_path / "run", train, test, short_tokenizer, small)
     data = export_run(run, "trl", tmp_path / "trl", train=train, test=test) / "data"
     read = datasets.load_dataset(str(data), cache_dir=str(tmp_path / "cache"))
     assert [template_options(row) for row in read["train"]] == [template_options(row) for row in train]

@@ -100,7 +100,8 @@ def test_a_foreign_file_is_read_right_or_asked_about(name, call, capsys):
         assert load_report(pairs).reading[0] in printed
 
 
-FOREIGN = {case["what"]: case for case in yaml.safe_load((FIELD / "foreign.yaml").read_text(encoding="utf-8"))}
+LISTED = yaml.load((FIELD / "foreign.yaml").read_text(encoding="utf-8"), yaml.CSafeLoader)  # safe, and ten times faster
+FOREIGN = {case["what"]: case for case in LISTED}
 
 
 @pytest.mark.parametrize("what", FOREIGN)

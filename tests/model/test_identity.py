@@ -57,9 +57,9 @@ def save(folder, tokenizer, **settings):
 
 
 @pytest.fixture
-def places(tmp_path, tokenizer, monkeypatch):
+def places(tmp_path, short_tokenizer, monkeypatch):
     """A model in models/mine of a home, and the working directory elsewhere."""
-    tokenizer.save_pretrained(tmp_path / "home" / "models" / "mine")
+    short_tokenizer.save_pretrained(tmp_path / "home" / "models" / "mine")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -351,9 +351,9 @@ def test_a_weight_that_is_one_number_is_hashed():
     assert len(found | {hash_tensors({"alpha": torch.tensor([0.5])}), hash_tensors({"alpha": torch.empty(0)})}) == 4
 
 
-def test_what_a_tokenizer_makes_of_a_text_decides_its_hash(tokenizer):
-    other = copy.deepcopy(tokenizer)
-    found = [tokenizer_hash(tokenizer), tokenizer_hash(other)]
+def test_what_a_tokenizer_makes_of_a_text_decides_its_hash(short_tokenizer):
+    other = copy.deepcopy(short_tokenizer)
+    found = [tokenizer_hash(short_tokenizer), tokenizer_hash(other)]
     assert found[0] == found[1]
     other.add_tokens(["<one more>"])
     found.append(tokenizer_hash(other))
@@ -497,12 +497,12 @@ def test_a_folder_that_is_damaged_is_answered(damage, tmp_path, tokenizer):
         helpers.load_model(str(folder))
 
 
-def test_a_pad_token_beyond_the_embedding(tmp_path, tokenizer):
-    tokenizer = copy.deepcopy(tokenizer)
+def test_a_pad_token_beyond_the_embedding(tmp_path, short_tokenizer):
+    tokenizer = copy.deepcopy(short_tokenizer)
     save(tmp_path / "mine", tokenizer)
     tokenizer.add_special_tokens({"pad_token": "<|mine|>"})
     tokenizer.save_pretrained(tmp_path / "mine")
-    with pytest.raises(UserError, match=r"'<\|mine\|>' with the number 49152.*49152 rows.*resize_token_embeddings"):
+    with pytest.raises(UserError, match=r"'<\|mine\|>' with the number 1000.*1000 rows.*resize_token_embeddings"):
         helpers.load_model(str(tmp_path / "mine"))
 
 
@@ -516,8 +516,8 @@ def test_tokens_beyond_the_embedding(tokenizer, pairs):
     assert pair_logps(model, tokenizer, pairs[1].select([0])).chosen < 0
 
 
-def test_a_folder_of_adapters_with_names_of_their_own(tmp_path, tokenizer, monkeypatch):
-    folder, config = save(tmp_path / "base", tokenizer), LoraConfig(**LORA, init_lora_weights=False)
+def test_a_folder_of_adapters_with_names_of_their_own(tmp_path, short_tokenizer, monkeypatch):
+    folder, config = save(tmp_path / "base", short_tokenizer), LoraConfig(**LORA, init_lora_weights=False)
     monkeypatch.setenv("DPO_MODEL", str(folder))
     model, _ = helpers.load_model()
     saved = get_peft_model(model, config, adapter_name="mine")
@@ -534,8 +534,8 @@ def test_a_folder_of_adapters_with_names_of_their_own(tmp_path, tokenizer, monke
         helpers.load_model(str(tmp_path / "adapters"))
 
 
-def test_an_adapter_that_does_not_fit_its_base(tmp_path, tokenizer, monkeypatch):
-    folder = save(tmp_path / "mine", tokenizer)
+def test_an_adapter_that_does_not_fit_its_base(tmp_path, short_tokenizer, monkeypatch):
+    folder = save(tmp_path / "mine", short_tokenizer)
     adapter = get_peft_model(tiny(vocab_size=64, hidden_size=32), LoraConfig(**LORA))
     adapter.save_pretrained(tmp_path / "adapter")
     monkeypatch.setenv("DPO_MODEL", str(folder))

@@ -46,7 +46,7 @@ def test_every_symptom_has_its_runs_and_health_three_seeds():
 
 @pytest.mark.parametrize("part, one", COMMITTED, ids=[one["run"] for _, one in COMMITTED])
 def test_committed_run(part, one):
-    assert diagnose(recorded(part, one["run"])).codes == expected(one["case"], one["state"])
+    assert diagnosis_of(f"lab {part['machine']} {one['run']}").codes == expected(one["case"], one["state"])
 
 
 # ------------------------------------------------------------------------------------------------ all committed runs
@@ -145,6 +145,12 @@ ALL |= {
 }
 
 
+@functools.cache
+def diagnosis_of(name: str) -> Diagnosis:
+    source, known, _ = ALL[name]
+    return diagnose(source, **known)
+
+
 def test_there_are_enough_public_runs_and_each_has_its_source():
     assert len(FIELD) >= 30 and len({run["name"] for run in FIELD}) == len(FIELD)
     own = [run for run in FIELD if "source" in run]
@@ -162,9 +168,8 @@ def test_each_rule_counts_its_runs_and_says_why_there_is_none_of_others():
 
 @pytest.mark.parametrize("name", [name for name in ALL if not name.startswith("lab")])
 def test_every_run_of_the_sweep_and_of_others(name):
-    source, known, wanted = ALL[name]
-    diagnosis = diagnose(source, **known)
-    assert diagnosis.codes == wanted and len(diagnosis.notes) <= 1
+    diagnosis = diagnosis_of(name)
+    assert diagnosis.codes == ALL[name][2] and len(diagnosis.notes) <= 1
     if name.startswith(("sweep", "03")):
         assert diagnosis.notes == []
     assert not any("nan" in one.evidence for one in diagnosis.findings) and all(
@@ -214,18 +219,13 @@ SIGNS = {
 
 
 @functools.cache
-def diagnosed() -> dict[str, Diagnosis]:
-    return {name: diagnose(source, **known) for name, (source, known, _) in ALL.items()}
-
-
-@functools.cache
 def numbers() -> dict[str, tuple[dict, list[str]]]:
     """What `measure` finds in each committed run; its wanted codes, and the notes that it gets."""
     found = {}
     for name, (source, known, wanted) in ALL.items():
         f = measure(of_run(source) if isinstance(source, Run) else {"history": source} | known)
         f["fall_nats"] = -f["chosen_end"]
-        found[name] = f, [*wanted, *(f"{one.code}, note" for one in diagnosed()[name].notes)]
+        found[name] = f, [*wanted, *(f"{one.code}, note" for one in diagnosis_of(name).notes)]
     return found
 
 
@@ -272,8 +272,8 @@ def test_each_limit_has_its_reason_and_its_margins_or_is_no_sign():
 def test_table_of_rule_against_run(capsys):
     """Printed with -s. A healthy run within a tenth of a limit is reported, and must be one that is known."""
     rows = []
-    for name, diagnosis in diagnosed().items():
-        kind = "sick" if ALL[name][2] else "healthy"
+    for name, (_, _, wanted) in ALL.items():
+        diagnosis, kind = diagnosis_of(name), "sick" if wanted else "healthy"
         rows += [(code, kind, name) for code in diagnosis.codes]
         rows += [(f"{one.code}, note", kind, name) for one in diagnosis.notes]
     fired = pd.DataFrame(rows, columns=["rule", "runs", "name"])

@@ -3,6 +3,7 @@
 A test that trains is slow: a run of two steps takes seconds, most of them in making the trainer.
 """
 
+import copy
 import math
 
 import pytest
@@ -27,12 +28,16 @@ QUICK = {
 TEST = [{"prompt": say("Why is grass green?"), **sides("Chlorophyll.", "Paint.")}]
 
 
+@pytest.fixture(scope="module")
+def loaded(small):
+    return helpers.load_model(str(small))[0].float()
+
+
 @pytest.fixture
-def policy(small, tmp_path, monkeypatch):
+def policy(loaded, small, tmp_path, monkeypatch):
     monkeypatch.setattr("helpers.model.logps.cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setenv("DPO_MODEL", str(small))
-    model, _ = helpers.load_model()
-    return helpers.add_lora(model.float())
+    return helpers.add_lora(copy.deepcopy(loaded))
 
 
 @pytest.mark.slow
@@ -54,8 +59,7 @@ def test_step_zero_is_ln_2_for_rows_of_every_kind(policy, with_options, tmp_path
 
 
 @pytest.mark.slow
-def test_prompts_that_are_too_long_are_counted_aloud(policy, tmp_path, capsys):
-    tokenizer = helpers.load_tokenizer()
+def test_prompts_that_are_too_long_are_counted_aloud(policy, tokenizer, tmp_path, capsys):
     long = " ".join(["word"] * 300)
     rows = [{"prompt": say(f"{long} {number}?"), **sides(f"{number}", f"{number + 1}")} for number in range(3)]
     turns = [{"prompt": say(long, "Yes.", f"And {n}?"), **sides(f"{n}.", f"{n + 1}.")} for n in range(2)]
@@ -75,16 +79,15 @@ def test_prompts_that_are_too_long_are_counted_aloud(policy, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_leaves_the_forward_of_its_model_as_it_was(policy, tmp_path):
-    tokenizer, inner = helpers.load_tokenizer(), policy.get_base_model()
+def test_a_run_leaves_the_forward_of_its_model_as_it_was(policy, tokenizer, tmp_path):
+    inner = policy.get_base_model()
     before = vars(inner).get("forward")
     for name in "ab":
         train_dpo(policy, tokenizer, load_pairs(ROWS[:1] * 4), load_pairs(TEST), tmp_path / name, **QUICK)
         assert vars(inner).get("forward") is before
 
 
-def test_scoring_and_sampling_put_the_mode_back_after_an_error(policy, monkeypatch):
-    tokenizer = helpers.load_tokenizer()
+def test_scoring_and_sampling_put_the_mode_back_after_an_error(policy, tokenizer, monkeypatch):
     policy.train()
 
     def fails(*args, **kwargs):
@@ -100,8 +103,8 @@ def test_scoring_and_sampling_put_the_mode_back_after_an_error(policy, monkeypat
     assert policy.training
 
 
-def test_a_fresh_adapter_is_not_computed_and_comes_back(policy):
-    tokenizer, asked = helpers.load_tokenizer(), []
+def test_a_fresh_adapter_is_not_computed_and_comes_back(policy, tokenizer):
+    asked = []
     name, layer = next((name, one) for name, one in policy.named_modules() if name.endswith("lora_A.default"))
     layer.register_forward_hook(lambda *given: asked.append(name))
     frozen = policy.get_parameter(f"{name}.weight").requires_grad_(False)
@@ -136,15 +139,10 @@ def test_the_base_is_hashed_once_and_again_when_it_was_changed(policy, monkeypat
     assert fingerprint.base_hash(policy) == first
 
 
-def test_a_report_of_errors_stops_the_run(policy, tmp_path):
+def test_a_report_of_errors_stops_the_run(policy, tokenizer, tmp_path):
+    train = load_pairs([{**TEST[0], **sides("a", "a")}])
     with pytest.raises(UserError, match="chosen and rejected are the same"):
-        train_dpo(
-            policy,
-            helpers.load_tokenizer(),
-            load_pairs([{**TEST[0], **sides("a", "a")}]),
-            load_pairs(ROWS[:1]),
-            tmp_path / "run",
-        )
+        train_dpo(policy, tokenizer, train, load_pairs(ROWS[:1]), tmp_path / "run")
 
 
 @pytest.mark.slow
