@@ -345,8 +345,8 @@ def test_full_card_gets_checkpointing_and_a_run_keeps_what_it_began_with(policy,
     kept, recomputed = (
         estimate_for(policy, ids, settings | {"gradient_checkpointing": on}).training for on in (False, True)
     )
-    left = 1.2 * kept  # keeping everything would fit, but not with room for the estimate's error
-    assert ESTIMATE_MARGIN * recomputed < left
+    assert recomputed < 0.8 * kept
+    left = ESTIMATE_MARGIN * (kept + recomputed) / 2  # with room for the estimate's error only recomputing fits
 
     def train(**options):
         capsys.readouterr()
@@ -356,6 +356,7 @@ def test_full_card_gets_checkpointing_and_a_run_keeps_what_it_began_with(policy,
 
     with nearly_full(left):
         checkpointing, printed = train()
+    print(printed)
     assert checkpointing and "checkpointing on" in printed and "without checkpointing" in printed
     checkpointing, printed = train()
     assert checkpointing and "finished already" in printed

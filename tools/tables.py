@@ -205,6 +205,21 @@ def gpu_fair() -> str:
 {"".join(rows)}"""
 
 
+def gpu_long() -> str:
+    """Long prompts: each prompt once, and two rows a pair."""
+    sides = result("gpu_expert")["hosts"][0]["long"]["sides"]
+    one, two = sides["long"], sides["long_two_rows"]
+    rows = [
+        f"| {words} | {side['pairs_per_s']:.2f} | {side['peak_gb']:.1f} | {side['gpu_busy_share']:.2f} |\n"
+        for words, side in (("**each prompt once**, as `train_dpo` does it", one), ("two rows a pair", two))
+    ]
+    times = f"| the first as times the second | {one['pairs_per_s'] / two['pairs_per_s']:.2f} | {one['peak_gb'] / two['peak_gb']:.2f} | |\n"
+    return f"""
+| one pair at a time, two in a step, with checkpointing | pairs a second | peak GB | busy |
+|---|---|---|---|
+{"".join(rows)}{times}"""
+
+
 def gpu_sides() -> str:
     gpu = result("gpu")
     rows = []
@@ -553,6 +568,7 @@ TABLES = {
         "minutes": minutes,
         "gpu-recorded": gpu_recorded,
         "gpu-expert": gpu_expert,
+        "gpu-long": gpu_long,
         "gpu-fair": gpu_fair,
         "gpu-sides": gpu_sides,
         "gpu-ways": gpu_ways,

@@ -20,8 +20,9 @@ from helpers.patches.shared_prompt import can_share, filler
 
 # Measured peaks as times the formulas below. PLAIN: what the layers of transformers and PEFT keep (norms in 32 bits,
 # inputs of the LoRA matrices, less what one forward for both sides saves), by benchmarks/memory.py. FUSED: what
-# Unsloth's layers keep, and INPUTS: the layers' inputs, which are kept for recomputing; both by benchmarks/gpu.py.
-PLAIN_FACTOR, FUSED_FACTOR, INPUTS_FACTOR = 1.6, 0.76, 1.2
+# Unsloth's layers keep, and INPUTS: the layers' inputs, which are kept for recomputing, by SHARED if all pairs are in
+# one row; these by benchmarks/gpu.py.
+PLAIN_FACTOR, FUSED_FACTOR, INPUTS_FACTOR, SHARED_INPUTS_FACTOR = 1.6, 0.76, 1.19, 1.05
 PLAIN_CHECKPOINTING_BYTES = 1.1e9  # what recomputing plain layers took on top, at every size tried there
 ESTIMATE_MARGIN = 1.25  # below this multiple of what is free, training is tried with a warning
 # How a step is made; its pairs are the product of the first two.
@@ -92,7 +93,8 @@ def estimate_memory(
         recomputing = PLAIN_CHECKPOINTING_BYTES
     else:
         layer *= FUSED_FACTOR
-        recomputing = INPUTS_FACTOR * layers * rows * hidden * 2 * (checkpointing != "unsloth")
+        factor = SHARED_INPUTS_FACTOR if prompt else INPUTS_FACTOR
+        recomputing = factor * layers * rows * hidden * 2 * (checkpointing != "unsloth")
     activations = 2 * layer + recomputing if checkpointing else layers * layer  # 2: with their gradients
     logits = min(rows * vocabulary, 16 * 2**20) * 4 * 3
     return MemoryEstimate(weights, adapter, activations, logits)
@@ -154,13 +156,15 @@ def estimate_for(model: PeftModel, ids: Dataset, settings: dict) -> MemoryEstima
     `model` has a LoRA adapter, `ids` are the training pairs' (`tokenize_pairs`), `settings` those of `dpo_settings`.
     """
     plain, pairs = model.device.type == "cpu", settings["per_device_train_batch_size"]
-    tokens = min(int(pair_lengths(ids).max()), settings["max_length"])
+    tokens, prompt = min(int(pair_lengths(ids).max()), settings["max_length"]), 0
     if not plain and can_share(model.get_base_model()):
-        tokens = math.ceil(_longest_row(ids, pairs, settings["max_length"]) / pairs / 2)
+        prompt = int(token_counts(ids)["prompt"].mean())
+        tokens = math.ceil((_longest_row(ids, pairs, settings["max_length"]) / pairs + prompt) / 2)
     return estimate_memory(
         model.config,
         pairs=pairs,
         tokens=tokens,
+        prompt=prompt,
         checkpointing=settings["gradient_checkpointing"],
         load_in_4bit=bool(getattr(model, "is_loaded_in_4bit", False)),
         rank=next(iter(model.peft_config.values())).r,
