@@ -20,8 +20,6 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from helpers.after import refused
@@ -159,6 +157,10 @@ def kept_update(model: PeftModel, dtype: torch.dtype = torch.float16) -> float:
     For weights W and updates D of all layers, the part of the rounded change that lies along D: (round(W + D) - W)·D /
     D·D. 1 if nothing is lost, 0 if every weight rounds back to what it was.
     """
+    # Imported here: PEFT may move them, and the other exports do without.
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.integrations import dequantize_module_weight
+
     kept = whole = 0.0
     with torch.no_grad():
         for layer in model.modules():
