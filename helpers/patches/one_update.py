@@ -47,6 +47,7 @@ def _together(self: optimizer.Optimizer8bit) -> tuple[int, dict[str, Any]] | Non
     states = [self.state.get(weight, {}) for weight in weights]  # none before the first step
     fit = len(groups) == len({state.get("step") for state in states}) == 1
     fit &= not self.mng.pid2config and not self.mng.index2config  # settings of one weight alone
+    fit &= len({(weight.dtype, weight.device) for weight in weights}) == 1
     for weight, state in zip(weights, states, strict=True):  # small ones have states of 32 bits, without scales
         fit &= weight.grad is not None and weight.numel() % _BLOCK == 0 and "absmax2" in state
     return groups[0] if fit else None

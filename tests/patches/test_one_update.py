@@ -10,9 +10,12 @@ from bitsandbytes.optim import AdamW8bit
 from helpers.patches.one_update import _step  # what a trainer's optimizer gets as its `step`
 
 
-def optimizer(sizes, together, **options):
+def optimizer(sizes, together, short=(), **options):
+    """Of weights of these sizes; those at the places `short` are in 16 bits."""
     torch.manual_seed(0)
-    made = AdamW8bit([torch.nn.Parameter(torch.randn(size)) for size in sizes], lr=0.01, **options)
+    drawn = [torch.randn(size) for size in sizes]
+    weights = [torch.nn.Parameter(one.half() if place in short else one) for place, one in enumerate(drawn)]
+    made = AdamW8bit(weights, lr=0.01, **options)
     if together:
         made.step = types.MethodType(_step, made)
     return made
@@ -21,7 +24,7 @@ def optimizer(sizes, together, **options):
 def step(made, seed, without=()):
     torch.manual_seed(seed)
     for place, weight in enumerate(made.param_groups[0]["params"]):
-        gradient = torch.randn(weight.shape)
+        gradient = torch.randn(weight.shape).to(weight.dtype)
         weight.grad = None if place in without else gradient
     made.step()
 
@@ -43,6 +46,7 @@ CASES = {
     "a small one in 32 bits": ([*SIZES, (16,)], {}, ()),
     "no whole blocks": ([*SIZES, (16, 257)], {}, ()),
     "one without a gradient": (SIZES, {}, (1,)),
+    "16 bits beside 32": ([*SIZES], {"short": [1]}, ()),
     "weight decay": (SIZES, {"weight_decay": 0.1, "betas": (0.8, 0.95)}, ()),
 }
 
