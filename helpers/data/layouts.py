@@ -17,6 +17,7 @@ from helpers.common import UserError, visible
 from helpers.data import tables
 
 (USUAL, VERDICTS, FORMATS), (QUESTIONS,) = tables("formats.yaml"), tables("questions.yaml")
+OBJECT = re.compile(r"""(?:[\s"]|\\.)*[{\[]""")  # or a list, in JSON or in JSON in JSON
 HALF_EMOJI = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON, or a whole one
 ANSWER = re.compile(r"((?:response|answer|completion|output|reply|candidate|conversation)s?[_ -]?)(a|b|0|1|2)", re.I)
 PART = re.compile(r"\d+|[A-Z]?[^\W\d_A-Z]+|[A-Z]+")
@@ -88,8 +89,8 @@ def plain_value(value: Any) -> Any:
 
 def opened(value: Any) -> Any:
     """What a cell holds as JSON, or as JSON in JSON; the cell itself if it is no text, or no JSON object or list."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("{", "[", '"'):  # a cell of a CSV file
-        with contextlib.suppress(ValueError):
+    if isinstance(value, str) and OBJECT.match(value):  # a cell of a CSV file
+        with contextlib.suppress(ValueError, RecursionError):
             found = opened(plain_value(json.loads(value)) if HALF_EMOJI.search(value) else json.loads(value))
             return value if isinstance(found, str) else found
     return value
@@ -256,8 +257,9 @@ def find_layout(names: tuple[str, ...], columns: dict[str, list[str]], scores: t
 def _of_format(names: tuple[str, ...], columns: dict[str, list[str]], scores: tuple[str, ...]) -> Layout | None:
     """The layout of the first public format that has these columns; raises UserError if its rows are no pairs. `scores`
     compare its two answers if their names differ as those do, and no other rule finds answers."""
+    asks = {name for name in names if name.lower() in ("history", *USUAL["prompt"])}
     for entry in FORMATS:
-        own = entry.get("scores") == [*scores] and not {"prompt", "history"} & set(names) - set(entry["columns"])
+        own = entry.get("scores") == [*scores] and asks <= set(entry["columns"])
         if scores and not own:
             if len(entry.get("answers", ())) != 2 or two_answers(names):
                 continue
@@ -267,7 +269,7 @@ def _of_format(names: tuple[str, ...], columns: dict[str, list[str]], scores: tu
             continue
         if "refused" in entry and not (entry.get("of one answer") and two_answers(names)):
             raise UserError(entry["refused"])
-        layout = _made(names, {"system": _system(names, {})} | entry | columns)
+        layout = _made(names, {"system": _system(names, columns)} | entry | columns)
         if len(layout.answers) < len(entry.get("answers", "ab")) or (layout.kind in RANKED and two_answers(names)):
             continue  # other answers
         if scores and ("" in (ends := apart(*layout.answers)) or set(apart(*scores)) != set(ends)):

@@ -39,8 +39,7 @@ def _text(row: dict[str, Any], name: str) -> Any:
 
 
 def _prompt(row: dict[str, Any], layout: Layout) -> Any:
-    read = lookup if _holds(lookup(row, layout.history)) else _text  # "None" can be a reply
-    values = [read(row, name) for name in layout.prompt]
+    values = [lookup(row, name) for name in layout.prompt]
     if len(values) < 2:
         return values[0] if values else None
     texts = {name: value for name, value in zip(layout.prompt, values, strict=True) if not is_missing(value)}
@@ -147,6 +146,8 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
     if chosen[0]["role"] == rejected[0]["role"] == "assistant":
         if not own:
             raise LeftOut(f"{where} is missing" if where else layouts.QUESTIONS["no prompt"].format(better, worse))
+        for name in () if _holds(lookup(row, layout.history)) else layout.prompt:  # "None" can be a reply
+            _text(row, name)
         prompt = own
     elif len(rejected) == 1:  # ms-swift: only the last turn differs
         prompt, chosen = _with_own(own, chosen[:-1], where), chosen[-1:]

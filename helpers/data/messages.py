@@ -102,8 +102,10 @@ def _to_message(message: Any, column: str) -> dict[str, Any]:
 
 def has_more(value: Any) -> bool:
     """Whether messages in a cell have more than a role and a text."""
+    if isinstance(value, str) and value.lstrip()[:1] == '"':
+        value = opened(value)
     if isinstance(value, str):
-        return value.lstrip()[:1] in ("{", "[", '"') and any(f'"{name}"' in value.replace("\\", "") for name in KEPT)
+        return value.lstrip()[:1] in ("{", "[") and any(f'"{name}"' in value for name in KEPT)
     if isinstance(items := talk_in(value) or value, list):
         return any(map(has_more, items))
     called = isinstance(value, dict) and "function_call" in (value.get("from"), value.get("role"))
@@ -148,11 +150,20 @@ def _is_message(item: dict[str, Any], objects: bool, role: str) -> bool:
     return both and role == "user" and all(isinstance(text, str) for text in item.values())
 
 
+def _certain(found: Any, role: str) -> bool:
+    """Whether JSON in JSON, which may be an honest answer, is messages of known roles that can stand in such a cell."""
+    turns = talk_in(found) or (found if isinstance(found, list) else [found])
+    known = [isinstance(turn, dict) and _role(turn) for turn in map(opened, turns)]
+    return all(known) and (role == "user" or known[-1:] == [role])
+
+
 def to_messages(value: Any, column: str, role: str) -> list[dict[str, Any]]:
     """Any spelling of one or more turns as messages; a plain string becomes one turn of `role`."""
     if isinstance(value, str) and value.lstrip()[:1] not in ("[", "{", "a", '"'):  # most are plain
         return [{"role": role, "content": value}]
     found = opened(value)
+    if isinstance(value, str) and value.lstrip()[:1] == '"' and not _certain(found, role):
+        return [{"role": role, "content": value}]
     if isinstance(found, dict) and (talk := talk_in(found)) is not None:
         others = found.keys() - {*TALKS, "tools", "system"}
         last = talk[-1] if talk and isinstance(talk[-1], dict) else {}

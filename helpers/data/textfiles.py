@@ -173,6 +173,13 @@ def _count(rows: Iterator[tuple[str, list[str]]]) -> tuple[int, int, int]:
     return whole, len(others) - whole, first[1] + sum(marks for _, marks in others)
 
 
+def _swallowed(path: Path, name: str, skip: int, one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether rows that are whole in one reading begin within rows of the other."""
+    starts, rows = {line for line, _ in _fields(path, name, skip, other)}, _fields(path, name, skip, one)
+    size = len(next(rows, ("", []))[1])
+    return any(len(fields) == size and line not in starts for line, fields in rows)
+
+
 def _delimiter(path: Path, skip: int) -> str:
     """What stands between fields: of those that make a row as long as the first, the one that makes most names."""
     lines = list(itertools.islice(_open_text(path, skip), 50)) or [","]
@@ -184,8 +191,8 @@ def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
     """How many lines stand before the names, and the arguments of `csv.reader`. Text between tabs has no quotes by its
     standard, but pandas and Excel write them. So that no row swallows others, the reading with more whole rows counts.
     If both have as many, marks around a field are quotes only if they are around the names too, if those inside are
-    doubled, or if the file is called .csv. Spaces before fields are dropped if marks after them are quotes then, and as
-    many rows are whole."""
+    doubled, or if the file is called .csv. Spaces before fields are dropped if marks after them are quotes then, as
+    many rows are whole, and none of them is swallowed."""
     csv.field_size_limit(sys.maxsize)
     skip, head = next(((number, line) for number, line in enumerate(_open_text(path, 0)) if line.strip()), (0, ""))
     if named := re.fullmatch(r'"?sep=(.)"?\s*', head):  # Excel's first line
@@ -205,8 +212,9 @@ def csv_form(path: Path, name: str, tsv: bool) -> tuple[int, dict[str, Any]]:
         quoted, quoted_other, marks = -1, 0, 0
     if marks and mark != "\t":
         with contextlib.suppress(UserError):
-            found = _count(_fields(path, name, skip, quotes | {"skipinitialspace": True}))
-            if found[0] >= quoted and found[2] < marks:
+            spaces = quotes | {"skipinitialspace": True}
+            found = _count(_fields(path, name, skip, spaces))
+            if found[0] >= quoted and found[2] < marks and not _swallowed(path, name, skip, quotes, spaces):
                 print(QUESTIONS["spaces"].format(name=name))
                 quoted, quoted_other, quotes["skipinitialspace"] = found[0], found[1], True
     if whole > quoted >= 0 and (not other if usual else other and not quoted_other):

@@ -147,6 +147,21 @@ READ = {
     "column name": ([two("response_b", ("response_a", "response_b"))], {}, [B_FIRST]),
     "index": ([two(0, ("answer_0", "answer_1")), two("1", ("answer_0", "answer_1"))], {}, [A_FIRST, B_FIRST]),
     "AlpacaEval": ([two(1.2, ("output_1", "output_2")), two(1.5, ("output_1", "output_2"))], {}, [A_FIRST]),
+    "scores of a public format beside two system turns, of which one is named": (
+        [
+            {
+                "prompt": Q,
+                "system": "S",
+                "system_prompt": "T",
+                "answer_0": ONE,
+                "answer_1": TWO,
+                "score_0": 1,
+                "score_1": 2,
+            }
+        ],
+        {"scores": ["score_0", "score_1"], "columns": {"system": "system"}},
+        [["s:S / " + B_FIRST[0], *B_FIRST[1:]]],
+    ),
     # the winner by what it wrote, or by its name
     "model name": (
         [

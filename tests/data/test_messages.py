@@ -35,6 +35,14 @@ def reason_of(row):
     return reason
 
 
+def test_quotation_marks_around_brackets_and_names_are_text():
+    answer = '"thinking" and "reasoning"'
+    for one in (answer, f'"{"[" * 9999}"'):
+        pairs = load_pairs([plain(one, one)])
+        assert texts_of(pairs) == [[[one], [one], ["b"]]]
+        assert pairs.features == load_pairs([plain()]).features
+
+
 CALL = {"type": "function", "function": {"name": "find", "arguments": {"what": "map"}}}
 MORE = {
     "reasoning": say("assistant", "one", reasoning_content="hm"),
