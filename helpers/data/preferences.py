@@ -270,9 +270,8 @@ class Judge:
         elsewhere = len(self.places) > 1 or any(layouts.says("models", name) for name in self.places)
         two = len(kept) == 2 and self._opposite(list(kept), list(kept))
         more = QUESTIONS["two values" if two else "scale" if scale else "one"].format(*shown.values())
-        column = ", ".join(self.layout.by)
-        more += QUESTIONS["cut"].format(column=column) * any(shown[key] != repr(plain[key]) for key in plain)
-        said = {"column": column, "held": held, "wins": wins, "a": a, "b": b, "more": more}
+        more += QUESTIONS["cut"] * any(shown[key] != repr(plain[key]) for key in plain)
+        said = {"column": ", ".join(self.layout.by), "held": held, "wins": wins, "a": a, "b": b, "more": more}
         return asked("elsewhere" if elsewhere else "values", what=what, names=layouts.listed(self.places), **said)
 
     def order(self, row: dict[str, Any]) -> tuple[str, ...]:
