@@ -48,8 +48,10 @@ def _together(self: optimizer.Optimizer8bit) -> tuple[int, dict[str, Any]] | Non
     fit = len(groups) == len({state.get("step") for state in states}) == 1
     fit &= not self.mng.pid2config and not self.mng.index2config  # settings of one weight alone
     fit &= len({(weight.dtype, weight.device) for weight in weights}) == 1
-    for weight, state in zip(weights, states, strict=True):  # small ones have states of 32 bits, without scales
-        fit &= weight.grad is not None and weight.numel() % _BLOCK == 0 and "absmax2" in state
+    for weight, state in zip(weights, states, strict=True):
+        fit &= weight.grad is not None and weight.numel() % _BLOCK == 0
+        # Small weights have states without scales; some optimizers have one moment, or two in one state.
+        fit &= "absmax2" in state and state["state1"].shape == weight.shape
     return groups[0] if fit else None
 
 
@@ -91,7 +93,7 @@ def self_test() -> None:
         states = [made.state[weight][name].float() for weight in weights for name in _PARTS]
         found.append(torch.cat([*states, *(weight.detach() for weight in weights)]))
     expect("whole_state" in vars(made), "bitsandbytes keeps its states in another way")
-    expect(torch.equal(*found), "all weights together are updated otherwise than each by itself")
+    expect(torch.equal(*found), "all weights together become others than each by itself")
     expect(all(weight.abs().min() > 0 for weight in weights), "a step does not change all weights")
 
 

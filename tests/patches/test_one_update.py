@@ -5,17 +5,17 @@ import types
 
 import pytest
 import torch
-from bitsandbytes.optim import AdamW8bit
+from bitsandbytes.optim import AdamW8bit, AdEMAMix8bit, Lion8bit
 
 from helpers.patches.one_update import _step  # what a trainer's optimizer gets as its `step`
 
 
-def optimizer(sizes, together, short=(), **options):
+def optimizer(sizes, together, short=(), kind=AdamW8bit, **options):
     """Of weights of these sizes; those at the places `short` are in 16 bits."""
     torch.manual_seed(0)
     drawn = [torch.randn(size) for size in sizes]
     weights = [torch.nn.Parameter(one.half() if place in short else one) for place, one in enumerate(drawn)]
-    made = AdamW8bit(weights, lr=0.01, **options)
+    made = kind(weights, lr=0.01, **options)
     if together:
         made.step = types.MethodType(_step, made)
     return made
@@ -41,25 +41,27 @@ def same(one, other):
 
 
 SIZES = [(16, 320), (2048, 16), (16, 256)]
-CASES = {
-    "as LoRA's": (SIZES, {}, ()),
-    "a small one in 32 bits": ([*SIZES, (16,)], {}, ()),
-    "no whole blocks": ([*SIZES, (16, 257)], {}, ()),
-    "one without a gradient": (SIZES, {}, (1,)),
-    "16 bits beside 32": ([*SIZES], {"short": [1]}, ()),
-    "weight decay": (SIZES, {"weight_decay": 0.1, "betas": (0.8, 0.95)}, ()),
+CASES = {  # sizes, options, places without a gradient in the third step, whether there are steps of all together
+    "as LoRA's": (SIZES, {}, (), True),
+    "a small one in 32 bits": ([*SIZES, (16,)], {}, (), False),
+    "no whole blocks": ([*SIZES, (16, 257)], {}, (), False),
+    "one without a gradient": (SIZES, {}, (1,), True),
+    "16 bits and 32": (SIZES, {"short": [1]}, (), False),
+    "weight decay": (SIZES, {"weight_decay": 0.1, "betas": (0.8, 0.95)}, (), True),
+    "one moment": (SIZES, {"kind": Lion8bit}, (), False),
+    "three moments, two of them in one state": (SIZES, {"kind": AdEMAMix8bit}, (), False),
 }
 
 
-@pytest.mark.parametrize("sizes, options, without", CASES.values(), ids=CASES)
-def test_the_same_weights_and_states(sizes, options, without):
-    ours, expected = (optimizer(sizes, together, **options) for together in (True, False))
+@pytest.mark.parametrize("sizes, options, without, together", CASES.values(), ids=CASES)
+def test_the_same_weights_and_states(sizes, options, without, together):
+    ours, expected = (optimizer(sizes, changed, **options) for changed in (True, False))
     for seed in range(5):
         for made in (ours, expected):
             made.param_groups[0]["lr"] = 0.01 / (seed + 1)  # as a schedule sets it
             step(made, seed, without if seed == 2 else ())
     same(ours, expected)
-    assert ("whole_state" in vars(ours)) == (sizes is SIZES)
+    assert ("whole_state" in vars(ours)) == together
 
 
 @pytest.mark.parametrize("before, after", [(True, False), (False, True), (True, True)])
