@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
+from helpers.common import documents
 
 # The source of this wing and its tables as they were imported: part of the key under which its results are kept on
 # disk, so that what another version has read or measured is not taken.
@@ -12,4 +12,4 @@ CODE = "".join(path.read_text("utf-8") for path in sorted(Path(__file__).parent.
 
 def tables(name: str) -> list[Any]:
     """The documents of a YAML file of this wing."""
-    return list(yaml.safe_load_all(Path(__file__).with_name(name).read_text("utf-8")))
+    return documents(__file__, name)

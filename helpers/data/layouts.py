@@ -240,10 +240,11 @@ def find_layout(names: tuple[str, ...], columns: dict[str, list[str]], scores: t
     free = columns.keys() <= {"prompt", "system", "preference"} and not plain
     layout = _of_format(names, columns, scores) if free else None
     answers, by = (layout.answers, {}) if layout else _answers(names, columns, scores)
-    if any(says("ranks", name) for name in scores if answers):
-        raise asked("ranks", names=listed(scores))
-    if scores and answers and apart(*scores) == apart(*answers)[::-1] != ("", ""):
-        raise asked("scores exchanged", scores=scores, answers=answers)
+    if scores and answers:
+        if any(says("ranks", name) for name in scores):
+            raise asked("ranks", names=listed(scores))
+        if apart(*scores) == apart(*answers)[::-1] != ("", ""):
+            raise asked("scores exchanged", scores=scores, answers=answers)
     if layout or not answers:
         return layout
     if answers[0] == answers[1]:

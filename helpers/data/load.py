@@ -146,8 +146,9 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
     if chosen[0]["role"] == rejected[0]["role"] == "assistant":
         if not own:
             raise LeftOut(f"{where} is missing" if where else layouts.QUESTIONS["no prompt"].format(better, worse))
-        for name in () if _holds(lookup(row, layout.history)) else layout.prompt:  # "None" can be a reply
-            _text(row, name)
+        if not _holds(lookup(row, layout.history)):  # after which "None" can be a reply
+            for name in layout.prompt:
+                _text(row, name)
         prompt = own
     elif len(rejected) == 1:  # ms-swift: only the last turn differs
         prompt, chosen = _with_own(own, chosen[:-1], where), chosen[-1:]

@@ -19,9 +19,9 @@ from helpers.data.render import pair_lengths, token_counts
 from helpers.patches.shared_prompt import can_share, filler
 
 # Measured peaks as times the formulas below. PLAIN: what the layers of transformers and PEFT keep (norms in 32 bits,
-# inputs of the LoRA matrices, less what one forward for both sides saves), by benchmarks/memory.py. FUSED: what
-# Unsloth's layers keep, and INPUTS: the layers' inputs, which are kept for recomputing, by SHARED if all pairs are in
-# one row; these by benchmarks/gpu.py.
+# inputs of the LoRA matrices, less what one forward for both sides saves), by benchmarks/memory.py. The others by
+# benchmarks/gpu.py. FUSED: what Unsloth's layers keep. INPUTS: the layers' inputs, which are kept for recomputing.
+# SHARED_INPUTS: the same, if all pairs are in one row.
 PLAIN_FACTOR, FUSED_FACTOR, INPUTS_FACTOR, SHARED_INPUTS_FACTOR = 1.6, 0.76, 1.19, 1.05
 PLAIN_CHECKPOINTING_BYTES = 1.1e9  # what recomputing plain layers took on top, at every size tried there
 ESTIMATE_MARGIN = 1.25  # below this multiple of what is free, training is tried with a warning

@@ -10,11 +10,10 @@ import contextlib
 import functools
 import importlib
 import sys
-from pathlib import Path
 
-import yaml
+from helpers.common import documents
 
-PATCHES: dict[str, str] = yaml.safe_load(Path(__file__).with_name("without.yaml").read_text("utf-8"))
+PATCHES: dict[str, str] = documents(__file__, "without.yaml")[0]
 
 
 def expect(true: bool, what: str) -> None:

@@ -93,7 +93,7 @@ def self_test() -> None:
         states = [made.state[weight][name].float() for weight in weights for name in _PARTS]
         found.append(torch.cat([*states, *(weight.detach() for weight in weights)]))
     expect("whole_state" in vars(made), "bitsandbytes keeps its states in another way")
-    expect(torch.equal(*found), "all weights together become others than each by itself")
+    expect(torch.equal(*found), "weights that are updated together are others")
     expect(all(weight.abs().min() > 0 for weight in weights), "a step does not change all weights")
 
 

@@ -134,7 +134,7 @@ def _share(inner: PreTrainedModel) -> None:
         others = {name: value for name, value in kwargs.items() if name not in _BATCH}
         outputs = fused(*args, fused_lm_head=True, **others, **packed.inputs)
         found = {name: getattr(outputs, name) for name in _FIGURES if getattr(outputs, name) is not None}
-        # The loss takes a gradient of the log-probs alone. One of the entropy, even if it is 0, would be computed too.
+        # Only the log-probs have a gradient. For one of the entropy, be it 0, the logits would be computed again.
         told = [(one if name == "log_probs" else one.detach())[packed.packed].float() for name, one in found.items()]
         values = torch.stack(told).to(packed.given[0].device)
         for (name, one), own in zip(found.items(), values, strict=True):
