@@ -3,7 +3,7 @@
 A step hands some 6,000 kernels over one by one, and the GPU often waits for the next one. A CUDA graph starts them all
 at once: the same kernels, with the same results. Recording is torch's public CUDAGraph. What is private: Unsloth's
 layers look into the positions for sequences, which waits for the GPU and may not be recorded, and only a private name
-shows that checkpoints go to the machine's memory.
+shows that checkpoints go to the machine's memory. `cast_once` uses torch's `_foreach_copy_` too.
 """
 
 import functools
@@ -19,18 +19,25 @@ from helpers.patches import expect, shared_prompt, works
 from helpers.patches.fused_lm_head import own_forward
 from helpers.patches.prompt_segments import Keys, take_segments
 
-_MOST = 12  # recorded widths, each of which keeps gradients of the adapter; other widths are not recorded
+_MOST = 12  # recorded widths, each of which keeps its result; other widths are not recorded
 
 
 class _Recording:
     """The kernels of `run` and of its backward pass for `inputs` of one shape.
 
-    `run(*inputs)` gives one tensor. The backward pass leaves the gradients of `weights` in their `grad`, which must be
-    None before.
+    `run(*inputs)` gives one tensor. The backward pass leaves the gradients of `weights` in `gradients`, which all
+    recordings share; their `grad` must be None before.
     """
 
-    def __init__(self, run: Callable[..., Tensor], weights: list[Tensor], inputs: list[Tensor], pool: Any) -> None:
-        self.inputs, self.weights = [one.clone() for one in inputs], weights
+    def __init__(
+        self,
+        run: Callable[..., Tensor],
+        weights: list[Tensor],
+        inputs: list[Tensor],
+        pool: Any,
+        gradients: list[Tensor],
+    ) -> None:
+        self.inputs, self.weights, self.gradients = [one.clone() for one in inputs], weights, gradients
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         how = {"pool": pool, "capture_error_mode": "thread_local"}
         try:
@@ -39,7 +46,7 @@ class _Recording:
             self.gradient = torch.empty_like(result)
             with torch.cuda.graph(self.backward, **how):
                 result.backward(self.gradient)
-            self.gradients = [weight.grad for weight in weights]
+                torch._foreach_copy_(gradients, [weight.grad for weight in weights])
         finally:
             for weight in weights:
                 weight.grad = None
@@ -84,7 +91,7 @@ def self_test() -> None:
     x = torch.ones(1, 2, device="cuda")
     run(x).sum().backward()  # loads the kernels
     weight.grad = None
-    recording = _Recording(run, [weight], [x], torch.cuda.graph_pool_handle())
+    recording = _Recording(run, [weight], [x], torch.cuda.graph_pool_handle(), [torch.empty_like(weight)])
     with torch.no_grad():
         weight.mul_(2)
     result = _Replay.apply(recording, start, 3 * x)
@@ -105,6 +112,7 @@ class _Stack:
         self.layers, self.plain = layers, layers.forward
         self.recordings: dict[tuple[int, ...], _Recording] = {}
         self.weights: list[Tensor] = []  # the same in each step; to look for them takes longer than to start a graph
+        self.gradients: list[Tensor] = []
         self.on = True
         self.pool, self.start = torch.cuda.graph_pool_handle(), torch.zeros((), requires_grad=True)
 
@@ -115,6 +123,7 @@ class _Stack:
             return self.plain(*args, **given)
         if not self.weights:  # the first batch loads and chooses kernels, which may not be recorded
             self.weights = [weight for weight in self.layers.parameters() if weight.requires_grad]
+            self.gradients = [torch.empty_like(weight) for weight in self.weights]
             return self.plain(*args, **given)
         longest = _rounded(keys.longest_q), _rounded(keys.longest_k)
         inputs = [given["input_ids"], given["position_ids"], *keys[:4]]
@@ -136,7 +145,7 @@ class _Stack:
 
         torch.cuda.empty_cache()  # recordings have memory of their own
         try:
-            self.recordings[shape] = _Recording(run, self.weights, inputs, self.pool)
+            self.recordings[shape] = _Recording(run, self.weights, inputs, self.pool, self.gradients)
         except RuntimeError as error:  # torch's errors of CUDA, out of memory too
             first = str(error).strip().partition("\n")[0]
             print(f"The kernels of a step are handed over one by one from here on ({first[:200]}).", flush=True)
