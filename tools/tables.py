@@ -134,6 +134,10 @@ def gpu_expert() -> str:
         cells = [listed(host[of][name][key] for host in hosts) for name in ("ours", "kept")]
         return f"| {words} | {' | '.join(cells)} |\n"
 
+    def held(name: str) -> str:
+        best = [(host["sides"], host["against_best"][name]["best"]) for host in hosts]
+        return listed(sides[name]["reserved_gb"] / sides[other]["reserved_gb"] for sides, other in best)
+
     def gpu_seconds(side: dict) -> float:
         return side["gpu_busy_share"] / side["pairs_per_s"]
 
@@ -153,7 +157,8 @@ def gpu_expert() -> str:
         row("the same, the fastest turn of each side", "against_best", "times_best_in_best_turn"),
         row("the same, steps alone without the reference's pass", "against_best", "times_best_by_step"),
         f"| the same, if the GPU never waited: by the time of its kernels in a step | {short} | {room} |\n",
-        row("memory of the best", "against_best", "memory_of_best"),
+        row("memory of the best: what tensors take at most", "against_best", "memory_of_best"),
+        f"| the same: what torch holds of the card at most | {held('ours')} | {held('kept')} |\n",
         row("**the usual notebook**, one epoch", "against_usual", "times_usual_one_epoch"),
     ]
     return f"""
@@ -185,7 +190,7 @@ def gpu_fair() -> str:
     for name, words in FAIR.items():
         sides = [host["sides"][name] for host in hosts if name in host["sides"]]
         if "error" in sides[0]:
-            rows.append(f"| {words} | {sides[0]['error']} | | | | | | |\n")
+            rows.append(f"| {words} | {sides[0]['error']} | | | | | | | |\n")
             continue
         rates = ("pairs_per_s", "pairs_per_s_best_turn")
         reference = [side.get("reference_pairs_per_s", float("inf")) for side in sides]
@@ -194,14 +199,14 @@ def gpu_fair() -> str:
             *(listed(values, 1) for values in (epoch, *([side[key] for side in sides] for key in rates))),
             listed(side["gpu_busy_share"] for side in sides),
             ", ".join(f"{side['tflop_per_s']:.0f}" for side in sides),
-            span([side["peak_gb"] for side in sides], 1),
+            *(span([side[key] for side in sides], 1) for key in ("peak_gb", "reserved_gb")),
             ", ".join(f"{side['warm_up_seconds']:.0f}" for side in sides),
         ]
         rows.append(f"| {words} | {' | '.join(cells)} |\n")
     rate = ", ".join(str(host["matrix_tflop_per_s"]) for host in hosts)
     return f"""
-| side | pairs a second, one epoch | steps alone | fastest turn | busy | TFLOP/s of {rate} | peak GB | seconds of the first six steps |
-|---|---|---|---|---|---|---|---|
+| side | pairs a second, one epoch | steps alone | fastest turn | busy | TFLOP/s of {rate} | peak GB | held GB | seconds of the first six steps |
+|---|---|---|---|---|---|---|---|---|
 {"".join(rows)}"""
 
 
