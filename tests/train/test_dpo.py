@@ -513,9 +513,10 @@ def test_run_folder_is_complete_portable_and_loads_in_a_new_process(policy, pair
 
     code = f"""
 from helpers import load_model, load_pairs
-from helpers.model.logps import pair_logps
+from helpers.model.logps import in_32_bits, pair_logps
 model, tokenizer = load_model({str(run.adapter)!r})
-logps = pair_logps(model, tokenizer, load_pairs().select(range(16, 22)), max_length=512, batch_size=4)
+with in_32_bits(model):  # as the held-out pairs are scored, also where training is in bf16
+    logps = pair_logps(model, tokenizer, load_pairs().select(range(16, 22)), max_length=512, batch_size=4)
 print("LOGPS", logps.chosen.tolist() + logps.rejected.tolist())
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
