@@ -8,6 +8,7 @@ from helpers.data.preferences import LeftOut
 
 Turns = list[dict[str, Any]]
 NEVER = "(?!)"
+HUMAN = "\n\nHuman:"
 SPACE = re.compile(r" (?!\s)")
 OPTIONS = re.compile(r"(?m)^\s*\(?B[.):]")  # of a question with answers to choose from
 _TEXT = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
@@ -71,6 +72,11 @@ START = re.compile(rf"{BEGIN.pattern}|{'|'.join(marks.first for marks in SPELLIN
 ANSWER_MARK = re.compile("|".join(marks.answer.pattern for marks in SPELLINGS))
 
 
+def may_begin(text: str) -> bool:
+    """Whether a text can be a dialogue."""
+    return bool(START.match(text.lstrip())) or HUMAN in text
+
+
 def read(text: Any) -> tuple[Marks, Turns] | None:
     r"""The turns of a dialogue in one text ("\n\nHuman: ... \n\nAssistant: ..." and the like), and how it is spelled.
 
@@ -81,6 +87,10 @@ def read(text: Any) -> tuple[Marks, Turns] | None:
     bare = text.lstrip()
     if "\n<extra_id_1>Assistant\n" in text and not bare.startswith("<extra_id"):  # HelpSteer2's first user has no mark
         text = bare = f"<extra_id_1>User\n{bare}"
+    if HUMAN in text and text.rstrip().endswith("\n\nAssistant:") and not START.match(bare):
+        before, human, rest = text.partition(HUMAN)  # what stands before the first turn is the system's
+        turns = SPELLINGS[0].turns(human + rest)
+        return (SPELLINGS[0], [{"role": "system", "content": before.strip()}, *turns]) if turns else None
     if not START.match(bare):
         return None
     text = BEGIN.sub("", text if text.startswith("\n\n") else bare, count=1)

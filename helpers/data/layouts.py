@@ -40,12 +40,13 @@ class Layout:
     kind: str = ""  # one of TOLD_BY; "" if the first answer is the better
     by: tuple[str, ...] = ()
     status: str = ""
+    question: str = ""
     wins: str | tuple[tuple[Any, str], ...] | None = None
 
     def columns(self, names: Iterable[str]) -> set[str]:
         """The columns, of these names, that are read."""
         paths = (*self.prompt, self.system, self.history, self.status, self.tools, *self.answers, *self.by)
-        return {_root(option, names) for path in paths for option in path.split(" | ")}
+        return {_root(option, names) for path in paths for option in ([path] if path in names else path.split(" | "))}
 
     def __str__(self) -> str:
         """What is taken for what."""
@@ -129,14 +130,15 @@ def _made(names: tuple[str, ...], entry: dict[str, Any]) -> Layout:
     def there(role: str) -> tuple[str, ...]:
         paths = []
         for path in entry.get(role, ()):
-            roots = {option: _root(option, names) for option in path.split(" | ")}
+            options = [path] if path in names else path.split(" | ")  # a reader's own name may have a bar
+            roots = {option: _root(option, names) for option in options}
             first = next(filter(None, roots.values()), None)
             paths.append(" | ".join(option for option, root in roots.items() if root == first))
         return tuple(filter(None, paths))
 
     kind, wins = next((kind for kind in TOLD_BY if kind in entry), ""), entry.get("wins")
     return _one_of_each(
-        **{key: entry[key] for key in ("name", "tools", "text", "status") if key in entry},
+        **{key: entry[key] for key in ("name", "tools", "text", "status", "question") if key in entry},
         **{key: "".join(there(key)) for key in ("system", "history")},
         **{key: there(key) for key in ("prompt", "answers")},
         kind=kind,
@@ -158,8 +160,9 @@ def _found(names: tuple[str, ...], columns: dict[str, list[str]], role: str) -> 
 
 def _prompt_columns(names: tuple[str, ...], taken: list[str]) -> list[str]:
     found = [name for name in _found(names, {}, "prompt") if name not in taken]
+    own = {name.lower() for name in found[:1]} == {"prompt"} and "input" not in map(str.lower, found)
     alpaca = {name.lower() for name in found} == {"instruction", "input"}  # two parts of one question
-    if len(found) > 1 and found[0].lower() != "prompt" and not alpaca:
+    if len(found) > 1 and not (own or alpaca):
         raise asked("several prompts", names=listed(found), one=found[0], two=found[:2])
     return found if alpaca else found[:1]
 
@@ -279,6 +282,9 @@ def _of_format(names: tuple[str, ...], columns: dict[str, list[str]], scores: tu
             others = {*_found(names, {}, "preference"), *(name for name in names if says("verdict", name))}
             if others := [name for name in names if name in others - layout.columns(names)]:
                 raise asked("several preferences", names=listed([*layout.by, *others]))
+        others = [name for name in names if says("better answer", name) and name not in layout.columns(names)]
+        if others and not layout.kind:
+            raise asked("several answers", names=listed(layout.answers), others=listed(others), answers=layout.answers)
         return layout
     return None
 
@@ -311,6 +317,8 @@ def _answers(names: tuple[str, ...], columns: dict[str, list[str]], scores: tupl
     found = [name for name in found if name not in answers]
     if not set(answers) <= set(names) or not (scores or found):
         return [], {}
+    if found and not scores and "preference" not in columns:
+        found += [name for name in names if says("verdict", name) and name not in (*found, *answers)]
     if len(found) > 1 and not scores:
         raise asked("several preferences", names=listed(found))
     return answers, {"scores": scores} if scores else {"preference": found}

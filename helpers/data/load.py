@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +58,7 @@ def _earlier(row: dict[str, Any], layout: Layout) -> list[dict[str, Any]]:
     for entry in [] if is_missing(history) else history:
         if not isinstance(entry, list):
             turns += messages.to_messages([entry], layout.history, "user")
-        elif [type(text) for text in entry] == [str, str]:  # LLaMA-Factory: [question, answer]
+        elif [type(text) for text in entry] == [str, str] and entry[1].strip():  # LLaMA-Factory: [question, answer]
             turns += _arena(entry[:1], entry[1:])
         else:
             raise LeftOut(f"an entry of {layout.history} is not a question and an answer, both texts")
@@ -95,6 +95,13 @@ def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
         return []
     names = {name for name, value in row.items() if isinstance(value, str | list | dict)}
     own = {name for name in row if {"chosen", "rejected"} & set(parts(name))}  # what is said of the two answers
+    texts = {name for name, value in row.items() if isinstance(value, str) and layouts.says("an answer", name)}
+    flags = len({*map(str.lower, sides)} & {"0", "1", "true", "false"}) == 2 and texts - own
+    lists = {name: cell for name, cell in zip(row, map(opened, row.values()), strict=True) if isinstance(cell, list)}
+    named = [cell for name, cell in lists.items() if layouts.says("models", name) and set(sides) <= set(map(str, cell))]
+    beside = any(len(cell) == len(other) for cell in named for other in lists.values() if cell is not other)
+    if flags or beside or any(row[name] not in sides for name in texts & own):
+        return sides
     names |= {str(value) for name, value in row.items() if name not in own and layouts.says("keys", name)}
     firsts = {name: parts(name)[:1] for name in row if name not in own}
     answers = {name for name, first in firsts.items() if first and (NOUN.fullmatch(first[0]) or first[0] in [*PLACES])}
@@ -109,14 +116,18 @@ def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
             if len(items) > 1 and (objects or layouts.says("lists", name)):
                 names |= set(map(str, range(start, start + len(items))))
                 answers |= {*PLACES[: len(items)], *names} if layouts.says("lists of answers", name) else set()
-    made, of_answers = [*map(parts, names)], [*map(parts, answers)]
+    made, of_answers = [*map(parts, names)], [_numbered(parts(name)) for name in answers]
     return sides if all(_names(parts(side), made) or _names(_place(side), of_answers) for side in sides) else []
 
 
 def _place(label: str) -> tuple[str, ...]:
-    """Of "response A" or "the first" the part that tells which."""
+    """Of "response A" or "the first" the part that tells which, as a number."""
     words = [word for word in parts(label) if not (word == "the" or NOUN.fullmatch(word))]
-    return (str(WORDS["ordinals"].get(words[0], words[0])),) if len(words) == 1 and ":" not in label else ()
+    return _numbered(words) if len(words) == 1 and ":" not in label else ()
+
+
+def _numbered(words: Iterable[str]) -> tuple[str, ...]:
+    return tuple(str(WORDS["ordinals"].get(word, word)) for word in words)
 
 
 def _names(label: tuple[str, ...], made: list[tuple[str, ...]]) -> bool:
@@ -279,7 +290,7 @@ class _Reader:
         self.judges[layout].see(row)
         cells = [lookup(row, path) for path in (*layout.prompt, *layout.answers)]
         self.whole = self.whole or any(map(messages.has_more, (*cells, lookup(row, layout.history))))
-        if any(isinstance(cell, str) and cell[:2] != "\n\n" and dialogues.START.match(cell.lstrip()) for cell in cells):
+        if any(isinstance(cell, str) and cell[:2] != "\n\n" and dialogues.may_begin(cell) for cell in cells):
             with contextlib.suppress(LeftOut):
                 name = dialogues.as_turns(_prompt(row, layout), cells[len(layout.prompt) :])[2]
                 self.marks += Counter([name] if name else ())
@@ -344,6 +355,8 @@ class _Reader:
             raise row
         if not isinstance(row, dict):
             raise LeftOut(f"the row is {messages.kind_of(row)}, not an object")
+        if all(name == value for name, value in row.items()):
+            raise LeftOut("the row repeats the names of the columns")
         if (layout := self._layout(row)) is None:
             raise LeftOut("no chosen and rejected, nor two answers with a preference")
         if media := next((name for name in WORDS["media"] if _holds(row.get(name))), None):
@@ -375,7 +388,8 @@ class _Reader:
 def _holds(value: Any) -> bool:
     """Whether a cell has anything, or a list in it."""
     value = opened(value)
-    return any(item is not None for item in value) if isinstance(value, list) else bool(value)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value or None]
+    return any(item is not None for item in items)
 
 
 def _used(line: str, row: dict[str, Any]) -> str:

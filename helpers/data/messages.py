@@ -16,7 +16,7 @@ MESSAGES = List({"role": Value("string"), "content": Value("string")})
 WHOLE_MESSAGES = List(Json())  # if any message has more than a role and a text
 (WORDS,) = tables("words.yaml")
 ROLES = {spelling: role for role, spellings in WORDS["roles"].items() for spelling in spellings}
-KEPT, TEXT_KEYS, TALKS = WORDS["kept"], WORDS["texts"], WORDS["talks"]
+KEPT, TEXT_KEYS, TALKS, NO_PLACE = WORDS["kept"], WORDS["texts"], WORDS["talks"], frozenset(WORDS["lost"])
 LOOKS_LIKE_MESSAGES = re.compile(
     r"""\s*(?:array\()?\[?\s*\{\s*(?:["'](?:role|content|from|value)|[^{}]*,\s*["'](?:role|from))["']\s*:"""
 )
@@ -67,7 +67,10 @@ def _call(value: Any, column: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(function, dict):
         raise LeftOut(f"the tool_calls of a message in {column} hold {kind_of(function)}, not an object")
-    return {"type": "function", "function": {**function, "arguments": opened(function.get("arguments"))}}
+    name = next((name for name in WORDS["arguments"] if name in function), "arguments")
+    own = {key: value for key, value in function.items() if key not in (name, "id")}
+    made = {"type": "function", "function": {**own, "arguments": opened(function.get(name))}}
+    return made | ({"id": call["id"]} if call.get("id") else {})
 
 
 def _turns(message: Any) -> list[Any]:
@@ -76,17 +79,24 @@ def _turns(message: Any) -> list[Any]:
         asked = next((name for name in ("input", "human", "user") if name in message), "")
         roles = {"system": "system", "user": asked, "assistant": "output" if asked == "input" else "assistant"}
         held = {name for name, value in message.items() if value is not None}
-        if asked == "input" or (asked and held <= set(roles.values())):
+        if (asked == "input" and not _lost(message)) or (asked and held <= set(roles.values())):
             return [{"role": role, "content": message[name]} for role, name in roles.items() if message.get(name)]
     return [message]
+
+
+def _lost(given: dict[str, Any]) -> list[str]:
+    """What an object has that belongs to its text or its messages, and has no place in them."""
+    return [] if NO_PLACE.isdisjoint(given) else [name for name in WORDS["lost"] if given.get(name)]
 
 
 def _to_message(message: Any, column: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise LeftOut(f"{column} is a list that holds {kind_of(message)} where a message {{role, content}} should be")
-    named, content = message.get("role") or message.get("from"), message.get("content")
-    if content is None:
-        content = next((message[name] for name in TEXT_KEYS if message.get(name) is not None), None)
+    named = message.get("role") or message.get("from")
+    texts = [message[name] for name in TEXT_KEYS if message.get(name) is not None]
+    content = next(filter(None, texts), texts[0] if texts else None)
+    if lost := _lost(message):
+        raise LeftOut(f"a message in {column} has {', '.join(lost)} beside its text")
     if (role := _role(message)) is None:
         named = visible(str(named), 40)
         raise LeftOut(f"a message in {column} has no role among system, user, assistant, tool, but {named!r}")
@@ -165,6 +175,8 @@ def to_messages(value: Any, column: str, role: str) -> list[dict[str, Any]]:
     if isinstance(value, str) and value.lstrip()[:1] == '"' and not _certain(found, role):
         return [{"role": role, "content": value}]
     if isinstance(found, dict) and (talk := talk_in(found)) is not None:
+        if lost := _lost(found):
+            raise LeftOut(f"{column} has {', '.join(lost)} beside its messages")
         others = found.keys() - {*TALKS, "tools", "system"}
         last = talk[-1] if talk and isinstance(talk[-1], dict) else {}
         if found is not value and others and _role(last) == role:

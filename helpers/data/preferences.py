@@ -253,7 +253,7 @@ class Judge:
             return len(values) <= 2
         numbers, known = list(map(number_of, values)), {self.words(value) for value in values}
         if None not in numbers:
-            return len(values) == 2 and all(number == int(number) for number in numbers if number is not None)
+            return set(numbers) in ({0, 1}, {1, 2}, {-1, 1})
         plain = not any(re.search(VERDICTS["no verdict"], _words(str(value))) for value in map(self.values.get, others))
         return len(values) == 2 and plain and known in ({"first", "second"}, {UNKNOWN})
 
@@ -276,6 +276,11 @@ class Judge:
 
     def order(self, row: dict[str, Any]) -> tuple[str, ...]:
         """Where the better answer is, and the other. Raises LeftOut for a tie, or if nothing is said."""
+        questions = set(map(str, lookup(row, self.layout.question) or ())) if self.layout.question else ()
+        if len(questions) > 1:
+            raise LeftOut(
+                f"votes on several questions ({visible(', '.join(sorted(questions)), 60)}): keep those on one"
+            )
         value, meaning = self._verdict(row) if self.judges else (None, "first")
         if meaning in ("first", "second"):
             return self.layout.answers[:: 1 if meaning == "first" else -1]

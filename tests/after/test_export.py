@@ -583,14 +583,14 @@ def test_trl_in_two_processes_killed_and_resumed_has_the_losses_of_the_run(small
 
 
 @pytest.mark.slow
-def test_torchrun_in_two_processes_repeats_the_run(small_run, small, pairs, tmp_path):
+def test_torchrun_in_two_processes_repeats_the_run(small_run, small, pairs, tmp_path, monkeypatch):
+    monkeypatch.setenv("UNSLOTH_CPU_BF16", "0")  # in 16 bits a new adapter has other weights
     folder = export_run(small_run, "torchrun", tmp_path / "torchrun", train=pairs[0], test=pairs[1])
     run_in_two(folder, f"model={small}", "folder=again")
     again = Run.load(folder / "again")
     assert again.info.start == small_run.info.start and again.info.machine.startswith("2 x ")
     assert resume.differences(dataclasses.replace(again.info, base=small_run.info.base), small_run.info) == []
-    # The script loads in bf16 if the CPU has it; tests/train/test_processes.py compares in fp32.
-    assert losses_of(again.history) == pytest.approx(losses_of(small_run.history), abs=0.01)
+    assert losses_of(again.history) == pytest.approx(losses_of(small_run.history), abs=2e-4)
 
 
 @pytest.mark.slow

@@ -595,6 +595,45 @@ READ = {
         {},
         [A_FIRST],
     ),
+    "NeMo-RL": (
+        [
+            {
+                "context": [{"role": "user", "content": Q}],
+                "completions": [
+                    {"rank": 1, "completion": [{"role": "assistant", "content": TWO}]},
+                    {"rank": 0, "completion": [{"role": "assistant", "content": ONE}]},
+                ],
+            }
+        ],
+        {},
+        [A_FIRST],
+    ),
+    "a bar in the names of columns": (
+        [{"Prompt": Q, "Model 1 | Output": ONE, "Model 2 | Output": TWO, "Model 1": "no", "winner": 1}],
+        {"columns": {"a": "Model 1 | Output", "b": "Model 2 | Output"}, "wins": {1: "first"}},
+        [A_FIRST],
+    ),
+    "no picture": ([PAIR | {"image": {"bytes": None, "path": None}}], {}, [A_FIRST]),
+    "a text beside an empty content": (
+        [PAIR | {"chosen": [{"role": "assistant", "content": "", "text": ONE}]}],
+        {},
+        [A_FIRST],
+    ),
+    "a system turn before Anthropic's marks": (
+        [PAIR | {"prompt": f"Be nice.\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: {Q}\n\nAssistant:"}],
+        {},
+        [[f"s:Be nice. / u:Hi / a:Yes? / u:{Q}", *A_FIRST[1:]]],
+    ),
+    **{
+        f"{name}, stripped": ([PAIR | {"prompt": (begin + Q + end).strip()}], {}, [A_FIRST])
+        for name, begin, end in (
+            ("ChatML", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+            ("Gemma", "<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n"),
+            ("Seed-OSS", "<seed:bos>user\n", "<seed:eos><seed:bos>assistant\n"),
+            ("Llama 4", "<|header_start|>user<|header_end|>\n\n", "<|eot|><|header_start|>assistant<|header_end|>\n\n"),
+            ("Kimi", "<|im_user|>user<|im_middle|>", "<|im_end|><|im_assistant|>assistant<|im_middle|>"),
+        )
+    },
     "an object with messages": (
         [{"prompt": json.dumps({"messages": [{"role": "user", "content": Q}]}), "chosen": ONE, "rejected": TWO}],
         {},
@@ -616,7 +655,28 @@ def test_a_public_format_is_read(name, capsys):
     accounted(pairs, len(rows))
 
 
+STRENGTH = two(3, ONE_TWO, "preference_strength")
 QUESTIONS = {
+    **{
+        f"a strength, and {name}": ([STRENGTH | {name: "response_1"}], rf"'preference_strength', '{name}'")
+        for name in ("chosen", "selected_response", "best", "preferred_response_index")
+    },
+    "a choice and a better response": (
+        [two("A", column="choice", preferred_response="response_b")],
+        "'choice', 'preferred_response'",
+    ),
+    **{
+        f"an answer and an {name}": (
+            [{"prompt": Q, "response": "old", name: ONE, "rejected_response": TWO}],
+            rf"'response', 'rejected_response' or in '{name}'",
+        )
+        for name in ("accepted_response", "corrected_response", "preferred output")
+    },
+    "a prompt and an input": ([PAIR | {"input": "Cats are nice."}], "'prompt', 'input'"),
+    **{
+        f"{value} for a tie": ([two(first), two(value)], r"say of each value(?!.*first_wins)")
+        for first, value in (("A更好", "平局"), ("primera", "empate"), ("erste", "unentschieden"), (-1, 0), (1, 3))
+    },
     "truth values": ([two(True)], r"True \(1\)"),
     "0 and 1 for a and b": ([two(0), two(1)], r"0 \(1\), 1 \(1\)"),
     "1 and 2 for a and b": ([two(1), two(2)], r"1 \(1\), 2 \(1\)"),
@@ -753,6 +813,15 @@ NAMES = {
     "places from 1": ("1", "2", {"responses": json.dumps([{"text": ONE}, {"text": TWO}])}),
     "models in other columns": ("gpt-4", "llama", {"text1": ONE, "model1": "gpt-4", "text2": TWO, "model2": "llama"}),
     "numbers that are no texts": (1, 2, {"responses": [ONE, TWO]}),
+    "texts of their own": ("gpt-4", "llama", {"chosen_text": ONE, "rejected_text": TWO}),
+    "texts with capitals": ("gpt-4", "llama", {"Chosen Response": ONE, "rejectedResponse": TWO}),
+    "a list of models": ("gpt-4", "llama", {"models": ["gpt-4", "llama"], "responses": [ONE, TWO]}),
+    "uuids": ("9f-11", "77-22", {"completions": [{"uuid": "9f-11", "text": ONE}, {"uuid": "77-22", "text": TWO}]}),
+    "sources": ("gpt-4", "llama", {"responses": [{"source": "gpt-4", "text": ONE}, {"source": "llama"}]}),
+    "letters of numbers": ("A", "B", {"text_1": ONE, "text_2": TWO}),
+    "first and second of letters": ("first", "second", {"text_a": ONE, "text_b": TWO}),
+    "flags of one answer": ("1", "0", {"response": ONE}),
+    "truth values of one answer": (False, True, {"completion": ONE}),
 }
 
 
@@ -787,6 +856,7 @@ def test_scores_that_cannot_be_meant_are_refused(columns, scores, words):
         load_pairs([two(None, rank_a=1, rank_b=2, score_a=5, score_b=3)], columns=columns, scores=scores)
 
 
+LEFT_RIGHT = {"helpful": "left", "harmless": "right"}
 LEFT_OUT = {
     "a prompt that is longer than the question in the dialogues": (
         {"prompt": f"Passage: the cat sat.\n\n{Q}", "chosen": WHOLE[0], "rejected": WHOLE[1]},
@@ -807,6 +877,40 @@ LEFT_OUT = {
     "scores that are no ranks": (
         {"prompt": Q, "answers": [{"text": ONE, "score": 3}, {"text": TWO, "score": 9}]},
         r"with a score \(rank: \[None, None\]\)",
+    ),
+    "votes on several questions": (
+        {
+            "data": {"prompt": Q, "answer1": ONE, "answer2": TWO},
+            "annotations": [
+                {"result": [{"from_name": name, "value": {"selected": side}} for name, side in LEFT_RIGHT.items()]}
+            ],
+        },
+        r"votes on several questions \(harmless, helpful\)",
+    ),
+    "an instruction beside its input": (
+        PAIR | {"prompt": {"instruction": "Translate", "input": "cat"}},
+        "prompt .*instruction",
+    ),
+    "a context beside messages": (
+        PAIR | {"prompt": {"messages": [{"role": "user", "content": Q}], "context": "A passage."}},
+        "prompt has context beside its messages",
+    ),
+    "a system turn of another name": (
+        PAIR | {"prompt": {"messages": [{"role": "user", "content": Q}], "system_prompt": "Be brief."}},
+        "prompt has system_prompt beside its messages",
+    ),
+    "a picture in a message": (
+        PAIR | {"prompt": [{"role": "user", "content": Q, "images": ["a.png"]}]},
+        "has images beside its text",
+    ),
+    "calls in a key of their own": (
+        PAIR | {"chosen": [{"role": "assistant", "content": "I look.", "function_calls": "s(q='x')"}]},
+        "has function_calls beside its text",
+    ),
+    "an open turn of the history": (PAIR | {"history": [["Hi", "Yes?"], [Q, ""]]}, "an entry of history is not"),
+    "the names once more": (
+        dict.fromkeys(("prompt", "chosen", "rejected")) | {n: n for n in PAIR},
+        "repeats the names",
     ),
     "a whole talk beside its two answers": (
         {"messages": WHOLE[0], "chosen_response": ONE, "rejected_response": TWO},
@@ -930,7 +1034,7 @@ def test_ranked_answers_best_against_worst_or_all():
 
 
 def test_calls_of_tools_and_reasoning_are_kept_whole():
-    call = {"type": "function", "function": {"name": "find", "arguments": '{"what": "map"}'}}
+    call = {"id": "1", "type": "function", "function": {"name": "find", "parameters": '{"what": "map"}'}}
     tools = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
     good = [
         {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -941,6 +1045,7 @@ def test_calls_of_tools_and_reasoning_are_kept_whole():
     pairs = load_pairs(rows)
     asked, answer, last = pairs[0]["chosen"]
     assert asked["tool_calls"][0]["function"] == {"name": "find", "arguments": {"what": "map"}}
+    assert asked["tool_calls"][0]["id"] == "1"
     assert (asked["content"], answer["role"], answer["tool_call_id"]) == ("", "tool", "1")
     assert last == {"role": "assistant", "content": ONE, "reasoning_content": "10 > 2"}
     assert pairs[0]["tools"] == tools
