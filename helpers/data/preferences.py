@@ -178,6 +178,8 @@ class Judge:
         named = _side_named(value, pairs)
         if named is None and self.models[1:]:  # whatever the capitals
             named = _side_named(_key(value), [(_key(a), _key(b)) for a, b in pairs])
+        if named is None and meaning == UNKNOWN and any(value == a == b for a, b in pairs):
+            return None  # one model wrote both
         named = named or meaning
         if len(self.places) < 2 and (meaning == UNKNOWN or named != meaning):
             self.places |= dict.fromkeys(name for name in row if row[name] == value and name != self.layout.by[0])
@@ -193,7 +195,8 @@ class Judge:
             names = [name for name in by if str(lookup(row, name)).strip().lower() in ("1", "1.0", "true")]
             return (names[0], MEANINGS[by.index(names[0])]) if len(names) == 1 else ("not exactly one of them", None)
         if kind == "scores":
-            first, second = (number_of(lookup(row, name)) for name in by)
+            both = (lookup(row, name) for name in by)
+            first, second = (number_of(int(one) if isinstance(one, bool) else one) for one in both)
             if first is None or second is None:
                 name = by[first is not None]
                 held = lookup(row, name)

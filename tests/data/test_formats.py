@@ -613,6 +613,16 @@ READ = {
         {"columns": {"a": "Model 1 | Output", "b": "Model 2 | Output"}, "wins": {1: "first"}},
         [A_FIRST],
     ),
+    "ranks in a list of their own": (
+        [{"instruction": Q, "completions": [TWO, ONE], "ranks": [2, 1]}],
+        {},
+        [A_FIRST],
+    ),
+    "a truth value for each answer": (
+        [two(False, a_wins=True, b_wins=False) | {"preference": None}],
+        {"scores": ("a_wins", "b_wins")},
+        [A_FIRST],
+    ),
     "no picture": ([PAIR | {"image": {"bytes": None, "path": None}}], {}, [A_FIRST]),
     "a text beside an empty content": (
         [PAIR | {"chosen": [{"role": "assistant", "content": "", "text": ONE}]}],
@@ -856,6 +866,7 @@ def test_scores_that_cannot_be_meant_are_refused(columns, scores, words):
         load_pairs([two(None, rank_a=1, rank_b=2, score_a=5, score_b=3)], columns=columns, scores=scores)
 
 
+BY_ONE = {"model_a": "gpt-4", "model_b": "gpt-4"}
 LEFT_RIGHT = {"helpful": "left", "harmless": "right"}
 LEFT_OUT = {
     "a prompt that is longer than the question in the dialogues": (
@@ -887,6 +898,7 @@ LEFT_OUT = {
         },
         r"votes on several questions \(harmless, helpful\)",
     ),
+    "a winner that wrote both answers": (two("gpt-4", column="winner") | BY_ONE, "no preference: gpt-4"),
     "an instruction beside its input": (
         PAIR | {"prompt": {"instruction": "Translate", "input": "cat"}},
         "prompt .*instruction",
