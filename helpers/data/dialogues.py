@@ -51,6 +51,8 @@ class Marks:
             if not self.opening.fullmatch(opening):
                 return None
             turns.insert(0, {"role": "system", "content": opening})
+        if not any(turn["content"] for turn in turns):  # marks alone
+            return None
         if turns[0] == {"role": "system", "content": ""}:
             del turns[0]
         roles = [turn["role"] for turn in turns if turn["role"] != "system"]
@@ -77,17 +79,17 @@ def may_begin(text: str) -> bool:
     return bool(START.match(text.lstrip())) or HUMAN in text
 
 
-def read(text: Any) -> tuple[Marks, Turns] | None:
+def read(text: Any, prompt: bool = False) -> tuple[Marks, Turns] | None:
     r"""The turns of a dialogue in one text ("\n\nHuman: ... \n\nAssistant: ..." and the like), and how it is spelled.
 
-    None for any other text or value.
+    None for any other text or value. A `prompt` may have a system turn without a mark before Anthropic's.
     """
     if not isinstance(text, str):
         return None
     bare = text.lstrip()
     if "\n<extra_id_1>Assistant\n" in text and not bare.startswith("<extra_id"):  # HelpSteer2's first user has no mark
         text = bare = f"<extra_id_1>User\n{bare}"
-    if HUMAN in text and text.rstrip().endswith("\n\nAssistant:") and not START.match(bare):
+    if prompt and HUMAN in text and text.rstrip().endswith("\n\nAssistant:") and not START.match(bare):
         before, human, rest = text.partition(HUMAN)  # what stands before the first turn is the system's
         turns = SPELLINGS[0].turns(human + rest)
         return (SPELLINGS[0], [{"role": "system", "content": before.strip()}, *turns]) if turns else None
@@ -106,7 +108,7 @@ def as_turns(prompt: Any, sides: list[Any]) -> tuple[Any, list[Any], str]:
     stand in one of the answers only, or for lists that became text.
     """
     _refuse_lists(prompt, sides)
-    asked, talks = read(prompt), [read(side) for side in sides]
+    asked, talks = read(prompt, prompt=True), [read(side) for side in sides]
     opened = bool(asked) and asked[1][-1] == {"role": "assistant", "content": ""}  # by a mark before both answers
     if opened:
         asked[1].pop()

@@ -160,9 +160,8 @@ def _found(names: tuple[str, ...], columns: dict[str, list[str]], role: str) -> 
 
 def _prompt_columns(names: tuple[str, ...], taken: list[str]) -> list[str]:
     found = [name for name in _found(names, {}, "prompt") if name not in taken]
-    own = {name.lower() for name in found[:1]} == {"prompt"} and "input" not in map(str.lower, found)
     alpaca = {name.lower() for name in found} == {"instruction", "input"}  # two parts of one question
-    if len(found) > 1 and not (own or alpaca):
+    if len(found) > 1 and found[0].lower() != "prompt" and not alpaca:
         raise asked("several prompts", names=listed(found), one=found[0], two=found[:2])
     return found if alpaca else found[:1]
 
@@ -283,7 +282,7 @@ def _of_format(names: tuple[str, ...], columns: dict[str, list[str]], scores: tu
             if others := [name for name in names if name in others - layout.columns(names)]:
                 raise asked("several preferences", names=listed([*layout.by, *others]))
         others = [name for name in names if says("better answer", name) and name not in layout.columns(names)]
-        if others and not layout.kind:
+        if others and layout.answers[0] in ("response", "output"):
             raise asked("several answers", names=listed(layout.answers), others=listed(others), answers=layout.answers)
         return layout
     return None
@@ -317,8 +316,6 @@ def _answers(names: tuple[str, ...], columns: dict[str, list[str]], scores: tupl
     found = [name for name in found if name not in answers]
     if not set(answers) <= set(names) or not (scores or found):
         return [], {}
-    if found and not scores and "preference" not in columns:
-        found += [name for name in names if says("verdict", name) and name not in (*found, *answers)]
     if len(found) > 1 and not scores:
         raise asked("several preferences", names=listed(found))
     return answers, {"scores": scores} if scores else {"preference": found}

@@ -95,12 +95,7 @@ def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
         return []
     names = {name for name, value in row.items() if isinstance(value, str | list | dict)}
     own = {name for name in row if {"chosen", "rejected"} & set(parts(name))}  # what is said of the two answers
-    texts = {name for name, value in row.items() if isinstance(value, str) and layouts.says("an answer", name)}
-    flags = len({*map(str.lower, sides)} & {"0", "1", "true", "false"}) == 2 and texts - own
-    lists = {name: cell for name, cell in zip(row, map(opened, row.values()), strict=True) if isinstance(cell, list)}
-    named = [cell for name, cell in lists.items() if layouts.says("models", name) and set(sides) <= set(map(str, cell))]
-    beside = any(len(cell) == len(other) for cell in named for other in lists.values() if cell is not other)
-    if flags or beside or any(row[name] not in sides for name in texts & own):
+    if _beside(row, layout, sides):
         return sides
     names |= {str(value) for name, value in row.items() if name not in own and layouts.says("keys", name)}
     firsts = {name: parts(name)[:1] for name in row if name not in own}
@@ -112,22 +107,54 @@ def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
         items = cell if isinstance(cell, list) and not set(map(str, cell)) & set(sides) else []
         objects = [item for item in items if isinstance(item, dict)]
         if not any({"role", "from"} & item.keys() for item in objects):  # turns
-            names |= {str(item[key]) for item in objects for key in item if layouts.says("keys", key)}
+            keys = {key for item in objects for key in item if layouts.says("keys", key)}
+            if layouts.says("lists of answers", name):
+                keys |= {key for item in objects for key in item if layouts.says("models", key)}
+            names |= {str(item[key]) for item in objects for key in keys & item.keys()}
             if len(items) > 1 and (objects or layouts.says("lists", name)):
                 names |= set(map(str, range(start, start + len(items))))
                 answers |= {*PLACES[: len(items)], *names} if layouts.says("lists of answers", name) else set()
-    made, of_answers = [*map(parts, names)], [_numbered(parts(name)) for name in answers]
-    return sides if all(_names(parts(side), made) or _names(_place(side), of_answers) for side in sides) else []
+    made, of_answers = [*map(parts, names)], [*map(parts, answers)]
+    if all(_names(parts(side), made) or _names(_place(side), of_answers) for side in sides):
+        return sides
+    # "A" names text_1 too, and "1" text_a: of answers, not of options, and if none of these texts is a side.
+    spelled = {name for name in answers & row.keys() if len(parts(name)) == 2 and parts(name)[0] != "option"}
+    spelled = {name for name in spelled if NOUN.fullmatch(parts(name)[0])}
+    numbered = [_numbered(parts(name)) for name in spelled if not any(str(row[one]) in sides for one in spelled)]
+    return sides if all(_names(_numbered(_place(side)), numbered) for side in sides) else []
+
+
+def _beside(row: dict[str, Any], layout: Layout, sides: list[str]) -> bool:
+    """Whether short texts are names or flags, by what other columns hold: the texts of both answers, a list of models
+    with one of their answers, or one answer that is flagged as chosen or not."""
+    read, flags = layout.columns(row), len({*map(str.lower, sides)} & {"0", "1", "true", "false"}) == 2
+    texts = {
+        " ".join(parts(name)): value
+        for name, value in row.items()
+        if name not in read and isinstance(value, str) and value.strip() and layouts.says("an answer", name)
+    }
+    chosen = {name: texts.get(name.replace("chosen", "rejected")) for name in texts if name.startswith("chosen")}
+    both = ((texts[name], sides[0], other, sides[1]) for name, other in chosen.items() if other)
+    if any(not (a.strip() in b or b in a or c.strip() in d or d in c) for a, b, c, d in both):
+        return True
+    flags &= [*map(str.lower, layout.answers)] == ["chosen", "rejected"]
+    if flags and any(texts.get(name, sides[0]) not in sides for name in ("response", "completion")):
+        return True
+    lists = {name: cell for name, cell in zip(row, map(opened, row.values()), strict=True) if isinstance(cell, list)}
+    models = [cell for name, cell in lists.items() if layouts.says("lists of models", name)]
+    models = [cell for cell in models if set(sides) <= set(map(str, cell))]
+    answers = [cell for name, cell in lists.items() if layouts.says("lists of answers", name)]
+    return any(len(cell) == len(other) and cell is not other for cell in models for other in answers)
 
 
 def _place(label: str) -> tuple[str, ...]:
-    """Of "response A" or "the first" the part that tells which, as a number."""
+    """Of "response A" or "the first" the part that tells which."""
     words = [word for word in parts(label) if not (word == "the" or NOUN.fullmatch(word))]
-    return _numbered(words) if len(words) == 1 and ":" not in label else ()
+    return (str(WORDS["ordinals"].get(words[0], words[0])),) if len(words) == 1 and ":" not in label else ()
 
 
 def _numbered(words: Iterable[str]) -> tuple[str, ...]:
-    return tuple(str(WORDS["ordinals"].get(word, word)) for word in words)
+    return tuple(str(PLACES.index(word) + 1) if word in [*PLACES] else word for word in words)
 
 
 def _names(label: tuple[str, ...], made: list[tuple[str, ...]]) -> bool:
@@ -157,7 +184,7 @@ def _pair(row: dict[str, Any], layout: Layout, better: str, worse: str) -> dict[
     if chosen[0]["role"] == rejected[0]["role"] == "assistant":
         if not own:
             raise LeftOut(f"{where} is missing" if where else layouts.QUESTIONS["no prompt"].format(better, worse))
-        if not _holds(lookup(row, layout.history)):  # after which "None" can be a reply
+        if not messages.holds(lookup(row, layout.history)):  # after which "None" can be a reply
             for name in layout.prompt:
                 _text(row, name)
         prompt = own
@@ -355,11 +382,11 @@ class _Reader:
             raise row
         if not isinstance(row, dict):
             raise LeftOut(f"the row is {messages.kind_of(row)}, not an object")
-        if all(name == value for name, value in row.items()):
+        if row and all(name == value for name, value in row.items()):
             raise LeftOut("the row repeats the names of the columns")
         if (layout := self._layout(row)) is None:
             raise LeftOut("no chosen and rejected, nor two answers with a preference")
-        if media := next((name for name in WORDS["media"] if _holds(row.get(name))), None):
+        if media := next((name for name in WORDS["media"] if messages.holds(row.get(name))), None):
             raise LeftOut(f"the row has {media}; only text is trained here")
         if not {"chosen", "rejected"} <= self.given["columns"].keys() and (texts := _labels(row, layout)):
             raise LeftOut(layouts.QUESTIONS["labels"].format(*layout.answers, texts=", ".join(texts)))
@@ -383,13 +410,6 @@ class _Reader:
                     yield {**nothing, **pair, "origin": origin, "left_out": ""}
             except LeftOut as reason:
                 yield {**nothing, "origin": origin, "left_out": str(reason)}
-
-
-def _holds(value: Any) -> bool:
-    """Whether a cell has anything, or a list in it."""
-    value = opened(value)
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value or None]
-    return any(item is not None for item in items)
 
 
 def _used(line: str, row: dict[str, Any]) -> str:

@@ -86,7 +86,16 @@ def _turns(message: Any) -> list[Any]:
 
 def _lost(given: dict[str, Any]) -> list[str]:
     """What an object has that belongs to its text or its messages, and has no place in them."""
-    return [] if NO_PLACE.isdisjoint(given) else [name for name in WORDS["lost"] if given.get(name)]
+    if NO_PLACE.isdisjoint(given):
+        return []
+    return [name for name in WORDS["lost"] if isinstance(given.get(name), str | list | dict) and holds(given[name])]
+
+
+def holds(value: Any) -> bool:
+    """Whether a cell has anything, or a list or an object in it."""
+    value = opened(value)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value or None]
+    return any(item is not None for item in items)
 
 
 def _to_message(message: Any, column: str) -> dict[str, Any]:
@@ -94,7 +103,7 @@ def _to_message(message: Any, column: str) -> dict[str, Any]:
         raise LeftOut(f"{column} is a list that holds {kind_of(message)} where a message {{role, content}} should be")
     named = message.get("role") or message.get("from")
     texts = [message[name] for name in TEXT_KEYS if message.get(name) is not None]
-    content = next(filter(None, texts), texts[0] if texts else None)
+    content = next((text for text in texts if text and isinstance(text, str | list)), texts[0] if texts else None)
     if lost := _lost(message):
         raise LeftOut(f"a message in {column} has {', '.join(lost)} beside its text")
     if (role := _role(message)) is None:
@@ -197,7 +206,11 @@ def to_messages(value: Any, column: str, role: str) -> list[dict[str, Any]]:
         if len(value) > 1:
             raise LeftOut(f"{column} is a list of {len(value)} texts: write one row for each, or join them")
         return [{"role": role, "content": _text_of(value[0], column)}]
-    return [_to_message(turn, column) for message in value for turn in _turns(message)]
+    turns = [_to_message(turn, column) for message in value for turn in _turns(message)]
+    if not any("tool_call_id" in turn for turn in turns):  # then an id tells nothing, and could be the one difference
+        for call in (call for turn in turns for call in turn.get("tool_calls", ())):
+            call.pop("id", None)
+    return turns
 
 
 def check_roles(prompt: list[dict], chosen: list[dict], rejected: list[dict]) -> None:

@@ -155,6 +155,11 @@ class Judge:
         self.models = [*layouts.twins(sample, layout.answers, "models"), layout.answers]
         a, b = layout.answers
         self.words = _by_words(a, b, layout.by[0], *self.models[:-1][:1])
+        others = [name for name in sample.keys() - layout.columns(sample) if layouts.says("another verdict", name)]
+        named = {
+            name: "choice" if len(layouts.parts(name)) > 1 else name for name in sorted(others)
+        }  # may hold numbers
+        self.others = {name: _by_words(a, b, column, *self.models[:-1][:1]) for name, column in named.items()}
         if isinstance(wins, str):
             self.rule = _by_rule(wins)
         elif wins is not None:
@@ -228,6 +233,9 @@ class Judge:
         self.count += 1
         if self.judges:
             value, meaning = self._verdict(row)
+            for name, words in self.others.items():
+                if {words(row[name]) if row.get(name) is not None else None, meaning} == {"first", "second"}:
+                    raise asked("several preferences", names=layouts.listed([*self.layout.by, name]))
             key = _key(value) if len(self.values) < MOST_VALUES else "..."
             self.values.setdefault(key, value)
             self.found[key][meaning] += 1
@@ -279,8 +287,9 @@ class Judge:
 
     def order(self, row: dict[str, Any]) -> tuple[str, ...]:
         """Where the better answer is, and the other. Raises LeftOut for a tie, or if nothing is said."""
-        questions = set(map(str, lookup(row, self.layout.question) or ())) if self.layout.question else ()
-        if len(questions) > 1:
+        votes = (lookup(row, self.layout.question) or ()) if self.layout.question else ()
+        votes = [vote for vote in votes if isinstance(vote, dict) and "selected" in (vote.get("value") or ())]
+        if len(questions := {str(vote.get("from_name")) for vote in votes}) > 1:
             raise LeftOut(
                 f"votes on several questions ({visible(', '.join(sorted(questions)), 60)}): keep those on one"
             )

@@ -682,7 +682,6 @@ QUESTIONS = {
         )
         for name in ("accepted_response", "corrected_response", "preferred output")
     },
-    "a prompt and an input": ([PAIR | {"input": "Cats are nice."}], "'prompt', 'input'"),
     **{
         f"{value} for a tie": ([two(first), two(value)], r"say of each value(?!.*first_wins)")
         for first, value in (("A更好", "平局"), ("primera", "empate"), ("erste", "unentschieden"), (-1, 0), (1, 3))
@@ -1232,6 +1231,74 @@ ORDINARY = {
         {"prompt": "q", "chosen": "good", "rejected": "bad", "chosen_label": "good", "rejected_label": "bad"},
         "good",
         "bad",
+    ),
+    "a statement that is judged": (
+        {"query": "q", "response": "True", "rejected_response": "False"},
+        "True",
+        "False",
+    ),
+    "a text that is judged": (
+        {"prompt": "q", "chosen": "True", "rejected": "False", "text": "A passage.", "answer": "True"},
+        "True",
+        "False",
+    ),
+    "answers to choose from": (
+        {"prompt": "q", "A": "1", "B": "2", "C": "3", "D": "4", "chosen": "3", "rejected": "4"},
+        "3",
+        "4",
+    ),
+    "letters of options": ({"prompt": "q", "option_1": "x", "option_2": "y", "chosen": "A", "rejected": "B"}, "A", "B"),
+    "what was taken out of the answers": (
+        {"prompt": "q", "chosen": "It is 42.", "rejected": "It is 41.", "chosen_answer": "42", "rejected_answer": "41"},
+        "It is 42.",
+        "It is 41.",
+    ),
+    "planets": (
+        {"prompt": "q", "chosen": "Mars", "rejected": "Venus", "planet_names": ["Mars", "Venus"], "radius": [1, 2]},
+        "Mars",
+        "Venus",
+    ),
+    "a source": ({"prompt": "q", "chosen": "Yes", "rejected": "No", "source": "yes_no"}, "Yes", "No"),
+    "a choice of tools": (two("A", column="winner", tool_choice="auto", best_answer="Some text."), ONE, TWO),
+    "two verdicts that agree": (two("A", column="choice", preferred_response="response_a"), ONE, TWO),
+    "UltraFeedback with a context": (
+        {
+            "instruction": "q",
+            "context": None,
+            "completions": [{"response": "good", "overall_score": 9}, {"response": "bad", "overall_score": 2}],
+        },
+        "good",
+        "bad",
+    ),
+    "a prompt to mend": (
+        PAIR | {"chosen": "Mend this:\n\nHuman: {question}\n\nAssistant:"},
+        "Mend this:\n\nHuman: {question}\n\nAssistant:",
+        TWO,
+    ),
+    "a mark as the answer": (
+        PAIR | {"chosen": "<|im_start|>user", "rejected": "<|im_start|>assistant"},
+        "<|im_start|>user",
+        "<|im_start|>assistant",
+    ),
+    "no pictures in a message": (
+        PAIR | {"prompt": [{"role": "user", "content": Q, "images": [None], "attachments": "[]"}]},
+        ONE,
+        TWO,
+    ),
+    "a comment beside a vote": (
+        {
+            "data": {"prompt": Q, "answer1": ONE, "answer2": TWO},
+            "annotations": [
+                {
+                    "result": [
+                        {"from_name": "pw", "value": {"selected": "left"}},
+                        {"from_name": "comment", "value": {"text": ["good"]}},
+                    ]
+                }
+            ],
+        },
+        ONE,
+        TWO,
     ),
     "half a pair": ({"prompt": "q", "chosen": "a", "rejected": "b", "preferred": "A"}, "a", "b"),
     "models by number": (two("n", column="winner", model_1="m", model_2="n"), TWO, ONE),
