@@ -314,6 +314,8 @@ class _Reader:
     def _see(self, row: dict[str, Any], layout: Layout) -> None:
         if layout not in self.judges:
             self.judges[layout] = Judge(layout, row, self.given["wins"], self.given["first_wins"])
+            if self.given["scores"] or "preference" in self.given["columns"]:
+                self.judges[layout].others = {}  # the reader has said which column counts
         self.judges[layout].see(row)
         cells = [lookup(row, path) for path in (*layout.prompt, *layout.answers)]
         self.whole = self.whole or any(map(messages.has_more, (*cells, lookup(row, layout.history))))

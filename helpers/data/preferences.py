@@ -155,11 +155,12 @@ class Judge:
         self.models = [*layouts.twins(sample, layout.answers, "models"), layout.answers]
         a, b = layout.answers
         self.words = _by_words(a, b, layout.by[0], *self.models[:-1][:1])
-        others = [name for name in sample.keys() - layout.columns(sample) if layouts.says("another verdict", name)]
-        named = {
-            name: "choice" if len(layouts.parts(name)) > 1 else name for name in sorted(others)
-        }  # may hold numbers
-        self.others = {name: _by_words(a, b, column, *self.models[:-1][:1]) for name, column in named.items()}
+        # Other columns that may say it too; of a longer name, like preferred_response, also by a number.
+        others = sorted(
+            name for name in sample.keys() - layout.columns(sample) if layouts.says("another verdict", name)
+        )
+        columns = {name: "choice" if len(layouts.parts(name)) > 1 else name for name in others}
+        self.others = {name: _by_words(a, b, column, *self.models[:-1][:1]) for name, column in columns.items()}
         if isinstance(wins, str):
             self.rule = _by_rule(wins)
         elif wins is not None:

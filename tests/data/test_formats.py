@@ -1312,6 +1312,13 @@ def test_what_is_certain_is_not_asked(what):
     assert [pair[side][0]["content"] for side in ("chosen", "rejected")] == [chosen, rejected]
 
 
+@pytest.mark.parametrize("column, chosen", [("choice", ONE), ("preferred_response", TWO)])
+def test_of_two_verdicts_that_disagree_the_one_that_is_named_counts(column, chosen):
+    row = two("A", column="choice", preferred_response="response_b")
+    (pair,) = load_pairs([row], columns={"preference": column})
+    assert pair["chosen"][0]["content"] == chosen
+
+
 def test_a_prompt_may_say_in_one_text_what_the_dialogues_say_in_two_turns():
     system, sides = {"role": "system", "content": "Be kind."}, dict(zip(("chosen", "rejected"), WHOLE, strict=True))
     whole = {side: [system, *turns] for side, turns in sides.items()}
