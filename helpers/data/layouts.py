@@ -46,7 +46,7 @@ class Layout:
     def columns(self, names: Iterable[str]) -> set[str]:
         """The columns, of these names, that are read."""
         paths = (*self.prompt, self.system, self.history, self.status, self.tools, *self.answers, *self.by)
-        return {_root(option, names) for path in paths for option in ([path] if path in names else path.split(" | "))}
+        return {_root(option, names) for path in paths for option in _options(path, names)}
 
     def __str__(self) -> str:
         """What is taken for what."""
@@ -97,6 +97,11 @@ def opened(value: Any) -> Any:
     return value
 
 
+def _options(path: str, names: Iterable[str]) -> list[str]:
+    """The paths that a path of formats.yaml lists; a reader's own column may have a bar in its name."""
+    return [path] if path in names else path.split(" | ")
+
+
 def _root(path: str, names: Iterable[str]) -> str:
     """The column of `names` that the path starts in; its own name may have dots. Empty if there is none."""
     parts = path.split(".")
@@ -130,8 +135,7 @@ def _made(names: tuple[str, ...], entry: dict[str, Any]) -> Layout:
     def there(role: str) -> tuple[str, ...]:
         paths = []
         for path in entry.get(role, ()):
-            options = [path] if path in names else path.split(" | ")  # a reader's own name may have a bar
-            roots = {option: _root(option, names) for option in options}
+            roots = {option: _root(option, names) for option in _options(path, names)}
             first = next(filter(None, roots.values()), None)
             paths.append(" | ".join(option for option, root in roots.items() if root == first))
         return tuple(filter(None, paths))

@@ -95,13 +95,14 @@ def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
         return []
     names = {name for name, value in row.items() if isinstance(value, str | list | dict)}
     own = {name for name in row if {"chosen", "rejected"} & set(parts(name))}  # what is said of the two answers
-    if _beside(row, layout, sides):
+    held = dict(zip(row, map(opened, row.values()), strict=True))
+    if _beside(row, layout, sides, held):
         return sides
     names |= {str(value) for name, value in row.items() if name not in own and layouts.says("keys", name)}
     firsts = {name: parts(name)[:1] for name in row if name not in own}
     answers = {name for name, first in firsts.items() if first and (NOUN.fullmatch(first[0]) or first[0] in [*PLACES])}
     start = 0 if any("0" in parts(side) for side in sides) else 1  # of places in a list
-    for name, cell in zip(row, map(opened, row.values()), strict=True):
+    for name, cell in held.items():
         if isinstance(cell, dict):
             names |= {key for key, value in cell.items() if isinstance(value, str | list | dict)}
         items = cell if isinstance(cell, list) and not set(map(str, cell)) & set(sides) else []
@@ -124,9 +125,9 @@ def _labels(row: dict[str, Any], layout: Layout) -> list[str]:
     return sides if all(_names(_numbered(_place(side)), numbered) for side in sides) else []
 
 
-def _beside(row: dict[str, Any], layout: Layout, sides: list[str]) -> bool:
-    """Whether short texts are names or flags, by what other columns hold: the texts of both answers, a list of models
-    with one of their answers, or one answer that is flagged as chosen or not."""
+def _beside(row: dict[str, Any], layout: Layout, sides: list[str], held: dict[str, Any]) -> bool:
+    """Whether short texts are names or flags, by what other columns of the row hold (`held`, with JSON opened): the
+    texts of both answers, a list of models with one of their answers, or one answer with a flag for each side."""
     read, flags = layout.columns(row), len({*map(str.lower, sides)} & {"0", "1", "true", "false"}) == 2
     texts = {
         " ".join(parts(name)): value
@@ -140,7 +141,7 @@ def _beside(row: dict[str, Any], layout: Layout, sides: list[str]) -> bool:
     flags &= [*map(str.lower, layout.answers)] == ["chosen", "rejected"]
     if flags and any(texts.get(name, sides[0]) not in sides for name in ("response", "completion")):
         return True
-    lists = {name: cell for name, cell in zip(row, map(opened, row.values()), strict=True) if isinstance(cell, list)}
+    lists = {name: cell for name, cell in held.items() if isinstance(cell, list)}
     models = [cell for name, cell in lists.items() if layouts.says("lists of models", name)]
     models = [cell for cell in models if set(sides) <= set(map(str, cell))]
     answers = [cell for name, cell in lists.items() if layouts.says("lists of answers", name)]
@@ -313,9 +314,7 @@ class _Reader:
 
     def _see(self, row: dict[str, Any], layout: Layout) -> None:
         if layout not in self.judges:
-            self.judges[layout] = Judge(layout, row, self.given["wins"], self.given["first_wins"])
-            if self.given["scores"] or "preference" in self.given["columns"]:
-                self.judges[layout].others = {}  # the reader has said which column counts
+            self.judges[layout] = Judge(layout, row, self.given)
         self.judges[layout].see(row)
         cells = [lookup(row, path) for path in (*layout.prompt, *layout.answers)]
         self.whole = self.whole or any(map(messages.has_more, (*cells, lookup(row, layout.history))))

@@ -136,7 +136,8 @@ def _by_rule(rule: str) -> Rule:
 class Judge:
     """Which answer won, in rows of a `layout` (`sample` is one). It has to `see` all, and `settle`, to judge one."""
 
-    def __init__(self, layout: Layout, sample: dict[str, Any], wins: Any, first_wins: Any):
+    def __init__(self, layout: Layout, sample: dict[str, Any], given: dict[str, Any]):
+        wins, first_wins = given["wins"], given["first_wins"]
         self.layout, self.sample, self.first_wins, self.count = layout, sample, first_wins, 0
         said = wins.items() if isinstance(wins, dict) else ()
         of_nothing = {meaning for value, meaning in said if is_missing(layouts.plain_value(value))}
@@ -159,6 +160,8 @@ class Judge:
         others = sorted(
             name for name in sample.keys() - layout.columns(sample) if layouts.says("another verdict", name)
         )
+        if given["scores"] or "preference" in given["columns"]:  # the reader has said which one counts
+            others = []
         columns = {name: "choice" if len(layouts.parts(name)) > 1 else name for name in others}
         self.others = {name: _by_words(a, b, column, *self.models[:-1][:1]) for name, column in columns.items()}
         if isinstance(wins, str):

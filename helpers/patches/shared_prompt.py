@@ -134,7 +134,7 @@ def _share(inner: PreTrainedModel) -> None:
         others = {name: value for name, value in kwargs.items() if name not in _BATCH}
         outputs = fused(*args, fused_lm_head=True, **others, **packed.inputs)
         found = {name: getattr(outputs, name) for name in _FIGURES if getattr(outputs, name) is not None}
-        # Only the log-probs have a gradient. For one of the entropy, be it 0, the logits would be computed again.
+        # Only the log-probs keep their gradient. One of the entropy, even 0, would make the head compute logits again.
         told = [(one if name == "log_probs" else one.detach())[packed.packed].float() for name, one in found.items()]
         values = torch.stack(told).to(packed.given[0].device)
         for (name, one), own in zip(found.items(), values, strict=True):

@@ -919,10 +919,7 @@ LEFT_OUT = {
         "has function_calls beside its text",
     ),
     "an open turn of the history": (PAIR | {"history": [["Hi", "Yes?"], [Q, ""]]}, "an entry of history is not"),
-    "the names once more": (
-        dict.fromkeys(("prompt", "chosen", "rejected")) | {n: n for n in PAIR},
-        "repeats the names",
-    ),
+    "the names once more": ({name: name for name in PAIR}, "repeats the names"),
     "a whole talk beside its two answers": (
         {"messages": WHOLE[0], "chosen_response": ONE, "rejected_response": TWO},
         "the prompt ends with a turn of the assistant",
